@@ -1,0 +1,243 @@
+"""vLLM worker processes on this machine: started, watched, paused and stopped.
+
+The settings are what several CPU workers on few cores need to hand KV caches to each other at once instead of
+in seconds; docs/vllm.md gives those of GPU workers.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import http.client
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from eldr.errors import EldrError
+
+Role = Literal["prefill", "decode", "plain"]
+
+CONNECTOR = "EldrConnector"
+CONNECTOR_MODULE = "eldr.engines.vllm.connector"
+LOG_TAIL_LINES = 25
+_KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class WorkerError(EldrError):
+    """A worker process that did not start, died, or never became ready; ends with the tail of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What one worker process is started with.
+
+    role: "prefill" and "decode" run the eldr connector, "plain" is a stock worker without any connector.
+    port: HTTP. side_channel_port: NIXL's handshake, unique on the machine; unused by "plain".
+    model_dir: a Hugging Face model directory. served_name: the model's name in requests.
+    python: interpreter of the environment that holds vLLM and eldr.
+    log_path: receives the worker's stdout and stderr; overwritten at start.
+    extra_args: more vLLM arguments; where one is given twice, vLLM takes the last.
+    extra_config: more keys of kv_connector_extra_config (eldr's own and NIXL's).
+    extra_env: more environment variables.
+    """
+
+    role: Role
+    port: int
+    side_channel_port: int
+    model_dir: Path
+    served_name: str
+    python: Path
+    log_path: Path
+    extra_args: tuple[str, ...] = ()
+    extra_config: Mapping[str, Any] = field(default_factory=dict)
+    extra_env: Mapping[str, str] = field(default_factory=dict)
+    dtype: str = "float32"
+    max_model_len: int = 2048
+    kv_cache_bytes: int = 256 * 2**20
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def command(self) -> list[str]:
+        """The worker's command line."""
+        arguments = {
+            "model": self.model_dir,
+            "served-model-name": self.served_name,
+            "host": "127.0.0.1",
+            "port": self.port,
+            "dtype": self.dtype,
+            "max-model-len": self.max_model_len,
+            "kv-cache-memory-bytes": self.kv_cache_bytes,
+            "distributed-executor-backend": "uni",
+        }
+        command = [str(self.python), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+        command += [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+        if self.role != "plain":
+            command += ["--kv-transfer-config", json.dumps(self._kv_transfer_config())]
+        return command + list(self.extra_args)
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """The worker's environment variables: `base` plus what the worker needs."""
+        # The first would override --kv-cache-memory-bytes, the others would mix Python environments.
+        dropped = ("VLLM_CPU_KVCACHE_SPACE", "PYTHONPATH", "PYTHONHOME")
+        kept = {name: value for name, value in base.items() if name not in dropped}
+        return {
+            **kept,
+            # Otherwise vLLM's CPU platform turns the executor "uni" into processes that spin on two cores.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self.side_channel_port),
+            **self.extra_env,
+        }
+
+    def _kv_transfer_config(self) -> dict[str, Any]:
+        return {
+            "kv_connector": CONNECTOR,
+            "kv_connector_module_path": CONNECTOR_MODULE,
+            "kv_role": _KV_ROLES[self.role],
+            "kv_buffer_device": "cpu",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"num_threads": 0, **self.extra_config},
+        }
+
+
+class WorkerProcess:
+    """One vLLM worker in its own process group.
+
+    It dies with the thread that started it (PR_SET_PDEATHSIG), so start workers from a thread that outlives
+    them; a Ctrl-C in the terminal does not reach it before its owner stops it.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return self.spec.url
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, which is also the process group's; None before start and after stop."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Start the process; returns at once. Raises WorkerError if there is nothing to run."""
+        if self._process is not None:
+            raise WorkerError(f"{self._name} is already running")
+        self.spec.log_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.spec.log_path.open("wb") as log:
+                self._process = subprocess.Popen(
+                    self.spec.command(),
+                    env=self.spec.environment(os.environ),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,
+                    preexec_fn=_die_with(os.getpid()),
+                )
+        except OSError as error:
+            raise WorkerError(f"{self._name} cannot be started: {error}") from None
+        _live.add(self)
+
+    def wait_ready(self, timeout_s: float = 300.0) -> None:
+        """Return once /health answers 200. Raises WorkerError if the worker dies or `timeout_s` passes."""
+        deadline = time.monotonic() + timeout_s
+        while not self.healthy():
+            if self._process is None:
+                raise WorkerError(f"{self._name} was not started")
+            if (status := self._process.poll()) is not None:
+                self.stop()
+                raise WorkerError(
+                    f"{self._name} exited with status {status} while starting.{self._log_tail()}"
+                )
+            if time.monotonic() > deadline:
+                raise WorkerError(f"{self._name} was not ready within {timeout_s:.0f} s.{self._log_tail()}")
+            time.sleep(0.2)
+
+    def healthy(self, timeout_s: float = 2.0) -> bool:
+        """Whether this process is alive and its /health answers 200 within `timeout_s`."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=timeout_s) as answer:
+                return bool(answer.status == 200)
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def pause(self) -> None:
+        """Stop the whole process group in its tracks (SIGSTOP)."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a paused process group go on (SIGCONT)."""
+        self._signal(signal.SIGCONT)
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        """End the process group: SIGTERM, after `grace_s` SIGKILL. Does nothing if there is none."""
+        if self._process is None:
+            return
+        self.resume()
+        self._signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace_s)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+        _live.discard(self)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.spec.role} worker on port {self.spec.port}"
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def _log_tail(self) -> str:
+        try:
+            lines = self.spec.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        except OSError:
+            lines = []
+        tail = "\n".join(f"  | {line}" for line in lines) or "  | (empty)"
+        return f" The end of its log {self.spec.log_path}:\n{tail}"
+
+
+def _die_with(parent_pid: int) -> Callable[[], None]:
+    def before_exec() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:  # the parent died before the line above
+            os._exit(1)
+
+    return before_exec
+
+
+_live: set[WorkerProcess] = set()
+
+
+@atexit.register
+def _stop_all() -> None:
+    # All are told at once, so that their grace periods overlap.
+    workers = list(_live)
+    for worker in workers:
+        worker.resume()
+        worker._signal(signal.SIGTERM)
+    for worker in workers:
+        worker.stop(grace_s=3.0)
