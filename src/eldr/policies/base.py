@@ -1,0 +1,69 @@
+"""The interface of a decode policy: which decode worker gets a request whose prefill has ended.
+
+The router and the replay run the same policy objects. A policy reads neither clock nor socket: load and time are
+arguments, randomness comes from a seeded generator, so that every decision can be repeated from a log.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from eldr.counts import ExpertCounts
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """What a policy may know of a request.
+
+    counts: expert counts of the prompt, None where the worker had none.
+    label: the client's own label of the request's kind (header X-Eldr-Label), None if not given.
+    max_tokens: the client's limit on generated tokens, None if not given.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    counts: ExpertCounts | None = None
+    label: str | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The worker chosen and a short snake_case reason, fit for a metric label."""
+
+    worker: str
+    reason: str
+
+
+class Policy(ABC):
+    """Chooses a decode worker for each request and hears what happens in the fleet.
+
+    Workers are named by their id (the router uses the URL). `joined` is heard once for each worker before any
+    request can go to it, `left` once when it goes for good. Between `started` and `finished` a request runs on its
+    worker; both are heard exactly once for each request that was sent to a worker.
+    """
+
+    name: str
+
+    @abstractmethod
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
+        """The worker for `request`.
+
+        in_flight: eligible worker -> its decode requests in flight; never empty. Workers at capacity, unhealthy or
+        draining are not in it, so a policy can never choose them.
+        """
+
+    # Hooks of policies that keep state; a policy that only looks at the load needs none of them.
+    def started(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027
+        """`request` was sent to `worker`."""
+
+    def finished(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027
+        """`request` no longer runs on `worker`: completed, failed or cancelled."""
+
+    def joined(self, worker: str) -> None:  # noqa: B027
+        """`worker` is now part of the fleet."""
+
+    def left(self, worker: str) -> None:  # noqa: B027
+        """`worker` is no longer part of the fleet."""

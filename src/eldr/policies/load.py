@@ -1,0 +1,72 @@
+"""The four load balancers that ELDR is compared with: round-robin, random, power of two choices, shortest queue."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from eldr.policies.base import Decision, DecodeRequest, Policy
+
+
+def least_loaded(in_flight: Mapping[str, int], rng: random.Random) -> str:
+    """A worker with the fewest requests in flight; ties are broken at random, else the first worker gets them all."""
+    fewest = min(in_flight.values())
+    return rng.choice([worker for worker, load in in_flight.items() if load == fewest])
+
+
+class RoundRobin(Policy):
+    """Workers in turn, in the order in which they joined; a worker that cannot take a request loses its turn."""
+
+    name = "rr"
+
+    def __init__(self) -> None:
+        self._turn: dict[str, int] = {}
+        self._turns_given = 0
+
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
+        # The worker whose last turn lies furthest back; a new worker is due at once.
+        return Decision(min(in_flight, key=lambda worker: self._turn.get(worker, -1)), "rr")
+
+    def started(self, request: DecodeRequest, worker: str) -> None:
+        self._turns_given += 1
+        self._turn[worker] = self._turns_given
+
+    def left(self, worker: str) -> None:
+        self._turn.pop(worker, None)
+
+
+class Random(Policy):
+    """Any eligible worker with equal probability."""
+
+    name = "random"
+
+    def __init__(self, seed: int = 0) -> None:
+        self._rng = random.Random(seed)
+
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
+        return Decision(self._rng.choice(list(in_flight)), "random")
+
+
+class PowerOfTwo(Policy):
+    """The less loaded of two workers drawn at random (Mitzenmacher 2001)."""
+
+    name = "p2c"
+
+    def __init__(self, seed: int = 0) -> None:
+        self._rng = random.Random(seed)
+
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
+        drawn = self._rng.sample(list(in_flight), min(2, len(in_flight)))
+        return Decision(min(drawn, key=in_flight.__getitem__), "p2c")
+
+
+class ShortestQueue(Policy):
+    """A worker with the fewest requests in flight."""
+
+    name = "jsq"
+
+    def __init__(self, seed: int = 0) -> None:
+        self._rng = random.Random(seed)
+
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
+        return Decision(least_loaded(in_flight, self._rng), "jsq")
