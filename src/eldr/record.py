@@ -22,7 +22,7 @@ import eldr
 from eldr.counts import CountsError, ExpertCounts, decode_counts
 from eldr.errors import EldrError
 from eldr.expert_rows import decode_rows
-from eldr.trace import TRACE_FORMAT, Trace
+from eldr.trace import Trace, TraceMeta
 
 ERROR_BODY_CHARS = 300
 
@@ -208,15 +208,14 @@ def _build_trace(samples: list[_Sample], model: str) -> Trace:
     return Trace(
         prefill_counts=np.stack([sample.counts.counts for sample in samples]),
         prompt_tokens=np.array([sample.counts.prompt_tokens for sample in samples], dtype=np.int32),
-        decode_experts=rows.astype(np.uint8 if first.experts <= 256 else np.uint16),
+        decode_experts=rows.astype(np.uint8) if first.experts <= 256 else rows,
         decode_offsets=np.cumsum([0, *(len(sample.rows) for sample in samples)], dtype=np.int64),
         label=np.array([sample.label for sample in samples], dtype=np.str_),
-        meta={
-            "format": TRACE_FORMAT,
-            "model": model,
-            "layers": first.layers,
-            "experts": first.experts,
-            "top_k": first.top_k,
-            "note": f"recorded by eldr {eldr.__version__}",
-        },
+        meta=TraceMeta(
+            model=model,
+            layers=first.layers,
+            experts=first.experts,
+            top_k=first.top_k,
+            note=f"recorded by eldr {eldr.__version__}",
+        ),
     )
