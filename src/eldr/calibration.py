@@ -1,0 +1,316 @@
+"""The calibration file: everything a router needs to route on experts, fitted offline from a trace.
+
+One .npz: the signature model, one centroid per zone, the geometry of the model it was fitted for, how well each
+transform predicts, where it all came from, and a two-dimensional picture of the calibration requests.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr.counts import MAX_EXPERTS, MAX_LAYERS
+from eldr.errors import EldrError
+from eldr.fileio import ArraySpec, NpzError, read_npz, reason_of, write_npz
+from eldr.signature import DEFAULT_TRANSFORM, TRANSFORMS, SignatureError, SignatureModel
+from eldr.trace import Trace
+from eldr.zones import balanced_kmeans
+
+FORMAT = "eldr-calibration-v1"
+MAX_META_CHARS = 2**20
+# Requests in the picture: enough to see the zones, small beside the centroids.
+PICTURE_REQUESTS = 1000
+
+SPECS: Mapping[str, ArraySpec] = {
+    "idf": ArraySpec(("f4",), 2),
+    "layer_mask": ArraySpec(("b1",), 1),
+    "centroids": ArraySpec(("f4",), 2),
+    "zone_sizes": ArraySpec(("i8",), 1),
+    "picture_points": ArraySpec(("f4",), 2),
+    "picture_zones": ArraySpec(("i8",), 1),
+    "picture_labels": ArraySpec(("U",), 1),
+    "picture_centroids": ArraySpec(("f4",), 2),
+    "meta": ArraySpec(("U",), 0),
+}
+
+
+class CalibrationError(EldrError):
+    """A calibration that cannot be fitted, read or written: names the file, where there is one, and the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """MoE layers, experts per layer and experts per token of a model."""
+
+    layers: int
+    experts: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers x {self.experts} experts, top-{self.top_k}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """Calibration signatures on their two main axes (principal components), for plots.
+
+    points: float32 [n, 2], at most PICTURE_REQUESTS of them. zones: int64 [n]. labels: str [n], kind of the request.
+    centroids: float32 [K, 2].
+    """
+
+    points: NDArray[np.float32]
+    zones: NDArray[np.int64]
+    labels: NDArray[np.str_]
+    centroids: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """A fitted signature model and its zones.
+
+    centroids: float32 [K, D], unit vectors, one per decode worker. zone_sizes: int64 [K], calibration requests in each.
+    rho: transform name -> rho on the calibration requests, for each transform that the trace allowed.
+    provenance: JSON-able; model, note, requests, seed, created_utc, trace_sha256 (None if not read from a file),
+        versions.
+    """
+
+    signature: SignatureModel
+    centroids: NDArray[np.float32]
+    zone_sizes: NDArray[np.int64]
+    geometry: Geometry
+    rho: dict[str, float]
+    provenance: dict[str, Any]
+    picture: Picture
+
+    @property
+    def workers(self) -> int:
+        """K."""
+        return len(self.centroids)
+
+    def save(self, path: str | Path) -> None:
+        """Write to `path`, whole or not at all. Raises CalibrationError if it cannot be written."""
+        meta = {
+            "format": FORMAT,
+            "transform": self.signature.transform_name,
+            "top_k": self.geometry.top_k,
+            "rho": self.rho,
+            "provenance": self.provenance,
+        }
+        arrays = {
+            "idf": self.signature.idf,
+            "layer_mask": self.signature.layer_mask,
+            "centroids": self.centroids,
+            "zone_sizes": self.zone_sizes,
+            "picture_points": self.picture.points,
+            "picture_zones": self.picture.zones,
+            "picture_labels": self.picture.labels,
+            "picture_centroids": self.picture.centroids,
+            "meta": np.array(json.dumps(meta, allow_nan=False)),
+        }
+        try:
+            write_npz(Path(path), arrays)
+        except OSError as error:
+            raise CalibrationError(f"calibration {path}: {reason_of(error)}") from None
+
+
+def fit_calibration(
+    trace: Trace,
+    workers: int,
+    *,
+    seed: int = 0,
+    transform: str = DEFAULT_TRANSFORM,
+    progress: Callable[[str], None] | None = None,
+) -> Calibration:
+    """Fit signature model and zones for `workers` decode workers.
+
+    progress: hears what is being done, once per stage. Everything but the date is the same for the same trace and
+    seed. Raises CalibrationError, SignatureError or ZonesError where the trace does not allow a fit.
+    """
+    tell = progress or (lambda stage: None)
+    if transform not in TRANSFORMS or TRANSFORMS[transform].source != "counts":
+        routable = ", ".join(name for name, known in TRANSFORMS.items() if known.source == "counts")
+        raise CalibrationError(
+            f"cannot route on transform {transform!r}: workers hand out counts, which give {routable}"
+        )
+    profiles = trace.decode_profiles()
+    models = {}
+    for name in TRANSFORMS:
+        source = _source(trace, name)
+        if source is None:
+            continue
+        tell(f"layers for {name}")
+        try:
+            models[name] = SignatureModel.fit(source, profiles, transform=name, seed=seed)
+        except SignatureError:
+            if name == transform:  # of the others only rho is wanted
+                raise
+    signature = models[transform]
+    tell(f"zones for {workers} workers")
+    signatures = signature.transform(trace.prefill_counts)
+    zones = balanced_kmeans(signatures, workers, seed=seed)
+    return Calibration(
+        signature=signature,
+        centroids=zones.centroids,
+        zone_sizes=zones.sizes,
+        geometry=Geometry(trace.meta.layers, trace.meta.experts, trace.meta.top_k),
+        rho={name: model.rho for name, model in models.items()},
+        provenance=_provenance(trace, seed),
+        picture=_picture(signatures, zones.labels, trace.label, zones.centroids, seed),
+    )
+
+
+def _source(trace: Trace, transform: str) -> NDArray[Any] | None:
+    """What `transform` is computed from, None where the trace has no such array."""
+    source = TRANSFORMS[transform].source
+    array: NDArray[Any] | None = trace.prefill_counts if source == "counts" else getattr(trace, source)
+    return array
+
+
+def _provenance(trace: Trace, seed: int) -> dict[str, Any]:
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    try:
+        versions["eldr"] = version("eldr")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        versions["eldr"] = "unknown"
+    return {
+        "model": trace.meta.model,
+        "note": trace.meta.note,
+        "requests": trace.requests,
+        "seed": seed,
+        "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "trace_sha256": trace.sha256,
+        "versions": versions,
+    }
+
+
+def _picture(
+    signatures: NDArray[np.float32],
+    zones: NDArray[np.int64],
+    labels: NDArray[np.str_],
+    centroids: NDArray[np.float32],
+    seed: int,
+) -> Picture:
+    """Principal components by the eigenvectors of the n x n Gram matrix: D is much larger than n."""
+    shown = np.arange(len(signatures))
+    if len(shown) > PICTURE_REQUESTS:
+        shown = np.sort(np.random.default_rng(seed).choice(shown, PICTURE_REQUESTS, replace=False))
+    points = signatures[shown]
+    mean = points.mean(axis=0)
+    centred = points - mean
+    values, vectors = np.linalg.eigh((centred @ centred.T).astype(np.float64))
+    top = np.argsort(values)[::-1][:2]
+    scale = np.sqrt(np.maximum(values[top], 1e-12))
+    axes = (centred.T @ vectors[:, top]) / scale
+    if axes.shape[1] < 2:  # a single request
+        axes = np.pad(axes, ((0, 0), (0, 1)))
+    axes *= np.where(axes[np.abs(axes).argmax(axis=0), [0, 1]] < 0, -1, 1)  # an eigenvector's sign is arbitrary
+    return Picture(
+        points=(centred @ axes).astype(np.float32),
+        zones=zones[shown],
+        labels=labels[shown],
+        centroids=((centroids - mean) @ axes).astype(np.float32),
+    )
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """The calibration in `path`. Raises CalibrationError naming the file and what is wrong with it."""
+    path = Path(path)
+    try:
+        arrays = read_npz(path, SPECS, _check_shapes)
+        meta = _parse_meta(str(arrays["meta"]))
+        layers, experts = arrays["idf"].shape
+        if meta["top_k"] > experts:
+            raise NpzError(f"top_k is {meta['top_k']} with {experts} experts")
+        _check_values(arrays)
+    except (NpzError, OSError) as error:
+        raise CalibrationError(f"calibration {path}: {reason_of(error)}") from None
+    transform = meta["transform"]
+    return Calibration(
+        signature=SignatureModel(transform, arrays["idf"], arrays["layer_mask"], meta["rho"][transform]),
+        centroids=arrays["centroids"],
+        zone_sizes=arrays["zone_sizes"],
+        geometry=Geometry(layers, experts, meta["top_k"]),
+        rho=meta["rho"],
+        provenance=meta["provenance"],
+        picture=Picture(
+            arrays["picture_points"], arrays["picture_zones"], arrays["picture_labels"], arrays["picture_centroids"]
+        ),
+    )
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    layers, experts = shapes["idf"]
+    zones, _ = shapes["centroids"]
+    shown, _ = shapes["picture_points"]
+    if not (1 <= layers <= MAX_LAYERS and 1 <= experts <= MAX_EXPERTS):
+        raise NpzError(f"{layers} layers x {experts} experts is no geometry of a MoE model")
+    if zones == 0:
+        raise NpzError("it holds no zones")
+    expected = {
+        "layer_mask": (layers,),
+        "zone_sizes": (zones,),
+        "picture_points": (shown, 2),
+        "picture_zones": (shown,),
+        "picture_labels": (shown,),
+        "picture_centroids": (zones, 2),
+    }
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise NpzError(f"array {name} has shape {shapes[name]}, expected {shape}")
+
+
+def _parse_meta(text: str) -> dict[str, Any]:
+    if len(text) > MAX_META_CHARS:
+        raise NpzError("meta is too long")
+    try:
+        meta = json.loads(text)
+    except (ValueError, RecursionError):
+        raise NpzError("meta is not JSON") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else None
+        raise NpzError(f"it is no {FORMAT} file (its format: {found!r})")
+    transform, rho, top_k = meta.get("transform"), meta.get("rho"), meta.get("top_k")
+    if transform not in TRANSFORMS or TRANSFORMS[transform].source != "counts":
+        raise NpzError(f"meta: cannot route on transform {transform!r}")
+    if type(top_k) is not int or top_k < 1:
+        raise NpzError(f"meta: top_k is {top_k!r}, expected a whole number from 1")
+    if not isinstance(rho, dict) or transform not in rho:
+        raise NpzError("meta: rho of the transform is missing")
+    if not all(isinstance(value, float) and abs(value) <= 1 + 1e-9 for value in rho.values()):
+        raise NpzError("meta: a rho is not a number from -1 to 1")
+    if not isinstance(meta.get("provenance"), dict):
+        raise NpzError("meta: provenance is missing")
+    return meta
+
+
+def _check_values(arrays: Mapping[str, NDArray[Any]]) -> None:
+    for name in ("idf", "centroids", "picture_points", "picture_centroids"):
+        if not np.isfinite(arrays[name]).all():
+            raise NpzError(f"array {name} holds NaN or infinity")
+    if (arrays["idf"] < 0).any():
+        raise NpzError("array idf holds negative weights")
+    mask, centroids, zones = arrays["layer_mask"], arrays["centroids"], len(arrays["centroids"])
+    dimension = int(mask.sum()) * arrays["idf"].shape[1]
+    if dimension == 0:
+        raise NpzError("no layer is selected")
+    if centroids.shape[1] != dimension:
+        raise NpzError(
+            f"centroids have {centroids.shape[1]} entries, but {int(mask.sum())} layers x {arrays['idf'].shape[1]} "
+            f"experts make {dimension}"
+        )
+    norms = np.linalg.norm(centroids, axis=1)
+    if (np.abs(norms - 1) > 1e-3).any():
+        zone = int(np.abs(norms - 1).argmax())
+        raise NpzError(f"centroid {zone} has length {norms[zone]:.4g}, expected a unit vector")
+    picture_zones = arrays["picture_zones"]
+    if (arrays["zone_sizes"] < 0).any() or ((picture_zones < 0) | (picture_zones >= zones)).any():
+        raise NpzError("zone sizes or zones of the picture are out of range")

@@ -1,0 +1,162 @@
+"""Files of arrays: whole or not at all when written, looked at before anything is allocated when read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Arrays of counts and labels deflate 5 to 20 times, rarely more; what claims to grow beyond this is a bomb. Small
+# files may hold more zeros than that.
+MAX_GROWTH = 100
+ALWAYS_ALLOWED_BYTES = 64 * 2**20
+
+
+class NpzError(Exception):
+    """Why a file cannot be read as a set of arrays; the caller knows the file's name and purpose."""
+
+
+def reason_of(error: NpzError | OSError) -> str:
+    """What went wrong, without the file's name."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """What an array must be: one of `dtypes` ("U" is text of any width), `ndim` dimensions, optional or not."""
+
+    dtypes: tuple[str, ...]
+    ndim: int
+    optional: bool = False
+
+    def accepts(self, dtype: np.dtype[Any]) -> bool:
+        return dtype.kind in self.dtypes or dtype.newbyteorder("=").str.lstrip("<|=>") in self.dtypes
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, sync it to disk and rename it to `path`.
+
+    Raises OSError where the folder cannot be written to; `path` then holds what it held before.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write `arrays` as a compressed .npz, atomically."""
+
+    def write(file: IO[bytes]) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+
+    write_atomically(path, write)
+
+
+def read_npz(
+    path: Path,
+    specs: Mapping[str, ArraySpec],
+    check_shapes: Callable[[Mapping[str, tuple[int, ...]]], None],
+) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz that `specs` names, in native byte order; members of other names are not read.
+
+    Only headers are read until every dtype, dimension and size agrees with the archive's own table and
+    `check_shapes` (given name -> shape of the arrays present) has not raised. Nothing is ever unpickled.
+    Raises NpzError saying what is wrong, OSError where the file cannot be opened.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = _members(archive, specs)
+                shapes = {name: _shape(archive, name, member, specs[name]) for name, member in members.items()}
+                _check_growth(size, members)
+                check_shapes(shapes)
+                return {name: _read(archive, name, member) for name, member in members.items()}
+        except zipfile.BadZipFile as error:
+            raise NpzError(f"not a complete .npz file ({error})") from None
+        except (EOFError, zlib.error, NotImplementedError, RuntimeError, MemoryError, OverflowError) as error:
+            raise NpzError(f"damaged .npz file ({error or type(error).__name__})") from None
+
+
+def _members(archive: zipfile.ZipFile, specs: Mapping[str, ArraySpec]) -> dict[str, zipfile.ZipInfo]:
+    found: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        if name not in specs or name == member.filename:
+            continue
+        if name in found:
+            raise NpzError(f"array {name} is in it twice")
+        found[name] = member
+    missing = [name for name, spec in specs.items() if name not in found and not spec.optional]
+    if missing:
+        raise NpzError(f"array {missing[0]} is missing")
+    return found
+
+
+def _shape(archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo, spec: ArraySpec) -> tuple[int, ...]:
+    """Shape of one member; raises NpzError unless its header, its dtype and its size in the archive agree."""
+    with archive.open(member) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, _, dtype = read_header(file)
+        except zipfile.BadZipFile:
+            raise
+        except Exception:  # a foreign header can break the header's parser in many ways
+            raise NpzError(f"array {name} has no readable header") from None
+        header_bytes = file.tell()
+    if dtype.hasobject:
+        raise NpzError(f"array {name} holds pickled Python objects, which are never loaded")
+    if not spec.accepts(dtype):
+        raise NpzError(f"array {name} has dtype {dtype}, expected {' or '.join(spec.dtypes)}")
+    if len(shape) != spec.ndim or any(length < 0 for length in shape):
+        raise NpzError(f"array {name} has shape {shape}, expected {spec.ndim} dimensions")
+    if prod(shape) * dtype.itemsize != member.file_size - header_bytes:
+        raise NpzError(f"array {name} declares shape {shape}, which does not fit its {member.file_size} bytes")
+    return shape
+
+
+def _check_growth(size_bytes: int, members: Mapping[str, zipfile.ZipInfo]) -> None:
+    total_bytes = sum(member.file_size for member in members.values())
+    if total_bytes > max(ALWAYS_ALLOWED_BYTES, MAX_GROWTH * size_bytes):
+        raise NpzError(f"its {size_bytes} bytes claim to unpack to {total_bytes}")
+
+
+def _read(archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(member) as file:
+        try:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        except ValueError as error:
+            raise NpzError(f"array {name} is damaged ({error})") from None
+        if file.read(1):
+            raise NpzError(f"array {name} is longer than its shape")
+    return np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")

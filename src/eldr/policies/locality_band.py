@@ -1,0 +1,88 @@
+"""Locality-band routing of ELDR (arXiv 2607.00466): the least loaded of the workers whose zone is near enough."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr.counts import ExpertCounts
+from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.policies.load import least_loaded
+from eldr.signature import TRANSFORMS
+
+if TYPE_CHECKING:
+    from eldr.calibration import Calibration
+
+
+class LocalityBand(Policy):
+    """Among the eligible workers whose centroid is within `tau` of the nearest one, the least loaded.
+
+    tau: width of the band in cosine similarity. 0 is pure locality, 2 lets every worker in (counts are never
+        negative, so that 1 does already).
+    two_nearest: with tau > 0, a band of one worker is widened by the second-nearest (by all that tie for it).
+
+    Zones belong to workers: a worker that joins takes the zone with the fewest owners, the first of those; several
+    workers may share a zone. The zone of a worker that left is nobody's until another joins.
+    """
+
+    name = "locality-band"
+
+    def __init__(self, calibration: Calibration, *, tau: float = 0.1, two_nearest: bool = True, seed: int = 0) -> None:
+        signature = calibration.signature
+        self._geometry = calibration.geometry
+        self._tau = tau
+        self._two_nearest = two_nearest
+        self._rng = random.Random(seed)
+        self._zone: dict[str, int] = {}
+        self._owners = [0] * calibration.workers
+        mask = signature.layer_mask
+        self._layers = slice(None) if mask.all() else np.flatnonzero(mask)
+        self._entries = TRANSFORMS[signature.transform_name].entries
+        # centroid . (entries * idf) = (centroid * idf) . entries: one matrix-vector product scores all zones.
+        self._idf = signature.idf[mask].reshape(-1)
+        self._weights = np.ascontiguousarray(calibration.centroids * self._idf)
+
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
+        counts = request.counts
+        if counts is None:
+            return Decision(least_loaded(in_flight, self._rng), "no_signature")
+        geometry = self._geometry
+        if (counts.layers, counts.experts, counts.top_k) != (geometry.layers, geometry.experts, geometry.top_k):
+            return Decision(least_loaded(in_flight, self._rng), "wrong_geometry")
+        similarity = self.similarities(counts)
+        if similarity is None:
+            return Decision(least_loaded(in_flight, self._rng), "zero_signature")
+        of_zone = similarity.tolist()
+        nearness = {worker: of_zone[self._zone[worker]] for worker in in_flight}
+        band = self._band(nearness)
+        return Decision(least_loaded({worker: in_flight[worker] for worker in band}, self._rng), "locality")
+
+    def similarities(self, counts: ExpertCounts) -> NDArray[np.float32] | None:
+        """float32 [K], cosine similarity of the signature to each centroid; None if the signature is zero."""
+        entries = self._entries(counts.counts[self._layers]).reshape(-1)
+        weighted = entries * self._idf
+        # einsum and not BLAS: on busy cores BLAS threads take milliseconds to meet for a product this small.
+        norm = np.sqrt(np.einsum("d,d->", weighted, weighted))
+        if norm == 0:
+            return None
+        return np.asarray(np.einsum("kd,d->k", self._weights, entries) / norm, dtype=np.float32)
+
+    def _band(self, nearness: Mapping[str, float]) -> list[str]:
+        floor = max(nearness.values()) - self._tau
+        band = [worker for worker, value in nearness.items() if value >= floor]
+        if self._two_nearest and self._tau > 0 and len(band) == 1 and len(nearness) > 1:
+            second = max(value for worker, value in nearness.items() if worker != band[0])
+            band += [worker for worker, value in nearness.items() if value == second]
+        return band
+
+    def joined(self, worker: str) -> None:
+        zone = self._owners.index(min(self._owners))
+        self._zone[worker] = zone
+        self._owners[zone] += 1
+
+    def left(self, worker: str) -> None:
+        self._owners[self._zone.pop(worker)] -= 1
