@@ -1,0 +1,110 @@
+"""What is measured of a request and of a policy, by the field's definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One streamed request as its client saw it. Times are seconds of one monotonic clock.
+
+    number: index in the workload. worker: URL of the decode worker, None where the server does not say.
+    token_times_s: arrival of each token; tokens that came in one event share its time. error: None if it succeeded.
+    """
+
+    number: int
+    kind: str
+    sent_s: float
+    worker: str | None = None
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    token_times_s: list[float] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token: from sending the request; None without a token."""
+        return self.token_times_s[0] - self.sent_s if self.token_times_s else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token: (last token time - first token time) / (tokens - 1); None below two tokens."""
+        times = self.token_times_s
+        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+
+    @property
+    def itl_s(self) -> list[float]:
+        """Inter-token latencies: the gaps between tokens."""
+        return [later - earlier for earlier, later in pairwise(self.token_times_s)]
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveExperts:
+    """Sum and count of the distinct experts that a batch activates, over decode steps and MoE layers."""
+
+    total: float
+    samples: float
+
+    def __sub__(self, earlier: ActiveExperts) -> ActiveExperts:
+        return ActiveExperts(self.total - earlier.total, self.samples - earlier.samples)
+
+    def __add__(self, other: ActiveExperts) -> ActiveExperts:
+        return ActiveExperts(self.total + other.total, self.samples + other.samples)
+
+    @property
+    def mean(self) -> float | None:
+        """0 to E; None if nothing was decoded."""
+        return self.total / self.samples if self.samples > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRun:
+    """One policy's run of the workload. active: decode worker URL -> what it counted meanwhile."""
+
+    policy: str
+    outcomes: list[Outcome]
+    active: dict[str, ActiveExperts]
+    duration_s: float
+
+    @property
+    def succeeded(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.error is None]
+
+    @property
+    def errors(self) -> int:
+        return len(self.outcomes) - len(self.succeeded)
+
+    @property
+    def ttft_s(self) -> list[float]:
+        return [ttft for outcome in self.succeeded if (ttft := outcome.ttft_s) is not None]
+
+    @property
+    def tpot_s(self) -> list[float]:
+        return [tpot for outcome in self.succeeded if (tpot := outcome.tpot_s) is not None]
+
+    @property
+    def itl_s(self) -> list[float]:
+        return [gap for outcome in self.succeeded for gap in outcome.itl_s]
+
+    @property
+    def active_experts_mean(self) -> float | None:
+        """Mean over the decode steps and MoE layers of all decode workers."""
+        return sum(self.active.values(), ActiveExperts(0, 0)).mean
+
+    def placement(self, kinds: Sequence[str], workers: Sequence[str]) -> list[list[int]]:
+        """[kinds][workers] requests of a kind that a decode worker served."""
+        counts = [[0] * len(workers) for _ in kinds]
+        for outcome in self.outcomes:
+            if outcome.worker in workers and outcome.kind in kinds:
+                counts[kinds.index(outcome.kind)][workers.index(outcome.worker)] += 1
+        return counts
+
+
+def percentile_ms(times_s: Sequence[float], percent: float) -> float | None:
+    """The percentile, by linear interpolation, in milliseconds; None of nothing."""
+    return 1000 * float(np.percentile(times_s, percent)) if len(times_s) else None

@@ -1,0 +1,46 @@
+"""summary.json: the figures of a demo run for other programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from eldr.demo.measure import PolicyRun, percentile_ms
+from eldr.demo.outputs import OutputCheck
+from eldr.fileio import write_atomically
+
+
+def summarise(
+    runs: Sequence[PolicyRun], check: OutputCheck, *, calibration_requests: int, rho: float
+) -> dict[str, Any]:
+    """The figures under their names; what could not be measured is None."""
+    return {
+        "policies": {run.policy: _policy(run) for run in runs},
+        "outputs_equal": check.equal,
+        "outputs_ties": check.ties,
+        "outputs_total": check.total,
+        "calibration": {"requests": calibration_requests, "rho": rho},
+    }
+
+
+def _policy(run: PolicyRun) -> dict[str, Any]:
+    return {
+        "requests": len(run.outcomes),
+        "errors": run.errors,
+        "ttft_p50_ms": percentile_ms(run.ttft_s, 50),
+        "tpot_p50_ms": percentile_ms(run.tpot_s, 50),
+        "tpot_p99_ms": percentile_ms(run.tpot_s, 99),
+        "active_experts_mean": run.active_experts_mean,
+    }
+
+
+def write_summary(summary: dict[str, Any], path: Path) -> None:
+    """Write as JSON, whole or not at all."""
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+
+    def write(file: IO[bytes]) -> None:
+        file.write(text.encode())
+
+    write_atomically(path, write)
