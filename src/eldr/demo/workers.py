@@ -150,7 +150,7 @@ class WorkerProcess:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     process_group=0,
-                    preexec_fn=_die_with(os.getpid()),
+                    preexec_fn=die_with(os.getpid()),
                 )
         except OSError as error:
             raise WorkerError(f"{self._name} cannot be started: {error}") from None
@@ -164,9 +164,7 @@ class WorkerProcess:
                 raise WorkerError(f"{self._name} was not started")
             if (status := self._process.poll()) is not None:
                 self.stop()
-                raise WorkerError(
-                    f"{self._name} exited with status {status} while starting.{self._log_tail()}"
-                )
+                raise WorkerError(f"{self._name} exited with status {status} while starting.{self._log_tail()}")
             if time.monotonic() > deadline:
                 raise WorkerError(f"{self._name} was not ready within {timeout_s:.0f} s.{self._log_tail()}")
             time.sleep(0.2)
@@ -220,7 +218,9 @@ class WorkerProcess:
         return f" The end of its log {self.spec.log_path}:\n{tail}"
 
 
-def _die_with(parent_pid: int) -> Callable[[], None]:
+def die_with(parent_pid: int) -> Callable[[], None]:
+    """What a child process must call before exec to be killed as soon as the thread that started it ends."""
+
     def before_exec() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent_pid:  # the parent died before the line above

@@ -1,0 +1,87 @@
+"""Captures which experts each token of a step chose, and where the token's KV went.
+
+vLLM's own capturer knows its routers, its monolithic kernels and the batch layouts of data, expert and sequence
+parallelism; this one adds the KV slots and finds the layers without holding the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.layers.fused_moe.layer import MoERunner
+from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
+    RoutedExpertsCapturer,
+    RoutedExpertsCaptureSource,
+    bind_routed_experts_capturer,
+)
+from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
+
+from eldr.engines.vllm.support import UnsupportedError
+
+
+class ExpertCapture(RoutedExpertsCapturer):
+    """The routing of the step that ran last, in static buffers, so that CUDA graphs may write them.
+
+    device_buffer: int32 [T_max, L, k], logical expert ids before any load balancing moves experts, L the MoE layers
+    in model order. slots: int64 [T_max], the KV slot of each token in `attention_layer`'s cache group.
+    """
+
+    def __init__(self, config: VllmConfig, attention_layer: str, device: torch.device) -> None:
+        sources = _moe_layers(config)
+        self.layers = len(sources)
+        self.experts, self.top_k = _geometry(config, sources)
+        self._index = {source.layer_id: i for i, source in enumerate(sources)}
+        self._attention_layer = attention_layer
+        most = config.scheduler_config.max_num_batched_tokens
+        # The three attributes that the inherited `capture` reads.
+        self.device_buffer = torch.zeros((most, self.layers, self.top_k), dtype=torch.int32, device=device)
+        self.dp_rank = config.parallel_config.data_parallel_rank
+        self.tp_size = config.parallel_config.tensor_parallel_size
+        self.slots = torch.full((most,), -1, dtype=torch.int64, device=device)
+        try:
+            bind_routed_experts_capturer(torch.nn.ModuleList(sources), self)
+        except ValueError as error:
+            raise UnsupportedError(f"this model's expert choices cannot be captured: {error}") from None
+
+    def capture(self, layer_id: int, topk_ids: torch.Tensor) -> None:
+        """Called inside the forward pass of each MoE layer with integer ids [T, k]."""
+        index = self._index[layer_id]
+        super().capture(index, topk_ids)
+        if index == 0 and is_forward_context_available():
+            by_layer = get_forward_context().slot_mapping
+            if by_layer:  # empty while memory is profiled
+                slots = by_layer[self._attention_layer]
+                self.slots[: len(slots)].copy_(slots)
+
+
+def _moe_layers(config: VllmConfig) -> list[Any]:
+    # Layers behind the model's own are those of a drafter.
+    model_layers = config.model_config.get_total_num_hidden_layers()
+    found = [
+        layer
+        for layer in config.compilation_config.static_forward_context.values()
+        if isinstance(layer, MoERunner | RoutedExpertsCaptureSource) and layer.layer_id < model_layers
+    ]
+    if not found:
+        raise UnsupportedError(
+            f"no mixture-of-experts layer of {config.model_config.model} uses vLLM's fused MoE, "
+            "so expert choices cannot be captured"
+        )
+    return sorted(found, key=lambda layer: int(layer.layer_id))
+
+
+def _geometry(config: VllmConfig, sources: list[Any]) -> tuple[int, int]:
+    if any(isinstance(getattr(source, "router", None), ZeroExpertRouter) for source in sources):
+        raise UnsupportedError("models with zero-computation experts are not supported")
+    shapes = {
+        (source.moe_config.num_logical_experts, source.moe_config.experts_per_token)
+        for source in sources
+        if isinstance(source, MoERunner)
+    } or {(config.model_config.get_num_experts(), config.model_config.get_num_experts_per_tok())}
+    if len(shapes) > 1:
+        raise UnsupportedError(f"MoE layers of different (experts, top-k) are not supported: {sorted(shapes)}")
+    experts, top_k = shapes.pop()
+    return int(experts), int(top_k)

@@ -1,0 +1,172 @@
+"""The scheduler's side: follows every request through its blocks, plans what the worker counts, answers requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr.counts import CountsError, ExpertCounts, encode_counts, encode_unavailable
+from eldr.engines.vllm.messages import EndedPrefill, Geometry, RecordedSpan, StepPlan, StepResult
+from eldr.engines.vllm.table import unpack_sum
+from eldr.expert_rows import encode_rows
+
+
+@dataclass(slots=True)
+class _Request:
+    prompt_tokens: int
+    counted: bool
+    recorded: bool
+    blocks: list[int] = field(default_factory=list)
+    local_hit_tokens: int = 0
+    counts: dict[str, Any] | None = None
+    rows: dict[int, NDArray[np.integer[Any]]] = field(default_factory=dict)  # position -> [L, k]
+
+
+class RequestTracker:
+    """Follows requests from arrival to finish.
+
+    group: index of the full-attention KV cache group. block_size: tokens per block of that group.
+    recordable: whether generated tokens can be attributed to positions (not with speculative decoding).
+    """
+
+    def __init__(self, group: int, block_size: int, *, recordable: bool = True) -> None:
+        self._group = group
+        self._block_size = block_size
+        self._recordable = recordable
+        self._geometry: Geometry | None = None  # known from the first result on
+        self._requests: dict[str, _Request] = {}
+        self._plan = StepPlan()
+        # Requests that finished in the step whose result is still to come, with the answer already handed out.
+        self._answered: dict[str, tuple[_Request, int, dict[str, Any]]] = {}
+
+    def arrived(self, request_id: str, prompt_tokens: int, params: dict[str, Any] | None) -> None:
+        """A request was added. params: its kv_transfer_params."""
+        params = params or {}
+        recorded = params.get("eldr_record") is True
+        counted = recorded or bool(params.get("do_remote_decode"))
+        self._requests[request_id] = _Request(prompt_tokens, counted, recorded)
+
+    def looked_up(self, request_id: str, local_hit_tokens: int) -> None:
+        """The prefix cache holds the request's first `local_hit_tokens` tokens."""
+        if request := self._requests.get(request_id):
+            request.local_hit_tokens = local_hit_tokens
+
+    def allocated(self, request_id: str, blocks: Sequence[int], *, load: bool) -> None:
+        """The request was given `blocks`, in order; `load`: a KV load into them starts.
+
+        Heard also of requests that are cached or aborted before any step computes them.
+        """
+        if request := self._requests.get(request_id):
+            fresh = blocks[request.local_hit_tokens // self._block_size :]
+            (self._plan.loaded if load else self._plan.taken).extend(fresh)
+
+    def plan(self, step: Any) -> StepPlan:
+        """What the worker is to do in `step` (vLLM's SchedulerOutput), with what was allocated since the last."""
+        self._answered.clear()
+        plan, self._plan = self._plan, StepPlan()
+        plan.tokens = step.total_num_scheduled_tokens
+        decode_slots: list[int] = []
+        for new in step.scheduled_new_reqs:
+            if request := self._requests.get(new.req_id):
+                self._place(plan, request, new.block_ids[self._group], new.num_computed_tokens)
+                decode_slots += self._advance(plan, step, new.req_id, request, new.num_computed_tokens)
+        cached = step.scheduled_cached_reqs
+        for i, request_id in enumerate(cached.req_ids):
+            request = self._requests.get(request_id)
+            if request is None:
+                continue
+            new_blocks, computed = cached.new_block_ids[i], cached.num_computed_tokens[i]
+            if request_id in cached.resumed_req_ids:
+                self._place(plan, request, new_blocks[self._group], computed)
+            elif new_blocks:
+                request.blocks += new_blocks[self._group]
+                plan.taken += new_blocks[self._group]
+            decode_slots += self._advance(plan, step, request_id, request, computed)
+        plan.decode_slots = None if decode_slots and len(decode_slots) == plan.tokens else decode_slots
+        return plan
+
+    def received(self, result: StepResult) -> None:
+        """The worker's result of a step arrived."""
+        self._geometry = result.geometry
+        for request_id, packed in result.sums.items():
+            request = self._find(request_id)
+            # A preempted request ends its prefill again, then with generated tokens in the last block.
+            if request and (request.counts is None or "unavailable" in request.counts):
+                request.counts = _encode(packed.numpy(), request.prompt_tokens, result.geometry)
+        for request_id, span in result.rows.items():
+            if request := self._find(request_id):
+                for offset, row in enumerate(span.experts.numpy()):
+                    request.rows[span.first_position + offset] = row
+        for request, generated_tokens, answer in self._answered.values():
+            self._fill(request, generated_tokens, answer)
+        self._answered.clear()
+
+    def finished(self, request_id: str, generated_tokens: int, params: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The request finished; returns the kv_transfer_params of its answer, `params` being NIXL's.
+
+        vLLM asks before it delivers the result of the last step and sends the answer after: it is filled in between.
+        """
+        request = self._requests.pop(request_id, None)
+        if request is None or not request.counted or (params is None and not request.recorded):
+            return params
+        answer = {} if params is None else params
+        self._fill(request, generated_tokens, answer)
+        self._answered[request_id] = (request, generated_tokens, answer)
+        return answer
+
+    def _find(self, request_id: str) -> _Request | None:
+        if request_id in self._answered:
+            return self._answered[request_id][0]
+        return self._requests.get(request_id)
+
+    def _place(self, plan: StepPlan, request: _Request, blocks: Sequence[int], computed: int) -> None:
+        """The request starts with `computed` tokens in `blocks`: local hits, then loaded ones, then none."""
+        request.blocks = list(blocks)
+        hits = min(request.local_hit_tokens, computed) // self._block_size
+        held = -(-computed // self._block_size)
+        plan.loaded += request.blocks[hits:held]
+        plan.taken += request.blocks[held:]
+
+    def _advance(self, plan: StepPlan, step: Any, request_id: str, request: _Request, computed: int) -> list[int]:
+        """Plan the tokens of one request in this step; returns the slots of the generated ones."""
+        end = computed + step.num_scheduled_tokens[request_id]
+        if request.counted and computed < request.prompt_tokens <= end:
+            plan.ended.append(EndedPrefill(request_id, list(request.blocks), request.prompt_tokens))
+        first = max(computed, request.prompt_tokens)
+        slots = [
+            request.blocks[position // self._block_size] * self._block_size + position % self._block_size
+            for position in range(first, end)
+        ]
+        if slots and request.recorded and self._recordable:
+            plan.recorded.append(RecordedSpan(request_id, first, slots))
+        return slots
+
+    def _fill(self, request: _Request, generated_tokens: int, answer: dict[str, Any]) -> None:
+        answer["eldr_counts"] = request.counts or encode_unavailable("not_counted")
+        if not request.recorded:
+            return
+        # The last generated token is never an input, so no forward pass chose experts for it.
+        positions = range(request.prompt_tokens, request.prompt_tokens + generated_tokens - 1)
+        if not self._recordable or self._geometry is None:
+            answer["eldr_decode_experts"] = encode_unavailable("speculative_decoding")
+            return
+        rows = np.full((len(positions), self._geometry.layers, self._geometry.top_k), -1, dtype=np.int32)
+        for i, position in enumerate(positions):
+            if position in request.rows:
+                rows[i] = request.rows[position]
+        complete = bool((rows >= 0).all())
+        answer["eldr_decode_experts"] = encode_rows(rows) if complete else encode_unavailable("incomplete")
+
+
+def _encode(packed: NDArray[np.int32], prompt_tokens: int, geometry: Geometry) -> dict[str, Any]:
+    counts = unpack_sum(packed, geometry.layers, geometry.experts)
+    if isinstance(counts, str):
+        return encode_unavailable(counts)
+    try:
+        return encode_counts(ExpertCounts(counts, prompt_tokens, geometry.top_k))
+    except CountsError as error:
+        return encode_unavailable(error.reason)

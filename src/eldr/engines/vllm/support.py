@@ -1,0 +1,80 @@
+"""What the connector can work with, checked when an engine starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vllm
+from vllm.config import CompilationMode, VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import KVCacheConfig, is_full_attention_spec
+
+from eldr.errors import EldrError
+
+FIRST_VERSION, LAST_VERSION = (0, 30), (0, 32)
+
+
+class UnsupportedError(EldrError):
+    """An engine that the connector cannot count in; says why and what to do."""
+
+
+def check_engine(config: VllmConfig, version: str = vllm.__version__) -> None:
+    """Raise UnsupportedError unless the connector can count exactly in an engine of this configuration."""
+    check_version(version)
+    model, parallel = config.model_config, config.parallel_config
+    if not model.get_num_experts():
+        raise UnsupportedError(
+            f"the model {model.model} has no mixture-of-experts layers, so there are no experts to count. "
+            'Serve it with vLLM\'s own "kv_connector": "NixlConnector"'
+        )
+    for setting, value in (
+        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
+        ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
+        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
+    ):
+        if value > 1:
+            raise UnsupportedError(
+                f"{setting} {value} is not supported: no rank would see every layer and KV block. "
+                f"Use {setting} 1; tensor, expert and data parallelism are possible"
+            )
+    if parallel.use_ubatching:
+        raise UnsupportedError("dual-batch overlap is not supported: drop --enable-dbo and --ubatch-size")
+    if current_platform.is_cpu() and config.compilation_config.mode != CompilationMode.NONE:
+        raise UnsupportedError("on CPU the compiled model hides the routing: add --enforce-eager")
+
+
+def check_version(version: str) -> None:
+    """Raise UnsupportedError unless `version` is one of the vLLM releases the connector was written for."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if not FIRST_VERSION <= (major, minor) <= LAST_VERSION:
+        first, last = (".".join(map(str, v)) for v in (FIRST_VERSION, LAST_VERSION))
+        raise UnsupportedError(
+            f"vLLM {version} is not supported: this eldr works with vLLM {first} to {last}. "
+            "Install one of those, or an eldr made for your vLLM"
+        )
+
+
+def full_attention_group(kv_cache: KVCacheConfig) -> int:
+    """Index of the KV cache group whose blocks keep every token: sliding windows give theirs back."""
+    for index, group in enumerate(kv_cache.kv_cache_groups):
+        if is_full_attention_spec(group.kv_cache_spec):
+            return index
+    raise UnsupportedError("the model has no full-attention layer, so no KV block keeps a whole prompt")
+
+
+def options(extra: dict[str, Any]) -> dict[str, float]:
+    """eldr's own keys of kv_connector_extra_config, with defaults.
+
+    eldr_lease_margin_s: how long before the end of a lease the decode side stops to trust it; covers what the
+    clocks of two workers may differ by. eldr_nixl_delay_us: sleep of NIXL's progress thread on CPU workers.
+    """
+    known: dict[str, float] = {"eldr_lease_margin_s": 2.0, "eldr_nixl_delay_us": 1000}
+    for key, value in extra.items():
+        if not key.startswith("eldr_"):
+            continue
+        if key not in known:
+            raise UnsupportedError(f"kv_connector_extra_config has an unknown key {key!r}; known: {', '.join(known)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise UnsupportedError(f"kv_connector_extra_config: {key} is {value!r}, expected a number from 0")
+        known[key] = value
+    return known

@@ -1,0 +1,85 @@
+"""The worker's side: counts the tokens of each step and reads off it what the scheduler's side asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from eldr.engines.vllm.hooks import ExpertCapture
+from eldr.engines.vllm.hostcopy import HostCopy
+from eldr.engines.vllm.messages import Geometry, RecordedRows, StepPlan, StepResult
+from eldr.engines.vllm.routing import distinct_experts, experts_at, tokens_at
+from eldr.engines.vllm.support import full_attention_group
+from eldr.engines.vllm.table import BlockTable
+
+# Under vLLM's own logger, which writes to the worker's log.
+logger = logging.getLogger("vllm.eldr")
+
+
+class ExpertCounter:
+    """Counts on the first tensor-parallel rank; the others only take part in the capture's collectives."""
+
+    def __init__(self, config: VllmConfig, kv_cache: KVCacheConfig, kv_cache_bytes: int, device: torch.device) -> None:
+        group = kv_cache.kv_cache_groups[full_attention_group(kv_cache)]
+        self._capture = ExpertCapture(config, group.layer_names[0], device)
+        self._geometry = Geometry(self._capture.layers, self._capture.experts, self._capture.top_k)
+        self._distinct: deque[HostCopy] = deque()
+        self._result: StepResult | None = None
+        self._table: BlockTable | None = None
+        if get_tensor_model_parallel_rank() == 0:
+            self._table = BlockTable(
+                kv_cache.num_blocks,
+                group.kv_cache_spec.block_size,
+                self._geometry.layers,
+                self._geometry.experts,
+                device=device,
+            )
+            logger.info(
+                "eldr counts %d MoE layers x %d experts, top-%d; its table takes %.2f MiB, %.2f %% of the KV cache",
+                self._geometry.layers,
+                self._geometry.experts,
+                self._geometry.top_k,
+                self._table.nbytes / 2**20,
+                100 * self._table.nbytes / kv_cache_bytes,
+            )
+
+    def count(self, plan: StepPlan) -> None:
+        """Count the step that just ran (or is queued to run before this on the device)."""
+        self._result = None
+        if self._table is None:
+            return
+        self._table.take(plan.taken, loaded=False)
+        self._table.take(plan.loaded, loaded=True)
+        if not plan.tokens:
+            return
+        slots, experts = self._capture.slots[: plan.tokens], self._capture.device_buffer[: plan.tokens]
+        self._table.add(slots, experts)
+        if plan.decode_slots is None or plan.decode_slots:
+            chosen = None if plan.decode_slots is None else tokens_at(slots, plan.decode_slots)
+            self._distinct.append(HostCopy(distinct_experts(experts, self._geometry.experts, chosen)))
+        if plan.ended or plan.recorded:
+            self._result = StepResult(
+                self._geometry,
+                {done.request_id: HostCopy(self._table.sum(done.blocks, done.tokens)) for done in plan.ended},
+                {
+                    span.request_id: RecordedRows(span.first_position, HostCopy(experts_at(slots, experts, span.slots)))
+                    for span in plan.recorded
+                },
+            )
+
+    def take_result(self) -> StepResult | None:
+        """What the scheduler's side asked to know of the step counted last."""
+        result, self._result = self._result, None
+        return result
+
+    def take_distinct(self) -> list[int]:
+        """Distinct experts of each (decode step, layer) that became known since the last call."""
+        values: list[int] = []
+        while self._distinct and self._distinct[0].ready():
+            values += self._distinct.popleft().numpy().tolist()
+        return values

@@ -1,0 +1,86 @@
+"""Tiny random models with a byte-level tokenizer, made on the spot from a fixed seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+VOCABULARY = 260
+BOS, EOS, PAD = 256, 257, 258
+SLIDING_WINDOW = 32
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+
+
+def _common(layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "tie_word_embeddings": False,
+        # Larger than usual, so that random routers have clear favourites instead of near ties.
+        "initializer_range": 0.1,
+    }
+
+
+def make_moe(path: Path, layers: int = 4, experts: int = 32, top_k: int = 4, seed: int = 0) -> Path:
+    """Like Qwen3-MoE: every layer full attention and MoE."""
+    config = Qwen3MoeConfig(
+        **_common(layers),
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=64,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+    )
+    return _save(Qwen3MoeForCausalLM, config, path, seed)
+
+
+def make_hybrid(path: Path, layers: int = 4, experts: int = 16, top_k: int = 4, seed: int = 0) -> Path:
+    """Like GPT-OSS: sliding-window and full attention by turns, two groups of KV cache blocks."""
+    config = GptOssConfig(
+        **_common(layers), num_local_experts=experts, num_experts_per_tok=top_k, sliding_window=SLIDING_WINDOW
+    )
+    return _save(GptOssForCausalLM, config, path, seed)
+
+
+def make_dense(path: Path, layers: int = 2, seed: int = 0) -> Path:
+    """Like Qwen3: no experts at all."""
+    return _save(Qwen3ForCausalLM, Qwen3Config(**_common(layers)), path, seed)
+
+
+def _save(model_class: Any, config: Any, path: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    model_class(config).to(torch.float32).save_pretrained(path)
+    _tokenizer().save_pretrained(path)
+    return path
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
