@@ -161,6 +161,7 @@ def _add_fit(commands: Any) -> None:
     flag("trace", type=Path, metavar="TRACE.npz", help="file made by `eldr record`")
     flag("--workers", required=True, type=_positive, metavar="K", help="decode workers, one zone each")
     flag("--seed", type=int, default=0)
+    flag("--transform", default="count_idf", metavar="NAME", help="count_idf (default), count, sqrt_count or binary")
     flag("-o", "--output", required=True, type=Path, metavar="FILE")
 
 
@@ -174,7 +175,11 @@ def _fit(arguments: argparse.Namespace) -> int:
     console = Console()
     with console.status("fitting") as status:
         calibration = fit_calibration(
-            read_trace(arguments.trace), arguments.workers, seed=arguments.seed, progress=status.update
+            read_trace(arguments.trace),
+            arguments.workers,
+            seed=arguments.seed,
+            transform=arguments.transform,
+            progress=status.update,
         )
     calibration.save(arguments.output)
     console.print(render_calibration(calibration))
