@@ -1,0 +1,113 @@
+"""The workers behind the router: their roles, load, health and draining. No IO and no policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from eldr.errors import EldrError
+
+Role = Literal["prefill", "decode"]
+
+
+class FleetError(EldrError):
+    """A worker that cannot be added to the fleet, or that the fleet does not know."""
+
+
+@dataclass(slots=True)
+class Worker:
+    """One engine behind one URL, which is its identity within its role.
+
+    max_inflight: the most requests it may run at once.
+    in_flight: requests that it runs now.
+    healthy: answers its probes and takes connections; a new worker is unhealthy until the first probe.
+    draining: finishes what it runs and gets nothing new.
+    models: names that it serves, None while unknown.
+    clock_skew_s: its clock minus ours, as its last answer showed it, to a second; None while unknown.
+    """
+
+    url: str
+    role: Role
+    max_inflight: int
+    in_flight: int = 0
+    healthy: bool = False
+    draining: bool = False
+    models: frozenset[str] | None = None
+    clock_skew_s: float | None = None
+
+    @property
+    def available(self) -> bool:
+        return self.healthy and not self.draining
+
+
+class Fleet:
+    """All workers. The view of eligible decode workers is kept up to date with every change, never rebuilt."""
+
+    def __init__(self) -> None:
+        self._workers: dict[Role, dict[str, Worker]] = {"prefill": {}, "decode": {}}
+        self._eligible: dict[str, int] = {}
+
+    def add(self, url: str, role: Role, max_inflight: int) -> Worker:
+        """A new worker, unhealthy until told otherwise. Raises FleetError if the fleet has it already."""
+        if url in self._workers[role]:
+            raise FleetError(f"{role} worker {url} is in the fleet already")
+        worker = Worker(url, role, max_inflight)
+        self._workers[role][url] = worker
+        return worker
+
+    def remove(self, worker: Worker) -> None:
+        if self._workers[worker.role].pop(worker.url, None) is None:
+            raise FleetError(f"{worker.role} worker {worker.url} is not in the fleet")
+        self._eligible.pop(worker.url, None)
+
+    def workers(self, role: Role) -> Mapping[str, Worker]:
+        """URL -> worker, in the order in which they were added."""
+        return self._workers[role]
+
+    def available(self, role: Role) -> Iterator[Worker]:
+        """The workers of `role` that are healthy and not draining."""
+        return (worker for worker in self._workers[role].values() if worker.available)
+
+    @property
+    def eligible(self) -> Mapping[str, int]:
+        """Decode workers that may take a request now: URL -> requests in flight. A live view, not to be changed."""
+        return self._eligible
+
+    @property
+    def decode_slots(self) -> int:
+        """How many requests the available decode workers may run at once."""
+        return sum(worker.max_inflight for worker in self.available("decode"))
+
+    @property
+    def ready(self) -> bool:
+        """Whether at least one prefill and one decode worker are available."""
+        return any(self.available("prefill")) and any(self.available("decode"))
+
+    def serves(self, model: str) -> bool:
+        """Whether an available decode worker serves `model`, or may do so because its models are unknown."""
+        return any(worker.models is None or model in worker.models for worker in self.available("decode"))
+
+    def started(self, worker: Worker) -> None:
+        worker.in_flight += 1
+        self._refresh(worker)
+
+    def finished(self, worker: Worker) -> None:
+        worker.in_flight -= 1
+        self._refresh(worker)
+
+    def set_healthy(self, worker: Worker, healthy: bool) -> None:
+        worker.healthy = healthy
+        self._refresh(worker)
+
+    def set_draining(self, worker: Worker, draining: bool) -> None:
+        worker.draining = draining
+        self._refresh(worker)
+
+    def _refresh(self, worker: Worker) -> None:
+        if worker.role != "decode":
+            return
+        if worker.available and worker.in_flight < worker.max_inflight and worker.url in self._workers["decode"]:
+            self._eligible[worker.url] = worker.in_flight
+        else:
+            self._eligible.pop(worker.url, None)

@@ -1,0 +1,234 @@
+"""Puts the router together: endpoints, start, graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import ssl
+import sys
+
+import uvloop
+
+from eldr.fleet import Fleet
+from eldr.policies.base import Policy
+from eldr.router import logs, openai
+from eldr.router.admission import Admission
+from eldr.router.config import ConfigError, RouterConfig, read_key
+from eldr.router.errors import ApiError
+from eldr.router.flow import Flow, Services
+from eldr.router.health import HealthProbe
+from eldr.router.http import ClientConnection, Request
+from eldr.router.metrics import Metrics, RouterCollector
+from eldr.router.models import ModelsFlow
+from eldr.router.placement import Placements
+from eldr.router.prefix import PrefillRing
+from eldr.router.upstream import SilenceWatch, WorkerPool
+
+log = logging.getLogger("eldr.router")
+
+BACKLOG = 4096
+# A prefill worker queues by itself; the router does not limit what it sends there.
+PREFILL_MAX_INFLIGHT = 2**31
+
+
+class Router:
+    """A running router. `start` it inside an event loop, `stop` it in the same."""
+
+    def __init__(self, config: RouterConfig, policy: Policy) -> None:
+        self._config = config
+        self.connections: set[ClientConnection] = set()
+        self.closing = False
+        self._flows: set[asyncio.Task[None]] = set()
+        self._background: list[asyncio.Task[None]] = []
+        self._server: asyncio.Server | None = None
+        fleet = Fleet()
+        metrics = Metrics()
+        admission = Admission(fleet)
+        self.services = Services(
+            config=config,
+            fleet=fleet,
+            pools={},
+            ring=PrefillRing(fleet, config.prefix_window_bytes),
+            admission=admission,
+            placements=Placements(policy, fleet, metrics, config.seed),
+            metrics=metrics,
+            throttle=logs.Throttle(),
+            admin_key=None if config.admin_key_file is None else read_key(config.admin_key_file),
+        )
+        self._collector = RouterCollector(metrics, fleet, admission)
+        self._routes = {
+            openai.COMPLETIONS: (b"POST", self._completion),
+            openai.CHAT: (b"POST", self._completion),
+            b"/v1/models": (b"GET", self._models),
+            b"/health": (b"GET", self._health),
+            b"/ready": (b"GET", self._ready),
+            b"/metrics": (b"GET", self._metrics),
+        }
+
+    # Start and end.
+
+    async def start(self) -> None:
+        """Take the workers into the fleet, probe each once, and listen. Raises ConfigError if the port is taken."""
+        probes = self._build_fleet()
+        await asyncio.gather(*(probe.probe() for probe in probes))
+        loop = asyncio.get_running_loop()
+        self._background = [loop.create_task(probe.run()) for probe in probes]
+        self._background.append(loop.create_task(SilenceWatch(self.services.pools.values()).run()))
+        try:
+            self._server = await loop.create_server(
+                lambda: ClientConnection(self, self._config.max_body_bytes),
+                self._config.host,
+                self._config.port,
+                backlog=BACKLOG,
+            )
+        except OSError as error:
+            await self.stop(0)
+            raise ConfigError(f"cannot listen on {self._config.host}:{self._config.port}: {error}") from None
+
+    @property
+    def port(self) -> int:
+        """The port it listens on, which the system chose if the configured one is 0."""
+        assert self._server is not None
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more requests, let those that run finish within `grace_s` seconds, cut off the rest."""
+        self.closing = True
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self.connections):
+            connection.close_if_idle()
+        if self._flows:
+            await asyncio.wait(self._flows, timeout=grace_s)
+        for task in (*self._flows, *self._background):
+            task.cancel()
+        await asyncio.gather(*self._flows, *self._background, return_exceptions=True)
+        for connection in list(self.connections):
+            connection.abort()
+        for pool in self.services.pools.values():
+            pool.close()
+
+    def _build_fleet(self) -> list[HealthProbe]:
+        config, services = self._config, self.services
+        key = None if config.worker_api_key_file is None else read_key(config.worker_api_key_file)
+        context = _ssl_context(config)
+        probes = []
+        for role, urls, limit in (
+            ("prefill", config.prefill, PREFILL_MAX_INFLIGHT),
+            ("decode", config.decode, config.max_inflight),
+        ):
+            for url in urls:
+                worker = services.fleet.add(url, "prefill" if role == "prefill" else "decode", limit)
+                if url not in services.pools:
+                    services.pools[url] = WorkerPool(
+                        url, connect_timeout_s=config.connect_timeout_s, authorization=key, ssl_context=context
+                    )
+                if worker.role == "decode":
+                    services.placements.joined(worker)
+                probes.append(
+                    HealthProbe(
+                        services.fleet,
+                        worker,
+                        services.pools[url],
+                        config.health_interval_s,
+                        services.admission.changed,
+                    )
+                )
+        services.ring.rebuild()
+        return probes
+
+    # Requests.
+
+    def handle(self, request: Request, connection: ClientConnection) -> None:
+        route = self._routes.get(request.path)
+        try:
+            if route is None:
+                raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, self._routes)))
+            method, answer = route
+            if request.method != method:
+                raise ApiError(405, f"Method Not Allowed: use {method.decode()}")
+        except ApiError as error:
+            self.refused(error)
+            connection.respond_error(error, b"" if route is None else b"allow: %b\r\n" % route[0])
+            return
+        answer(request, connection)
+
+    def refused(self, error: ApiError) -> None:
+        self.services.metrics.requests["other", error.status] += 1
+
+    def _completion(self, request: Request, connection: ClientConnection) -> None:
+        self._run(Flow(self.services, connection, request).start())
+
+    def _models(self, request: Request, connection: ClientConnection) -> None:
+        self._run(ModelsFlow(self.services, connection, request).start())
+
+    def _run(self, task: asyncio.Task[None] | None) -> None:
+        if task is not None:
+            self._flows.add(task)
+            task.add_done_callback(self._flows.discard)
+
+    def _health(self, request: Request, connection: ClientConnection) -> None:
+        connection.respond(200, b"{}")
+
+    def _ready(self, request: Request, connection: ClientConnection) -> None:
+        fleet = self.services.fleet
+        if fleet.ready and not self.closing:
+            connection.respond(200, b"{}")
+            return
+        missing = [role for role in ("prefill", "decode") if not any(fleet.available(role))]
+        connection.respond_error(
+            ApiError(503, f"no {' and no '.join(missing)} worker is available" if missing else "stopping")
+        )
+
+    def _metrics(self, request: Request, connection: ClientConnection) -> None:
+        accept = request.headers.get(b"accept", b"").decode("latin-1")
+        body, content_type = self._collector.exposition(accept)
+        connection.respond(200, body, content_type.encode())
+
+
+def serve(config: RouterConfig) -> None:
+    """Run a router until SIGTERM or SIGINT; a second signal does not wait for running requests.
+
+    Raises EldrError for a configuration, calibration or policy that cannot be used, before anything starts.
+    """
+    logs.set_up(config.log_level)
+    uvloop.run(_serve(Router(config, build_policy(config)), config))
+
+
+async def _serve(router: Router, config: RouterConfig) -> None:
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[None] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, None)
+    await router.start()
+    print(f"eldr: serving on http://{config.host}:{router.port}, policy {config.policy}", file=sys.stderr, flush=True)
+    await signals.get()
+    stopping = loop.create_task(router.stop(config.grace_s))
+    again = loop.create_task(signals.get())
+    await asyncio.wait((stopping, again), return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
+        await router.stop(0)
+    again.cancel()
+
+
+def build_policy(config: RouterConfig) -> Policy:
+    """The configured policy with its calibration. Raises EldrError."""
+    from eldr.calibration import load_calibration
+    from eldr.policies import make_policy
+
+    calibration = None if config.calibration is None else load_calibration(config.calibration)
+    return make_policy(
+        config.policy, calibration=calibration, tau=config.tau, two_nearest=config.two_nearest, seed=config.seed
+    )
+
+
+def _ssl_context(config: RouterConfig) -> ssl.SSLContext | None:
+    if not any(url.startswith("https:") for url in (*config.prefill, *config.decode)):
+        return None
+    try:
+        return ssl.create_default_context(cafile=config.worker_ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"worker_ca_file {config.worker_ca_file}: {error}") from None

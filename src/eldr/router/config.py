@@ -1,0 +1,164 @@
+"""Everything that can be set about a router, from flags or a TOML file, checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from eldr.errors import EldrError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class ConfigError(EldrError):
+    """A setting that cannot be used; the message names its key."""
+
+
+@dataclass(kw_only=True)
+class RouterConfig:
+    """The settings of a router. In a TOML file they are top-level keys of the same names.
+
+    prefill, decode: URLs of the workers, http or https.
+    policy: name of the decode policy; calibration: file written by `eldr fit`, needed by locality-band.
+    tau: width of the locality band; two_nearest: whether a band of one takes the second-nearest worker in.
+    max_inflight: most requests in flight at each decode worker; what exceeds it queues in the router.
+    worker_api_key_file: file with the key that workers ask for; it replaces the client's Authorization.
+    worker_ca_file: PEM certificates that https workers are checked against, the system's if not given.
+    admin_key_file: file with the key that recording asks for; without it nobody may record.
+    prefix_window_bytes: how much of the prompt decides the prefill worker; for chat it starts after the system
+        messages.
+    max_body_bytes: largest request body taken.
+    health_interval_s: time between two probes of a worker, varied by a fifth either way.
+    connect_timeout_s: longest wait for a connection to a worker.
+    prefill_timeout_s: longest wait for the answer of a prefill worker.
+    decode_idle_timeout_s: longest silence of a decode worker within an answer.
+    grace_s: how long running requests may finish after SIGTERM.
+    """
+
+    prefill: tuple[str, ...] = ()
+    decode: tuple[str, ...] = ()
+    policy: str = "jsq"
+    calibration: Path | None = None
+    tau: float = 0.1
+    two_nearest: bool = True
+    seed: int = 0
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_inflight: int = 256
+    worker_api_key_file: Path | None = None
+    worker_ca_file: Path | None = None
+    admin_key_file: Path | None = None
+    prefix_window_bytes: int = 1024
+    max_body_bytes: int = 32 * 1024 * 1024
+    health_interval_s: float = 2.0
+    connect_timeout_s: float = 2.0
+    prefill_timeout_s: float = 300.0
+    decode_idle_timeout_s: float = 300.0
+    grace_s: float = 30.0
+    log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        self.prefill = _urls("prefill", self.prefill)
+        self.decode = _urls("decode", self.decode)
+        for key in ("policy", "host"):
+            _text(key, getattr(self, key))
+        for key in ("calibration", "worker_api_key_file", "worker_ca_file", "admin_key_file"):
+            setattr(self, key, _path(key, getattr(self, key)))
+        _number("tau", self.tau, 0.0)
+        if type(self.two_nearest) is not bool:
+            raise ConfigError(f"two_nearest is {self.two_nearest!r}, expected true or false")
+        _whole("seed", self.seed, 0, 2**63 - 1)
+        _whole("port", self.port, 0, 65535)
+        _whole("max_inflight", self.max_inflight, 1, 2**31)
+        _whole("prefix_window_bytes", self.prefix_window_bytes, 1, 2**31)
+        _whole("max_body_bytes", self.max_body_bytes, 1, 2**31)
+        for key in ("health_interval_s", "connect_timeout_s", "prefill_timeout_s", "decode_idle_timeout_s"):
+            _number(key, getattr(self, key), 0.01)
+        _number("grace_s", self.grace_s, 0.0)
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(f"log_level is {self.log_level!r}, expected one of {', '.join(LOG_LEVELS)}")
+
+    @classmethod
+    def load(cls, path: Path | None, overrides: Mapping[str, Any]) -> RouterConfig:
+        """Settings from a TOML file, if one is given; `overrides` (flags) replace its keys. Raises ConfigError."""
+        try:
+            return cls(**{**({} if path is None else _read_toml(path)), **overrides})
+        except ConfigError as error:
+            raise error if path is None else ConfigError(f"{path}: {error}") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read as TOML: {error}") from None
+    known = {field.name for field in dataclasses.fields(RouterConfig)}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise ConfigError(f"unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    return values
+
+
+def read_key(path: Path) -> bytes:
+    """The key in a one-line file. Raises ConfigError if there is none or it cannot stand in a header."""
+    try:
+        key = path.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"{path}: the key cannot be read: {error.strerror}") from None
+    if not key or any(byte <= 0x20 or byte >= 0x7F for byte in key):
+        raise ConfigError(f"{path}: expected one line with a key of visible ASCII characters")
+    return key
+
+
+def _urls(key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(url, str) for url in value):
+        raise ConfigError(f"{key} is {value!r}, expected a list of URLs")
+    if not value:
+        raise ConfigError(f"{key} is empty: give at least one {key} worker, such as http://10.0.0.1:8000")
+    urls = tuple(_url(key, url) for url in value)
+    for url in urls:
+        if urls.count(url) > 1:
+            raise ConfigError(f"{key} names {url} twice")
+    return urls
+
+
+def _url(key: str, url: str) -> str:
+    problem = ConfigError(f"{key}: {url!r} is not a worker's URL, expected such as http://10.0.0.1:8000")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise problem from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or port == 0:
+        raise problem
+    if parts.path not in ("", "/") or parts.query or parts.fragment or any(c <= " " or c > "~" for c in url):
+        raise problem
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _path(key: str, value: Any) -> Path | None:
+    if value is None or isinstance(value, Path):
+        return value
+    _text(key, value)
+    return Path(value)
+
+
+def _text(key: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{key} is {value!r}, expected text")
+
+
+def _whole(key: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(f"{key} is {value!r}, expected a whole number from {least} to {most}")
+
+
+def _number(key: str, value: Any, least: float) -> None:
+    if type(value) not in (int, float) or not least <= value < float("inf"):
+        raise ConfigError(f"{key} is {value!r}, expected a number of at least {least}")

@@ -1,0 +1,43 @@
+"""Errors that a client sees, in the form of the OpenAI API as vLLM writes it."""
+
+from __future__ import annotations
+
+import orjson
+
+TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
+    417: "ExpectationFailedError",
+    431: "RequestTooLargeError",
+    500: "InternalServerError",
+    502: "BadGatewayError",
+    503: "ServiceUnavailableError",
+    504: "GatewayTimeoutError",
+    505: "BadRequestError",
+}
+
+
+class ApiError(Exception):
+    """An answer other than 200: status, message for people, and the field at fault if there is one.
+
+    retry_after_s: whole seconds after which a retry makes sense.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> bytes:
+        """The error as JSON: {"error": {"message", "type", "param", "code"}}."""
+        error = {"message": self.message, "type": TYPES[self.status], "param": self.param, "code": self.status}
+        return orjson.dumps({"error": error})

@@ -1,0 +1,97 @@
+"""What a prefill worker hands over: transfer parameters that are good for one use within a lease, and expert counts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from eldr.counts import CountsError, ExpertCounts, decode_counts
+
+# How long a hand-off whose lease is unknown (a prefill worker without our connector) may wait in the router. NIXL's
+# own lease is 30 s by default.
+UNKNOWN_LEASE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Time until the prefill worker may free the blocks: `left_s` when it was received, at `received_s` (monotonic)."""
+
+    left_s: float
+    received_s: float
+
+    @classmethod
+    def from_wire(cls, wire: object, sent_s: float, received_s: float, received_unix_s: float) -> Lease | None:
+        """A lease as the prefill worker stated it, less the answer's age; None if it stated none.
+
+        The age comes from the worker's clock and ours, so it is held between zero and the time since the prefill
+        request was sent (`sent_s`, monotonic): a clock that is wrong then does little harm.
+        """
+        if not isinstance(wire, dict):
+            return None
+        left_s, unix_s = wire.get("left_s"), wire.get("unix_s")
+        if not isinstance(left_s, int | float) or not isinstance(unix_s, int | float):
+            return None
+        age_s = min(max(received_unix_s - unix_s, 0.0), received_s - sent_s)
+        return cls(left_s - age_s, received_s)
+
+    def left_at(self, now_s: float) -> float:
+        return self.left_s - (now_s - self.received_s)
+
+
+class HandOff:
+    """One prefill's result.
+
+    counts: expert counts of the prompt, None if there are none that can be used; counts_error then says why.
+    counts_wire: the counts as the worker sent them.
+    prompt_tokens: as the prefill worker counted them, 0 if it did not say.
+    """
+
+    def __init__(self, params: dict[str, Any], prompt_tokens: int, sent_s: float) -> None:
+        self._params = params
+        self._spent = False
+        received_s = time.monotonic()
+        self.prompt_tokens = prompt_tokens
+        self.counts: ExpertCounts | None = None
+        self.counts_error: CountsError | None = None
+        self.counts_wire = params.pop("eldr_counts", None)
+        self.lease = Lease.from_wire(params.pop("eldr_lease", None), sent_s, received_s, time.time())
+        self._unknown_until_s = received_s + UNKNOWN_LEASE_S
+        try:
+            if self.counts_wire is None:
+                raise CountsError("missing", "the prefill worker sent no expert counts: is eldr's connector on?")
+            self.counts = decode_counts(self.counts_wire)
+        except CountsError as error:
+            self.counts_error = error
+
+    def left_s(self, now_s: float) -> float:
+        """Seconds left at monotonic time `now_s`."""
+        return self._unknown_until_s - now_s if self.lease is None else self.lease.left_at(now_s)
+
+    def spend(self, record: bool) -> dict[str, Any]:
+        """The parameters for the one decode request that may carry them.
+
+        The prefill worker frees the blocks at the first completion, abort or rejection it hears of, and a pull is an
+        unchecked read of its memory. So once a byte of this request is sent, they are void whatever becomes of it.
+        """
+        if self._spent:
+            raise AssertionError("a hand-off was about to be sent twice")
+        self._spent = True
+        params = self._params
+        if self.lease is not None:
+            params["eldr_lease"] = {"left_s": self.lease.left_at(time.monotonic()), "unix_s": time.time()}
+        if record:
+            params["eldr_record"] = True
+        return params
+
+
+def read_handoff(answer: object, sent_s: float) -> HandOff | None:
+    """The hand-off in a prefill worker's answer, None if it holds none (a worker that hands nothing off)."""
+    if not isinstance(answer, dict):
+        return None
+    params = answer.get("kv_transfer_params")
+    if not isinstance(params, dict) or params.get("do_remote_prefill") is not True:
+        return None
+    usage = answer.get("usage")
+    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return HandOff(params, tokens if type(tokens) is int else 0, sent_s)

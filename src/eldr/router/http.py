@@ -1,0 +1,354 @@
+"""The side towards clients: HTTP/1.1 requests in, answers out, one protocol object per connection.
+
+llhttp (httptools) parses. What it leaves to the caller is checked here: limits, the headers that decide where a
+message ends (RFC 9112, section 6), pipelining, and that a client which went away is noticed at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Protocol, cast
+
+import httptools
+
+from eldr.router.errors import ApiError
+
+MAX_HEAD_BYTES = 32 * 1024
+MAX_HEADERS = 128
+# Unsent bytes to a client above which its worker is no longer read from.
+WRITE_HIGH_BYTES = 64 * 1024
+# How long a refused client may go on sending before the connection is reset; closing at once could destroy the
+# answer before the client has read it.
+LINGER_S = 2.0
+
+# Headers of which a second copy could make two parties see two different messages.
+SINGLE = frozenset((b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-type"))
+STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+
+
+class Request:
+    """One complete request. Header names are lower-case; `received_s` is monotonic time."""
+
+    __slots__ = ("body", "headers", "http_1_0", "keep_alive", "method", "path", "received_s")
+
+    def __init__(
+        self,
+        method: bytes,
+        path: bytes,
+        headers: dict[bytes, bytes],
+        body: bytes,
+        *,
+        keep_alive: bool = True,
+        http_1_0: bool = False,
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.headers = headers
+        self.body = body
+        self.keep_alive = keep_alive
+        self.http_1_0 = http_1_0
+        self.received_s = time.monotonic()
+
+
+class Listener(Protocol):
+    """What runs while a request is answered and must hear of its client."""
+
+    def on_client_gone(self) -> None: ...
+
+    def on_client_stalled(self) -> None:
+        """The client does not read: send no more until `on_client_reading`."""
+
+    def on_client_reading(self) -> None: ...
+
+
+class Handler(Protocol):
+    """What answers requests: exactly one answer each, now or later."""
+
+    connections: set[ClientConnection]
+    closing: bool
+
+    def handle(self, request: Request, connection: ClientConnection) -> None: ...
+
+    def refused(self, error: ApiError) -> None:
+        """A request was so malformed that it was answered without being handled."""
+
+
+class _Clock:
+    """The Date header, formatted once a second."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._line = b""
+
+    def line(self) -> bytes:
+        now = int(time.time())
+        if now != self._second:
+            self._second = now
+            self._line = b"date: " + formatdate(now, usegmt=True).encode() + b"\r\n"
+        return self._line
+
+
+_clock = _Clock()
+
+
+class ClientConnection(asyncio.Protocol):
+    """One client connection. Requests are answered one after the other in the order in which they came."""
+
+    _transport: asyncio.Transport
+
+    def __init__(self, handler: Handler, max_body_bytes: int) -> None:
+        self._handler = handler
+        self._max_body_bytes = max_body_bytes
+        self._parser = httptools.HttpRequestParser(self)
+        self._waiting: deque[Request] = deque()
+        self._active: Request | None = None
+        self._refusal: ApiError | None = None
+        self._lingering = False
+        self._paused_reading = False
+        self._stalled = False
+        self.listener: Listener | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._in_head = True
+        self._head_bytes = 0
+        self._url = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+
+    # The connection.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        self._handler.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._handler.connections.discard(self)
+        self._waiting.clear()
+        if self.listener is not None:
+            listener, self.listener = self.listener, None
+            listener.on_client_gone()
+
+    def pause_writing(self) -> None:
+        self._stalled = True
+        if self.listener is not None:
+            self.listener.on_client_stalled()
+
+    def resume_writing(self) -> None:
+        self._stalled = False
+        if self.listener is not None:
+            self.listener.on_client_reading()
+
+    def close_if_idle(self) -> None:
+        """Close unless a request is being received or answered; used when the router stops."""
+        if self._active is None and not self._head_bytes and not self._lingering:
+            self._transport.close()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the client has stopped reading."""
+        return self._stalled
+
+    # Parsing.
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingering or self._refusal is not None:
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+            if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
+                raise _head_too_large()
+        except ApiError as error:
+            self._refuse(error)
+        except httptools.HttpParserUpgrade:
+            self._refuse(ApiError(400, "a change of protocol (Upgrade or CONNECT) is not supported"))
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            refusal = cause if isinstance(cause, ApiError) else ApiError(400, f"malformed HTTP request: {error}")
+            self._refuse(refusal)
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer of a chunked body
+        name = name.lower()
+        headers = self._headers
+        if name in headers and name in SINGLE:
+            raise ApiError(400, f"header {name.decode('latin-1')} is given twice")
+        headers[name] = value
+        if len(headers) > MAX_HEADERS:
+            raise ApiError(431, f"more than {MAX_HEADERS} headers")
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        headers = self._headers
+        if len(self._url) + sum(map(len, headers.values())) > MAX_HEAD_BYTES:
+            raise _head_too_large()
+        http_1_0 = self._parser.get_http_version() != "1.1"
+        if http_1_0 and self._parser.get_http_version() != "1.0":
+            raise ApiError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        if not http_1_0 and b"host" not in headers:
+            raise ApiError(400, "an HTTP/1.1 request needs a Host header")
+        coding = headers.get(b"transfer-encoding")
+        length = headers.get(b"content-length")
+        if coding is not None and (length is not None or http_1_0 or coding.lower() != b"chunked"):
+            raise ApiError(400, "Transfer-Encoding must be chunked, alone and without Content-Length")
+        if length is not None and int(length) > self._max_body_bytes:
+            raise self._too_large()
+        expect = headers.get(b"expect")
+        if expect is not None:
+            if expect.lower() != b"100-continue":
+                raise ApiError(417, "only Expect: 100-continue is understood")
+            if self._active is None and not http_1_0:
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, data: bytes) -> None:
+        self._body.append(data)
+        self._body_bytes += len(data)
+        if self._body_bytes > self._max_body_bytes:
+            raise self._too_large()
+
+    def on_message_complete(self) -> None:
+        request = Request(
+            self._parser.get_method(),
+            _path(self._url),
+            self._headers,
+            self._body[0] if len(self._body) == 1 else b"".join(self._body),
+            keep_alive=self._parser.should_keep_alive(),
+            http_1_0=self._parser.get_http_version() == "1.0",
+        )
+        self._reset()
+        if self._active is None and not self._waiting:
+            self._begin(request)
+            return
+        # Pipelined: it waits, and nothing more is read until its turn.
+        self._waiting.append(request)
+        if not self._paused_reading:
+            self._paused_reading = True
+            self._transport.pause_reading()
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the request body exceeds {self._max_body_bytes} bytes")
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer what cannot be parsed, after the requests before it, and close."""
+        self._refusal = error
+        if self._active is None:
+            self._answer_refusal()
+
+    def _answer_refusal(self) -> None:
+        error = cast(ApiError, self._refusal)
+        self._handler.refused(error)
+        if self._transport.is_closing():
+            return
+        body = error.body()
+        self._transport.write(_head(error.status, b"application/json", len(body), b"connection: close\r\n") + body)
+        self._lingering = True
+        if self._paused_reading:
+            self._transport.resume_reading()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        asyncio.get_running_loop().call_later(LINGER_S, self._transport.abort)
+
+    # Answering.
+
+    def _begin(self, request: Request) -> None:
+        self._active = request
+        self._handler.handle(request, self)
+
+    def respond(self, status: int, body: bytes, content_type: bytes = b"application/json", extra: bytes = b"") -> None:
+        """The whole answer to the active request. `extra` holds further header lines, each ended by CRLF."""
+        request = cast(Request, self._active)
+        if self._handler.closing:
+            request.keep_alive = False
+        if not request.keep_alive:
+            extra += b"connection: close\r\n"
+        elif request.http_1_0:
+            extra += b"connection: keep-alive\r\n"
+        head = _head(status, content_type, len(body), extra)
+        self._transport.write(head if request.method == b"HEAD" else head + body)
+        self._finish()
+
+    def respond_error(self, error: ApiError, extra: bytes = b"") -> None:
+        if error.retry_after_s is not None:
+            extra += b"retry-after: %d\r\n" % error.retry_after_s
+        self.respond(error.status, error.body(), extra=extra)
+
+    def begin_stream(self, content_type: bytes, extra: bytes = b"") -> None:
+        """Start an answer of unknown length: chunked, or until the end of the connection for HTTP/1.0."""
+        request = cast(Request, self._active)
+        if request.http_1_0 or self._handler.closing:
+            request.keep_alive = False
+        if not request.keep_alive:
+            extra += b"connection: close\r\n"
+        if not request.http_1_0:
+            extra += b"transfer-encoding: chunked\r\n"
+        self._transport.write(_head(200, content_type, None, extra))
+
+    def write(self, data: bytes) -> None:
+        """A piece, not empty, of the answer that `begin_stream` started."""
+        if self._active.http_1_0:  # type: ignore[union-attr]
+            self._transport.write(data)
+        else:
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def end_stream(self) -> None:
+        if not cast(Request, self._active).http_1_0:
+            self._transport.write(b"0\r\n\r\n")
+        self._finish()
+
+    def break_stream(self) -> None:
+        """Close without the end of the answer, so that nobody takes what was sent for all of it."""
+        self.listener = None
+        self._transport.close()
+
+    def _finish(self) -> None:
+        request = cast(Request, self._active)
+        self._active = None
+        self.listener = None
+        if not request.keep_alive:
+            self._transport.close()
+        elif self._waiting:
+            # Not from here: a handler that answers at once would recurse once for each pipelined request.
+            asyncio.get_running_loop().call_soon(self._next)
+        elif self._refusal is not None:
+            self._answer_refusal()
+        elif self._paused_reading:
+            self._paused_reading = False
+            self._transport.resume_reading()
+
+    def _next(self) -> None:
+        if self._waiting and self._active is None:
+            self._begin(self._waiting.popleft())
+
+
+def _head_too_large() -> ApiError:
+    return ApiError(431, f"request line and headers exceed {MAX_HEAD_BYTES} bytes")
+
+
+def _path(url: bytes) -> bytes:
+    """The path of a request target, without its query; an absolute target names its path too."""
+    if not url.startswith(b"/"):
+        try:
+            url = httptools.parse_url(url).path or b"/"
+        except httptools.HttpParserInvalidURLError:
+            raise ApiError(400, "the request target is malformed") from None
+    return url.partition(b"?")[0]
+
+
+def _head(status: int, content_type: bytes, length: int | None, extra: bytes) -> bytes:
+    head = b"%bcontent-type: %b\r\n%b%b" % (STATUS_LINES[status], content_type, _clock.line(), extra)
+    return head + (b"\r\n" if length is None else b"content-length: %d\r\n\r\n" % length)

@@ -1,0 +1,48 @@
+"""Structured logs: one JSON object a line, on standard error. No prompt, no answer, no key ever goes in."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import orjson
+
+
+class JsonLines(logging.Formatter):
+    """Formats a record as one JSON line. `extra={"fields": {...}}` adds its keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=str).decode()
+
+
+class Throttle:
+    """Lets one message of each kind through in a period, so that a flood of failures is no flood of logs."""
+
+    def __init__(self, period_s: float = 10.0) -> None:
+        self._period_s = period_s
+        self._next_s: dict[str, float] = {}
+
+    def due(self, kind: str) -> bool:
+        now_s = time.monotonic()
+        if now_s < self._next_s.get(kind, 0.0):
+            return False
+        self._next_s[kind] = now_s + self._period_s
+        return True
+
+
+def set_up(level: str) -> None:
+    """Send the router's log to standard error from `level` on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logger = logging.getLogger("eldr.router")
+    logger.handlers = [handler]
+    logger.setLevel(level.upper())
+    logger.propagate = False

@@ -1,0 +1,134 @@
+"""What the router counts, as plain numbers on the hot path, and its Prometheus exposition when somebody asks."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from eldr.fleet import Fleet
+from eldr.router.admission import Admission
+
+# vLLM's own bucket bounds for the same quantities, so that both can be laid over each other.
+TTFT_BOUNDS_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+TPOT_BOUNDS_S = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+
+
+class Histogram:
+    """Counts of observations per bucket, and their sum."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def family(self, name: str, text: str) -> HistogramMetricFamily:
+        total = 0
+        buckets: list[tuple[str, float]] = []
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self._sum)
+
+
+class Metrics:
+    """The counters. Keys of the dictionaries are label values, in the order in which `RouterCollector` names them."""
+
+    def __init__(self) -> None:
+        self.requests: defaultdict[tuple[str, int], int] = defaultdict(int)
+        self.disconnects = 0
+        self.decisions: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self.policy_errors = 0
+        self.counts_errors: defaultdict[str, int] = defaultdict(int)
+        self.passthrough: defaultdict[str, int] = defaultdict(int)
+        self.retries: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self.prefill_spills = 0
+        self.broken_streams = 0
+        self.stream_events = 0
+        self.ttft = Histogram(TTFT_BOUNDS_S)
+        self.tpot = Histogram(TPOT_BOUNDS_S)
+        self.prefill = Histogram(TTFT_BOUNDS_S)
+        self.queue = Histogram(TTFT_BOUNDS_S)
+
+
+class RouterCollector(Collector):
+    """Turns the counters and the state of the fleet into metric families."""
+
+    def __init__(self, metrics: Metrics, fleet: Fleet, admission: Admission) -> None:
+        self._metrics = metrics
+        self._fleet = fleet
+        self._admission = admission
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """The text of all metrics and its content type, in the form that an Accept header asks for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def collect(self) -> Iterator[Metric]:
+        m = self._metrics
+        yield _counter("eldr_request", "Requests answered.", ("endpoint", "status"), m.requests)
+        yield _counter(
+            "eldr_client_disconnects", "Clients gone before the end of their answer.", (), {(): m.disconnects}
+        )
+        yield _counter("eldr_decisions", "Decode workers chosen.", ("policy", "reason"), m.decisions)
+        yield _counter("eldr_policy_errors", "Failures of the policy, each covered by jsq.", (), {(): m.policy_errors})
+        yield _counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), m.counts_errors)
+        yield _counter("eldr_passthrough", "Requests run whole on one decode worker.", ("reason",), m.passthrough)
+        yield _counter("eldr_retries", "Legs tried again.", ("leg", "reason"), m.retries)
+        yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
+        yield _counter("eldr_broken_streams", "Streams that a worker broke off.", (), {(): m.broken_streams})
+        yield _counter("eldr_stream_events", "Server-sent events passed on.", (), {(): m.stream_events})
+        yield m.ttft.family("eldr_time_to_first_token_seconds", "Streams: request received to first token sent on.")
+        yield m.tpot.family("eldr_time_per_output_token_seconds", "Streams: mean time between tokens of a request.")
+        yield m.prefill.family("eldr_prefill_seconds", "Prefill request sent to hand-off received.")
+        yield m.queue.family("eldr_queue_seconds", "Wait for a decode slot, of the requests that waited.")
+        yield GaugeMetricFamily("eldr_queued", "Requests waiting for a decode slot.", value=self._admission.queued)
+        yield GaugeMetricFamily("eldr_admitted", "Requests past the queue.", value=self._admission.admitted)
+        yield from self._worker_families()
+
+    def _worker_families(self) -> Iterator[Metric]:
+        labels = ("role", "worker")
+        up = GaugeMetricFamily("eldr_worker_up", "Whether the worker answers its probes.", labels=labels)
+        in_flight = GaugeMetricFamily("eldr_inflight", "Requests in flight at the worker.", labels=labels)
+        limit = GaugeMetricFamily("eldr_inflight_limit", "Most requests in flight at the worker.", labels=labels)
+        skew = GaugeMetricFamily(
+            "eldr_worker_clock_skew_seconds", "The worker's clock minus the router's, to a second.", labels=labels
+        )
+        for role in ("prefill", "decode"):
+            for worker in self._fleet.workers("prefill" if role == "prefill" else "decode").values():
+                key = (role, worker.url)
+                up.add_metric(key, worker.healthy)
+                in_flight.add_metric(key, worker.in_flight)
+                if role == "decode":
+                    limit.add_metric(key, worker.max_inflight)
+                if worker.clock_skew_s is not None:
+                    skew.add_metric(key, worker.clock_skew_s)
+        yield from (up, in_flight, limit, skew)
+
+
+def _counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for key, value in values.items():
+        family.add_metric([str(part) for part in (key if isinstance(key, tuple) else (key,))], value)
+    return family

@@ -1,0 +1,70 @@
+"""GET /v1/models: what the decode workers serve, as one of them says it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from eldr.router.errors import ApiError
+from eldr.router.http import ClientConnection, Request
+from eldr.router.upstream import Answer, UpstreamError
+
+if TYPE_CHECKING:
+    from eldr.router.flow import Services
+
+TIMEOUT_S = 10.0
+
+
+class ModelsFlow:
+    """Answers one request with the first decode worker's list that can be had."""
+
+    def __init__(self, services: Services, connection: ClientConnection, request: Request) -> None:
+        self._services = services
+        self._connection = connection
+        self._request = request
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        self._connection.listener = self
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        return self._task
+
+    def on_client_gone(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def on_client_stalled(self) -> None:
+        pass
+
+    def on_client_reading(self) -> None:
+        pass
+
+    async def _run(self) -> None:
+        for worker in list(self._services.fleet.available("decode")):
+            try:
+                answer = await self._ask(worker.url)
+            except UpstreamError:
+                continue
+            content_type = answer.headers.get(b"content-type", b"application/json")
+            self._connection.respond(answer.status, answer.body, content_type)
+            self._count(answer.status)
+            return
+        self._connection.respond_error(ApiError(503, "no decode worker is available", retry_after_s=2))
+        self._count(503)
+
+    async def _ask(self, url: str) -> Answer:
+        pool = self._services.pools[url]
+        connection = await pool.connection()
+        answer = Answer()
+        authorization = self._request.headers.get(b"authorization")
+        request = pool.request(b"GET", b"/v1/models", client_authorization=authorization)
+        connection.start(answer, request, TIMEOUT_S)
+        try:
+            await answer.finished
+        except asyncio.CancelledError:
+            connection.abort()
+            raise
+        return answer
+
+    def _count(self, status: int) -> None:
+        self._services.metrics.requests["/v1/models", status] += 1

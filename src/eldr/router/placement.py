@@ -1,0 +1,83 @@
+"""Asks the policy for a decode worker, tells it what becomes of the request, and never lets it fail one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+from eldr.fleet import Fleet, Worker
+from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.policies.load import ShortestQueue
+from eldr.router.metrics import Metrics
+
+log = logging.getLogger("eldr.router")
+
+
+class Placement:
+    """One request on one decode worker, from the decision until `end`."""
+
+    __slots__ = ("_owner", "_request", "decision", "worker")
+
+    def __init__(self, owner: Placements, request: DecodeRequest, worker: Worker, decision: Decision) -> None:
+        self._owner: Placements | None = owner
+        self._request = request
+        self.worker = worker
+        self.decision = decision
+
+    def end(self) -> None:
+        """The request no longer runs there. Only the first call counts."""
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.ended(self._request, self.worker)
+
+
+class Placements:
+    """The policy as the router uses it. A policy that raises is replaced by join-shortest-queue for that request."""
+
+    def __init__(self, policy: Policy, fleet: Fleet, metrics: Metrics, seed: int) -> None:
+        self._policy = policy
+        self._fleet = fleet
+        self._metrics = metrics
+        self._fallback = ShortestQueue(seed)
+
+    def joined(self, worker: Worker) -> None:
+        self._policy.joined(worker.url)
+
+    def left(self, worker: Worker) -> None:
+        self._policy.left(worker.url)
+
+    def place(self, request: DecodeRequest, excluded: frozenset[str]) -> Placement | None:
+        """A worker for `request`, which now runs there; None if no worker is eligible."""
+        eligible: Mapping[str, int] = self._fleet.eligible
+        if excluded:
+            eligible = {url: load for url, load in eligible.items() if url not in excluded}
+        if not eligible:
+            return None
+        decision = self._decide(request, eligible)
+        self._metrics.decisions[self._policy.name, decision.reason] += 1
+        worker = self._fleet.workers("decode")[decision.worker]
+        self._fleet.started(worker)
+        self._tell(self._policy.started, request, worker)
+        return Placement(self, request, worker, decision)
+
+    def ended(self, request: DecodeRequest, worker: Worker) -> None:
+        self._fleet.finished(worker)
+        self._tell(self._policy.finished, request, worker)
+
+    def _decide(self, request: DecodeRequest, eligible: Mapping[str, int]) -> Decision:
+        try:
+            decision = self._policy.choose(request, eligible)
+            if decision.worker in eligible:
+                return decision
+            log.error("policy %s chose %s, which is not eligible", self._policy.name, decision.worker)
+        except Exception:
+            log.exception("policy %s failed to choose", self._policy.name)
+        self._metrics.policy_errors += 1
+        return Decision(self._fallback.choose(request, eligible).worker, "policy_error")
+
+    def _tell(self, hook: Callable[[DecodeRequest, str], None], request: DecodeRequest, worker: Worker) -> None:
+        try:
+            hook(request, worker.url)
+        except Exception:
+            log.exception("policy %s failed to take note of a request", self._policy.name)
+            self._metrics.policy_errors += 1

@@ -1,0 +1,324 @@
+"""The side towards workers: kept connections, and one exchange of request and answer on each at a time.
+
+What a failure allows depends on whether any byte of the request has left: `ConnectError` means that none has,
+`ExchangeError` that the worker may have acted on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections.abc import Collection
+from typing import cast
+from urllib.parse import urlsplit
+
+import httptools
+import orjson
+
+log = logging.getLogger("eldr.router")
+
+# vLLM closes a connection after 5 s without a request (VLLM_HTTP_TIMEOUT_KEEP_ALIVE). One that is nearly that old is
+# not used again: the request could cross the worker's close on the wire and count as sent.
+KEEP_IDLE_S = 3.0
+MAX_HEAD_BYTES = 64 * 1024
+# Largest answer that is held in memory: a long completion with logprobs takes a few MiB.
+MAX_ANSWER_BYTES = 256 * 1024 * 1024
+
+
+class UpstreamError(Exception):
+    """A worker did not answer as HTTP wants it."""
+
+
+class ConnectError(UpstreamError):
+    """No connection: refused, unreachable, timed out or no TLS. No byte of the request was sent."""
+
+
+class ExchangeError(UpstreamError):
+    """The exchange broke after bytes of the request may have been sent."""
+
+
+class Exchange:
+    """Hears one answer as it arrives: `on_head`, any number of `on_body`, then `on_done`; or `on_failed` at any time.
+
+    Nothing is called after `on_done` or `on_failed`. Header names are lower-case.
+    """
+
+    def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
+        raise NotImplementedError
+
+    def on_body(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def on_done(self) -> None:
+        raise NotImplementedError
+
+    def on_failed(self, error: ExchangeError) -> None:
+        raise NotImplementedError
+
+
+class Answer(Exchange):
+    """A whole answer in memory. `finished` resolves when it is complete, or raises ExchangeError."""
+
+    def __init__(self) -> None:
+        self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+        self._pieces: list[bytes] = []
+        self._bytes = 0
+
+    @property
+    def body(self) -> bytes:
+        return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+
+    def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
+        self.status = status
+        self.headers = headers
+
+    def on_body(self, data: bytes) -> None:
+        self._bytes += len(data)
+        if self._bytes > MAX_ANSWER_BYTES:
+            raise ExchangeError(f"the answer exceeds {MAX_ANSWER_BYTES} bytes")
+        self._pieces.append(data)
+
+    def on_done(self) -> None:
+        if not self.finished.done():
+            self.finished.set_result(None)
+
+    def on_failed(self, error: ExchangeError) -> None:
+        if not self.finished.done():
+            self.finished.set_exception(error)
+
+    def json(self) -> object:
+        """The body as JSON. Raises ExchangeError if it is none."""
+        try:
+            return orjson.loads(self.body)
+        except orjson.JSONDecodeError as error:
+            raise ExchangeError(f"the answer is not JSON: {error}") from None
+
+
+class WorkerConnection(asyncio.Protocol):
+    """One connection to a worker."""
+
+    _transport: asyncio.Transport
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._parser = httptools.HttpResponseParser(self)
+        self._exchange: Exchange | None = None
+        self._idle_limit_s = 0.0
+        self._complete = False
+        self._paused = False
+        self._headers: dict[bytes, bytes] = {}
+        self._head_bytes = 0
+        self.last_heard_s = time.monotonic()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pool.forget(self)
+        self._fail(f"the connection closed before the answer was complete{f' ({exc})' if exc else ''}")
+
+    # The exchange.
+
+    def start(self, exchange: Exchange, request: bytes, idle_limit_s: float) -> None:
+        """Send `request` and report the answer to `exchange`; more than `idle_limit_s` of silence is a failure."""
+        self._exchange = exchange
+        self._idle_limit_s = idle_limit_s
+        self.last_heard_s = time.monotonic()
+        self._pool.active.add(self)
+        self._transport.write(request)
+
+    def abort(self) -> None:
+        """Give the exchange up without a word to it. vLLM aborts a request whose connection closes."""
+        self._exchange = None
+        self._pool.active.discard(self)
+        self._transport.abort()
+
+    def pause(self) -> None:
+        """Read no more: whoever takes the answer cannot keep up."""
+        if not self._paused and not self._transport.is_closing():
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._paused and not self._transport.is_closing():
+            self._paused = False
+            self.last_heard_s = time.monotonic()
+            self._transport.resume_reading()
+
+    def check_silence(self, now_s: float) -> None:
+        if not self._paused and now_s - self.last_heard_s > self._idle_limit_s:
+            self._fail(f"no byte for {self._idle_limit_s:g} s")
+
+    @property
+    def usable(self) -> bool:
+        return not self._transport.is_closing() and time.monotonic() - self.last_heard_s < KEEP_IDLE_S
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _fail(self, reason: str) -> None:
+        self._pool.active.discard(self)
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.on_failed(ExchangeError(f"{self._pool.url}: {reason}"))
+        self._transport.abort()
+
+    # Parsing.
+
+    def data_received(self, data: bytes) -> None:
+        if self._exchange is None:
+            self._transport.abort()
+            return
+        self.last_heard_s = time.monotonic()
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if not self._complete:
+                self._fail(f"unusable answer: {error.__context__ or error}")
+                return
+            keep = False  # garbage after the answer
+        else:
+            keep = self._complete and self._parser.should_keep_alive()
+        if self._complete:
+            self._finish(keep)
+
+    def _finish(self, keep: bool) -> None:
+        exchange, self._exchange = self._exchange, None
+        self._complete = False
+        self._pool.active.discard(self)
+        if self._paused:
+            self.resume()
+        if keep:
+            self._pool.release(self)
+        else:
+            self._transport.close()
+        if exchange is not None:
+            exchange.on_done()
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            raise ExchangeError("more than one answer")
+        self._headers = {}
+        self._head_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise ExchangeError(f"headers exceed {MAX_HEAD_BYTES} bytes")
+        self._headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        headers, self._headers = self._headers, {}
+        if status < 200:
+            return
+        if b"content-length" not in headers and b"transfer-encoding" not in headers:
+            # Such an answer ends with the connection, so that a broken one looks whole.
+            raise ExchangeError("neither Content-Length nor Transfer-Encoding")
+        if self._exchange is not None:
+            self._exchange.on_head(status, headers)
+
+    def on_body(self, data: bytes) -> None:
+        if self._exchange is not None:
+            self._exchange.on_body(data)
+
+    def on_message_complete(self) -> None:
+        if self._parser.get_status_code() >= 200:
+            self._complete = True
+
+
+class WorkerPool:
+    """The connections to one worker."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        connect_timeout_s: float,
+        authorization: bytes | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        parts = urlsplit(url)
+        self.url = url
+        self.active: set[WorkerConnection] = set()
+        self._host = cast(str, parts.hostname)
+        self._ssl = ssl_context if parts.scheme == "https" else None
+        self._port = parts.port or (443 if parts.scheme == "https" else 80)
+        self._connect_timeout_s = connect_timeout_s
+        # Last in, first out: what load does not need grows old and is closed.
+        self._idle: dict[WorkerConnection, None] = {}
+        self._netloc = parts.netloc.encode()
+        self._authorization = None if authorization is None else b"authorization: Bearer " + authorization + b"\r\n"
+
+    def request(
+        self,
+        method: bytes,
+        path: bytes,
+        headers: bytes = b"",
+        body: bytes = b"",
+        client_authorization: bytes | None = None,
+    ) -> bytes:
+        """The bytes of a request. `headers` are lines ended by CRLF; the worker's key replaces the client's."""
+        authorization = self._authorization
+        if authorization is None:
+            authorization = b"" if client_authorization is None else b"authorization: %b\r\n" % client_authorization
+        return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%bcontent-length: %d\r\n\r\n%b" % (
+            method, path, self._netloc, authorization, headers, len(body), body,
+        )  # fmt: skip
+
+    async def connection(self) -> WorkerConnection:
+        """A connection ready for an exchange. Raises ConnectError."""
+        while self._idle:
+            connection, _ = self._idle.popitem()
+            if connection.usable:
+                return connection
+            connection.close()
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await loop.create_connection(
+                    lambda: WorkerConnection(self), self._host, self._port, ssl=self._ssl
+                )
+        except TimeoutError:
+            raise ConnectError(f"{self.url}: no connection within {self._connect_timeout_s:g} s") from None
+        except (OSError, ssl.CertificateError) as error:
+            raise ConnectError(f"{self.url}: {error}") from None
+        return connection
+
+    def release(self, connection: WorkerConnection) -> None:
+        self._idle[connection] = None
+
+    def forget(self, connection: WorkerConnection) -> None:
+        self._idle.pop(connection, None)
+
+    def check(self, now_s: float) -> None:
+        """Fail exchanges whose worker is silent, close connections that were idle too long."""
+        for connection in list(self.active):
+            connection.check_silence(now_s)
+        for connection in [connection for connection in self._idle if not connection.usable]:
+            connection.close()
+
+    def close(self) -> None:
+        for connection in (*self._idle, *self.active):
+            connection.close()
+        self._idle.clear()
+
+
+class SilenceWatch:
+    """Fails exchanges whose worker has gone silent. One pass a second over all of them: no timer per request."""
+
+    PERIOD_S = 1.0
+
+    def __init__(self, pools: Collection[WorkerPool]) -> None:
+        self._pools = pools
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self.PERIOD_S)
+            now_s = time.monotonic()
+            for pool in self._pools:
+                pool.check(now_s)

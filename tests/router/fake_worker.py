@@ -1,0 +1,265 @@
+"""A fake vLLM worker: the parts of its API that the router uses, and ways to misbehave.
+
+Answers follow what vLLM 0.32 sends, byte for byte where it matters: one chunk per server-sent event, errors as
+{"error": {...}}, `kv_transfer_params` in answers that are not streamed and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from typing import Any
+
+import numpy as np
+
+from eldr.counts import ExpertCounts, encode_counts
+
+LAYERS, EXPERTS, TOP_K = 2, 8, 2
+
+
+@dataclass
+class Seen:
+    """One request as the worker got it."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    raw: bytes
+    at_s: float = field(default_factory=time.monotonic)
+    aborted: bool = False
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return json.loads(self.raw)
+
+
+Behaviour = Callable[["FakeWorker", Seen, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class FakeWorker:
+    """A worker on a port of its own.
+
+    behaviour: called instead of the normal answer for completion and chat requests while it is set.
+    counts: wire form of the expert counts in hand-offs; None leaves them out.
+    """
+
+    def __init__(self, role: str = "plain", model: str = "tiny") -> None:
+        self.role = role
+        self.model = model
+        self.seen: list[Seen] = []
+        self.behaviour: Behaviour | None = None
+        self.healthy = True
+        self.tokens = ["a", "b", "c", "d"]
+        self.token_gap_s = 0.0
+        self.counts: object = counts_wire(4)
+        self.lease: object = {"left_s": 30.0}
+        self.api_key: str | None = None
+        self.connections = 0
+        self.open_connections = 0
+        self.running = 0
+        self.most_running = 0
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._port = 0
+        self._handoffs = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def generated(self) -> list[Seen]:
+        """Completion and chat requests, probes left out."""
+        return [seen for seen in self.seen if seen.path.endswith("completions")]
+
+    async def start(self) -> FakeWorker:
+        self._server = await asyncio.start_server(self._connection, "127.0.0.1", self._port, limit=2**24)
+        self._port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.connections += 1
+        self.open_connections += 1
+        try:
+            while await self._one(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self.open_connections -= 1
+            self._tasks.discard(task)
+            writer.transport.abort()
+
+    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = await reader.readuntil(b"\r\n\r\n")
+        lines = head.decode("latin-1").split("\r\n")
+        method, path, _ = lines[0].split(" ")
+        headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines[1:] if line)}
+        raw = await reader.readexactly(int(headers.get("content-length", "0")))
+        seen = Seen(method, path, headers, raw)
+        self.seen.append(seen)
+        if path == "/health":
+            await reply(writer, 200 if self.healthy else 503, b"")
+        elif self.api_key is not None and headers.get("authorization") != f"Bearer {self.api_key}":
+            await reply(writer, 401, b'{"error":"Unauthorized"}')
+        elif path == "/v1/models":
+            models = {"object": "list", "data": [{"id": self.model, "object": "model", "owned_by": "vllm"}]}
+            await reply(writer, 200, json.dumps(models).encode())
+        elif path.endswith("completions"):
+            await self._generate(seen, reader, writer)
+        else:
+            await reply(writer, 404, b'{"detail":"Not Found"}')
+        return True
+
+    async def _generate(self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        gone = asyncio.ensure_future(_closed(reader))
+        answer = asyncio.ensure_future(
+            self.behaviour(self, seen, reader, writer) if self.behaviour else self.answer(seen, writer)
+        )
+        try:
+            await asyncio.wait({gone, answer}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                seen.aborted = True
+                raise ConnectionResetError
+            await answer
+        finally:
+            self.running -= 1
+            gone.cancel()
+            answer.cancel()
+            await asyncio.gather(gone, answer, return_exceptions=True)
+
+    async def answer(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
+        body = seen.body
+        chat = seen.path == "/v1/chat/completions"
+        limit = body.get("max_completion_tokens", body.get("max_tokens", 16)) if chat else body.get("max_tokens", 16)
+        tokens = self.tokens[:limit]
+        if body.get("stream"):
+            await self.stream(seen, writer, tokens, chat)
+        else:
+            if self.token_gap_s:
+                await asyncio.sleep(self.token_gap_s * len(tokens))
+            await reply(writer, 200, json.dumps(self.whole(seen, tokens, chat), separators=(",", ":")).encode())
+
+    def whole(self, seen: Seen, tokens: list[str], chat: bool) -> dict[str, Any]:
+        text = "".join(tokens)
+        said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        return {
+            "id": ("chatcmpl-" if chat else "cmpl-") + seen.headers.get("x-request-id", "none"),
+            "object": "chat.completion" if chat else "text_completion",
+            "model": self.model,
+            "choices": [{"index": i, **said, "finish_reason": "length"} for i in range(seen.body.get("n") or 1)],
+            "usage": {"prompt_tokens": 4, "completion_tokens": len(tokens), "total_tokens": 4 + len(tokens)},
+            "kv_transfer_params": self._transfer_params(seen.body.get("kv_transfer_params")),
+        }
+
+    def _transfer_params(self, asked: dict[str, Any] | None) -> dict[str, Any] | None:
+        if self.role == "prefill" and asked and asked.get("do_remote_decode"):
+            self._handoffs += 1
+            params: dict[str, Any] = {
+                "do_remote_prefill": True,
+                "do_remote_decode": False,
+                "remote_block_ids": [[self._handoffs]],
+                "remote_engine_id": f"engine-{self._port}",
+                "remote_request_id": f"{self._port}-{self._handoffs}",
+                "remote_host": "127.0.0.1",
+                "remote_port": 5600,
+                "tp_size": 1,
+            }
+            if self.counts is not None:
+                params["eldr_counts"] = self.counts
+            if isinstance(self.lease, dict):
+                params["eldr_lease"] = {"unix_s": time.time(), **self.lease}
+            elif self.lease is not None:
+                params["eldr_lease"] = self.lease
+            return params
+        if asked and asked.get("eldr_record"):
+            experts = {"v": 1, "tokens": 3, "layers": LAYERS, "top_k": TOP_K, "dtype": "u1", "data": "eA=="}
+            whole = {} if asked.get("do_remote_prefill") else {"eldr_counts": self.counts}
+            return {"eldr_decode_experts": experts, **whole}
+        return None
+
+    async def stream(self, seen: Seen, writer: asyncio.StreamWriter, tokens: list[str], chat: bool) -> None:
+        await begin_stream(writer)
+        for event in self.events(seen, tokens, chat):
+            await chunk(writer, event)
+            if self.token_gap_s:
+                await asyncio.sleep(self.token_gap_s)
+        await end_stream(writer)
+
+    def events(self, seen: Seen, tokens: list[str], chat: bool) -> list[bytes]:
+        base = {"id": "cmpl-" + seen.headers.get("x-request-id", "none"), "model": self.model}
+
+        def choice(text: str | None, finish: str | None) -> dict[str, Any]:
+            said = {"delta": {"role": "assistant"} if text is None else {"content": text}} if chat else {"text": text}
+            return {**base, "choices": [{"index": 0, **said, "finish_reason": finish}]}
+
+        events = [choice(None, None)] if chat else []
+        events += [choice(text, "length" if i == len(tokens) - 1 else None) for i, text in enumerate(tokens)]
+        if (seen.body.get("stream_options") or {}).get("include_usage"):
+            events.append({**base, "choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": len(tokens)}})
+        return [b"data: " + json.dumps(event).encode() + b"\n\n" for event in events] + [b"data: [DONE]\n\n"]
+
+
+def counts_wire(prompt_tokens: int, layers: int = LAYERS, experts: int = EXPERTS) -> dict[str, Any]:
+    """Counts of a prompt whose tokens all chose the first two experts."""
+    counts = np.zeros((layers, experts), np.uint32)
+    counts[:, :TOP_K] = prompt_tokens
+    return encode_counts(ExpertCounts(counts, prompt_tokens, TOP_K))
+
+
+async def reply(
+    writer: asyncio.StreamWriter, status: int, body: bytes, headers: str = "content-type: application/json\r\n"
+) -> None:
+    date = formatdate(usegmt=True)
+    head = f"HTTP/1.1 {status} X\r\ndate: {date}\r\nserver: uvicorn\r\ncontent-length: {len(body)}\r\n{headers}\r\n"
+    writer.write(head.encode() + body)
+    await writer.drain()
+
+
+async def begin_stream(writer: asyncio.StreamWriter) -> None:
+    writer.write(
+        b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+        b"transfer-encoding: chunked\r\n\r\n"
+    )
+    await writer.drain()
+
+
+async def chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(b"%x\r\n%b\r\n" % (len(data), data))
+    await writer.drain()
+
+
+async def end_stream(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"0\r\n\r\n")
+    await writer.drain()
+
+
+async def _closed(reader: asyncio.StreamReader) -> None:
+    """Returns when the peer closes; the next request cannot come before the answer."""
+    while not reader.at_eof():
+        if reader.exception() is not None:
+            return
+        if await _wait_eof(reader):
+            return
+
+
+async def _wait_eof(reader: asyncio.StreamReader) -> bool:
+    await asyncio.sleep(0.005)
+    return reader.at_eof()
