@@ -109,6 +109,7 @@ class WorkerConnection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._idle_limit_s = 0.0
         self._complete = False
+        self._keep = False
         self._paused = False
         self._headers: dict[bytes, bytes] = {}
         self._head_bytes = 0
@@ -180,19 +181,17 @@ class WorkerConnection(asyncio.Protocol):
             if not self._complete:
                 self._fail(f"unusable answer: {error.__context__ or error}")
                 return
-            keep = False  # garbage after the answer
-        else:
-            keep = self._complete and self._parser.should_keep_alive()
+            self._keep = False  # garbage after the answer
         if self._complete:
-            self._finish(keep)
+            self._finish()
 
-    def _finish(self, keep: bool) -> None:
+    def _finish(self) -> None:
         exchange, self._exchange = self._exchange, None
         self._complete = False
         self._pool.active.discard(self)
         if self._paused:
             self.resume()
-        if keep:
+        if self._keep:
             self._pool.release(self)
         else:
             self._transport.close()
@@ -229,6 +228,8 @@ class WorkerConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._parser.get_status_code() >= 200:
             self._complete = True
+            # llhttp forgets the answer's head when it returns from here.
+            self._keep = self._parser.should_keep_alive()
 
 
 class WorkerPool:

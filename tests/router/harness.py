@@ -1,0 +1,160 @@
+"""A router in front of fake workers, and clients for it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import uvloop
+from fake_worker import FakeWorker
+
+from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.policies.load import ShortestQueue
+from eldr.router.app import Router
+from eldr.router.config import RouterConfig
+
+ASK = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+
+
+def on_uvloop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Run a test on the event loop that the router is made for."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        async def bounded() -> None:
+            async with asyncio.timeout(60):
+                await test(*args, **kwargs)
+
+        uvloop.run(bounded())
+
+    return run
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return self.json()["error"]
+
+    @property
+    def events(self) -> list[Any]:
+        """The data of a stream's events, [DONE] as a string."""
+        parts = self.body.decode().split("\n\n")
+        assert parts.pop() == ""
+        return [part if part == "data: [DONE]" else json.loads(part.removeprefix("data: ")) for part in parts]
+
+
+@dataclass
+class Setup:
+    router: Router
+    prefill: list[FakeWorker]
+    decode: list[FakeWorker]
+    session: aiohttp.ClientSession
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.router.port}"
+
+    async def get(self, path: str, headers: dict[str, str] | None = None) -> Reply:
+        async with self.session.get(self.url + path, headers=headers) as answer:
+            return Reply(answer.status, answer.headers, await answer.read())
+
+    async def post(
+        self, body: object = ASK, path: str = "/v1/completions", headers: dict[str, str] | None = None
+    ) -> Reply:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"content-type": "application/json", **(headers or {})}
+        async with self.session.post(self.url + path, data=data, headers=headers) as answer:
+            return Reply(answer.status, answer.headers, await answer.read())
+
+    async def chat(self, body: object = CHAT, **kwargs: Any) -> Reply:
+        return await self.post(body, "/v1/chat/completions", **kwargs)
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """The sum of the samples of `name` whose labels include `labels`."""
+        lines = (await self.get("/metrics")).body.decode().splitlines()
+        family = re.sub("_(total|count|sum)$", "", name)
+        assert any(line.startswith(f"# TYPE {family}") for line in lines), f"no metric {name}"
+        chosen = (line for line in lines if line.startswith((name + "{", name + " ")))
+        return sum(
+            float(line.rsplit(" ", 1)[1]) for line in chosen if all(f'{k}="{v}"' in line for k, v in labels.items())
+        )
+
+
+@asynccontextmanager
+async def running(
+    prefill: int = 1,
+    decode: int = 1,
+    policy: Policy | None = None,
+    prepare: Callable[[Setup], None] | None = None,
+    **settings: Any,
+) -> AsyncIterator[Setup]:
+    """A started router with its fake workers; `prepare` may change the workers before the router probes them."""
+    prefills = [await FakeWorker("prefill").start() for _ in range(prefill)]
+    decodes = [await FakeWorker("decode").start() for _ in range(decode)]
+    config = RouterConfig(
+        prefill=tuple(worker.url for worker in prefills),
+        decode=tuple(worker.url for worker in decodes),
+        port=0,
+        **{"health_interval_s": 0.1, **settings},
+    )
+    router = Router(config, policy or ShortestQueue())
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        setup = Setup(router, prefills, decodes, session)
+        if prepare is not None:
+            prepare(setup)
+        try:
+            await router.start()
+            yield setup
+        finally:
+            for worker in (*prefills, *decodes):
+                await worker.stop()
+            await router.stop(0)
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a condition that must come true."""
+    deadline_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline_s, f"never happened: {what}"
+        await asyncio.sleep(0.005)
+
+
+class Scripted(Policy):
+    """Chooses what it is told, and keeps what it hears."""
+
+    name = "scripted"
+
+    def __init__(self, choose: Callable[[DecodeRequest, Mapping[str, int]], str] | None = None) -> None:
+        self._choose = choose or (lambda request, in_flight: min(in_flight, key=in_flight.__getitem__))
+        self.asked: list[tuple[DecodeRequest, dict[str, int]]] = []
+        self.heard: list[tuple[str, str]] = []
+
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
+        self.asked.append((request, dict(in_flight)))
+        return Decision(self._choose(request, in_flight), "scripted")
+
+    def started(self, request: DecodeRequest, worker: str) -> None:
+        self.heard.append(("started", worker))
+
+    def finished(self, request: DecodeRequest, worker: str) -> None:
+        self.heard.append(("finished", worker))
+
+    def joined(self, worker: str) -> None:
+        self.heard.append(("joined", worker))
