@@ -1,6 +1,6 @@
 """Zones: balanced spherical K-means over expert signatures, one centroid for each decode worker.
 
-Balanced K-means after Malinen and Franti (Balanced K-Means for Clustering, S+SSPR 2014): every iteration assigns all
+Balanced K-means after Malinen and Fränti (Balanced K-Means for Clustering, S+SSPR 2014): every iteration assigns all
 points at the least total cost with no cluster above its cap, then moves each centroid to the mean of its points.
 They solve the assignment with the Hungarian method on an N x N matrix. N points to K capacities is a transportation
 problem, and its residual graph needs only the K clusters as nodes: an edge from a to b is the cheapest move of any
@@ -21,10 +21,16 @@ from numpy.typing import NDArray
 from eldr.errors import EldrError
 
 MAX_ITERATIONS = 50
+# One k-means++ start can end a tenth above the best; a few make that rare at little cost.
+STARTS = 4
+SAMPLE_POINTS = 4096
+# Cosine distance that float32 leaves between equal unit vectors.
+DUPLICATE_DISTANCE = 1e-6
 # Costs are rounded to 1 / COST_UNITS, so that the assignment is exact integer arithmetic: no tolerance, real ties.
-# 2**40 resolves double precision of distances 0..2 well enough and leaves path sums far from overflow.
+# 2**40 is far finer than the float32 products behind the costs, and leaves path sums far from overflow.
 COST_UNITS = 2**40
 UNREACHABLE = 2**61
+SETTLED = 2**62
 
 
 class ZonesError(EldrError):
@@ -36,13 +42,12 @@ class Zones:
     """K zones over N signatures of dimension D.
 
     centroids: float32 [K, D], unit vectors. labels: int64 [N], zone of each signature; no zone has more than
-    ceil(N / K). mean_distance: mean cosine distance of a signature to its centroid. iterations: of K-means.
+    ceil(N / K). mean_distance: mean cosine distance of a signature to its centroid.
     """
 
     centroids: NDArray[np.float32]
     labels: NDArray[np.int64]
     mean_distance: float
-    iterations: int
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -51,65 +56,84 @@ class Zones:
 
 
 def balanced_kmeans(
-    signatures: NDArray[np.floating[Any]], k: int, *, seed: int = 0, max_iterations: int = MAX_ITERATIONS
+    signatures: NDArray[np.floating[Any]],
+    k: int,
+    *,
+    seed: int = 0,
+    starts: int = STARTS,
+    max_iterations: int = MAX_ITERATIONS,
 ) -> Zones:
     """Balanced spherical K-means: k-means++ start, exact assignment capped at ceil(N / K), normalised means.
 
     signatures: [N, D], unit vectors; zero vectors are allowed and are equally far from every centroid.
-    The same seed gives the same zones. Raises ZonesError where there are fewer signatures than zones, or where
-    signatures are not unit vectors, not finite, or all zero.
+    starts: that many runs are made on the signatures that are not zero, or on a sample of SAMPLE_POINTS of them; a run
+        over all signatures sets out from the centroids of the best (after Bradley and Fayyad, Refining Initial Points
+        for K-Means Clustering, 1998).
+    max_iterations: of each run. The same seed gives the same zones.
+    Raises ZonesError where there are fewer signatures than zones, or where signatures are not unit vectors, not
+    finite, or all zero.
     """
     points = np.ascontiguousarray(signatures, dtype=np.float32)
-    _check_points(points, k)
-    cap = -(-len(points) // k)
-    centroids = _kmeans_plus_plus(points, k, np.random.default_rng(seed))
-    assignment = BalancedAssignment(len(points), k, cap)
+    seen = _check_points(points, k)
+    rng = np.random.default_rng(seed)
+    if len(seen) > max(SAMPLE_POINTS, 4 * k):
+        seen = np.sort(rng.choice(seen, max(SAMPLE_POINTS, 4 * k), replace=False))
+    sample = points[seen]
+    runs = (_one_run(sample, _kmeans_plus_plus(sample, k, rng), max_iterations) for _ in range(starts))
+    best = min(runs, key=lambda zones: zones.mean_distance)
+    return _one_run(points, best.centroids, max_iterations)
+
+
+def _one_run(points: NDArray[np.float32], centroids: NDArray[np.float32], max_iterations: int) -> Zones:
+    k = len(centroids)
+    assignment = BalancedAssignment(len(points), k, cap=-(-len(points) // k))
     labels = np.full(len(points), -1)
+    sums = np.zeros(centroids.shape)
     best_cost = np.iinfo(np.int64).max
-    iterations = 0
-    for iterations in range(1, max_iterations + 1):  # noqa: B007
+    for _ in range(max_iterations):
         new_labels, cost = assignment.solve(_costs(points, centroids))
         if cost >= best_cost or np.array_equal(new_labels, labels):
             break
+        _update_sums(sums, points, labels, new_labels)
         labels, best_cost = new_labels, cost
-        centroids = _normalised_means(points, labels, centroids)
+        centroids = _unit_centroids(sums, centroids)
     distances = np.take_along_axis(_costs(points, centroids), labels[:, None], axis=1)
-    return Zones(centroids, labels, float(distances.mean()) / COST_UNITS, iterations)
+    return Zones(centroids, labels, float(distances.mean()) / COST_UNITS)
 
 
-def _check_points(points: NDArray[np.float32], k: int) -> None:
+def _check_points(points: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Indices of the points that are not zero; raises ZonesError for what cannot be clustered."""
     if points.ndim != 2:
         raise ZonesError(f"signatures have shape {points.shape}, expected [N, D]")
     if k < 1:
         raise ZonesError(f"{k} zones: at least one is needed")
     if len(points) < k:
         raise ZonesError(f"{len(points)} calibration requests are too few for {k} zones; record at least {k}")
-    norms = np.linalg.norm(points, axis=1)
+    norms = np.sqrt(np.einsum("nd,nd->n", points, points))
     if not np.isfinite(norms).all():
         raise ZonesError("signatures hold NaN or infinity")
     if (np.abs(norms - 1) > 1e-3)[norms > 0].any():
         raise ZonesError("signatures are not unit vectors")
     if not norms.any():
         raise ZonesError("every signature is zero: there is nothing to tell requests apart by")
+    return np.flatnonzero(norms)
 
 
 def _kmeans_plus_plus(points: NDArray[np.float32], k: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """k points as first centroids, each drawn in proportion to its squared distance to those drawn before.
 
     k-means++ of Arthur and Vassilvitskii (2007); between unit vectors the squared distance is twice the cosine
-    distance. Zero vectors are never drawn, and a point is drawn twice only where there are too few others.
+    distance. A point is drawn twice only where there are too few others.
     """
-    drawable = np.linalg.norm(points, axis=1) > 0
-    distance = drawable.astype(np.float64)
+    distance = np.ones(len(points))
     chosen: list[int] = []
     for _ in range(k):
         total = distance.sum()
-        weights = distance / total if total > 0 else drawable / drawable.sum()
-        chosen.append(int(rng.choice(len(points), p=weights)))
-        to_chosen = np.maximum(1 - points @ points[chosen[-1]], 0).astype(np.float64)
-        to_chosen[to_chosen < 1e-6] = 0  # float32 noise of duplicates
-        distance = np.minimum(distance, to_chosen) * drawable
-    return points[chosen].copy()
+        chosen.append(int(rng.choice(len(points), p=distance / total if total > 0 else None)))
+        to_chosen = (1 - points @ points[chosen[-1]]).astype(np.float64)
+        to_chosen[to_chosen < DUPLICATE_DISTANCE] = 0
+        distance = np.minimum(distance, to_chosen)
+    return points[chosen]
 
 
 def _costs(points: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -117,14 +141,20 @@ def _costs(points: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArr
     return np.rint((1 - (points @ centroids.T).astype(np.float64)) * COST_UNITS).astype(np.int64)
 
 
-def _normalised_means(
-    points: NDArray[np.float32], labels: NDArray[np.int64], centroids: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Unit mean of each cluster's points; a cluster whose points sum to nothing keeps its centroid."""
-    member = (labels == np.arange(len(centroids))[:, None]).astype(np.float32)
-    sums = member @ points
+def _update_sums(
+    sums: NDArray[np.float64], points: NDArray[np.float32], old: NDArray[np.int64], new: NDArray[np.int64]
+) -> None:
+    """Bring each cluster's sum of points, [K, D], from labels `old` (-1: none) to `new`: late on, few points move."""
+    moved = np.flatnonzero(old != new)
+    clusters = np.arange(len(sums))[:, None]
+    change = (clusters == new[moved]).astype(np.float32) - (clusters == old[moved])
+    sums += change.astype(np.float32) @ (points if len(moved) == len(points) else points[moved])
+
+
+def _unit_centroids(sums: NDArray[np.float64], previous: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Unit vectors along `sums` [K, D]; a cluster whose points sum to nothing keeps its previous centroid."""
     norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    return np.where(norms > 1e-6, sums / np.maximum(norms, 1e-6), centroids).astype(np.float32)
+    return np.where(norms > 1e-4, sums / np.maximum(norms, 1e-4), previous).astype(np.float32)
 
 
 class BalancedAssignment:
@@ -195,9 +225,9 @@ class BalancedAssignment:
             cluster = int(unsettled.argmin())
             if sizes[cluster] < self._cap:
                 break
-            unsettled[cluster] = np.iinfo(np.int64).max
+            unsettled[cluster] = SETTLED
             through = distance[cluster] + reduced[cluster]
-            better = (through < distance) & (unsettled < np.iinfo(np.int64).max)
+            better = (through < distance) & (unsettled < SETTLED)
             distance[better] = unsettled[better] = through[better]
             previous[better] = cluster
         self._prices -= np.minimum(distance, distance[cluster])
