@@ -18,11 +18,10 @@ import orjson
 
 from eldr.demo.measure import Outcome
 from eldr.demo.prompts import Prompt
+from eldr.demo.router_log import request_id
 
 REQUEST_TIMEOUT_S = 120.0
-# The router's answer names the decode worker that serves it.
-WORKER_HEADER = "x-eldr-decode-worker"
-MAX_TOKENS_RANGE = (24, 56)
+MAX_TOKENS_RANGE = (40, 88)
 ERROR_CHARS = 300
 
 
@@ -39,24 +38,24 @@ class Request:
 class Target:
     """A server to load.
 
-    cache_salt: keeps prefix caches apart: a run hits only blocks that requests with the same salt filled.
+    run: names the run in request ids and keeps prefix caches apart: requests hit only blocks of their own run.
     """
 
     url: str
     model: str
     in_flight: int
-    cache_salt: str | None = None
+    run: str
 
     def body(self, request: Request) -> dict[str, Any]:
-        body: dict[str, Any] = {
+        return {
             "model": self.model,
             "prompt": request.prompt.text,
             "max_tokens": request.max_tokens,
             "temperature": 0,
             "stream": True,
             "return_token_ids": True,
+            "cache_salt": self.run,
         }
-        return body if self.cache_salt is None else body | {"cache_salt": self.cache_salt}
 
 
 def make_requests(prompts: Sequence[Prompt], *, seed: int) -> list[Request]:
@@ -65,18 +64,13 @@ def make_requests(prompts: Sequence[Prompt], *, seed: int) -> list[Request]:
     return [Request(number, prompt, rng.randint(*MAX_TOKENS_RANGE)) for number, prompt in enumerate(prompts)]
 
 
-async def run_load(
-    target: Target, requests: Sequence[Request], heard: Callable[[Outcome], None] = lambda outcome: None
-) -> list[Outcome]:
+async def run_load(target: Target, requests: Sequence[Request], heard: Callable[[Outcome], None]) -> None:
     """Send all requests in order, `target.in_flight` at a time; `heard` is called with each as it ends."""
-    outcomes: list[Outcome] = []
     waiting = iter(requests)
 
     async def client(session: aiohttp.ClientSession) -> None:
         for request in waiting:
-            outcome = await _send(session, target, request)
-            outcomes.append(outcome)
-            heard(outcome)
+            heard(await _send(session, target, request))
 
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0)
@@ -86,14 +80,14 @@ async def run_load(
     ):
         for _ in range(target.in_flight):
             clients.create_task(client(session))
-    return sorted(outcomes, key=lambda outcome: outcome.number)
 
 
 async def _send(session: aiohttp.ClientSession, target: Target, request: Request) -> Outcome:
     outcome = Outcome(request.number, request.prompt.kind, sent_s=time.monotonic())
     try:
-        async with session.post(f"{target.url}/v1/completions", json=target.body(request)) as response:
-            outcome.worker = response.headers.get(WORKER_HEADER)
+        headers = {"X-Request-Id": request_id(target.run, request.number)}
+        body = target.body(request)
+        async with session.post(f"{target.url}/v1/completions", json=body, headers=headers) as response:
             if response.status != 200:
                 text = (await response.text(errors="replace"))[:ERROR_CHARS]
                 outcome.error = f"status {response.status}: {text}"

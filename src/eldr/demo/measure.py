@@ -13,14 +13,13 @@ import numpy as np
 class Outcome:
     """One streamed request as its client saw it. Times are seconds of one monotonic clock.
 
-    number: index in the workload. worker: URL of the decode worker, None where the server does not say.
+    number: index in the workload.
     token_times_s: arrival of each token; tokens that came in one event share its time. error: None if it succeeded.
     """
 
     number: int
     kind: str
     sent_s: float
-    worker: str | None = None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     token_times_s: list[float] = field(default_factory=list)
@@ -62,14 +61,19 @@ class ActiveExperts:
         return self.total / self.samples if self.samples > 0 else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PolicyRun:
-    """One policy's run of the workload. active: decode worker URL -> what it counted meanwhile."""
+    """One policy's run of the workload, growing while it runs.
+
+    active: decode worker URL -> what that worker counted since the run began.
+    served_by: number of a request -> URL of its decode worker, as far as known.
+    """
 
     policy: str
-    outcomes: list[Outcome]
-    active: dict[str, ActiveExperts]
-    duration_s: float
+    outcomes: list[Outcome] = field(default_factory=list)
+    active: dict[str, ActiveExperts] = field(default_factory=dict)
+    served_by: dict[int, str] = field(default_factory=dict)
+    duration_s: float = 0.0
 
     @property
     def succeeded(self) -> list[Outcome]:
@@ -100,8 +104,9 @@ class PolicyRun:
         """[kinds][workers] requests of a kind that a decode worker served."""
         counts = [[0] * len(workers) for _ in kinds]
         for outcome in self.outcomes:
-            if outcome.worker in workers and outcome.kind in kinds:
-                counts[kinds.index(outcome.kind)][workers.index(outcome.worker)] += 1
+            worker = self.served_by.get(outcome.number)
+            if worker in workers and outcome.kind in kinds:
+                counts[kinds.index(outcome.kind)][workers.index(worker)] += 1
         return counts
 
 

@@ -236,11 +236,13 @@ def _byte_classes() -> Matrix:
         index[list(members)] = number
     for number, (first, end) in enumerate(_UTF8_CLASSES, start=len(_ASCII_CLASSES)):
         index[first:end] = number
-    return np.eye(_CLASSES)[index]
+    one_hot: Matrix = np.eye(_CLASSES)[index]
+    return one_hot
 
 
 def _unit(rows: Matrix) -> Matrix:
-    return np.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True))
+    unit: Matrix = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+    return unit
 
 
 def _config(shape: ModelShape) -> dict[str, Any]:

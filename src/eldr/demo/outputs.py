@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from eldr.demo.load import Request
-from eldr.demo.measure import Outcome
+from eldr.demo.measure import Outcome, PolicyRun
 
 TIE_LOGIT_GAP = 1e-4
 
@@ -53,20 +53,17 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 async def check_outputs(
-    policy: str,
-    outcomes: Sequence[Outcome],
+    run: PolicyRun,
     reference: Sequence[Outcome],
     ask_reference: Callable[[int], Awaitable[TopTwo]],
     check: OutputCheck,
 ) -> None:
-    """Compare the successful `outcomes` with the `reference` of the same number and add the verdicts to `check`.
+    """Compare the successful outputs of `run` with the `reference` of the same number; add the verdicts to `check`.
 
     ask_reference: number of a request -> the reference's tokens and top-two gaps; asked only where texts differ.
     """
     expected = {outcome.number: outcome for outcome in reference}
-    for outcome in outcomes:
-        if outcome.error is not None:
-            continue
+    for outcome in run.succeeded:
         own = expected[outcome.number]
         if outcome.text == own.text:
             check.equal += 1
@@ -76,7 +73,7 @@ async def check_outputs(
         if reason is None:
             check.ties += 1
         else:
-            check.differences.append(Difference(policy, outcome.number, position, reason))
+            check.differences.append(Difference(run.policy, outcome.number, position, reason))
 
 
 def _why_no_tie(position: int | None, tokens: Sequence[int], asked: TopTwo) -> str | None:

@@ -41,7 +41,7 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     "code": Kind(
         openings=(
-            "# Complete the following Python module; keep its style.\nfrom __future__ import annotations\nimport json\n\n",
+            "# Complete this Python module; keep its style.\nfrom __future__ import annotations\nimport json\n\n",
             "# Review this patch: types, errors, edge cases.\nimport os, sys\nfrom pathlib import Path\n\n",
         ),
         sentences=(
@@ -193,8 +193,8 @@ def _compose(kind: Kind, rng: random.Random) -> str:
     text = rng.choice(kind.openings)
     for template in rng.sample(kind.sentences, rng.randint(2, 4)):
         fills = {name: rng.choice(texts) for name, texts in kind.slots.items()}
-        numbers = {"n": rng.randint(2, 99), "m": rng.randint(2, 99)}
-        longer = text + Template(template).substitute(numbers | fills) + kind.joint
+        fills |= {name: str(rng.randint(2, 99)) for name in ("n", "m")}
+        longer = text + Template(template).substitute(fills) + kind.joint
         if len(longer.encode()) > MAX_PROMPT_BYTES:
             break
         text = longer

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from eldr.demo.measure import PolicyRun, percentile_ms
-from eldr.demo.outputs import OutputCheck
+from eldr.demo.result import DemoResult
 from eldr.fileio import write_atomically
 
 
-def summarise(
-    runs: Sequence[PolicyRun], check: OutputCheck, *, calibration_requests: int, rho: float
-) -> dict[str, Any]:
+def summarise(result: DemoResult) -> dict[str, Any]:
     """The figures under their names; what could not be measured is None."""
+    calibration = result.calibration
     return {
-        "policies": {run.policy: _policy(run) for run in runs},
-        "outputs_equal": check.equal,
-        "outputs_ties": check.ties,
-        "outputs_total": check.total,
-        "calibration": {"requests": calibration_requests, "rho": rho},
+        "policies": {run.policy: _policy(run) for run in result.runs},
+        "outputs_equal": result.check.equal,
+        "outputs_ties": result.check.ties,
+        "outputs_total": result.check.total,
+        "calibration": {"requests": calibration.provenance["requests"], "rho": calibration.signature.rho},
     }
 
 

@@ -1,0 +1,164 @@
+"""The demo's processes: its vLLM workers and one router at a time, on free ports of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eldr.demo.workers import Role, WorkerError, WorkerProcess, WorkerSpec, die_with
+from eldr.errors import EldrError
+
+MODEL_NAME = "eldr-demo"
+# Below the range that Linux takes the ports of outgoing connections from.
+FIRST_PORT, END_PORT = 24000, 32000
+# The smallest that vLLM's CPU attention takes: the openings that prompts share fill a few blocks.
+BLOCK_SIZE_TOKENS = 32
+ROUTER_READY_TIMEOUT_S = 60.0
+ROUTER_GRACE_S = 5.0
+LOG_TAIL_LINES = 15
+
+
+class RouterProcessError(EldrError):
+    """The router did not start or did not find its workers; ends with the tail of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """The running workers: a plain one for reference, one for prefill, several for decode."""
+
+    plain: WorkerProcess
+    prefill: WorkerProcess
+    decode: list[WorkerProcess]
+
+    @property
+    def decode_urls(self) -> list[str]:
+        return [worker.url for worker in self.decode]
+
+
+@contextlib.asynccontextmanager
+async def running_workers(
+    python: Path, model_dir: Path, logs: Path, decode_workers: int, ready: Callable[[], None]
+) -> AsyncIterator[Workers]:
+    """Start all workers at once, wait for them (`ready` is called for each), and stop them at the end.
+
+    Raises WorkerError if one does not come up.
+    """
+    roles: list[tuple[str, Role]] = [("plain", "plain"), ("prefill", "prefill")]
+    roles += [(f"decode{number}", "decode") for number in range(decode_workers)]
+    ports = free_ports(2 * len(roles))
+    processes = [
+        WorkerProcess(
+            WorkerSpec(
+                role=role,
+                port=port,
+                side_channel_port=side_channel_port,
+                model_dir=model_dir,
+                served_name=MODEL_NAME,
+                # Not resolved: the path of a virtual environment's interpreter is what makes it one.
+                python=python.absolute(),
+                log_path=logs / f"{name}.log",
+                extra_args=("--block-size", str(BLOCK_SIZE_TOKENS)),
+            )
+        )
+        for (name, role), port, side_channel_port in zip(roles, ports[::2], ports[1::2], strict=True)
+    ]
+    try:
+        # From this thread, not a helper's: a worker dies with the thread that started it.
+        for process in processes:
+            process.start()
+        await _all_ready(processes, ready)
+        yield Workers(processes[0], processes[1], processes[2:])
+    finally:
+        await asyncio.gather(*(asyncio.to_thread(process.stop) for process in processes))
+
+
+async def _all_ready(processes: Sequence[WorkerProcess], ready: Callable[[], None]) -> None:
+    async def one(process: WorkerProcess) -> None:
+        await asyncio.to_thread(process.wait_ready)
+        ready()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for process in processes:
+                group.create_task(one(process))
+    except* WorkerError as errors:
+        raise errors.exceptions[0] from None
+
+
+@contextlib.asynccontextmanager
+async def running_router(workers: Workers, flags: Sequence[str], log_path: Path) -> AsyncIterator[str]:
+    """Run `eldr serve` in front of `workers` with more `flags`; yields its URL. Raises RouterProcessError."""
+    port = free_ports(1)[0]
+    command = [sys.executable, "-m", "eldr", "serve", "--port", str(port), "--prefill", workers.prefill.url]
+    for url in workers.decode_urls:
+        command += ["--decode", url]
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [*command, *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            preexec_fn=die_with(os.getpid()),
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        await _router_ready(process, url, log_path)
+        yield url
+    finally:
+        await asyncio.to_thread(_end, process)
+
+
+async def _router_ready(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
+    deadline = time.monotonic() + ROUTER_READY_TIMEOUT_S
+    while not await asyncio.to_thread(_answers, f"{url}/ready"):
+        status = process.poll()
+        if status is not None or time.monotonic() > deadline:
+            problem = "was not ready in time" if status is None else f"exited with status {status}"
+            tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+            raise RouterProcessError(f"the router {problem}. The end of its log {log_path}:\n{tail}")
+        await asyncio.sleep(0.1)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(ROUTER_GRACE_S)
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """`count` different ports of 127.0.0.1 that nobody listens on at this moment."""
+    ports: list[int] = []
+    for port in range(FIRST_PORT, END_PORT):
+        if len(ports) == count:
+            break
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                ports.append(port)
+    if len(ports) < count:
+        raise EldrError(f"fewer than {count} free ports between {FIRST_PORT} and {END_PORT}")
+    return ports
