@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from eldr.counts import MAX_EXPERTS, MAX_LAYERS
 from eldr.errors import EldrError
-from eldr.fileio import ArraySpec, NpzError, read_npz, reason_of, write_npz
+from eldr.fileio import ArraySpec, NpzError, parse_meta, read_npz, reason_of, write_npz
 from eldr.signature import DEFAULT_TRANSFORM, TRANSFORMS, SignatureError, SignatureModel
 from eldr.trace import Trace
 from eldr.zones import balanced_kmeans
 
 FORMAT = "eldr-calibration-v1"
-MAX_META_CHARS = 2**20
+# Workers hand out counts, not gate scores.
+ROUTABLE = tuple(name for name, known in TRANSFORMS.items() if known.source == "counts")
 # Requests in the picture: enough to see the zones, small beside the centroids.
 PICTURE_REQUESTS = 1000
 
@@ -136,10 +137,9 @@ def fit_calibration(
     seed. Raises CalibrationError, SignatureError or ZonesError where the trace does not allow a fit.
     """
     tell = progress or (lambda stage: None)
-    if transform not in TRANSFORMS or TRANSFORMS[transform].source != "counts":
-        routable = ", ".join(name for name, known in TRANSFORMS.items() if known.source == "counts")
+    if transform not in ROUTABLE:
         raise CalibrationError(
-            f"cannot route on transform {transform!r}: workers hand out counts, which give {routable}"
+            f"cannot route on transform {transform!r}: workers hand out counts, which give {', '.join(ROUTABLE)}"
         )
     profiles = trace.decode_profiles()
     models = {}
@@ -269,17 +269,9 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _parse_meta(text: str) -> dict[str, Any]:
-    if len(text) > MAX_META_CHARS:
-        raise NpzError("meta is too long")
-    try:
-        meta = json.loads(text)
-    except (ValueError, RecursionError):
-        raise NpzError("meta is not JSON") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else None
-        raise NpzError(f"it is no {FORMAT} file (its format: {found!r})")
+    meta = parse_meta(text, FORMAT)
     transform, rho, top_k = meta.get("transform"), meta.get("rho"), meta.get("top_k")
-    if transform not in TRANSFORMS or TRANSFORMS[transform].source != "counts":
+    if transform not in ROUTABLE:
         raise NpzError(f"meta: cannot route on transform {transform!r}")
     if type(top_k) is not int or top_k < 1:
         raise NpzError(f"meta: top_k is {top_k!r}, expected a whole number from 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import zipfile
@@ -102,6 +103,18 @@ def read_npz(
             raise NpzError(f"not a complete .npz file ({error})") from None
         except (EOFError, zlib.error, NotImplementedError, RuntimeError, MemoryError, OverflowError) as error:
             raise NpzError(f"damaged .npz file ({error or type(error).__name__})") from None
+
+
+def parse_meta(text: str, expected_format: str) -> dict[str, Any]:
+    """The JSON object in a file's array `meta`. Raises NpzError unless its key "format" is `expected_format`."""
+    try:
+        meta = json.loads(text)
+    except (ValueError, RecursionError):
+        raise NpzError("meta is not JSON") from None
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if not isinstance(meta, dict) or found != expected_format:
+        raise NpzError(f"it is no {expected_format} file (its format: {repr(found)[:60]})")
+    return meta
 
 
 def _members(archive: zipfile.ZipFile, specs: Mapping[str, ArraySpec]) -> dict[str, zipfile.ZipInfo]:

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from eldr.counts import MAX_EXPERTS, MAX_LAYERS
 from eldr.errors import EldrError
-from eldr.fileio import ArraySpec, NpzError, read_npz, reason_of, write_npz
+from eldr.fileio import ArraySpec, NpzError, parse_meta, read_npz, reason_of, write_npz
 
 FORMAT = "eldr-trace-v1"
-MAX_META_CHARS = 2**18
 # Rows looked at together when decode experts are checked: bounds the working memory.
 ROWS_AT_ONCE = 2**15
 
@@ -176,15 +175,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _parse_meta(text: str) -> TraceMeta:
-    if len(text) > MAX_META_CHARS:
-        raise NpzError("meta is too long")
-    try:
-        meta = json.loads(text)
-    except (ValueError, RecursionError):
-        raise NpzError("meta is not JSON") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else None
-        raise NpzError(f"it is no {FORMAT} file (its format: {found!r})")
+    meta = parse_meta(text, FORMAT)
     for key in ("layers", "experts", "top_k"):
         if type(meta.get(key)) is not int:
             raise NpzError(f"meta: {key} is {meta.get(key)!r}, expected a whole number")
