@@ -87,6 +87,9 @@ class Flow:
         """Check the request; answer it at once if it is bad, else start the task that answers it."""
         self._id = ""
         try:
+            media_type = self._request.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if media_type != b"application/json":
+                raise ApiError(415, "Content-Type must be application/json")
             self._body = openai.parse_body(self._request.path, self._request.body)
             self._id = self._request_id()
             self._record = self._wants_record()

@@ -171,8 +171,6 @@ class ClientConnection(asyncio.Protocol):
                 raise _head_too_large()
         except ApiError as error:
             self._refuse(error)
-        except httptools.HttpParserUpgrade:
-            self._refuse(ApiError(400, "a change of protocol (Upgrade or CONNECT) is not supported"))
         except httptools.HttpParserError as error:
             cause = error.__context__
             refusal = cause if isinstance(cause, ApiError) else ApiError(400, f"malformed HTTP request: {error}")
@@ -202,6 +200,9 @@ class ClientConnection(asyncio.Protocol):
             raise ApiError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
         if not http_1_0 and b"host" not in headers:
             raise ApiError(400, "an HTTP/1.1 request needs a Host header")
+        if self._parser.should_upgrade():
+            # llhttp would take the body for bytes of the new protocol.
+            raise ApiError(400, "a change of protocol (Upgrade or CONNECT) is not supported")
         coding = headers.get(b"transfer-encoding")
         length = headers.get(b"content-length")
         if coding is not None and (length is not None or http_1_0 or coding.lower() != b"chunked"):

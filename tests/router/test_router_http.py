@@ -1,0 +1,376 @@
+"""The HTTP layer towards clients, byte by byte."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+
+import pytest
+from harness import ASK, CHAT, on_uvloop, running, until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eldr.router.http import MAX_HEAD_BYTES, ClientConnection
+
+BODY = json.dumps(ASK).encode()
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+
+
+def post(body: bytes = BODY, extra: bytes = b"") -> bytes:
+    return POST + extra + b"content-length: %d\r\n\r\n%b" % (len(body), body)
+
+
+GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+async def exchange(setup, data: bytes) -> bytes:
+    """Everything that comes back for `data` until the router closes; it must close."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", setup.router.port)
+    writer.write(data)
+    try:
+        async with asyncio.timeout(10):
+            return await reader.read()
+    finally:
+        writer.close()
+
+
+def answers_in(raw: bytes) -> int:
+    return len(re.findall(rb"HTTP/1\.1 \d{3} [A-Z]", raw))
+
+
+def status_of(raw: bytes) -> int:
+    assert raw.startswith(b"HTTP/1.1 ")
+    return int(raw[9:12])
+
+
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n"
+
+MALFORMED = {
+    "both lengths": POST + b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "both lengths, the other way": POST
+    + b"transfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n0\r\n\r\n"
+    + SMUGGLED,
+    "two lengths": POST + b"content-length: 3\r\ncontent-length: 40\r\n\r\n{}\n" + SMUGGLED,
+    "two equal lengths": POST + b"content-length: 2\r\ncontent-length: 2\r\n\r\n{}" + SMUGGLED,
+    "a list of lengths": POST + b"content-length: 2, 2\r\n\r\n{}",
+    "a signed length": POST + b"content-length: +2\r\n\r\n{}",
+    "a negative length": POST + b"content-length: -2\r\n\r\n{}",
+    "a hexadecimal length": POST + b"content-length: 0x2\r\n\r\n{}",
+    "a huge length": POST + b"content-length: 99999999999999999999999\r\n\r\n{}",
+    "an unknown coding": POST + b"transfer-encoding: identity\r\n\r\n",
+    "chunked not last": POST + b"transfer-encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+    "gzip and chunked": POST + b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "chunked twice": POST + b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunked with a tab": POST + b"transfer-encoding:\x0bchunked\r\n\r\n0\r\n\r\n",
+    "chunked in HTTP/1.0": POST.replace(b"/1.1", b"/1.0") + b"transfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "a space before the colon": POST + b"content-length : 2\r\n\r\n{}",
+    "a folded header": POST + b"x-a: b\r\n c\r\ncontent-length: 2\r\n\r\n{}",
+    "a null in a header": POST + b"x-a: b\x00c\r\ncontent-length: 2\r\n\r\n{}",
+    "a bare CR in a header": POST + b"x-a: b\rc\r\ncontent-length: 2\r\n\r\n{}",
+    "bare LF line ends": POST.replace(b"\r\n", b"\n") + b"content-length: 2\n\n{}",
+    "a bad chunk size": POST + b"transfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+    "a huge chunk size": POST + b"transfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n{}\r\n0\r\n\r\n",
+    "a chunk without its end": POST + b"transfer-encoding: chunked\r\n\r\n2\r\n{}x\r\n0\r\n\r\n",
+    "no host": b"GET /health HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET /health HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n",
+    "two authorizations": b"GET /health HTTP/1.1\r\nhost: a\r\nauthorization: a\r\nauthorization: b\r\n\r\n",
+    "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "HTTP/0.9": b"GET /health\r\n\r\n",
+    "TLS": bytes.fromhex("16030100a5010000a1030301020304050607"),
+    "rubbish": b"\x00\x01\x02\x03\r\n\r\n",
+    "a space in the target": b"GET /he alth HTTP/1.1\r\nhost: x\r\n\r\n",
+    "an upgrade": b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
+    "CONNECT": b"CONNECT example.com:80 HTTP/1.1\r\nhost: x\r\n\r\n",
+}
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """What the router says to each malformed request, all asked of one router."""
+    collected = {}
+
+    @on_uvloop
+    async def ask_all():
+        async with running() as s:
+            names = list(MALFORMED)
+            raws = await asyncio.gather(*(exchange(s, MALFORMED[name]) for name in names))
+            collected.update(zip(names, raws, strict=True))
+            assert (await s.post()).status == 200
+
+    ask_all()
+    return collected
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_requests_are_refused_once_and_the_connection_closed(answers, name):
+    raw = answers[name]
+    assert status_of(raw) in (400, 413, 505)
+    assert answers_in(raw) == 1  # nothing after the error was taken for a request
+    head, body = raw.split(b"\r\n\r\n", 1)
+    assert b"connection: close" in head
+    assert json.loads(body)["error"]["message"]
+
+
+@on_uvloop
+async def test_limits():
+    async with running(max_body_bytes=1000) as s:
+        assert (await s.post(b" " * 1000)).status == 400
+        assert status_of(await exchange(s, post(b" " * 1001))) == 413
+        endless = POST + b"transfer-encoding: chunked\r\n\r\n" + b"1f4\r\n%b\r\n" % (b" " * 500) * 3
+        assert status_of(await exchange(s, endless)) == 413
+        announced = POST + b"content-length: 1001\r\n\r\n"  # refused before a byte of it is sent
+        assert status_of(await exchange(s, announced)) == 413
+        long = b"GET / HTTP/1.1\r\nhost: x\r\nx-long: " + b"a" * MAX_HEAD_BYTES
+        assert status_of(await exchange(s, long)) == 431
+        assert status_of(await exchange(s, long + b"\r\n\r\n")) == 431
+        assert status_of(await exchange(s, b"GET /" + b"a" * MAX_HEAD_BYTES)) == 431
+        many = b"GET / HTTP/1.1\r\nhost: x\r\n" + b"".join(b"x-%d: a\r\n" % n for n in range(200))
+        assert status_of(await exchange(s, many + b"\r\n")) == 431
+        assert await s.metric("eldr_request_total", endpoint="other", status="413") == 3
+
+
+@on_uvloop
+async def test_a_refused_body_is_not_reset_before_its_answer_is_read():
+    async with running(max_body_bytes=1000) as s:
+        reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
+        writer.write(POST + b"content-length: 3000000\r\n\r\n")
+        for _ in range(30):  # a client that sends its whole body before it reads
+            writer.write(b" " * 100_000)
+            await asyncio.sleep(0.001)
+        assert status_of(await reader.readuntil(b"\r\n\r\n")) == 413
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/v1/completions", b"{", 400, None),
+        ("/v1/completions", b"", 400, None),
+        ("/v1/completions", b"[1]", 400, None),
+        ("/v1/completions", b'{"model": "tiny", "prompt": "x", "max_tokens": NaN}', 400, None),
+        ("/v1/completions", b'{"prompt": "\xff"}', 400, None),
+        ("/v1/completions", {"model": "tiny"}, 400, "prompt"),
+        ("/v1/completions", {"model": 3, "prompt": "x"}, 400, "model"),
+        ("/v1/completions", {"model": "other", "prompt": "x"}, 404, "model"),
+        ("/v1/chat/completions", {"model": "tiny"}, 400, "messages"),
+        ("/v1/chat/completions", {"model": "tiny", "messages": []}, 400, "messages"),
+        ("/v1/chat/completions", {**CHAT, "kv_transfer_params": {}}, 400, "kv_transfer_params"),
+        ("/v1/completions", {**ASK, "ec_transfer_params": None}, 400, "ec_transfer_params"),
+        ("/v1/completions", {**ASK, "eldr_record": True}, 400, "eldr_record"),
+        ("/v1/completions", {**ASK, "vllm_xargs": {"kv_transfer_params": "x"}}, 400, "vllm_xargs.kv_transfer_params"),
+        ("/v1/embeddings", ASK, 404, None),
+        ("/v1/completions/", ASK, 404, None),
+        ("/v1%2Fcompletions", ASK, 404, None),
+        ("/", ASK, 404, None),
+    ],
+)
+@on_uvloop
+async def test_bad_requests_get_an_openai_error(path, body, status, param):
+    async with running() as s:
+        answer = await s.post(body, path)
+        assert answer.status == status
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.error.keys() == {"message", "type", "param", "code"}
+        assert (answer.error["code"], answer.error["param"]) == (status, param)
+        assert s.prefill[0].generated == s.decode[0].generated == []
+        assert (await s.post()).status == 200
+
+
+@on_uvloop
+async def test_methods_and_media_types():
+    async with running() as s:
+        assert (await s.get("/v1/completions")).status == 405
+        assert (await s.get("/v1/completions")).headers["allow"] == "POST"
+        assert (await s.post(path="/v1/models")).status == 405
+        assert (await s.post(headers={"content-type": "text/plain"})).status == 415
+        assert (await s.post(headers={"content-type": "application/json; charset=utf-8"})).status == 200
+        raw = await exchange(s, b"HEAD /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert raw.split(b"\r\n\r\n", 1)[1] == b""
+
+
+@on_uvloop
+async def test_pipelined_requests_are_answered_in_their_order():
+    async with running() as s:
+        s.decode[0].token_gap_s = 0.02
+        data = GET + post(extra=b"x-request-id: r1\r\n") + GET + post(extra=b"x-request-id: r2\r\n") + GET
+        raw = await exchange(s, data + GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+        assert raw.count(b"HTTP/1.1 200 OK") == 6
+        assert raw.index(b'"cmpl-r1"') < raw.index(b'"cmpl-r2"')
+        bodies = [part.split(b"\r\n\r\n", 1)[1] for part in raw.split(b"HTTP/1.1 200 OK\r\n")[1:]]
+        assert [body == b"{}" for body in bodies] == [True, False, True, False, True, True]
+
+
+@on_uvloop
+async def test_what_follows_a_running_request_and_is_malformed_is_refused_after_it():
+    async with running() as s:
+        s.decode[0].token_gap_s = 0.02
+        raw = await exchange(s, post() + b"NONSENSE\r\n\r\n")
+        assert answers_in(raw) == 2
+        assert status_of(raw) == 200
+        assert b"HTTP/1.1 400 Bad Request" in raw
+
+
+@on_uvloop
+async def test_a_flood_of_pipelined_requests_is_not_read_ahead():
+    async with running() as s:
+        release = asyncio.Event()
+
+        async def held(worker, seen, reader, writer):
+            await release.wait()
+            await worker.answer(seen, writer)
+
+        s.decode[0].behaviour = held
+        reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
+        writer.write(post())
+        await until(lambda: s.decode[0].running == 1, "it runs")
+        flood = GET * 50_000
+        writer.write(flood)
+        await asyncio.sleep(0.5)
+        (connection,) = (c for c in s.router.connections if c._active is not None)
+        assert len(connection._waiting) < 20_000
+        release.set()
+        raw = b""
+        while answers_in(raw) < 50_001:
+            raw += await reader.read(2**24)
+        writer.close()
+
+
+@on_uvloop
+async def test_http_1_0_gets_a_stream_without_chunks():
+    async with running() as s:
+        body = json.dumps({**ASK, "stream": True}).encode()
+        raw = await exchange(s, post(body).replace(b"HTTP/1.1\r\nhost: x\r\n", b"HTTP/1.0\r\n"))
+        head, text = raw.split(b"\r\n\r\n", 1)
+        assert b"transfer-encoding" not in head
+        assert text == b"".join(s.decode[0].events(s.decode[0].generated[0], list("abcd"), False))
+        kept = b"GET /health HTTP/1.0\r\nconnection: keep-alive\r\n\r\n"
+        raw = await exchange(s, kept + b"GET /health HTTP/1.0\r\n\r\n")
+        assert raw.count(b"HTTP/1.1 200 OK") == 2
+
+
+@on_uvloop
+async def test_expect_100_continue():
+    async with running() as s:
+        reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
+        writer.write(POST + b"expect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(BODY))
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(BODY)
+        assert status_of(await reader.readuntil(b"\r\n\r\n")) == 200
+        writer.close()
+        assert status_of(await exchange(s, POST + b"expect: miracles\r\ncontent-length: 1\r\n\r\n")) == 417
+
+
+@on_uvloop
+async def test_absolute_targets_and_queries():
+    async with running() as s:
+        close = b"host: x\r\nconnection: close\r\n\r\n"
+        assert status_of(await exchange(s, b"GET http://router:1/health?x=1 HTTP/1.1\r\n" + close)) == 200
+        assert status_of(await exchange(s, b"GET /health?a/../b HTTP/1.1\r\n" + close)) == 200
+        assert status_of(await exchange(s, b"OPTIONS * HTTP/1.1\r\n" + close)) in (400, 404)
+
+
+class Recorder:
+    """A handler that keeps requests and answers each at once."""
+
+    def __init__(self) -> None:
+        self.connections = set()
+        self.closing = False
+        self.requests = []
+        self.errors = []
+
+    def handle(self, request, connection):
+        self.requests.append((request.method, request.path, request.headers, request.body))
+        connection.respond(200, b"%d" % len(self.requests))
+
+    def refused(self, error):
+        self.errors.append(error.status)
+
+
+class MemoryTransport(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = False
+
+    def write(self, data):
+        self.written += data
+
+    def is_closing(self):
+        return self.closed
+
+    def close(self):
+        self.closed = True
+
+    def can_write_eof(self):
+        return False
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        pass
+
+    def abort(self):
+        self.closed = True
+
+
+def feed(pieces: list[bytes]):
+    async def run():
+        handler, transport = Recorder(), MemoryTransport()
+        connection = ClientConnection(handler, 10_000)
+        connection.connection_made(transport)
+        for piece in pieces:
+            if not transport.closed:
+                connection.data_received(piece)
+        statuses = re.findall(rb"HTTP/1\.1 \d{3} [A-Z]+", transport.written)
+        return handler.requests, handler.errors, statuses
+
+    return asyncio.run(run())
+
+
+def split(data: bytes, cuts: list[int]) -> list[bytes]:
+    edges = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
+    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False) if a < b]
+
+
+names = st.from_regex(rb"x-[a-z0-9]{1,8}", fullmatch=True)
+values = st.from_regex(rb"[!-~]([ -~]{0,20}[!-~])?", fullmatch=True)
+bodies = st.binary(max_size=300)
+
+
+@st.composite
+def requests(draw):
+    """Bytes of one valid request, and what it says."""
+    headers = draw(st.dictionaries(names, values, max_size=5))
+    body = draw(bodies)
+    lines = b"".join(b"%b: %b\r\n" % item for item in headers.items())
+    head = b"POST /v1/completions?q HTTP/1.1\r\nHost: x\r\n" + lines
+    if draw(st.booleans()):
+        pieces = split(body, draw(st.lists(st.integers(0, 400), max_size=4)))
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        framing = {b"transfer-encoding": b"chunked"}
+        raw = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+    else:
+        framing = {b"content-length": b"%d" % len(body)}
+        raw = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    return raw, (b"POST", b"/v1/completions", {b"host": b"x", **headers, **framing}, body)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(requests(), min_size=1, max_size=4), st.lists(st.integers(0, 4000), max_size=20))
+def test_however_the_bytes_are_split_the_requests_are_the_same(sent, cuts):
+    data = b"".join(raw for raw, _ in sent)
+    got, errors, statuses = feed(split(data, cuts))
+    assert got == [said for _, said in sent]
+    assert errors == []
+    assert statuses == [b"HTTP/1.1 200 OK"] * len(sent)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.one_of(requests().map(lambda r: r[0]), st.binary(max_size=60), st.sampled_from([*MALFORMED.values()]))),
+    st.lists(st.integers(0, 4000), max_size=12),
+)
+def test_any_bytes_give_the_same_answers_however_they_are_split(pieces, cuts):
+    data = b"".join(pieces)
+    whole = feed([data]) if data else feed([])
+    assert feed(split(data, cuts)) == whole
+    assert len(whole[1]) <= 1
