@@ -1,0 +1,324 @@
+"""The parts that do no IO: fleet, configuration, prefill choice, lease, admission."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+
+import pytest
+from fake_worker import counts_wire
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eldr.fleet import Fleet, FleetError
+from eldr.router.admission import Admission, NoWorkerError
+from eldr.router.config import ConfigError, RouterConfig, read_key
+from eldr.router.handoff import UNKNOWN_LEASE_S, Lease, read_handoff
+from eldr.router.openai import CHAT, COMPLETIONS, without_transfer_params
+from eldr.router.prefix import LOAD_FACTOR, PrefillRing
+
+TWO = {"prefill": ["http://p:1"], "decode": ["http://d:1"]}
+
+
+# Fleet.
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=80))
+def test_the_eligible_view_is_what_a_fresh_look_gives(steps):
+    fleet = Fleet()
+    workers = [fleet.add(f"http://d:{n}", "decode", 2) for n in range(4)]
+    for action, index in steps:
+        worker = workers[index]
+        if action == 0:
+            fleet.set_healthy(worker, True)
+        elif action == 1:
+            fleet.set_healthy(worker, False)
+        elif action == 2 and worker.in_flight < 2:
+            fleet.started(worker)
+        elif action == 3 and worker.in_flight > 0:
+            fleet.finished(worker)
+        elif action in (4, 5):
+            fleet.set_draining(worker, action == 4)
+        expected = {w.url: w.in_flight for w in workers if w.healthy and not w.draining and w.in_flight < 2}
+        assert fleet.eligible == expected
+        assert fleet.decode_slots == sum(2 for w in workers if w.healthy and not w.draining)
+
+
+def test_a_removed_worker_is_gone_even_when_its_last_request_ends_later():
+    fleet = Fleet()
+    worker = fleet.add("http://d:1", "decode", 2)
+    fleet.set_healthy(worker, True)
+    fleet.started(worker)
+    fleet.remove(worker)
+    fleet.finished(worker)
+    assert fleet.eligible == {}
+    with pytest.raises(FleetError):
+        fleet.remove(worker)
+
+
+def test_one_url_may_have_both_roles_but_not_one_twice():
+    fleet = Fleet()
+    fleet.add("http://w:1", "prefill", 1)
+    fleet.add("http://w:1", "decode", 1)
+    with pytest.raises(FleetError, match="http://w:1"):
+        fleet.add("http://w:1", "decode", 1)
+
+
+# Configuration.
+
+
+def test_configuration_from_a_file_and_flags(tmp_path):
+    file = tmp_path / "eldr.toml"
+    file.write_text(
+        'prefill = ["http://p0:8100/"]\ndecode = ["https://d0:8200", "http://[::1]:8201"]\n'
+        'policy = "rr"\ntau = 1\ncalibration = "zones.npz"\nmax_inflight = 7\n'
+    )
+    config = RouterConfig.load(file, {"policy": "p2c", "port": 1})
+    assert config.prefill == ("http://p0:8100",)
+    assert config.decode == ("https://d0:8200", "http://[::1]:8201")
+    assert (config.policy, config.port, config.max_inflight, config.tau) == ("p2c", 1, 7, 1)
+    assert config.calibration.name == "zones.npz"
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"prefill": []}, "prefill"),
+        ({"decode": "http://d:1"}, "decode"),
+        ({"decode": [1]}, "decode"),
+        ({"decode": ["d:1"]}, "decode"),
+        ({"decode": ["ftp://d:1"]}, "decode"),
+        ({"decode": ["http://d:99999"]}, "decode"),
+        ({"decode": ["http://user:word@d:1"]}, "decode"),
+        ({"decode": ["http://d:1/v1"]}, "decode"),
+        ({"decode": ["http://d:1", "http://d:1/"]}, "decode"),
+        ({"decode": ["http://d:1\r\nx: y"]}, "decode"),
+        ({"policy": ""}, "policy"),
+        ({"tau": "wide"}, "tau"),
+        ({"tau": -1}, "tau"),
+        ({"two_nearest": 1}, "two_nearest"),
+        ({"port": 65536}, "port"),
+        ({"port": True}, "port"),
+        ({"max_inflight": 0}, "max_inflight"),
+        ({"health_interval_s": 0}, "health_interval_s"),
+        ({"grace_s": float("nan")}, "grace_s"),
+        ({"log_level": "loud"}, "log_level"),
+        ({"calibration": 4}, "calibration"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(change, key):
+    with pytest.raises(ConfigError, match=key):
+        RouterConfig(**{**TWO, **change})
+
+
+def test_bad_files(tmp_path):
+    file = tmp_path / "eldr.toml"
+    with pytest.raises(ConfigError, match=r"eldr\.toml"):
+        RouterConfig.load(file, {})
+    file.write_text("prefill = [")
+    with pytest.raises(ConfigError, match="TOML"):
+        RouterConfig.load(file, {})
+    file.write_text("prefil = []")
+    with pytest.raises(ConfigError, match=r"eldr\.toml.*prefil"):
+        RouterConfig.load(file, {})
+    key = tmp_path / "key"
+    for text in ("", "two words", "a\nb", "ä"):
+        key.write_text(text)
+        with pytest.raises(ConfigError, match="key"):
+            read_key(key)
+    key.write_text("  secret\n")
+    assert read_key(key) == b"secret"
+
+
+# Prefill choice.
+
+
+def ring_of(workers: int, window: int = 1024) -> tuple[Fleet, PrefillRing]:
+    fleet = Fleet()
+    for n in range(workers):
+        fleet.set_healthy(fleet.add(f"http://p:{n}", "prefill", 2**31), True)
+    ring = PrefillRing(fleet, window)
+    ring.rebuild()
+    return fleet, ring
+
+
+def chat(*contents: str, system: str | None = None) -> dict:
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    roles = ("user", "assistant")
+    return {"messages": messages + [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]}
+
+
+def test_keys_spread_evenly_and_keep_their_worker_when_another_leaves():
+    fleet, ring = ring_of(8)
+    keys = [ring.key(COMPLETIONS, {"prompt": f"prompt {n}"}) for n in range(8000)]
+    before = [ring.choose(key)[0].url for key in keys]
+    shares = Counter(before).values()
+    assert len(shares) == 8
+    assert max(shares) < 1.35 * 1000
+    gone = next(iter(fleet.workers("prefill").values()))
+    fleet.set_healthy(gone, False)
+    after = [ring.choose(key)[0].url for key in keys]
+    assert gone.url not in after
+    assert all(b == a for b, a in zip(before, after, strict=True) if b != gone.url)
+
+
+def test_load_is_bounded_and_spills_go_to_one_next_worker():
+    fleet, ring = ring_of(4)
+    key = ring.key(COMPLETIONS, {"prompt": "all the same"})
+    spills = 0
+    for sent in range(400):
+        worker, spilled = ring.choose(key)
+        spills += spilled
+        fleet.started(worker)
+        most = max(w.in_flight for w in fleet.workers("prefill").values())
+        assert most <= -(-LOAD_FACTOR * (sent + 1) // 4)
+    loads = sorted(w.in_flight for w in fleet.workers("prefill").values())
+    assert loads[-1] == 125
+    assert spills == 400 - 125
+
+
+def test_the_same_start_has_the_same_key_within_the_window():
+    _, ring = ring_of(2, window=16)
+    assert ring.key(COMPLETIONS, {"prompt": "x" * 16 + "a"}) == ring.key(COMPLETIONS, {"prompt": "x" * 16 + "b"})
+    assert ring.key(COMPLETIONS, {"prompt": "x" * 15 + "a"}) != ring.key(COMPLETIONS, {"prompt": "x" * 15 + "b"})
+    assert ring.key(COMPLETIONS, {"prompt": "ä" * 8 + "a"}) == ring.key(COMPLETIONS, {"prompt": "ä" * 8 + "b"})
+    assert ring.key(COMPLETIONS, {"prompt": ["x"]}) == ring.key(COMPLETIONS, {"prompt": "x"})
+    assert ring.key(COMPLETIONS, {"prompt": [1, 2, 3, 4, 5]}) == ring.key(COMPLETIONS, {"prompt": [1, 2, 3, 4, 9]})
+    assert ring.key(COMPLETIONS, {"prompt": [1, 2]}) != ring.key(COMPLETIONS, {"prompt": [1, 3]})
+
+
+def test_a_long_shared_system_prompt_does_not_collapse_onto_one_worker():
+    fleet, ring = ring_of(4)
+    system = "You are a helpful assistant. " * 500
+    chosen = [ring.choose(ring.key(CHAT, chat(f"question {n}", system=system)))[0].url for n in range(400)]
+    assert max(Counter(chosen).values()) < 200
+    assert len(set(chosen)) == len(fleet.workers("prefill"))
+
+
+def test_a_conversation_stays_when_it_grows_beyond_the_window():
+    _, ring = ring_of(4, window=64)
+    first = chat("tell me a story about " + "a" * 80, system="be brief")
+    later = chat("tell me a story about " + "a" * 80, "once", "go on", system="be brief")
+    assert ring.key(CHAT, first) == ring.key(CHAT, later)
+    assert ring.key(CHAT, first) != ring.key(CHAT, chat("tell me a story about " + "a" * 80, system="be long"))
+
+
+def test_the_order_of_keys_in_a_message_does_not_matter():
+    _, ring = ring_of(2)
+    a = {"messages": [{"role": "user", "content": "x"}]}
+    b = {"messages": [{"content": "x", "role": "user"}]}
+    assert ring.key(CHAT, a) == ring.key(CHAT, b)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.recursive(st.none() | st.integers(0, 9) | st.text(max_size=5), lambda s: st.lists(s, max_size=3)))
+def test_any_json_has_a_key(value):
+    _, ring = ring_of(2)
+    ring.key(COMPLETIONS, {"prompt": value})
+    ring.key(CHAT, {"messages": [value]})
+
+
+# Hand-off and lease.
+
+
+def answer(**params):
+    return {"kv_transfer_params": {"do_remote_prefill": True, **params}, "usage": {"prompt_tokens": 4}}
+
+
+@pytest.mark.parametrize("skew_s", [-3600.0, -1.0, 0.0, 1.0, 3600.0])
+def test_a_lease_survives_any_clock(skew_s):
+    sent_s, received_s, now_unix_s = 100.0, 102.0, 5000.0
+    wire = {"left_s": 30.0, "unix_s": now_unix_s - 0.5 + skew_s}  # said half a second before it was received
+    lease = Lease.from_wire(wire, sent_s, received_s, now_unix_s)
+    # Whatever the clock says, the answer is between zero and two seconds old.
+    assert 28.0 <= lease.left_at(received_s) <= 30.0
+    if skew_s == 0.0:
+        assert lease.left_at(received_s) == pytest.approx(29.5)
+    assert lease.left_at(received_s + 7) == pytest.approx(lease.left_at(received_s) - 7)
+
+
+@pytest.mark.parametrize("wire", [None, 3, {}, {"left_s": "x", "unix_s": 1}, {"left_s": 1}])
+def test_a_lease_that_is_not_stated_is_short(wire):
+    handoff = read_handoff(answer(eldr_lease=wire), time.monotonic())
+    assert handoff.lease is None
+    assert UNKNOWN_LEASE_S - 1 < handoff.left_s(time.monotonic()) <= UNKNOWN_LEASE_S
+    assert "eldr_lease" not in handoff.spend(record=False)
+
+
+def test_a_handoff_can_be_spent_once():
+    handoff = read_handoff(answer(eldr_counts=counts_wire(4), remote_block_ids=[1]), time.monotonic())
+    assert handoff.counts.prompt_tokens == 4
+    assert handoff.spend(record=True) == {"do_remote_prefill": True, "remote_block_ids": [1], "eldr_record": True}
+    with pytest.raises(AssertionError):
+        handoff.spend(record=False)
+
+
+@pytest.mark.parametrize(
+    "value", [None, [], {}, {"kv_transfer_params": None}, {"kv_transfer_params": {"do_remote_prefill": 1}}]
+)
+def test_an_answer_without_a_handoff(value):
+    assert read_handoff(value, 0.0) is None
+
+
+@pytest.mark.parametrize("raw", [b'{"a":1}', b'["kv"]', b'{"text":"kv_transfer_params","kv_transfer_params":null}'])
+def test_an_answer_without_transfer_parameters_is_left_as_it_is(raw):
+    assert json.loads(without_transfer_params(raw)) == json.loads(raw)
+
+
+@pytest.mark.parametrize("colon", [b":", b" : "])
+@pytest.mark.parametrize("key", [b"kv_transfer_params", b"ec_transfer_params"])
+def test_transfer_parameters_are_taken_out(key, colon):
+    raw = b'{"text":"x","%b"%b{"remote_host":"10.0.0.1"}}' % (key, colon)
+    assert json.loads(without_transfer_params(raw)) == {"text": "x", key.decode(): None}
+
+
+# Admission.
+
+
+def test_admission_under_random_load_and_cancellation():
+    async def run():
+        fleet = Fleet()
+        worker = fleet.add("http://d:1", "decode", 5)
+        fleet.set_healthy(worker, True)
+        admission = Admission(fleet)
+        rng = random.Random(0)
+        inside, most = 0, 0
+        entered = []
+
+        async def request(n):
+            nonlocal inside, most
+            await admission.enter()
+            inside += 1
+            most = max(most, inside)
+            entered.append(n)
+            try:
+                await asyncio.sleep(rng.random() / 1000)
+            finally:
+                inside -= 1
+                admission.leave()
+
+        tasks = []
+        for n in range(2000):
+            tasks.append(asyncio.create_task(request(n)))
+            if rng.random() < 0.3:
+                tasks[rng.randrange(len(tasks))].cancel()
+            if rng.random() < 0.2:
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert most == 5
+        assert entered == sorted(entered)
+        assert (admission.admitted, admission.queued) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_nobody_is_admitted_to_an_empty_fleet():
+    async def run():
+        with pytest.raises(NoWorkerError):
+            await Admission(Fleet()).enter()
+
+    asyncio.run(run())
