@@ -44,7 +44,7 @@ class ArraySpec:
         return dtype.kind in self.dtypes or dtype.newbyteorder("=").str.lstrip("<|=>") in self.dtypes
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a temporary file beside `path`, sync it to disk and rename it to `path`.
 
     Raises OSError where the folder cannot be written to; `path` then holds what it held before.

@@ -1,0 +1,101 @@
+"""`eldr inspect`: what the file holds is what is shown, and hostile text in it is only text."""
+
+import dataclasses
+import io
+import json
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from rich.console import Console
+from synthetic import make_calibration
+
+from eldr.errors import EldrError
+from eldr.report.calibration import calibration_as_json, calibration_page, render_calibration
+
+
+@pytest.fixture
+def calibration():
+    made = make_calibration(zones=4, layers=3, layer_mask=[True, False, True])
+    rho = {"count_idf": 0.5, "count": 0.25, "binary": -0.125}
+    provenance = made.provenance | {"model": "[red]model\x1b[31m & <script>", "requests": 32}
+    return dataclasses.replace(made, rho=rho, zone_sizes=np.array([9, 8, 8, 7]), provenance=provenance)
+
+
+def shown(calibration):
+    text = io.StringIO()
+    Console(file=text, width=120).print(render_calibration(calibration))
+    return text.getvalue()
+
+
+def test_the_terminal_shows_the_facts(calibration):
+    text = shown(calibration)
+    for fact in ("3 layers x 8 experts, top-2", "2 of 3  ■·■", "4, of 7 to 9 requests", "count_idf, rho 0.500", "32"):
+        assert fact in text
+    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert lines["count"].count("█") == 10
+    assert lines["count_idf"].count("█") == 20
+    assert lines["binary"].count("█") == 0
+    assert "not in the trace" in lines["gate_prob"]
+    bars = [line.count("█") for line in text.splitlines() if line.startswith("zone ")]
+    assert bars == [40, 36, 36, 31]
+
+
+def test_text_of_the_file_does_not_steer_the_terminal(calibration):
+    text = shown(calibration)
+    assert "[red]model" in text
+    assert "\x1b" not in text
+
+
+def test_json_holds_the_facts(calibration):
+    read = json.loads(json.dumps(calibration_as_json(calibration)))
+    assert read["geometry"] == {"layers": 3, "experts": 8, "top_k": 2}
+    assert read["layers_kept"] == [0, 2]
+    assert read["rho"] == {"count_idf": 0.5, "count": 0.25, "binary": -0.125}
+    assert read["zone_sizes"] == [9, 8, 8, 7]
+    assert read["workers"] == 4
+    assert read["provenance"]["requests"] == 32
+
+
+def test_a_file_without_provenance_is_still_shown(calibration):
+    bare = dataclasses.replace(calibration, provenance={})
+    assert "an unnamed model" in shown(bare)
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.names, self.links = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.names.append(tag)
+        self.links += [
+            value for name, value in attrs if name in ("src", "href", "xlink:href") and not value.startswith("#")
+        ]
+
+
+def test_the_page_stands_alone(calibration, tmp_path):
+    path = tmp_path / "page.html"
+    calibration_page(calibration, path)
+    text = path.read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert tags.names.count("svg") == 4
+    assert "script" not in tags.names
+    assert tags.links == []
+    assert "&lt;script&gt;" in text
+    assert "&lt;b&gt;kind&lt;/b&gt;" in text  # a label of the picture
+    for part in text.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + part[: part.index("</svg>")] + "</svg>")
+
+
+def test_without_kinds_there_is_no_plot_by_kind(calibration, tmp_path):
+    picture = dataclasses.replace(calibration.picture, labels=np.full(12, ""))
+    calibration_page(dataclasses.replace(calibration, picture=picture), tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("<svg") == 3
+
+
+def test_a_page_that_cannot_be_written(calibration, tmp_path):
+    with pytest.raises(EldrError, match=r"none/page\.html: No such file"):
+        calibration_page(calibration, tmp_path / "none" / "page.html")
