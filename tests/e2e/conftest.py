@@ -19,7 +19,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from eldr.demo.model import ModelShape, make_model
+from eldr.demo.model import write_model
 from eldr.demo.workers import WorkerProcess, WorkerSpec
 
 MODEL = "tiny"
@@ -87,7 +87,8 @@ def new_worker(model_dir: Path, logs: Path, role: str, number: int) -> WorkerPro
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory):
     base = tmp_path_factory.mktemp("fleet")
-    model_dir = make_model(base / "model", ModelShape())
+    model_dir = base / "model"
+    write_model(model_dir)
     make = [("prefill", 0), ("decode", 0), ("decode", 1), ("plain", 0)]
     workers = [new_worker(model_dir, base, role, number) for role, number in make]
     try:

@@ -29,6 +29,7 @@ def test_a_decode_worker_stopped_past_the_lease_never_answers_with_foreign_block
     with start_router("--policy", "jsq", decode=[stopped.url]) as router, ThreadPoolExecutor(8) as pool:
         client = client_of(router.url)
         ask(client, 999)  # the workers know each other
+        before = metric(stopped.url, "vllm:eldr_refused_pulls_total")
         stopped.pause()
         try:
             waiting = [pool.submit(ask, client, n) for n in range(4)]
@@ -42,6 +43,10 @@ def test_a_decode_worker_stopped_past_the_lease_never_answers_with_foreign_block
             expected = ask(plain, n)
             with suppress(openai.InternalServerError):  # an honest error is allowed, a wrong text is not
                 assert future.result(90) == expected
+        assert metric(stopped.url, "vllm:eldr_refused_pulls_total") >= before + 4, (
+            "no pull was late: nothing was tested"
+        )
+        router.wait_ready()  # a probe finds out that the worker is back
         assert ask(client, 77) == ask(plain, 77)
 
 

@@ -1,0 +1,68 @@
+"""The command line: help, exit codes, messages, and that the base install is enough to start it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from eldr.cli import main
+
+
+@pytest.mark.parametrize("command", ["serve", "record", "fit", "inspect", "demo"])
+def test_every_command_explains_itself_with_examples(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"eldr {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["fit"], ["fit", "t.npz", "--workers", "0", "-o", "x"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: eldr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit", "absent.npz", "--workers", "2", "-o", "out.npz"],
+        ["inspect", "absent.npz"],
+        ["record", "absent.jsonl", "--url", "http://127.0.0.1:9", "-o", "out.npz"],
+        ["serve", "--config", "absent.toml"],
+    ],
+)
+def test_an_absent_file_is_named_and_exits_with_2(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("eldr: ")
+    assert "absent" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_serve_without_workers_says_what_is_missing(capsys):
+    assert main(["serve", "--policy", "jsq"]) == 2
+    assert "prefill" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named():
+    """With scipy hidden, `eldr fit` says what to install."""
+    code = "import sys; sys.modules['scipy'] = None; sys.modules['rich'] = None; import eldr.cli; "
+    code += "sys.exit(eldr.cli.main(['fit', 'x', '--workers', '2', '-o', 'y']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "install eldr[fit]" in done.stderr
+
+
+def test_the_connector_s_side_imports_numpy_alone():
+    """What lives inside a user's vLLM environment must not fight its pins."""
+    code = (
+        "import json, sys; before = set(sys.modules); import eldr.cli, eldr.counts, eldr.expert_rows; "
+        "print(json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    foreign = set(json.loads(done.stdout)) - sys.stdlib_module_names - {"eldr", "numpy"}
+    assert not {name for name in foreign if not name.startswith("_")}
