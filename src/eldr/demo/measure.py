@@ -110,6 +110,20 @@ class PolicyRun:
         return counts
 
 
+def workers_per_kind(placement: Sequence[Sequence[int]]) -> float | None:
+    """Over how many workers a kind of request is spread: 1 to the number of workers, mean over kinds.
+
+    placement: [kinds][workers] requests. Each kind gives the exponential of the Shannon entropy of its shares, the
+    effective number of workers (Hill 1973). None without requests.
+    """
+    spreads = []
+    for counts in placement:
+        shares = np.array([count for count in counts if count > 0], dtype=float) / max(1, sum(counts))
+        if shares.size:
+            spreads.append(float(np.exp(-np.sum(shares * np.log(shares)))))
+    return sum(spreads) / len(spreads) if spreads else None
+
+
 def percentile_ms(times_s: Sequence[float], percent: float) -> float | None:
     """The percentile, by linear interpolation, in milliseconds; None of nothing."""
     return 1000 * float(np.percentile(times_s, percent)) if len(times_s) else None

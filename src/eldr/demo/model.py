@@ -34,19 +34,28 @@ HEAD_SIZE = 64
 ROPE_THETA = 1e6
 RMS_EPS = 1e-6
 
-# Classes of bytes; every byte that is in none of them is in the last one.
+# Classes of bytes and how strongly each is felt: weakly where kinds of text share it. Every byte that is in none of
+# them is in one more class.
 _ASCII_CLASSES = (
-    b"etaoinshr",
-    b"bcdfgjklmpquvwxyz",
-    b"ABCDEFGHIJKLMNOPQRSTUVWXYZ",
-    b"0123456789",
-    b"+-*/=^<>%",
-    b"()[]{}_'\"#:@\n\t",
-    b" ",
+    (b"etaoinshr", 0.5),
+    (b"bcdfgjklmpquvwxyz", 0.8),
+    (b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", 1.0),
+    (b"0123456789", 1.2),
+    (b"+-*/=^<>%", 1.2),
+    (b"()[]{}_'\"#:@\n\t", 1.8),
+    (b" ", 0.4),
 )
 # Bytes of UTF-8 by range: continuation bytes, then lead bytes of Latin, Greek, Cyrillic, other 2- and 3-byte
 # scripts, Chinese and Japanese.
-_UTF8_CLASSES = ((0x80, 0xC0), (0xC0, 0xCE), (0xCE, 0xD0), (0xD0, 0xD4), (0xD4, 0xE3), (0xE3, 0xEA), (0xEA, 0x100))
+_UTF8_CLASSES = (
+    (range(0x80, 0xC0), 0.3),
+    (range(0xC0, 0xCE), 1.0),
+    (range(0xCE, 0xD0), 1.2),
+    (range(0xD0, 0xD4), 1.2),
+    (range(0xD4, 0xE3), 1.2),
+    (range(0xE3, 0xEA), 1.6),
+    (range(0xEA, 0x100), 1.2),
+)
 _CLASSES = len(_ASCII_CLASSES) + len(_UTF8_CLASSES) + 1
 
 # Parts of the residual stream and their dimensions. "one" is constant; "byte" is the current byte's code, "back1" and
@@ -230,14 +239,12 @@ def _part(name: str) -> slice:
 
 
 def _byte_classes() -> Matrix:
-    """[VOCABULARY, _CLASSES], one 1 in each row."""
-    index = np.full(VOCABULARY, _CLASSES - 1)
-    for number, members in enumerate(_ASCII_CLASSES):
-        index[list(members)] = number
-    for number, (first, end) in enumerate(_UTF8_CLASSES, start=len(_ASCII_CLASSES)):
-        index[first:end] = number
-    one_hot: Matrix = np.eye(_CLASSES)[index]
-    return one_hot
+    """[VOCABULARY, _CLASSES], the strength of a byte's class in its column, zero elsewhere."""
+    classes = np.zeros((VOCABULARY, _CLASSES))
+    for column, (members, strength) in enumerate((*_ASCII_CLASSES, *_UTF8_CLASSES)):
+        classes[list(members), column] = strength
+    classes[~classes.any(axis=1), _CLASSES - 1] = 1.0
+    return classes
 
 
 def _unit(rows: Matrix) -> Matrix:

@@ -96,10 +96,11 @@ async def _run_until_terminated(options: DemoOptions, console: Console) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     view = View(console, options.requests)
     with view.live():
-        result = await _Demo(options, view).run()
+        demo = _Demo(options, view)
+        result = await demo.run()
         with view.step("write summary and report"):
             write_summary(summarise(result), options.output / "summary.json")
-            write_report(result, options.output / "report.html")
+            write_report(result, demo.requests, options.output / "report.html")
     view.conclude(result, options.output)
     return 0 if result.passed else EXIT_FAILED
 
