@@ -98,7 +98,7 @@ def test_progress_is_told(trace):
     told = []
     fit_calibration(trace, 2, progress=told.append)
     assert told[0] == "layers for count_idf"
-    assert told[-1] == "zones for 2 workers"
+    assert "zones for 2 workers" in told
 
 
 @pytest.mark.parametrize("transform", ["count_idf", "sqrt_count", "binary"])

@@ -81,7 +81,7 @@ def test_the_page_stands_alone(calibration, tmp_path):
     text = path.read_text()
     tags = Tags()
     tags.feed(text)
-    assert tags.names.count("svg") == 4
+    assert tags.names.count("svg") == 3
     assert "script" not in tags.names
     assert tags.links == []
     assert "&lt;script&gt;" in text
@@ -90,10 +90,15 @@ def test_the_page_stands_alone(calibration, tmp_path):
         ElementTree.fromstring("<svg" + part[: part.index("</svg>")] + "</svg>")
 
 
-def test_without_kinds_there_is_no_plot_by_kind(calibration, tmp_path):
-    picture = dataclasses.replace(calibration.picture, labels=np.full(12, ""))
+def test_kinds_with_dollar_signs_and_too_many_zones(calibration, tmp_path):
+    picture = dataclasses.replace(calibration.picture, labels=np.array(["$", "a$b$c\x07", ""] * 4))
     calibration_page(dataclasses.replace(calibration, picture=picture), tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text().count("<svg") == 3
+    text = (tmp_path / "page.html").read_text()
+    assert "a$b$c\N{REPLACEMENT CHARACTER}" in text
+    assert "no label" in text
+    many = make_calibration(zones=25)
+    calibration_page(many, tmp_path / "many.html")
+    assert (tmp_path / "many.html").read_text().count("<svg") == 2  # by kind, and the sizes
 
 
 def test_a_page_that_cannot_be_written(calibration, tmp_path):
