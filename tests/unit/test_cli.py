@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from synthetic import make_calibration
 
 from eldr.cli import main
 
@@ -66,3 +67,12 @@ def test_the_connector_s_side_imports_numpy_alone():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     foreign = set(json.loads(done.stdout)) - sys.stdlib_module_names - {"eldr", "numpy"}
     assert not {name for name in foreign if not name.startswith("_")}
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    """`eldr inspect FILE --json | head -1` ends quietly; `true` reads nothing at all."""
+    path = tmp_path / "calibration.npz"
+    make_calibration().save(path)
+    command = f"{sys.executable} -m eldr inspect {path} --json | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
