@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eldr.activation import ActivationError, ActivationModel
 from eldr.counts import MAX_EXPERTS, MAX_LAYERS
 from eldr.errors import EldrError
 from eldr.fileio import ArraySpec, NpzError, parse_meta, read_npz, reason_of, write_npz
@@ -40,8 +41,14 @@ SPECS: Mapping[str, ArraySpec] = {
     "picture_zones": ArraySpec(("i8",), 1),
     "picture_labels": ArraySpec(("U",), 1),
     "picture_centroids": ArraySpec(("f4",), 2),
+    "activation_mean_frequency": ArraySpec(("f4",), 1, optional=True),
+    "activation_mean_profile": ArraySpec(("f4",), 1, optional=True),
+    "activation_slope": ArraySpec(("f4",), 1, optional=True),
+    "activation_down": ArraySpec(("f4",), 2, optional=True),
+    "activation_up": ArraySpec(("f4",), 2, optional=True),
     "meta": ArraySpec(("U",), 0),
 }
+ACTIVATION_ARRAYS = ("mean_frequency", "mean_profile", "slope", "down", "up")
 
 
 class CalibrationError(EldrError):
@@ -82,6 +89,7 @@ class Calibration:
     rho: transform name -> rho on the calibration requests, for each transform that the trace allowed.
     provenance: JSON-able; model, note, requests, seed, created_utc, trace_sha256 (None if not read from a file),
         versions.
+    predictor: of the decode profile; None in files without one and where the trace was too small to fit it.
     """
 
     signature: SignatureModel
@@ -91,6 +99,7 @@ class Calibration:
     rho: dict[str, float]
     provenance: dict[str, Any]
     picture: Picture
+    predictor: ActivationModel | None = None
 
     @property
     def workers(self) -> int:
@@ -106,6 +115,9 @@ class Calibration:
             "rho": self.rho,
             "provenance": self.provenance,
         }
+        predictor = self.predictor
+        if predictor is not None:
+            meta["activation"] = {"strength": predictor.strength, "r2": predictor.r2}
         arrays = {
             "idf": self.signature.idf,
             "layer_mask": self.signature.layer_mask,
@@ -117,6 +129,8 @@ class Calibration:
             "picture_centroids": self.picture.centroids,
             "meta": np.array(json.dumps(meta, allow_nan=False)),
         }
+        if predictor is not None:
+            arrays |= {f"activation_{name}": getattr(predictor, name) for name in ACTIVATION_ARRAYS}
         try:
             write_npz(Path(path), arrays)
         except OSError as error:
@@ -157,6 +171,7 @@ def fit_calibration(
     tell(f"zones for {workers} workers")
     signatures = signature.transform(trace.prefill_counts)
     zones = balanced_kmeans(signatures, workers, seed=seed)
+    tell("predictor of decode profiles")
     return Calibration(
         signature=signature,
         centroids=zones.centroids,
@@ -165,7 +180,15 @@ def fit_calibration(
         rho={name: model.rho for name, model in models.items()},
         provenance=_provenance(trace, seed),
         picture=_picture(signatures, zones.labels, trace.label, zones.centroids, seed),
+        predictor=_fit_predictor(trace, profiles, seed),
     )
+
+
+def _fit_predictor(trace: Trace, profiles: NDArray[np.float32], seed: int) -> ActivationModel | None:
+    try:
+        return ActivationModel.fit(trace.prefill_counts, trace.prompt_tokens, profiles, trace.meta.top_k, seed=seed)
+    except ActivationError:  # too few requests: policies then use the prompt's own frequencies
+        return None
 
 
 def _source(trace: Trace, transform: str) -> NDArray[Any] | None:
@@ -228,6 +251,8 @@ def load_calibration(path: str | Path) -> Calibration:
         arrays = read_npz(path, SPECS, _check_shapes)
         meta = _parse_meta(str(arrays["meta"]))
         layers, experts = arrays["idf"].shape
+        if ("activation" in meta) != ("activation_down" in arrays):
+            raise NpzError("its predictor is incomplete")
         if meta["top_k"] > experts:
             raise NpzError(f"top_k is {meta['top_k']} with {experts} experts")
         _check_values(arrays)
@@ -244,6 +269,18 @@ def load_calibration(path: str | Path) -> Calibration:
         picture=Picture(
             arrays["picture_points"], arrays["picture_zones"], arrays["picture_labels"], arrays["picture_centroids"]
         ),
+        predictor=_predictor(arrays, meta),
+    )
+
+
+def _predictor(arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> ActivationModel | None:
+    if "activation" not in meta:
+        return None
+    fitted = {name: arrays[f"activation_{name}"] for name in ACTIVATION_ARRAYS}
+    layers = len(arrays["idf"])
+    activation = meta["activation"]
+    return ActivationModel(
+        **fitted, layers=layers, top_k=meta["top_k"], strength=activation["strength"], r2=activation["r2"]
     )
 
 
@@ -263,9 +300,13 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
         "picture_labels": (shown,),
         "picture_centroids": (zones, 2),
     }
+    if "activation_down" in shapes:
+        rank, dimension = shapes["activation_down"][0], layers * experts
+        expected |= {f"activation_{name}": (dimension,) for name in ("mean_frequency", "mean_profile", "slope")}
+        expected |= {f"activation_{name}": (rank, dimension) for name in ("down", "up")}
     for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise NpzError(f"array {name} has shape {shapes[name]}, expected {shape}")
+        if shapes.get(name) != shape:
+            raise NpzError(f"array {name} has shape {shapes.get(name)}, expected {shape}")
 
 
 def _parse_meta(text: str) -> dict[str, Any]:
@@ -281,11 +322,18 @@ def _parse_meta(text: str) -> dict[str, Any]:
         raise NpzError("meta: a rho is not a number from -1 to 1")
     if not isinstance(meta.get("provenance"), dict):
         raise NpzError("meta: provenance is missing")
+    activation = meta.get("activation")
+    if activation is not None and not (
+        isinstance(activation, dict)
+        and all(type(activation.get(key)) is float and np.isfinite(activation[key]) for key in ("strength", "r2"))
+    ):
+        raise NpzError("meta: the predictor's strength or r2 is missing")
     return meta
 
 
 def _check_values(arrays: Mapping[str, NDArray[Any]]) -> None:
-    for name in ("idf", "centroids", "picture_points", "picture_centroids"):
+    predictor = [f"activation_{name}" for name in ACTIVATION_ARRAYS if f"activation_{name}" in arrays]
+    for name in ("idf", "centroids", "picture_points", "picture_centroids", *predictor):
         if not np.isfinite(arrays[name]).all():
             raise NpzError(f"array {name} holds NaN or infinity")
     if (arrays["idf"] < 0).any():

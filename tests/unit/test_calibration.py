@@ -147,7 +147,7 @@ BAD = {
     "long centroid": (lambda a: {"centroids": 2 * a["centroids"]}, "has length 2"),
     "NaN idf": (set_at("idf", (0, 0), np.nan), "idf holds NaN"),
     "negative idf": (set_at("idf", (0, 0), -1), "negative weights"),
-    "idf of another geometry": (lambda a: {"idf": a["idf"][:, :-1]}, "experts make"),
+    "idf of another geometry": (lambda a: {"idf": a["idf"][:, :-1]}, "shape"),
     "idf of other layers": (lambda a: {"idf": a["idf"][:-1]}, "layer_mask has shape"),
     "no layers": (lambda a: {"layer_mask": a["layer_mask"] & False}, "no layer is selected"),
     "other mask": (lambda a: {"layer_mask": ~a["layer_mask"]}, "layer"),

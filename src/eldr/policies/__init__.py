@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel
 from eldr.errors import EldrError
 from eldr.policies.base import Policy
 from eldr.policies.domain import Domain
+from eldr.policies.expected_union import ANCHOR, ExpectedUnion
 from eldr.policies.load import PowerOfTwo, Random, RoundRobin, ShortestQueue
 from eldr.policies.locality_band import LocalityBand
 
@@ -26,6 +28,11 @@ class _Options:
     tau: float
     two_nearest: bool
     seed: int
+    cost: CostModel
+    scope: str
+    worker_costs: Mapping[str, CostModel]
+    others_weight: float
+    anchor: float
 
 
 def _locality_band(options: _Options) -> Policy:
@@ -36,6 +43,21 @@ def _locality_band(options: _Options) -> Policy:
     return LocalityBand(options.calibration, tau=options.tau, two_nearest=options.two_nearest, seed=options.seed)
 
 
+def _expected_union(options: _Options) -> Policy:
+    for name, value in (("others weight", options.others_weight), ("anchor", options.anchor)):
+        if not 0 <= value < float("inf"):
+            raise PolicyError(f"{name} is {value}, expected a number from 0")
+    return ExpectedUnion(
+        None if options.calibration is None else options.calibration.predictor,
+        cost=options.cost,
+        scope=options.scope,
+        worker_costs=options.worker_costs,
+        others_weight=options.others_weight,
+        anchor=options.anchor,
+        seed=options.seed,
+    )
+
+
 _MAKERS: dict[str, Callable[[_Options], Policy]] = {
     "rr": lambda options: RoundRobin(),
     "random": lambda options: Random(options.seed),
@@ -43,6 +65,7 @@ _MAKERS: dict[str, Callable[[_Options], Policy]] = {
     "jsq": lambda options: ShortestQueue(options.seed),
     "domain": lambda options: Domain(options.seed),
     "locality-band": _locality_band,
+    "expected-union": _expected_union,
 }
 
 POLICY_NAMES: tuple[str, ...] = tuple(_MAKERS)
@@ -55,8 +78,19 @@ def make_policy(
     tau: float = 0.1,
     two_nearest: bool = True,
     seed: int = 0,
+    cost: CostModel = PRESETS[DEFAULT_PRESET],
+    scope: str = "step",
+    worker_costs: Mapping[str, CostModel] | None = None,
+    others_weight: float = 1.0,
+    anchor: float = ANCHOR,
 ) -> Policy:
-    """The policy called `name`. Raises PolicyError for an unknown name, a missing calibration or a bad tau."""
+    """The policy called `name`; options that it does not have are ignored.
+
+    tau, two_nearest: of locality-band. cost, scope, worker_costs, others_weight, anchor: of expected-union, which
+    needs no calibration. Raises PolicyError for an unknown name, a missing calibration or a bad number.
+    """
     if name not in _MAKERS:
         raise PolicyError(f"there is no policy {name!r}; there are {', '.join(POLICY_NAMES)}")
-    return _MAKERS[name](_Options(calibration, tau, two_nearest, seed))
+    return _MAKERS[name](
+        _Options(calibration, tau, two_nearest, seed, cost, scope, worker_costs or {}, others_weight, anchor)
+    )

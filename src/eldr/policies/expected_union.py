@@ -1,0 +1,259 @@
+"""Expected-union routing: the worker on which a request adds least decode time, by the experts it will activate.
+
+With p[r] the probabilities that a decode step of request r activates each (layer, expert), a worker with the requests
+R activates in expectation U = sum(1 - q) distinct experts a step, q = prod over R of (1 - p[r]). One more request
+adds dU = q . p. The step time T = a + b U + c B + d context then grows by dT = b dU + c + d context(r); the newcomer
+pays T + dT in every step, and each of the B requests already there pays dT.
+
+Least added time now is not the whole of it: requests still to come matter too. The *self-anchor* rewards sending a
+request where similar ones went lately: every worker keeps a moving average of the direction of the profiles that it
+was given, and a request pays for the distance to the nearest one. Workers so find their own zones, with no fit, and
+the zones follow the traffic.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr.activation import LEAST, MOST, ActivationModel, own_frequencies, to_probabilities
+from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, StepCost
+from eldr.counts import ExpertCounts
+from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.policies.load import least_loaded
+
+# Weight of the self-anchor, in expert time of a mean worker's whole batch per unit of cosine similarity.
+ANCHOR = 0.075
+# Requests that a worker's direction remembers.
+ANCHOR_REQUESTS = 20
+# Requests that the fleet's mean profile remembers.
+MEAN_REQUESTS = 500
+
+# A request's probabilities are kept as one byte each, p = (code / 255)^2, finest where most probabilities are. The
+# logarithm of 1 - p is a whole number of 2^-32 from a table, so that adding a request and removing it cancel exactly.
+_SCALE = 2.0**32
+_CODE_PROBABILITY = np.clip((np.arange(256) / 255) ** 2, LEAST, MOST)
+_LOG_SURVIVAL = np.rint(np.log1p(-_CODE_PROBABILITY) * _SCALE).astype(np.int64)
+_PROBABILITY = _CODE_PROBABILITY.astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Profile:
+    """What is remembered of a request while it runs. codes: uint8 [D]. context_tokens: of its prompt."""
+
+    codes: NDArray[np.uint8]
+    context_tokens: int
+
+
+class ExpectedUnion(Policy):
+    """Sends each request where it adds the least decode time.
+
+    predictor: fitted activation model; without one the prompt's own expert frequencies are used.
+    cost, scope: step-time model of every worker; worker_costs: of single workers, where hardware differs.
+    others_weight: weight of what the newcomer adds to the requests already there. 1 is their true share in steady
+        state; 0.5 favours the tail of TPOT, 2 its median.
+    anchor: weight of the self-anchor, 0 for none. Larger favours the median, smaller the tail.
+
+    A request without usable counts goes where the fleet's mean profile adds least. The state is exact: after any
+    number of starts and finishes it depends on the running requests alone.
+    """
+
+    name = "expected-union"
+
+    def __init__(
+        self,
+        predictor: ActivationModel | None = None,
+        *,
+        cost: CostModel = PRESETS[DEFAULT_PRESET],
+        scope: str = "step",
+        worker_costs: Mapping[str, CostModel] | None = None,
+        others_weight: float = 1.0,
+        anchor: float = ANCHOR,
+        seed: int = 0,
+    ) -> None:
+        self._predictor = predictor
+        self._cost, self._scope = cost, scope
+        self._worker_costs = dict(worker_costs or {})
+        self._others_weight, self._anchor = others_weight, anchor
+        self._rng = random.Random(seed)
+        self._workers: list[str] = []
+        self._row: dict[str, int] = {}
+        self._running: dict[tuple[str, str], _Profile] = {}
+        self._geometry: tuple[int, int, int] | None = None
+        self._latest: tuple[str, NDArray[np.uint8]] | None = None
+        if predictor is not None:
+            experts = len(predictor.mean_profile) // predictor.layers
+            self._set_geometry(predictor.layers, experts, predictor.top_k)
+            self._mean = predictor.mean_profile.astype(np.float32)
+
+    def _set_geometry(self, layers: int, experts: int, top_k: int) -> None:
+        self._geometry = (layers, experts, top_k)
+        dimension = layers * experts
+        self._mean = np.full(dimension, top_k / experts, dtype=np.float32)
+        self._mean_requests = 0
+        rows = len(self._workers)
+        self._log_survival = np.zeros((rows, dimension), dtype=np.int64)
+        self._survival = np.ones((rows, dimension), dtype=np.float32)
+        self._direction = np.zeros((rows, dimension), dtype=np.float32)
+        self._direction_length = np.zeros(rows, dtype=np.float32)
+        self._union = np.zeros(rows)
+        self._context = np.zeros(rows)
+        self._costs = _cost_columns([self._step_cost(worker) for worker in self._workers])
+
+    def _step_cost(self, worker: str) -> StepCost:
+        assert self._geometry is not None
+        return self._worker_costs.get(worker, self._cost).step_cost(self._geometry[0], self._scope)
+
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
+        reason = self._unusable(request.counts)
+        if self._geometry is None:
+            return Decision(least_loaded(in_flight, self._rng), reason or "no_geometry")
+        codes = self._codes(request)
+        self._latest = (request.request_id, codes)
+        workers = list(in_flight)
+        load = np.fromiter(in_flight.values(), dtype=np.float64, count=len(workers))
+        rows = slice(None) if workers == self._workers else [self._row[worker] for worker in workers]
+        cost = self._placement_cost(_PROBABILITY[codes], request.prompt_tokens, load, rows, anchored=reason is None)
+        return Decision(workers[int(cost.argmin())], reason or "expected_union")
+
+    def _placement_cost(
+        self,
+        profile: NDArray[np.float32],
+        context_tokens: int,
+        load: NDArray[np.float64],
+        rows: slice | list[int],
+        *,
+        anchored: bool,
+    ) -> NDArray[np.float64]:
+        """float64 [eligible workers]: seconds of decode time per step that the placement costs, anchor included."""
+        base_s, expert_s, token_s, context_s = self._costs[:, rows]
+        union = self._union[rows]
+        added = _row_products(self._survival, profile)[rows].astype(np.float64)
+        step_s = base_s + expert_s * union + token_s * load + context_s * self._context[rows]
+        added_s = expert_s * added + token_s + context_s * context_tokens
+        cost = step_s + (1 + self._others_weight * load) * added_s
+        if anchored and self._anchor > 0:
+            direction, length = self._centred(profile)
+            scale = np.maximum(self._direction_length[rows] * length, 1e-12)
+            similarity = _row_products(self._direction, direction)[rows] / scale
+            expert_time_s = float((expert_s * (union + added)).mean())
+            cost = cost + self._anchor * (load.mean() + 1) * expert_time_s * (similarity.max() - similarity)
+        return np.asarray(cost)
+
+    def _unusable(self, counts: ExpertCounts | None) -> str | None:
+        """Why counts cannot be used, None if they can. The first usable counts set the geometry."""
+        if counts is None:
+            return "no_signature"
+        geometry = (counts.layers, counts.experts, counts.top_k)
+        if self._geometry is None:
+            self._set_geometry(*geometry)
+        return None if geometry == self._geometry else "wrong_geometry"
+
+    def _codes(self, request: DecodeRequest) -> NDArray[np.uint8]:
+        """uint8 [D]: the request's profile, the fleet's mean where its counts cannot be used."""
+        counts = request.counts
+        if counts is None or (counts.layers, counts.experts, counts.top_k) != self._geometry:
+            return encode_profile(self._mean)
+        return encode_profile(self.predict(request, counts))
+
+    def predict(self, request: DecodeRequest, counts: ExpertCounts) -> NDArray[np.float32]:
+        """float32 [D]: probability that one decode step of `request` activates each expert."""
+        if self._predictor is not None:
+            return self._predictor.predict(counts)
+        return to_probabilities(own_frequencies(counts, self._mean), counts.layers, counts.top_k)
+
+    def _centred(self, profile: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+        direction = profile - self._mean
+        return direction, float(np.sqrt(np.einsum("d,d->", direction, direction)))
+
+    def started(self, request: DecodeRequest, worker: str) -> None:
+        reason = self._unusable(request.counts)
+        if self._geometry is None:
+            return
+        latest = self._latest
+        known = latest is not None and latest[0] == request.request_id
+        codes = latest[1] if latest is not None and known else self._codes(request)
+        entry = _Profile(codes, request.prompt_tokens)
+        self._running[request.request_id, worker] = entry
+        row = self._row[worker]
+        self._log_survival[row] += _LOG_SURVIVAL[codes]
+        self._context[row] += entry.context_tokens
+        self._refresh(row)
+        if reason is None:
+            self._remember(row, _PROBABILITY[codes])
+
+    def finished(self, request: DecodeRequest, worker: str) -> None:
+        entry = self._running.pop((request.request_id, worker), None)
+        row = self._row.get(worker)
+        if entry is None or row is None:
+            return
+        self._log_survival[row] -= _LOG_SURVIVAL[entry.codes]
+        self._context[row] -= entry.context_tokens
+        self._refresh(row)
+
+    def _refresh(self, row: int) -> None:
+        survival = self._survival[row]
+        np.multiply(self._log_survival[row], 1 / _SCALE, out=survival, casting="same_kind")
+        np.exp(survival, out=survival)
+        self._union[row] = len(survival) - float(survival.sum())
+
+    def _remember(self, row: int, profile: NDArray[np.float32]) -> None:
+        """Turn the worker's direction towards the profile, and the fleet's mean."""
+        direction, length = self._centred(profile)
+        if length > 0:
+            own = self._direction[row]
+            own += (direction / np.float32(length) - own) / np.float32(ANCHOR_REQUESTS)
+            self._direction_length[row] = np.sqrt(np.einsum("d,d->", own, own))
+        self._mean_requests = min(self._mean_requests + 1, MEAN_REQUESTS)
+        remembered = MEAN_REQUESTS if self._predictor is not None else self._mean_requests
+        self._mean += direction / np.float32(remembered)
+
+    def joined(self, worker: str) -> None:
+        self._row[worker] = len(self._workers)
+        self._workers.append(worker)
+        if self._geometry is not None:
+            dimension = len(self._mean)
+            self._log_survival = np.append(self._log_survival, np.zeros((1, dimension), dtype=np.int64), axis=0)
+            self._survival = np.append(self._survival, np.ones((1, dimension), dtype=np.float32), axis=0)
+            self._direction = np.append(self._direction, np.zeros((1, dimension), dtype=np.float32), axis=0)
+            self._direction_length = np.append(self._direction_length, np.float32(0))
+            self._union, self._context = np.append(self._union, 0.0), np.append(self._context, 0.0)
+            self._costs = np.append(self._costs, _cost_columns([self._step_cost(worker)]), axis=1)
+
+    def left(self, worker: str) -> None:
+        row = self._row.pop(worker)
+        del self._workers[row]
+        for at, name in enumerate(self._workers[row:], row):
+            self._row[name] = at
+        self._running = {key: entry for key, entry in self._running.items() if key[1] != worker}
+        if self._geometry is not None:
+            self._log_survival = np.delete(self._log_survival, row, axis=0)
+            self._survival = np.delete(self._survival, row, axis=0)
+            self._direction = np.delete(self._direction, row, axis=0)
+            self._direction_length = np.delete(self._direction_length, row)
+            self._union, self._context = np.delete(self._union, row), np.delete(self._context, row)
+            self._costs = np.delete(self._costs, row, axis=1)
+
+
+def encode_profile(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """uint8 [D]: probabilities 0..1 as codes, p = (code / 255)^2."""
+    return np.asarray(np.sqrt(profile) * np.float32(255) + np.float32(0.5), dtype=np.uint8)
+
+
+def _row_products(rows: NDArray[np.float32], vector: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 [W]: scalar product of each row [W, D] with the vector.
+
+    As W products of 1 x D and D x 1 numpy calls BLAS for each row alone, which it does not spread over threads: on
+    busy cores threads take milliseconds to meet for a product this small.
+    """
+    return np.asarray(np.matmul(rows[:, None, :], vector[:, None]).reshape(len(rows)))
+
+
+def _cost_columns(costs: list[StepCost]) -> NDArray[np.float64]:
+    """float64 [4, W]: base, per expert, per token and per context token, seconds."""
+    columns = [(cost.base_s, cost.per_expert_s, cost.per_token_s, cost.per_context_token_s) for cost in costs]
+    return np.array(columns, dtype=np.float64).reshape(-1, 4).T

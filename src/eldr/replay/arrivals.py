@@ -1,0 +1,59 @@
+"""Recorded arrival times, from a trace or from the files in which production traces are published."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr.replay.errors import ReplayError
+
+MAX_FILE_BYTES = 2**28
+
+
+def read_arrivals(path: Path) -> NDArray[np.float64]:
+    """float64 [n], seconds since the first arrival, ascending.
+
+    .csv: a column TIMESTAMP with dates (Azure LLM inference traces). .jsonl: objects with "timestamp" in ms
+    (Mooncake traces). Anything else: one number of seconds per line. Raises ReplayError naming file and line.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ReplayError(f"arrivals {path}: larger than {MAX_FILE_BYTES} bytes")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReplayError(f"arrivals {path}: {getattr(error, 'strerror', None) or error}") from None
+    parse: Callable[[Any], float]
+    records: list[Any]
+    if path.suffix == ".csv":
+        parse, records = _azure_s, list(csv.DictReader(lines))
+    elif path.suffix == ".jsonl":
+        parse, records = _mooncake_s, list(lines)
+    else:
+        parse, records = float, list(lines)
+    times: list[float] = []
+    for record in records:
+        try:
+            times.append(parse(record))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ReplayError(f"arrivals {path}, entry {len(times) + 1}: no arrival time ({error})") from None
+    seconds = np.sort(np.array(times, dtype=np.float64))
+    if not len(seconds) or not np.isfinite(seconds).all() or seconds[0] == seconds[-1]:
+        raise ReplayError(f"arrivals {path}: fewer than two different arrival times")
+    return np.asarray(seconds - seconds[0])
+
+
+def _mooncake_s(line: str) -> float:
+    return float(json.loads(line)["timestamp"]) / 1e3
+
+
+def _azure_s(row: Mapping[str, str]) -> float:
+    """Seconds of a date such as 2023-11-16 18:17:03.9799600."""
+    head, _, fraction = row["TIMESTAMP"].strip().partition(".")
+    return datetime.fromisoformat(f"{head}+00:00").timestamp() + (float(f"0.{fraction}") if fraction else 0.0)

@@ -1,0 +1,280 @@
+"""Compares policies on a trace: every policy under the same arrivals, draws and split, seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr.calibration import Calibration, fit_calibration
+from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel
+from eldr.policies import POLICY_NAMES, make_policy
+from eldr.policies.base import Policy
+from eldr.policies.expected_union import ANCHOR
+from eldr.replay.engine import Engine, FleetSpec, RunResult, WorkerLimits
+from eldr.replay.errors import ReplayError
+from eldr.replay.oracle import Clairvoyant, TrueProfiles
+from eldr.replay.packed import PackedTrace, pack_trace
+from eldr.replay.split import Mix, Split, split_trace, take_requests
+from eldr.replay.workload import Workload, draw_order, poisson_arrivals, traced_arrivals
+from eldr.trace import Trace
+
+BASELINES = ("rr", "random", "p2c", "jsq")
+# Of the laboratory alone: expected-union without calibration, with true profiles, and greedy with full knowledge.
+LAB_POLICIES = ("expected-union-own", "expected-union-true", "clairvoyant")
+CALIBRATED = ("locality-band", "expected-union", "expected-union-true")
+# Requests that warm the fleet up and that keep it loaded at the end, in multiples of the expected number in flight.
+WARM_UP, COOL_DOWN = 2.0, 1.25
+RATE_TOLERANCE = 0.01
+RATE_TRIALS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is the same for every policy, fleet size and seed of a comparison.
+
+    requests: measured requests of a run, those of warm-up and cool-down come on top. recorded_arrivals_s: float64
+    [n], arrival times whose rhythm is used in place of a Poisson process.
+    """
+
+    requests: int = 2000
+    max_output: int | None = None
+    mix: Mix = field(default_factory=Mix)
+    cost: CostModel = PRESETS[DEFAULT_PRESET]
+    scope: str = "step"
+    limits: WorkerLimits = field(default_factory=WorkerLimits)
+    recorded_arrivals_s: NDArray[np.float64] | None = None
+    tau: float = 0.1
+    two_nearest: bool = True
+    others_weight: float = 1.0
+    anchor: float = ANCHOR
+
+
+class Laboratory:
+    """A trace, its settings, and what is fitted on it, once for every seed."""
+
+    def __init__(self, trace: Trace, settings: Settings, calibration: Calibration | None = None) -> None:
+        self.trace = trace
+        self.settings = settings
+        self.packed: PackedTrace = pack_trace(trace, settings.max_output)
+        self._steps = np.array([self.packed.steps(index) for index in range(self.packed.requests)])
+        self._given = calibration
+        self._fitted: dict[tuple[int, int], Calibration] = {}
+        self._profiles: NDArray[np.float32] | None = None
+        self._splits: dict[int, Split] = {}
+        if calibration is not None:
+            geometry = calibration.geometry
+            if (geometry.layers, geometry.experts, geometry.top_k) != self.packed_geometry:
+                layers, experts, top_k = self.packed_geometry
+                raise ReplayError(
+                    f"the calibration is for {geometry}, the trace has {layers} layers x {experts} experts, top-{top_k}"
+                )
+
+    @property
+    def packed_geometry(self) -> tuple[int, int, int]:
+        return self.packed.layers, self.packed.experts, self.packed.top_k
+
+    def split(self, seed: int) -> Split:
+        if seed not in self._splits:
+            rng = np.random.default_rng([seed, 0])
+            self._splits[seed] = split_trace(self.packed.label, self._steps, self.settings.mix, rng)
+        return self._splits[seed]
+
+    def calibration(self, workers: int, seed: int) -> Calibration | None:
+        """The calibration given, else one fitted to the seed's calibration requests; None where there are none."""
+        if self._given is not None:
+            return self._given
+        chosen = self.split(seed).calibrate
+        if not len(chosen):
+            return None
+        if (workers, seed) not in self._fitted:
+            self._fitted[workers, seed] = fit_calibration(take_requests(self.trace, chosen), workers, seed=seed)
+        return self._fitted[workers, seed]
+
+    def policy(self, name: str, workers: int, seed: int) -> Policy:
+        """A fresh policy. Raises PolicyError for an unknown name or a missing calibration."""
+        settings = self.settings
+        if name == "clairvoyant":
+            return Clairvoyant(self.packed)
+        calibration = self.calibration(workers, seed) if name in CALIBRATED else None
+        if name == "expected-union-true":
+            return TrueProfiles(
+                self._true_profiles(),
+                None if calibration is None else calibration.predictor,
+                cost=settings.cost,
+                scope=settings.scope,
+                others_weight=settings.others_weight,
+                anchor=settings.anchor,
+                seed=seed,
+            )
+        return make_policy(
+            name.removesuffix("-own") if name in LAB_POLICIES else name,
+            calibration=calibration,
+            tau=settings.tau,
+            two_nearest=settings.two_nearest,
+            seed=seed,
+            cost=settings.cost,
+            scope=settings.scope,
+            others_weight=settings.others_weight,
+            anchor=settings.anchor,
+        )
+
+    def _true_profiles(self) -> NDArray[np.float32]:
+        if self._profiles is None:
+            self._profiles = self.trace.decode_profiles().reshape(self.packed.requests, -1)
+        return self._profiles
+
+    def workload(self, rate: float, in_flight: float, seed: int, requests: int | None = None) -> Workload:
+        """Arrivals at `rate` requests/s with about `in_flight` of them running at a time."""
+        settings = self.settings
+        measured = settings.requests if requests is None else requests
+        warm_up = math.ceil(WARM_UP * in_flight) + 1
+        count = warm_up + measured + math.ceil(COOL_DOWN * in_flight) + 1
+        rng = np.random.default_rng([seed, 1])
+        recorded = settings.recorded_arrivals_s
+        arrival_s = poisson_arrivals(rate, count, rng) if recorded is None else traced_arrivals(recorded, rate, count)
+        split = self.split(seed)
+        if split.serve_before is None or settings.mix.switch_at is None:
+            request = draw_order(split.serve, count, in_flight, rng)
+        else:
+            before = warm_up + round(measured * settings.mix.switch_at)
+            request = np.concatenate(
+                (
+                    draw_order(split.serve_before, before, in_flight, rng),
+                    draw_order(split.serve, count - before, in_flight, rng),
+                )
+            )
+        return Workload(arrival_s, request, range(warm_up, warm_up + measured), settings.max_output)
+
+    def fleet(self, workers: int) -> FleetSpec:
+        settings, layers = self.settings, self.packed.layers
+        cost = settings.cost.step_cost(layers, settings.scope)
+        moe = settings.cost.step_cost(layers, "moe")
+        return FleetSpec((cost,) * workers, (moe,) * workers, settings.limits)
+
+    def run(
+        self,
+        name: str,
+        workers: int,
+        rate: float,
+        batch: float,
+        seed: int,
+        requests: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> RunResult:
+        """One run of one policy. batch: the mean batch to expect at this rate; sets warm-up, cool-down and draws."""
+        policy = self.policy(name, workers, seed)
+        workload = self.workload(rate, workers * batch, seed, requests)
+        engine = Engine(self.packed, workload, self.fleet(workers), policy)
+        if isinstance(policy, Clairvoyant):
+            policy.attach(engine)
+        return engine.run(progress)
+
+    def served_steps(self, seed: int) -> float:
+        """Mean decode steps of the requests served."""
+        return float(self._steps[self.split(seed).serve].mean())
+
+    def batch_at(self, rate: float, workers: int, seed: int = 0) -> float:
+        """Mean batch to expect at a rate, from the step times of random batches: it grows until it fits the rate."""
+        per_worker = rate / workers * self.served_steps(seed)
+        batch = 1.0
+        for _ in range(60):
+            wanted = per_worker * self._random_step_s(max(1, round(batch)), seed)
+            if wanted <= batch:
+                break
+            batch = max(wanted, batch * 1.1)
+            if batch * workers > len(self.split(seed).serve):
+                break
+        return max(batch, 0.05)
+
+    def _random_step_s(self, batch: int, seed: int) -> float:
+        """Step time of a batch of requests drawn at random, at random places of their decode."""
+        rng = np.random.default_rng([seed, 2])
+        serve = self.split(seed).serve
+        size = min(batch, len(serve))
+        packed, cost = self.packed, self.fleet(1).costs[0]
+        times = []
+        for _ in range(32):
+            chosen = rng.choice(serve, size, replace=False).tolist()
+            rows = [packed.first_row[i] + int(rng.integers(packed.steps(i))) for i in chosen]
+            context = sum(
+                packed.prompt_tokens[i] + row - packed.first_row[i] for i, row in zip(chosen, rows, strict=True)
+            )
+            experts = int(np.bitwise_count(np.bitwise_or.reduce(packed.words[rows], axis=0)).sum())
+            times.append(cost.step_s(float(experts), size, float(context)))
+        return float(np.mean(times))
+
+    def rate_for_batch(self, batch: float, workers: int, seed: int = 0) -> float:
+        """The rate that gives mean batch `batch` under jsq, by secant steps between logarithms."""
+        self._check_in_flight(batch, workers, seed)
+        requests = max(600, int(6 * workers * batch))
+        rate = workers * batch / (self.served_steps(seed) * self._random_step_s(max(1, round(batch)), seed))
+        slope, previous = 1.5, None
+        for _ in range(RATE_TRIALS):
+            measured = self.run("jsq", workers, rate, batch, seed, requests).batch_mean
+            gap = math.log(batch / measured)
+            if abs(gap) < RATE_TOLERANCE:
+                break
+            if previous is not None and rate != previous[0]:
+                slope = (math.log(measured) - previous[1]) / math.log(rate / previous[0])
+                slope = min(max(slope, 0.5), 6.0)
+            previous = (rate, math.log(measured))
+            rate *= math.exp(gap / slope)
+        return rate
+
+    def _check_in_flight(self, batch: float, workers: int, seed: int) -> None:
+        split = self.split(seed)
+        smallest = min(len(part) for part in (split.serve, split.serve_before) if part is not None)
+        if batch * workers >= smallest:
+            raise ReplayError(
+                f"a mean batch of {batch:g} on {workers} workers keeps {batch * workers:.0f} requests in flight, the "
+                f"trace has {smallest} to serve, and none may run twice at once; lower the batch, the number of "
+                "workers or the calibrate fraction, or record a longer trace"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cell:
+    """All seeds of one (policy, workers, rate)."""
+
+    policy: str
+    workers: int
+    rate: float
+    runs: list[RunResult]
+
+    def per_seed(self, measure: Callable[[RunResult], float]) -> NDArray[np.float64]:
+        """float64 [S]: a figure of each run."""
+        return np.array([measure(run) for run in self.runs])
+
+
+def compare(
+    laboratory: Laboratory,
+    policies: Sequence[str],
+    workers: int,
+    rate: float,
+    batch: float,
+    seeds: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Cell]:
+    """Cells of the four load balancers and of `policies`, each policy once, under the same seeds."""
+    names = list(dict.fromkeys((*BASELINES, *policies)))
+    return [
+        Cell(
+            name,
+            workers,
+            rate,
+            [laboratory.run(name, workers, rate, batch, seed, progress=progress) for seed in range(seeds)],
+        )
+        for name in names
+    ]
+
+
+def check_names(policies: Sequence[str]) -> None:
+    """Raise ReplayError for a policy that there is not."""
+    for name in policies:
+        if name not in POLICY_NAMES and name not in LAB_POLICIES:
+            known = ", ".join((*POLICY_NAMES, *LAB_POLICIES))
+            raise ReplayError(f"there is no policy {name!r} to replay; there are {known}")

@@ -1,0 +1,120 @@
+"""Results of a comparison as rows, JSON objects and a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from eldr.replay.engine import RunResult
+from eldr.replay.experiment import BASELINES, Cell
+from eldr.replay.statistics import Change, paired_change
+
+Measure = Callable[[RunResult], float]
+# Parts of the run that a timeline shows.
+TIMELINE_BINS = 20
+
+
+def tpot_ms(percent: float | None) -> Measure:
+    """A percentile over requests of TPOT in ms; None for the mean."""
+    return lambda run: _statistic(run.tpot_s, percent)
+
+
+def moe_tpot_ms(percent: float | None) -> Measure:
+    """The same of the MoE layers' share of TPOT."""
+    return lambda run: _statistic(run.moe_tpot_s, percent)
+
+
+def _statistic(values: Any, percent: float | None) -> float:
+    return 1e3 * float(values.mean() if percent is None else np.percentile(values, percent))
+
+
+STATISTICS: dict[str, float | None] = {"p50": 50.0, "p99": 99.0, "mean": None}
+
+
+def change_against_best(cell: Cell, cells: Sequence[Cell], measure: Measure) -> Change:
+    """Paired change against the load balancer whose mean over seeds is least."""
+    baselines = [other.per_seed(measure) for other in cells if other.policy in BASELINES]
+    best = min(baselines, key=lambda values: float(values.mean()))
+    return paired_change(cell.per_seed(measure), best)
+
+
+def as_object(cell: Cell, cells: Sequence[Cell], scope: str) -> dict[str, Any]:
+    """The JSON object of one (policy, workers, rate)."""
+
+    def mean(measure: Measure) -> float:
+        return float(cell.per_seed(measure).mean())
+
+    result: dict[str, Any] = {
+        "policy": cell.policy,
+        "workers": cell.workers,
+        "rate": cell.rate,
+        "seeds": len(cell.runs),
+        "cost_scope": scope,
+        "requests": len(cell.runs[0].tpot_s),
+        "tpot_p50_ms": mean(tpot_ms(50)),
+        "tpot_p95_ms": mean(tpot_ms(95)),
+        "tpot_p99_ms": mean(tpot_ms(99)),
+        "tpot_mean_ms": mean(tpot_ms(None)),
+        "active_experts_mean": mean(lambda run: run.active_experts_mean),
+        "batch_mean": mean(lambda run: run.batch_mean),
+        "wait_mean_ms": mean(lambda run: 1e3 * float(run.wait_s.mean())),
+        "wait_p99_ms": mean(lambda run: 1e3 * float(np.percentile(run.wait_s, 99))),
+    }
+    for prefix, of in (("", tpot_ms), ("moe_", moe_tpot_ms)):
+        for name, percent in STATISTICS.items():
+            if prefix:
+                result[f"moe_tpot_{name}_ms"] = mean(of(percent))
+            change = change_against_best(cell, cells, of(percent))
+            key = f"{prefix}vs_best_baseline_{name}"
+            result |= {key: change.percent, f"{key}_lo": _known(change.low), f"{key}_hi": _known(change.high)}
+    jsq = next(other for other in cells if other.policy == "jsq")
+    change = paired_change(cell.per_seed(tpot_ms(99)), jsq.per_seed(tpot_ms(99)))
+    result |= {"vs_jsq_p99": change.percent, "vs_jsq_p99_lo": _known(change.low), "vs_jsq_p99_hi": _known(change.high)}
+    return result
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def timeline_ms(cell: Cell) -> list[float]:
+    """Mean TPOT in ms of each twentieth of the measured arrivals, in order of arrival, over all seeds."""
+    parts = [np.array_split(run.tpot_s, TIMELINE_BINS) for run in cell.runs]
+    return [1e3 * float(np.concatenate([run[at] for run in parts]).mean()) for at in range(TIMELINE_BINS)]
+
+
+def as_table(objects: Sequence[dict[str, Any]], title: str) -> Table:
+    """One row per (policy, workers, rate)."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("policy", no_wrap=True)
+    for column in ("workers", "req/s", "p50 ms", "p95 ms", "p99 ms", "mean ms", "experts", "batch"):
+        table.add_column(column, justify="right")
+    for column in ("p50 %", "p99 %", "mean %", "MoE mean %"):
+        table.add_column(column, justify="right", no_wrap=True)
+    workers = None
+    for row in objects:
+        if workers not in (None, row["workers"]):
+            table.add_section()
+        workers = row["workers"]
+        times = [f"{row[f'tpot_{name}_ms']:.3f}" for name in ("p50", "p95", "p99", "mean")]
+        keys = [f"vs_best_baseline_{name}" for name in STATISTICS] + ["moe_vs_best_baseline_mean"]
+        table.add_row(
+            row["policy"],
+            str(row["workers"]),
+            f"{row['rate']:.4g}",
+            *times,
+            f"{row['active_experts_mean']:.2f}",
+            f"{row['batch_mean']:.2f}",
+            *(_interval(row, key) for key in keys),
+        )
+    return table
+
+
+def _interval(row: dict[str, Any], key: str) -> str:
+    low, high = row[f"{key}_lo"], row[f"{key}_hi"]
+    half = "" if low is None else f" ±{(high - low) / 2:.1f}"
+    return f"{row[key]:+.1f}{half}"

@@ -1,0 +1,86 @@
+"""A trace as bit sets: one row of words per decode step of a request, one bit per (layer, expert)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr.counts import ExpertCounts
+from eldr.replay.errors import ReplayError
+from eldr.trace import Trace
+
+# Rows unpacked to one byte per (layer, expert) at once: bounds the working memory.
+ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedTrace:
+    """The part of a trace that a replay needs.
+
+    words: uint64 [T, ceil(L * E / 64)], bit l * E + e is set where the step activates expert e in layer l.
+    first_row, end_row: int [N], rows of each request. prompt_tokens: int [N]. label: str [N].
+    counts: expert counts of each prompt, as the router would hear them.
+    """
+
+    words: NDArray[np.uint64]
+    first_row: list[int]
+    end_row: list[int]
+    prompt_tokens: list[int]
+    label: list[str]
+    counts: list[ExpertCounts]
+    layers: int
+    experts: int
+    top_k: int
+
+    @property
+    def requests(self) -> int:
+        return len(self.first_row)
+
+    def steps(self, request: int) -> int:
+        """Decode steps of one request: its generated tokens less one."""
+        return self.end_row[request] - self.first_row[request]
+
+
+def pack_trace(trace: Trace, max_output: int | None = None) -> PackedTrace:
+    """Bit sets of `trace`, each request cut after `max_output` generated tokens.
+
+    Raises ReplayError where no request has a decode step left.
+    """
+    meta = trace.meta
+    first_row = trace.decode_offsets[:-1]
+    steps = np.diff(trace.decode_offsets)
+    if max_output is not None:
+        steps = np.minimum(steps, max_output - 1)
+    if not steps.any():
+        raise ReplayError("no request of the trace has a decode step; record with more generated tokens")
+    return PackedTrace(
+        words=pack_rows(trace.decode_experts, meta.experts),
+        first_row=first_row.tolist(),
+        end_row=(first_row + steps).tolist(),
+        prompt_tokens=trace.prompt_tokens.tolist(),
+        label=trace.label.tolist(),
+        counts=[
+            ExpertCounts(counts, int(tokens), meta.top_k)
+            for counts, tokens in zip(trace.prefill_counts, trace.prompt_tokens, strict=True)
+        ],
+        layers=meta.layers,
+        experts=meta.experts,
+        top_k=meta.top_k,
+    )
+
+
+def pack_rows(decode_experts: NDArray[np.unsignedinteger[Any]], experts: int) -> NDArray[np.uint64]:
+    """uint64 [T, ceil(L * E / 64)] from expert ids [T, L, k]."""
+    rows, layers, _ = decode_experts.shape
+    bits = layers * experts
+    words = np.zeros((rows, -(-bits // 64)), dtype=np.uint64)
+    layer_start = (np.arange(layers) * experts)[:, None]
+    for start in range(0, rows, ROWS_AT_ONCE):
+        ids = decode_experts[start : start + ROWS_AT_ONCE].astype(np.int64) + layer_start
+        flags = np.zeros((len(ids), words.shape[1] * 64), dtype=np.uint8)
+        np.put_along_axis(flags, ids.reshape(len(ids), -1), 1, axis=1)
+        words[start : start + len(ids)] = np.packbits(flags, axis=1, bitorder="little").view(np.uint64)
+    return words
