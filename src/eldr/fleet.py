@@ -47,6 +47,7 @@ class Fleet:
     def __init__(self) -> None:
         self._workers: dict[Role, dict[str, Worker]] = {"prefill": {}, "decode": {}}
         self._eligible: dict[str, int] = {}
+        self._decode_slots = 0
 
     def add(self, url: str, role: Role, max_inflight: int) -> Worker:
         """A new worker, unhealthy until told otherwise. Raises FleetError if the fleet has it already."""
@@ -59,7 +60,7 @@ class Fleet:
     def remove(self, worker: Worker) -> None:
         if self._workers[worker.role].pop(worker.url, None) is None:
             raise FleetError(f"{worker.role} worker {worker.url} is not in the fleet")
-        self._eligible.pop(worker.url, None)
+        self._fleet_changed(worker)
 
     def workers(self, role: Role) -> Mapping[str, Worker]:
         """URL -> worker, in the order in which they were added."""
@@ -77,7 +78,7 @@ class Fleet:
     @property
     def decode_slots(self) -> int:
         """How many requests the available decode workers may run at once."""
-        return sum(worker.max_inflight for worker in self.available("decode"))
+        return self._decode_slots
 
     @property
     def ready(self) -> bool:
@@ -98,10 +99,14 @@ class Fleet:
 
     def set_healthy(self, worker: Worker, healthy: bool) -> None:
         worker.healthy = healthy
-        self._refresh(worker)
+        self._fleet_changed(worker)
 
     def set_draining(self, worker: Worker, draining: bool) -> None:
         worker.draining = draining
+        self._fleet_changed(worker)
+
+    def _fleet_changed(self, worker: Worker) -> None:
+        self._decode_slots = sum(each.max_inflight for each in self.available("decode"))
         self._refresh(worker)
 
     def _refresh(self, worker: Worker) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -47,8 +48,9 @@ class FakeWorker:
     counts: wire form of the expert counts in hand-offs; None leaves them out.
     """
 
-    def __init__(self, role: str = "plain", model: str = "tiny") -> None:
+    def __init__(self, role: str = "plain", model: str = "tiny", ssl_context: ssl.SSLContext | None = None) -> None:
         self.role = role
+        self.ssl_context = ssl_context
         self.model = model
         self.seen: list[Seen] = []
         self.behaviour: Behaviour | None = None
@@ -69,7 +71,7 @@ class FakeWorker:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"http{'s' if self.ssl_context else ''}://127.0.0.1:{self._port}"
 
     @property
     def generated(self) -> list[Seen]:
@@ -77,7 +79,9 @@ class FakeWorker:
         return [seen for seen in self.seen if seen.path.endswith("completions")]
 
     async def start(self) -> FakeWorker:
-        self._server = await asyncio.start_server(self._connection, "127.0.0.1", self._port, limit=2**24)
+        self._server = await asyncio.start_server(
+            self._connection, "127.0.0.1", self._port, limit=2**24, ssl=self.ssl_context
+        )
         self._port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -214,7 +218,8 @@ class FakeWorker:
         events += [choice(text, "length" if i == len(tokens) - 1 else None) for i, text in enumerate(tokens)]
         if (seen.body.get("stream_options") or {}).get("include_usage"):
             events.append({**base, "choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": len(tokens)}})
-        return [b"data: " + json.dumps(event).encode() + b"\n\n" for event in events] + [b"data: [DONE]\n\n"]
+        lines = [json.dumps(event, separators=(",", ":")).encode() for event in events]
+        return [b"data: %b\n\n" % line for line in (*lines, b"[DONE]")]
 
 
 def counts_wire(prompt_tokens: int, layers: int = LAYERS, experts: int = EXPERTS) -> dict[str, Any]:

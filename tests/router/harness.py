@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -103,11 +104,12 @@ async def running(
     decode: int = 1,
     policy: Policy | None = None,
     prepare: Callable[[Setup], None] | None = None,
+    worker_tls: ssl.SSLContext | None = None,
     **settings: Any,
 ) -> AsyncIterator[Setup]:
     """A started router with its fake workers; `prepare` may change the workers before the router probes them."""
-    prefills = [await FakeWorker("prefill").start() for _ in range(prefill)]
-    decodes = [await FakeWorker("decode").start() for _ in range(decode)]
+    prefills = [await FakeWorker("prefill", ssl_context=worker_tls).start() for _ in range(prefill)]
+    decodes = [await FakeWorker("decode", ssl_context=worker_tls).start() for _ in range(decode)]
     config = RouterConfig(
         prefill=tuple(worker.url for worker in prefills),
         decode=tuple(worker.url for worker in decodes),

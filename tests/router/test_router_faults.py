@@ -131,7 +131,7 @@ async def test_a_broken_stream_ends_with_an_error_and_without_its_end():
         writer.write(b"content-length: %d\r\n\r\n%b" % (len(body), body))
         raw = await reader.read()
         writer.close()
-        assert b'"text": "a"' in raw
+        assert b'"text":"a"' in raw
         last = raw.rstrip().rsplit(b"data: ", 1)[1]
         assert json.loads(last)["error"]["code"] == 502
         assert b"[DONE]" not in raw
@@ -391,3 +391,25 @@ async def test_stopping_cuts_off_what_does_not_finish():
         with pytest.raises(Exception):  # noqa: B017
             await task
         await until(lambda: s.decode[0].generated[0].aborted, "the worker hears of it")
+
+
+@on_uvloop
+async def test_stopping_sends_what_was_written_to_a_slow_reader():
+    async def large(worker, seen, reader, writer):
+        await reply(writer, 200, b'{"text":"%b"}' % (b"x" * 20_000_000))
+
+    async with running() as s:
+        s.decode[0].behaviour = large
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
+        client.connect(("127.0.0.1", s.router.port))
+        body = json.dumps(ASK).encode()
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        await until(lambda: s.decode[0].generated and not s.router._flows, "the answer is written")
+        stopping = asyncio.create_task(s.router.stop(20))
+        received = await asyncio.to_thread(_read_answer, client)
+        assert len(received) == 20_000_011
+        await stopping

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import ssl
+import subprocess
 import time
 
 import openai as openai_client
 import pytest
-from fake_worker import EXPERTS, LAYERS, counts_wire, reply
+from fake_worker import EXPERTS, LAYERS, begin_stream, chunk, counts_wire, end_stream, reply
 from harness import ASK, CHAT, Scripted, on_uvloop, running, until
+
+from eldr.router import logs
 
 
 @on_uvloop
@@ -41,13 +46,24 @@ async def test_a_stream_equals_the_workers_own(path):
         assert await s.metric("eldr_time_per_output_token_seconds_count") == 1
 
 
+@pytest.mark.parametrize("usage", [False, True])
 @on_uvloop
-async def test_time_per_output_token_is_the_mean_gap():
+async def test_time_per_output_token_counts_tokens(usage):
+    async def seven_tokens_in_three_events(worker, seen, reader, writer):
+        await begin_stream(writer)
+        for event in worker.events(seen, ["a", "bcd", "efg"], True):
+            await chunk(writer, event.replace(b'"completion_tokens":3', b'"completion_tokens":7'))
+            await asyncio.sleep(0.1)
+        await end_stream(writer)
+
     async with running() as s:
-        s.decode[0].token_gap_s = 0.05
-        await s.chat({**CHAT, "stream": True, "stream_options": {"include_usage": True}})
-        # Role and tokens come 50 ms apart, then usage and [DONE]: five gaps over the three between four tokens.
-        assert 3 * 0.05 / 3 <= await s.metric("eldr_time_per_output_token_seconds_sum") < 0.2
+        s.decode[0].behaviour = seven_tokens_in_three_events
+        options = {"stream_options": {"include_usage": True}} if usage else {}
+        await s.chat({**CHAT, "stream": True, **options})
+        # From the opening event to the last one before [DONE]: three gaps, or four with the usage.
+        mean_s = await s.metric("eldr_time_per_output_token_seconds_sum")
+        expected_s = 0.4 / 6 if usage else 0.3 / 2
+        assert expected_s <= mean_s < 2 * expected_s
 
 
 @on_uvloop
@@ -400,3 +416,57 @@ async def test_health_ready_and_models():
         assert abs(await s.metric("eldr_worker_clock_skew_seconds", role="decode")) < 2
         s.prefill[0].healthy = True
         await until(lambda: s.router.services.fleet.ready, "the worker is back")
+
+
+@on_uvloop
+async def test_a_body_nested_deeper_than_can_be_written_is_the_clients_fault():
+    async with running() as s:
+        answer = await s.post(b'{"model":"tiny","prompt":"x","deep":' + b"[" * 500 + b"]" * 500 + b"}")
+        assert answer.status == 400
+        assert s.router.services.admission.admitted == 0
+
+
+@on_uvloop
+async def test_the_log_has_a_line_per_request_and_no_prompt(capfd):
+    logs.set_up("debug")
+    try:
+        async with running() as s:
+            await s.post({**ASK, "prompt": "my secret"}, headers={"x-request-id": "r1", "authorization": "Bearer key"})
+        written = capfd.readouterr().err
+        lines = [json.loads(line) for line in written.splitlines()]
+        (line,) = (line for line in lines if line["message"] == "request")
+        assert line["id"] == "r1"
+        assert line["status"] == 200
+        assert (line["prefill"], line["decode"]) == (s.prefill[0].url, s.decode[0].url)
+        assert "secret" not in written
+        assert "key" not in written
+    finally:
+        logs.set_up("warning")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A self-signed certificate for 127.0.0.1 and its key, as files."""
+    folder = tmp_path_factory.mktemp("tls")
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command")
+    subject = ["-subj", "/CN=worker", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    subprocess.run(["openssl", "req", "-x509", *key, *files, *subject], check=True, capture_output=True)
+    return folder / "cert.pem", folder / "key.pem"
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+@on_uvloop
+async def test_workers_behind_tls(certificate, trusted):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    async with running(worker_tls=context, worker_ca_file=certificate[0] if trusted else None) as s:
+        assert s.decode[0].url.startswith("https:")
+        assert (await s.get("/ready")).status == (200 if trusted else 503)
+        assert (await s.post()).status == (200 if trusted else 503)
+        if trusted:
+            assert len((await s.post({**ASK, "stream": True})).events) == 5
+        else:
+            assert s.decode[0].seen == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 from eldr.router.errors import ApiError
@@ -10,6 +11,9 @@ from eldr.router.metrics import Metrics
 from eldr.router.upstream import Answer, ExchangeError
 
 DONE_EVENT = b"data: [DONE]\n\n"
+# The usage comes in an event without choices.
+USAGE_MARK = b'"choices":[]'
+COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 
 class DecodeAnswer(Answer):
@@ -22,12 +26,21 @@ class DecodeAnswer(Answer):
     events: server-sent events passed on. vLLM's stream carries no transfer parameters, so nothing is taken out.
     """
 
-    def __init__(self, client: ClientConnection, metrics: Metrics, response_headers: bytes, received_s: float) -> None:
+    def __init__(
+        self,
+        client: ClientConnection,
+        metrics: Metrics,
+        response_headers: bytes,
+        received_s: float,
+        wants_usage: bool,
+    ) -> None:
         super().__init__()
         self._client = client
         self._metrics = metrics
         self._response_headers = response_headers
         self._received_s = received_s
+        self._wants_usage = wants_usage
+        self._usage = b""
         self._is_stream = False
         self.streaming = False
         self.broken = False
@@ -50,6 +63,8 @@ class DecodeAnswer(Answer):
         self.events += events
         if events != 1 or data != DONE_EVENT:
             self.last_s = time.monotonic()
+        if self._wants_usage and USAGE_MARK in data:
+            self._usage = data
         self._client.write(data)
 
     def _begin(self) -> None:
@@ -76,8 +91,13 @@ class DecodeAnswer(Answer):
         super().on_done()
 
     def observe_tpot(self, extra_events: int) -> None:
-        """Count the mean time between tokens; `extra_events` of the stream's events carried none."""
+        """Count the mean time between tokens.
+
+        The usage says how many there were, where the client asked for it. Otherwise every event counts as one, less
+        `extra_events` and the usage; a worker that falls behind puts several into one event, which is then slower.
+        """
         self._metrics.stream_events += self.events
-        tokens = self.events - extra_events
+        found = COMPLETION_TOKENS.search(self._usage)
+        tokens = int(found[1]) if found else self.events - extra_events - self._wants_usage
         if tokens > 1 and not self.broken:
             self._metrics.tpot.observe((self.last_s - self.first_s) / (tokens - 1))

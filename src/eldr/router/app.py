@@ -7,6 +7,7 @@ import logging
 import signal
 import ssl
 import sys
+import time
 
 import uvloop
 
@@ -30,6 +31,7 @@ log = logging.getLogger("eldr.router")
 BACKLOG = 4096
 # A prefill worker queues by itself; the router does not limit what it sends there.
 PREFILL_MAX_INFLIGHT = 2**31
+CLOSE_POLL_S = 0.02
 
 
 class Router:
@@ -99,11 +101,16 @@ class Router:
             self._server.close()
         for connection in list(self.connections):
             connection.close_if_idle()
-        if self._flows:
-            await asyncio.wait(self._flows, timeout=grace_s)
+        deadline_s = time.monotonic() + grace_s
+        while self._flows and (left_s := deadline_s - time.monotonic()) > 0:
+            await asyncio.wait(self._flows, timeout=left_s)
         for task in (*self._flows, *self._background):
             task.cancel()
         await asyncio.gather(*self._flows, *self._background, return_exceptions=True)
+        for connection in list(self.connections):
+            connection.close()
+        while self.connections and time.monotonic() < deadline_s:  # the last bytes are on their way
+            await asyncio.sleep(CLOSE_POLL_S)
         for connection in list(self.connections):
             connection.abort()
         for pool in self.services.pools.values():
@@ -202,7 +209,8 @@ async def _serve(router: Router, config: RouterConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, None)
     await router.start()
-    print(f"eldr: serving on http://{config.host}:{router.port}, policy {config.policy}", file=sys.stderr, flush=True)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"eldr: serving on http://{host}:{router.port}, policy {config.policy}", file=sys.stderr, flush=True)
     await signals.get()
     stopping = loop.create_task(router.stop(config.grace_s))
     again = loop.create_task(signals.get())

@@ -177,6 +177,8 @@ class Flow:
             self._relay(error.answer)
         except asyncio.CancelledError:
             self._notes["status"] = "cancelled"
+        except orjson.JSONEncodeError as error:
+            self._respond_error(ApiError(400, f"the request body cannot be passed on: {error}"))
         except Exception:
             log.exception("request %s failed inside the router", self._id)
             self._respond_error(ApiError(500, "the router failed on this request"))
@@ -354,7 +356,13 @@ class Flow:
             params = handoff.spend(self._record)
         self._decodes += 1
         leg_id = self._id if self._decodes == 1 else f"{self._id}-decode-{self._decodes}"
-        answer = DecodeAnswer(self._connection, services.metrics, self._response_headers(), self._request.received_s)
+        answer = DecodeAnswer(
+            self._connection,
+            services.metrics,
+            self._response_headers(),
+            self._request.received_s,
+            openai.wants_usage(self._body),
+        )
         self._upstream = connection
         body = openai.decode_body(self._body, params)
         connection.start(answer, self._leg(pool, leg_id, body), services.config.decode_idle_timeout_s)
@@ -378,10 +386,8 @@ class Flow:
         if not answer.streaming:
             self._relay(answer, handoff)
             return
-        # Beside the tokens: the chat stream's opening event, the usage and [DONE].
-        options = self._body.get("stream_options")
-        usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        answer.observe_tpot(1 + (self._request.path == openai.CHAT) + usage)
+        # Beside the tokens: [DONE] and the chat stream's opening event.
+        answer.observe_tpot(1 + (self._request.path == openai.CHAT))
         self._services.metrics.broken_streams += answer.broken
         self._count(200)
 

@@ -34,6 +34,7 @@ class HealthProbe:
         self._interval_s = interval_s
         self._changed = changed
         self._failures = 0
+        self._reported: bool | None = None
         self._models_at_s = float("-inf")
 
     async def run(self) -> None:
@@ -57,17 +58,24 @@ class HealthProbe:
             self._failed(str(error), FAILURES_TO_DOWN)
         else:
             self._failures = 0
-            if not self._worker.healthy:
-                log.info("%s worker %s is up, serving %s", self._worker.role, self._worker.url, self._worker.models)
-                self._fleet.set_healthy(self._worker, True)
-                self._changed()
+            self._report(True, "")
 
     def _failed(self, reason: str, failures_to_down: int) -> None:
         self._failures += 1
-        if self._worker.healthy and self._failures >= failures_to_down:
-            log.warning("%s worker %s is down: %s", self._worker.role, self._worker.url, reason)
-            self._fleet.set_healthy(self._worker, False)
+        if self._failures >= failures_to_down or not self._worker.healthy:
+            self._report(False, reason)
+
+    def _report(self, healthy: bool, reason: str) -> None:
+        worker = self._worker
+        if worker.healthy != healthy:
+            self._fleet.set_healthy(worker, healthy)
             self._changed()
+        if self._reported != healthy:
+            self._reported = healthy
+            if healthy:
+                log.info("%s worker %s is up", worker.role, worker.url)
+            else:
+                log.warning("%s worker %s is down: %s", worker.role, worker.url, reason)
 
     async def _get(self, path: bytes, expected: tuple[int, ...] = (200,)) -> Answer:
         connection = await self._pool.connection()

@@ -150,6 +150,10 @@ class ClientConnection(asyncio.Protocol):
         if self._active is None and not self._head_bytes and not self._lingering:
             self._transport.close()
 
+    def close(self) -> None:
+        """Close once everything written has been sent."""
+        self._transport.close()
+
     def abort(self) -> None:
         self._transport.abort()
 

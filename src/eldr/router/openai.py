@@ -140,6 +140,12 @@ def max_tokens(path: bytes, body: dict[str, Any]) -> int | None:
     return value if type(value) is int else None
 
 
+def wants_usage(body: dict[str, Any]) -> bool:
+    """Whether a stream shall end with the usage."""
+    options = body.get("stream_options")
+    return isinstance(options, dict) and bool(options.get("include_usage"))
+
+
 def without_transfer_params(answer: bytes) -> bytes:
     """A worker's JSON answer without what it says about transfers. A plain worker's answer says null there."""
     # A quotation mark inside a JSON string is escaped, so this can only be a key with the value null.
