@@ -30,6 +30,7 @@ from eldr.router.app import Router, build_policy
 from eldr.router.config import RouterConfig
 
 PROMPT_TOKENS, LAYERS, EXPERTS, TOP_K = 500, 48, 128, 8
+CONNECTIONS = 32
 PROMPT = "What the prompt of a real request looks like, more or less. " * 30
 EVENT = (
     b'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","object":"text_completion","created":1790000000,'
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rate", type=float, default=30.0, help="tokens per second of one stream")
-    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--requests", type=int, default=5000, help="rounded to whole requests per connection")
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--policy", default="jsq")
     parser.add_argument("--calibration", type=Path)
@@ -241,10 +242,10 @@ def measure(args: argparse.Namespace, pid: int) -> dict[str, float]:
     uvloop.run(load(args.port, single, b"null}", 8, 50))  # warm
 
     before, started = cpu_s(pid), time.perf_counter()
-    connections = 32
-    uvloop.run(load(args.port, single, b"null}", connections, args.requests // connections))
+    each = max(1, args.requests // CONNECTIONS)
+    uvloop.run(load(args.port, single, b"null}", CONNECTIONS, each))
     wall_s = time.perf_counter() - started
-    per_request_s = (cpu_s(pid) - before) / (args.requests // connections * connections)
+    per_request_s = (cpu_s(pid) - before) / (each * CONNECTIONS)
 
     before, started = cpu_s(pid), time.perf_counter()
     received = uvloop.run(load(args.port, stream, b"0\r\n\r\n", args.streams, 1))
@@ -254,7 +255,7 @@ def measure(args: argparse.Namespace, pid: int) -> dict[str, float]:
     streaming_s = cpu_s(pid) - before - args.streams * per_request_s
     return {
         "cpu_ms_per_request": round(per_request_s * 1e3, 4),
-        "requests_per_s": round(args.requests / wall_s, 1),
+        "requests_per_s": round(each * CONNECTIONS / wall_s, 1),
         "cpu_s_per_million_tokens": round(streaming_s / tokens * 1e6, 2),
         "tokens_per_s": round(tokens / stream_wall_s, 1),
         "peak_memory_mib": round(peak_mib(pid), 1),
