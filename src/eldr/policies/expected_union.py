@@ -49,6 +49,82 @@ class _Profile:
     context_tokens: int
 
 
+class _Unions:
+    """What each worker's running requests activate together, one row a worker. Rows in use come first.
+
+    log_survival: int64 [C, D], sum of log(1 - p) of the running requests, in units of 1 / _SCALE. survival: float32
+    [C, D], its exponential. union: float64 [C], expected distinct experts of a step, summed over layers. context:
+    float64 [C], tokens of running prompts. direction: float32 [C, D], where lately started requests point; length:
+    float32 [C], of it.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        self.count = 0
+        self._log_survival = np.zeros((0, dimension), dtype=np.int64)
+        self._survival = np.ones((0, dimension), dtype=np.float32)
+        self._direction = np.zeros((0, dimension), dtype=np.float32)
+        self._length = np.zeros(0, dtype=np.float32)
+        self._union = np.zeros(0)
+        self._context = np.zeros(0)
+
+    @property
+    def union(self) -> NDArray[np.float64]:
+        return self._union[: self.count]
+
+    @property
+    def context(self) -> NDArray[np.float64]:
+        return self._context[: self.count]
+
+    def append(self) -> None:
+        """A row for one more worker; capacity doubles, so that a large fleet may join one by one."""
+        if self.count == len(self._union):
+            more = max(8, self.count)
+            for name in ("_log_survival", "_survival", "_direction", "_length", "_union", "_context"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate((old, np.zeros((more, *old.shape[1:]), dtype=old.dtype))))
+        row = self.count
+        self.count += 1
+        self._log_survival[row] = 0
+        self._survival[row] = 1
+        self._direction[row] = 0
+        self._length[row] = self._union[row] = self._context[row] = 0
+
+    def remove(self, row: int) -> None:
+        """Forget a worker; the last row takes its place."""
+        self.count -= 1
+        for array in (
+            self._log_survival, self._survival, self._direction, self._length, self._union, self._context
+        ):  # fmt: skip
+            array[row] = array[self.count]
+
+    def add(self, row: int, profile: _Profile, sign: int) -> None:
+        """Add (sign 1) or remove (sign -1) a running request. Whole numbers: what was added cancels exactly."""
+        if sign > 0:
+            self._log_survival[row] += _LOG_SURVIVAL[profile.codes]
+        else:
+            self._log_survival[row] -= _LOG_SURVIVAL[profile.codes]
+        self._context[row] += sign * profile.context_tokens
+        survival = self._survival[row]
+        np.multiply(self._log_survival[row], 1 / _SCALE, out=survival, casting="same_kind")
+        np.exp(survival, out=survival)
+        self._union[row] = len(survival) - float(survival.sum())
+
+    def turn(self, row: int, unit_direction: NDArray[np.float32]) -> None:
+        """Move a worker's direction towards that of a request."""
+        own = self._direction[row]
+        own += (unit_direction - own) / np.float32(ANCHOR_REQUESTS)
+        self._length[row] = np.sqrt(np.einsum("d,d->", own, own))
+
+    def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
+        """float64 [W]: distinct experts that a request adds to each worker's steps."""
+        return _row_products(self._survival[: self.count], profile).astype(np.float64)
+
+    def similarity(self, unit_direction: NDArray[np.float32]) -> NDArray[np.float64]:
+        """float64 [W]: cosine of a request's direction and each worker's; 0 for a worker that has none yet."""
+        products = _row_products(self._direction[: self.count], unit_direction)
+        return (products / np.maximum(self._length[: self.count], np.float32(1e-6))).astype(np.float64)
+
+
 class ExpectedUnion(Policy):
     """Sends each request where it adds the least decode time.
 
@@ -89,19 +165,16 @@ class ExpectedUnion(Policy):
             experts = len(predictor.mean_profile) // predictor.layers
             self._set_geometry(predictor.layers, experts, predictor.top_k)
             self._mean = predictor.mean_profile.astype(np.float32)
+            self._mean_requests = MEAN_REQUESTS
 
     def _set_geometry(self, layers: int, experts: int, top_k: int) -> None:
         self._geometry = (layers, experts, top_k)
         dimension = layers * experts
         self._mean = np.full(dimension, top_k / experts, dtype=np.float32)
         self._mean_requests = 0
-        rows = len(self._workers)
-        self._log_survival = np.zeros((rows, dimension), dtype=np.int64)
-        self._survival = np.ones((rows, dimension), dtype=np.float32)
-        self._direction = np.zeros((rows, dimension), dtype=np.float32)
-        self._direction_length = np.zeros(rows, dtype=np.float32)
-        self._union = np.zeros(rows)
-        self._context = np.zeros(rows)
+        self._unions = _Unions(dimension)
+        for _ in self._workers:
+            self._unions.append()
         self._costs = _cost_columns([self._step_cost(worker) for worker in self._workers])
 
     def _step_cost(self, worker: str) -> StepCost:
@@ -131,15 +204,14 @@ class ExpectedUnion(Policy):
     ) -> NDArray[np.float64]:
         """float64 [eligible workers]: seconds of decode time per step that the placement costs, anchor included."""
         base_s, expert_s, token_s, context_s = self._costs[:, rows]
-        union = self._union[rows]
-        added = _row_products(self._survival, profile)[rows].astype(np.float64)
-        step_s = base_s + expert_s * union + token_s * load + context_s * self._context[rows]
+        union = self._unions.union[rows]
+        added = self._unions.added(profile)[rows]
+        step_s = base_s + expert_s * union + token_s * load + context_s * self._unions.context[rows]
         added_s = expert_s * added + token_s + context_s * context_tokens
         cost = step_s + (1 + self._others_weight * load) * added_s
-        if anchored and self._anchor > 0:
-            direction, length = self._centred(profile)
-            scale = np.maximum(self._direction_length[rows] * length, 1e-12)
-            similarity = _row_products(self._direction, direction)[rows] / scale
+        direction = self._direction_of(profile) if anchored and self._anchor > 0 else None
+        if direction is not None:
+            similarity = self._unions.similarity(direction)[rows]
             expert_time_s = float((expert_s * (union + added)).mean())
             cost = cost + self._anchor * (load.mean() + 1) * expert_time_s * (similarity.max() - similarity)
         return np.asarray(cost)
@@ -166,9 +238,11 @@ class ExpectedUnion(Policy):
             return self._predictor.predict(counts)
         return to_probabilities(own_frequencies(counts, self._mean), counts.layers, counts.top_k)
 
-    def _centred(self, profile: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+    def _direction_of(self, profile: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """float32 [D]: unit vector from the fleet's mean profile to this one; None where they are equal."""
         direction = profile - self._mean
-        return direction, float(np.sqrt(np.einsum("d,d->", direction, direction)))
+        length = float(np.sqrt(np.einsum("d,d->", direction, direction)))
+        return direction / np.float32(length) if length > 0 else None
 
     def started(self, request: DecodeRequest, worker: str) -> None:
         reason = self._unusable(request.counts)
@@ -179,64 +253,41 @@ class ExpectedUnion(Policy):
         codes = latest[1] if latest is not None and known else self._codes(request)
         entry = _Profile(codes, request.prompt_tokens)
         self._running[request.request_id, worker] = entry
-        row = self._row[worker]
-        self._log_survival[row] += _LOG_SURVIVAL[codes]
-        self._context[row] += entry.context_tokens
-        self._refresh(row)
+        self._unions.add(self._row[worker], entry, 1)
         if reason is None:
-            self._remember(row, _PROBABILITY[codes])
+            self._remember(self._row[worker], _PROBABILITY[codes])
 
     def finished(self, request: DecodeRequest, worker: str) -> None:
         entry = self._running.pop((request.request_id, worker), None)
-        row = self._row.get(worker)
-        if entry is None or row is None:
-            return
-        self._log_survival[row] -= _LOG_SURVIVAL[entry.codes]
-        self._context[row] -= entry.context_tokens
-        self._refresh(row)
-
-    def _refresh(self, row: int) -> None:
-        survival = self._survival[row]
-        np.multiply(self._log_survival[row], 1 / _SCALE, out=survival, casting="same_kind")
-        np.exp(survival, out=survival)
-        self._union[row] = len(survival) - float(survival.sum())
+        if entry is not None:
+            self._unions.add(self._row[worker], entry, -1)
 
     def _remember(self, row: int, profile: NDArray[np.float32]) -> None:
-        """Turn the worker's direction towards the profile, and the fleet's mean."""
-        direction, length = self._centred(profile)
-        if length > 0:
-            own = self._direction[row]
-            own += (direction / np.float32(length) - own) / np.float32(ANCHOR_REQUESTS)
-            self._direction_length[row] = np.sqrt(np.einsum("d,d->", own, own))
+        """Turn the worker's direction towards the profile, and move the fleet's mean."""
+        direction = self._direction_of(profile)
+        if direction is not None:
+            self._unions.turn(row, direction)
         self._mean_requests = min(self._mean_requests + 1, MEAN_REQUESTS)
-        remembered = MEAN_REQUESTS if self._predictor is not None else self._mean_requests
-        self._mean += direction / np.float32(remembered)
+        self._mean += (profile - self._mean) / np.float32(self._mean_requests)
 
     def joined(self, worker: str) -> None:
         self._row[worker] = len(self._workers)
         self._workers.append(worker)
         if self._geometry is not None:
-            dimension = len(self._mean)
-            self._log_survival = np.append(self._log_survival, np.zeros((1, dimension), dtype=np.int64), axis=0)
-            self._survival = np.append(self._survival, np.ones((1, dimension), dtype=np.float32), axis=0)
-            self._direction = np.append(self._direction, np.zeros((1, dimension), dtype=np.float32), axis=0)
-            self._direction_length = np.append(self._direction_length, np.float32(0))
-            self._union, self._context = np.append(self._union, 0.0), np.append(self._context, 0.0)
+            self._unions.append()
             self._costs = np.append(self._costs, _cost_columns([self._step_cost(worker)]), axis=1)
 
     def left(self, worker: str) -> None:
         row = self._row.pop(worker)
-        del self._workers[row]
-        for at, name in enumerate(self._workers[row:], row):
-            self._row[name] = at
+        last = self._workers.pop()
+        if last != worker:
+            self._workers[row] = last
+            self._row[last] = row
         self._running = {key: entry for key, entry in self._running.items() if key[1] != worker}
         if self._geometry is not None:
-            self._log_survival = np.delete(self._log_survival, row, axis=0)
-            self._survival = np.delete(self._survival, row, axis=0)
-            self._direction = np.delete(self._direction, row, axis=0)
-            self._direction_length = np.delete(self._direction_length, row)
-            self._union, self._context = np.delete(self._union, row), np.delete(self._context, row)
-            self._costs = np.delete(self._costs, row, axis=1)
+            self._unions.remove(row)
+            self._costs[:, row] = self._costs[:, -1]
+            self._costs = self._costs[:, :-1]
 
 
 def encode_profile(profile: NDArray[np.float32]) -> NDArray[np.uint8]:

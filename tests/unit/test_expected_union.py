@@ -1,0 +1,255 @@
+"""Expected-union routing against direct computations: unions from probabilities, state from its running requests."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import make_trace
+
+from eldr.activation import ActivationModel
+from eldr.cost import CostModel, MoeLayerCost, RestCost
+from eldr.counts import ExpertCounts
+from eldr.policies import PolicyError, make_policy
+from eldr.policies.base import DecodeRequest
+from eldr.policies.expected_union import ExpectedUnion, encode_profile
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+MOE_ONLY = CostModel("test", "none", "made up", MoeLayerCost(100.0, 10.0, 1.0))
+
+
+class Given(ExpectedUnion):
+    """With the profile given in place of a prediction: the request's id is its row."""
+
+    def __init__(self, profiles, **options):
+        super().__init__(cost=MOE_ONLY, scope="moe", **options)
+        self.profiles = profiles
+
+    def predict(self, request, counts):
+        return self.profiles[int(request.request_id)]
+
+
+def counts_of(seed=0, tokens=20):
+    rng = np.random.default_rng(seed)
+    counts = np.zeros((LAYERS, EXPERTS), dtype=np.uint32)
+    for layer in range(LAYERS):
+        for _ in range(tokens):
+            counts[layer, rng.choice(EXPERTS, TOP_K, replace=False)] += 1
+    return ExpertCounts(counts, tokens, TOP_K)
+
+
+def request(identity, counts=None, tokens=20):
+    return DecodeRequest(str(identity), tokens, counts if counts is not None else counts_of())
+
+
+def one_hot_profiles():
+    """Two kinds of request, on experts 0, 1 and on experts 2, 3 of every layer."""
+    first = np.zeros((LAYERS, EXPERTS), dtype=np.float32)
+    second = first.copy()
+    first[:, :2] = 0.9
+    second[:, 2:4] = 0.9
+    return np.array([first.reshape(-1), second.reshape(-1)] * 50)
+
+
+def test_similar_requests_share_a_worker():
+    policy = Given(one_hot_profiles(), anchor=0)
+    for worker in ("a", "b"):
+        policy.joined(worker)
+    policy.started(request(0), "a")
+    policy.started(request(1), "b")
+    load = {"a": 1, "b": 1}
+    assert policy.choose(request(2), load).worker == "a"
+    assert policy.choose(request(3), load).worker == "b"
+    assert policy.choose(request(3), {"a": 1}).worker == "a"
+
+
+def test_the_cost_is_the_one_of_its_definition():
+    """T + dT + weight * B * dT, with U and dU from the probabilities themselves."""
+    rng = np.random.default_rng(3)
+    profiles = rng.uniform(0.02, 0.7, (9, LAYERS * EXPERTS)).astype(np.float32)
+    policy = Given(profiles, anchor=0, others_weight=0.7)
+    for worker in ("a", "b", "c"):
+        policy.joined(worker)
+    placed = {"a": [0, 1, 2], "b": [3, 4], "c": [5, 6, 7]}
+    for worker, rows in placed.items():
+        for row in rows:
+            policy.started(request(row), worker)
+    load = {worker: len(rows) for worker, rows in placed.items()}
+    costs = {}
+    for worker, rows in placed.items():
+        survival = np.prod(1 - profiles[rows].astype(np.float64), axis=0)
+        step_s = (LAYERS * (100 + len(rows)) + 10 * (1 - survival).sum()) * 1e-6
+        added_s = (LAYERS * 1 + 10 * (survival * profiles[8]).sum()) * 1e-6
+        costs[worker] = step_s + added_s + 0.7 * len(rows) * added_s
+    policy.choose(request(8), load)
+    found = policy._placement_cost(
+        profiles[8], 20, np.array(list(load.values()), dtype=float), slice(None), anchored=False
+    )
+    # Probabilities are kept in one byte: up to half a step of 2 sqrt(p) / 255.
+    assert found == pytest.approx(list(costs.values()), rel=5e-3)
+    assert policy.choose(request(8), load).worker == min(costs, key=costs.get)
+
+
+def test_the_anchor_draws_a_request_to_where_its_kind_went():
+    policy = Given(one_hot_profiles(), anchor=0.2)
+    for worker in ("a", "b"):
+        policy.joined(worker)
+    for row in range(40):
+        policy.started(request(row), "ab"[row % 2])
+        policy.finished(request(row), "ab"[row % 2])
+    for _ in range(5):  # without the anchor two idle workers tie, and the first wins
+        assert policy.choose(request(41), {"a": 0, "b": 0}).worker == "b"
+        assert policy.choose(request(40), {"a": 0, "b": 0}).worker == "a"
+
+
+def test_unequal_hardware():
+    slow = CostModel("slow", "none", "made up", MoeLayerCost(1000.0, 100.0, 10.0))
+    policy = ExpectedUnion(cost=MOE_ONLY, scope="moe", worker_costs={"a": slow})
+    policy.joined("a")
+    policy.joined("b")
+    policy.started(request(0), "b")
+    assert policy.choose(request(1), {"a": 0, "b": 1}).worker == "b"
+
+
+def test_context_counts_in_the_step_time():
+    rest = RestCost(1.0, 0.0, 1.0, 0.0, 0.5)
+    policy = ExpectedUnion(cost=CostModel("test", "none", "made up", MoeLayerCost(1.0, 0.001, 0.0), rest))
+    policy.joined("a")
+    policy.joined("b")
+    policy.started(DecodeRequest("0", 4000, counts_of()), "a")
+    policy.started(DecodeRequest("1", 10, counts_of()), "b")
+    assert policy.choose(request(2), {"a": 1, "b": 1}).worker == "b"
+
+
+def test_without_usable_counts():
+    policy = ExpectedUnion(cost=MOE_ONLY, scope="moe")
+    policy.joined("a")
+    policy.joined("b")
+    bare = DecodeRequest("0", 20)
+    assert policy.choose(bare, {"a": 1, "b": 0}).worker == "b"
+    assert policy.choose(bare, {"a": 1, "b": 0}).reason == "no_signature"
+    policy.started(bare, "b")
+    policy.finished(bare, "b")
+    policy.started(request(1), "a")
+    assert policy.choose(bare, {"a": 1, "b": 0}).worker == "b"
+    other = ExpertCounts(np.full((2, 4), 5, dtype=np.uint32), 10, 2)
+    decision = policy.choose(DecodeRequest("2", 10, other), {"a": 1, "b": 0})
+    assert decision.reason == "wrong_geometry"
+    assert decision.worker == "b"
+
+
+def test_a_predictor_sets_the_geometry():
+    trace = make_trace(requests=40, layers=LAYERS, experts=EXPERTS)
+    model = ActivationModel.fit(trace.prefill_counts, trace.prompt_tokens, trace.decode_profiles(), TOP_K)
+    policy = ExpectedUnion(model)
+    policy.joined("a")
+    counts = ExpertCounts(trace.prefill_counts[0], int(trace.prompt_tokens[0]), TOP_K)
+    assert policy.choose(DecodeRequest("0", 5, counts), {"a": 0}).reason == "expected_union"
+    wrong = ExpertCounts(np.full((2, 4), 5, dtype=np.uint32), 10, 2)
+    assert policy.choose(DecodeRequest("1", 10, wrong), {"a": 0}).reason == "wrong_geometry"
+
+
+def state(policy, worker):
+    row = policy._row[worker]
+    unions = policy._unions
+    return unions._log_survival[row], unions._survival[row], unions.union[row], unions.context[row]
+
+
+def assert_state_of(policy, running):
+    """The state is bit for bit that of a policy that only ever heard of what runs now."""
+    fresh = Given(policy.profiles)
+    for worker, rows in running.items():
+        fresh.joined(worker)
+        for row in rows:
+            fresh.started(request(row), worker)
+    if fresh._geometry is None:
+        return
+    for worker in running:
+        for one, other in zip(state(policy, worker), state(fresh, worker), strict=True):
+            assert np.array_equal(one, other)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from(["start", "finish", "join", "leave"]), st.integers(0, 1000)), max_size=60))
+def test_the_state_is_exact_under_any_history(events):
+    rng = np.random.default_rng(0)
+    profiles = rng.uniform(0, 1, (64, LAYERS * EXPERTS)).astype(np.float32)
+    policy = Given(profiles)
+    policy.joined("w0")
+    policy.started(request(63), "w0")
+    running = {"w0": [63]}
+    names, identities = 1, 0
+    for kind, pick in events:
+        workers = list(running)
+        if kind == "join":
+            policy.joined(f"w{names}")
+            running[f"w{names}"] = []
+            names += 1
+        elif not workers:
+            continue
+        elif kind == "leave":
+            worker = workers[pick % len(workers)]
+            policy.left(worker)
+            for row in running.pop(worker):
+                policy.finished(request(row), worker)  # heard late, of a worker that is gone
+        elif kind == "start":
+            worker = workers[pick % len(workers)]
+            policy.started(request(identities), worker)
+            running[worker].append(identities)
+            identities += 1
+        else:
+            busy = [worker for worker in workers if running[worker]]
+            if busy:
+                worker = busy[pick % len(busy)]
+                policy.finished(request(running[worker].pop(pick % len(running[worker]))), worker)
+    assert_state_of(policy, running)
+    eligible = {worker: len(rows) for worker, rows in running.items()}
+    if eligible:
+        assert policy.choose(request(62), eligible).worker in eligible
+
+
+def test_no_drift_in_a_million_events():
+    rng = np.random.default_rng(1)
+    profiles = rng.uniform(0, 1, (200, LAYERS * EXPERTS)).astype(np.float32)
+    policy = Given(profiles)
+    policy.joined("a")
+    policy.started(request(0), "a")
+    unions, row = policy._unions, policy._row["a"]
+    entries = [policy._running["0", "a"]]
+    entries = [type(entries[0])(encode_profile(profile), 7) for profile in profiles]
+    running = []
+    for pick in rng.integers(0, 200, 1_000_000).tolist():
+        if len(running) > 100 or (running and pick < 100):
+            unions.add(row, entries[running.pop(pick % len(running))], -1)
+        else:
+            unions.add(row, entries[pick], 1)
+            running.append(pick)
+    for pick in running:
+        unions.add(row, entries[pick], -1)
+    assert_state_of(policy, {"a": [0]})
+
+
+def test_choosing_changes_nothing():
+    rng = np.random.default_rng(0)
+    policy = Given(rng.uniform(0, 1, (9, LAYERS * EXPERTS)).astype(np.float32))
+    policy.joined("a")
+    policy.joined("b")
+    policy.started(request(0), "a")
+    first = policy.choose(request(1), {"a": 1, "b": 0})
+    for row in (2, 3, 4):
+        policy.choose(request(row), {"a": 1, "b": 0})
+    assert policy.choose(request(1), {"a": 1, "b": 0}) == first
+    assert_state_of(policy, {"a": [0], "b": []})
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_codes_are_near_their_probabilities(seed):
+    profile = np.random.default_rng(seed).uniform(0, 1, 50).astype(np.float32)
+    decoded = (encode_profile(profile) / 255.0) ** 2
+    assert np.abs(decoded - profile).max() <= 1 / 255 + 1e-5
+
+
+def test_bad_weights_are_refused():
+    with pytest.raises(PolicyError, match="others weight is -1"):
+        make_policy("expected-union", others_weight=-1.0)
+    with pytest.raises(PolicyError, match="anchor is nan"):
+        make_policy("expected-union", anchor=float("nan"))
