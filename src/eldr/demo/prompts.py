@@ -1,4 +1,4 @@
-"""The demo's prompts: six kinds of text, written for this project, varied by a seeded generator.
+"""The demo's prompts: eight kinds of text, written for this project, varied by a seeded generator.
 
 Each prompt is one of its kind's openings, which many prompts share (so that the prefix cache is hit), and a few
 sentences whose slots are filled at random.
@@ -102,6 +102,28 @@ KINDS: Mapping[str, Kind] = {
             "time": ("days", "weeks", "hours", "months"),
         },
     ),
+    "law": Kind(
+        openings=(
+            "You are advising a tenant. State which rule of the contract applies here, and what follows from it. ",
+            "Explain the following clause to somebody who has never read a contract, and name its risks. ",
+        ),
+        sentences=(
+            "The $party shall notify the $other in writing before the $thing is $act, unless a court $rules otherwise.",
+            "Where the $party fails to pay within the agreed period, the $other may demand $remedy.",
+            "Is the $party liable if the $thing was $act without the consent of the $other?",
+            "Nothing in this clause limits the right of the $other to claim $remedy for a breach of duty.",
+            "The court found that the $thing had been $act, and it granted $remedy to the $other.",
+            "Under the terms of the lease, $remedy is due only after the $party has $act the $thing.",
+        ),
+        slots={
+            "party": ("tenant", "seller", "employer", "licensee", "carrier", "guarantor"),
+            "other": ("landlord", "buyer", "employee", "licensor", "customer", "lender"),
+            "thing": ("deposit", "property", "contract", "shipment", "licence", "guarantee"),
+            "act": ("transferred", "withheld", "altered", "returned", "assigned", "revoked"),
+            "remedy": ("damages", "a refund", "interest", "compensation", "an injunction", "early termination"),
+            "rules": ("orders", "decides", "directs"),
+        },
+    ),
     "russian": Kind(
         openings=(
             "Ответьте на вопрос подробно и простыми словами, приведите примеры. ",
@@ -141,6 +163,27 @@ KINDS: Mapping[str, Kind] = {
             "who": ("老师", "年轻的医生", "船长", "邻居", "我的哥哥", "工程师"),
             "place": ("小河边", "森林", "老桥", "海边", "广场", "山里的村子"),
             "thing": ("一本书", "一张地图", "一封信", "旧照片", "木头盒子", "一盏灯"),
+        },
+        joint="",
+    ),
+    "japanese": Kind(
+        openings=(
+            "つぎの質問に、やさしい言葉でくわしく答えてください。例もあげてください。",
+            "つぎの物語を読んで、おなじ調子でつづきを書いてください。",
+        ),
+        sentences=(
+            "$time、$whoはひとりで$placeを歩きながら、あしたのことを考えていました。",
+            "どうして$whoはいつも$timeに$placeへ行くのですか。",
+            "つくえの上に$thingがありましたが、$whoはだれにも話しませんでした。",
+            "$placeのれきしと、そこで$thingがどう使われるかを教えてください。",
+            "$timeの$placeはとても静かで、$whoだけが$thingをさがしていました。",
+            "$whoは$thingの使い方をおぼえて、あとで$placeの人たちに教えました。",
+        ),
+        slots={
+            "time": ("朝", "夕がた", "冬", "春", "きのうの夜", "雨の日"),
+            "who": ("先生", "わかい医者", "船長", "となりの人", "わたしの兄", "技師"),
+            "place": ("川べり", "森", "古い橋", "海べ", "ひろば", "山の村"),
+            "thing": ("一冊の本", "地図", "手紙", "古い写真", "木のはこ", "ランプ"),
         },
         joint="",
     ),

@@ -110,7 +110,7 @@ def _zones(result: DemoResult) -> Html:
 
 def _figures(result: DemoResult) -> Html:
     head = ["policy", "requests", "errors", "active experts", "workers per kind"]
-    head += ["TTFT p50 *", "TPOT p50 *", "TPOT p99 *", "ITL p50 *", "duration *"]
+    head += ["TTFT p50 (ms) *", "TPOT p50 (ms) *", "TPOT p99 (ms) *", "ITL p50 (ms) *", "duration (s) *"]
     rows = [
         [
             run.policy,
@@ -122,7 +122,7 @@ def _figures(result: DemoResult) -> Html:
             _ms(percentile_ms(run.tpot_s, 50)),
             _ms(percentile_ms(run.tpot_s, 99)),
             _ms(percentile_ms(run.itl_s, 50)),
-            f"{run.duration_s:.1f} s",
+            f"{run.duration_s:.1f}",
         ]
         for run in result.runs
     ]
@@ -164,4 +164,4 @@ def _in_ms(times_s: list[float]) -> list[float]:
 
 
 def _ms(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f} ms"
+    return "–" if value is None else f"{value:.1f}"

@@ -40,7 +40,8 @@ def distributions(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str
             axis.set_xlabel(unit)
             axis.grid(visible=True)
         axes[0].set_ylabel("share of all")
-        axes[0].legend(loc="lower right")
+        if axes[0].get_legend_handles_labels()[0]:
+            axes[0].legend(loc="lower right")
         return _svg(figure)
 
 
@@ -141,6 +142,8 @@ def _panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Ax
 
 def _svg(figure: Figure) -> Html:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
     text = buffer.getvalue()
     return Html(text[text.index("<svg") :].replace(_INK, "currentColor"))
