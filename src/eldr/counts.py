@@ -101,13 +101,7 @@ def decode_counts(wire: object) -> ExpertCounts:
 
     Raises CountsError, and nothing else, for whatever is not a consistent version-1 form.
     """
-    if not isinstance(wire, dict):
-        raise CountsError("malformed", f"expert counts are a {type(wire).__name__}, not an object")
-    version = wire.get("v")
-    if type(version) is not int or version != WIRE_VERSION:
-        raise CountsError(
-            "version", f"expert counts have wire version {version!r}; this eldr reads version {WIRE_VERSION}"
-        )
+    wire = versioned(wire, "expert counts")
     if "unavailable" in wire:
         raise CountsError("unavailable", f"the prefill worker has no exact counts: {str(wire['unavailable'])[:80]}")
     layers = bounded_int(wire, "layers", 1, MAX_LAYERS)
@@ -131,6 +125,16 @@ def decode_counts(wire: object) -> ExpertCounts:
     counts = ExpertCounts(flat.view("<u4").reshape(layers, experts).astype(np.uint32, copy=False), prompt_tokens, top_k)
     counts.check()
     return counts
+
+
+def versioned(wire: object, what: str) -> dict[str, Any]:
+    """`wire` if it is an object of the version that this eldr reads; raises CountsError, which names it `what`, if not."""
+    if not isinstance(wire, dict):
+        raise CountsError("malformed", f"{what}: a {type(wire).__name__}, not an object")
+    version = wire.get("v")
+    if type(version) is not int or version != WIRE_VERSION:
+        raise CountsError("version", f"{what}: wire version {version!r}; this eldr reads version {WIRE_VERSION}")
+    return wire
 
 
 def bounded_int(wire: dict[str, Any], key: str, least: int, most: int) -> int:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.counts import MAX_EXPERTS, MAX_LAYERS, CountsError, bounded_int
+from eldr.counts import MAX_EXPERTS, MAX_LAYERS, WIRE_VERSION, CountsError, bounded_int, versioned
 
-WIRE_VERSION = 1
 # 64 Mi expert ids: 170,000 tokens of a 48-layer top-8 model. It bounds what a damaged answer can allocate.
 MAX_IDS = 2**26
 
@@ -34,13 +33,7 @@ def encode_rows(rows: NDArray[np.integer[Any]]) -> dict[str, Any]:
 
 def decode_rows(wire: object) -> NDArray[np.uint16]:
     """Expert ids uint16 [T, L, k] from their wire form. Raises CountsError for whatever is not a version-1 form."""
-    if not isinstance(wire, dict):
-        raise CountsError("malformed", f"decode experts are a {type(wire).__name__}, not an object")
-    version = wire.get("v")
-    if type(version) is not int or version != WIRE_VERSION:
-        raise CountsError(
-            "version", f"decode experts have wire version {version!r}; this eldr reads version {WIRE_VERSION}"
-        )
+    wire = versioned(wire, "decode experts")
     tokens = bounded_int(wire, "tokens", 0, 2**31 - 1)
     layers = bounded_int(wire, "layers", 1, MAX_LAYERS)
     top_k = bounded_int(wire, "top_k", 1, MAX_EXPERTS)
