@@ -7,6 +7,7 @@ import json
 import random
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from fake_worker import counts_wire
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 
 from eldr.fleet import Fleet, FleetError
 from eldr.router.admission import Admission, NoWorkerError
+from eldr.router.answer import DecodeAnswer
 from eldr.router.config import ConfigError, RouterConfig, read_key
 from eldr.router.handoff import UNKNOWN_LEASE_S, Lease, read_handoff
+from eldr.router.metrics import Metrics
 from eldr.router.openai import CHAT, COMPLETIONS, without_transfer_params
 from eldr.router.prefix import LOAD_FACTOR, PrefillRing
 
@@ -274,6 +277,53 @@ def test_an_answer_without_transfer_parameters_is_left_as_it_is(raw):
 def test_transfer_parameters_are_taken_out(key, colon):
     raw = b'{"text":"x","%b"%b{"remote_host":"10.0.0.1"}}' % (key, colon)
     assert json.loads(without_transfer_params(raw)) == {"text": "x", key.decode(): None}
+
+
+# Time per output token.
+
+
+class Silent:
+    """A client connection that takes everything."""
+
+    def begin_stream(self, content_type, extra):
+        pass
+
+    def write(self, data):
+        pass
+
+    def end_stream(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected_s"),
+    [(False, (3.0 - 1.0) / (3 - 1)), (True, (4.0 - 1.0) / (7 - 1))],
+)
+def test_time_per_output_token_is_taken_over_tokens(monkeypatch, usage, expected_s):
+    """Seven tokens in three events, a second apart; only the usage tells that there were seven."""
+
+    async def run():
+        metrics = Metrics()
+        answer = DecodeAnswer(Silent(), metrics, b"", 0.0, usage)
+        answer.on_head(200, {b"content-type": b"text/event-stream"})
+        pieces = [b'data: {"choices":[{"text":"%b"}]}\n\n' % text for text in (b"a", b"bcd", b"efg")]
+        if usage:
+            pieces.append(b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":7}}\n\n')
+        pieces.append(b"data: [DONE]\n\n")
+        clock = iter(float(n) for n in range(1, 20))
+        now_s = 0.0
+        monkeypatch.setattr("eldr.router.answer.time", SimpleNamespace(monotonic=lambda: now_s))
+        for piece in pieces:
+            now_s = next(clock)
+            answer.on_body(piece)
+        answer.on_done()
+        answer.observe_tpot(1)
+        assert metrics.stream_events == len(pieces)
+        return {sample.name: sample.value for sample in metrics.tpot.family("t", "t").samples}
+
+    samples = asyncio.run(run())
+    assert samples["t_count"] == 1
+    assert samples["t_sum"] == pytest.approx(expected_s)
 
 
 # Admission.

@@ -17,13 +17,14 @@ from eldr.router import logs, openai
 from eldr.router.admission import Admission
 from eldr.router.config import ConfigError, RouterConfig, read_key
 from eldr.router.errors import ApiError
-from eldr.router.flow import Flow, Services
+from eldr.router.flow import Flow
 from eldr.router.health import HealthProbe
 from eldr.router.http import ClientConnection, Request
 from eldr.router.metrics import Metrics, RouterCollector
 from eldr.router.models import ModelsFlow
 from eldr.router.placement import Placements
 from eldr.router.prefix import PrefillRing
+from eldr.router.services import Services
 from eldr.router.upstream import SilenceWatch, WorkerPool
 
 log = logging.getLogger("eldr.router")

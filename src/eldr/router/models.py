@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 from eldr.router.errors import ApiError
 from eldr.router.http import ClientConnection, Request
+from eldr.router.services import Services
 from eldr.router.upstream import Answer, UpstreamError
-
-if TYPE_CHECKING:
-    from eldr.router.flow import Services
 
 TIMEOUT_S = 10.0
 

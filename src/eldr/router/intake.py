@@ -1,0 +1,114 @@
+"""From a request's bytes to what the router does with it, or the error that its client gets."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from eldr.policies.base import DecodeRequest
+from eldr.router import openai
+from eldr.router.errors import ApiError
+from eldr.router.handoff import HandOff
+from eldr.router.http import Request
+from eldr.router.services import Services
+
+RETRY_AFTER_S = 2
+MAX_ID_BYTES = 128
+MAX_LABEL_BYTES = 64
+# Client headers that go on to workers beside Authorization. Everything else stays here: vLLM takes orders from
+# headers (X-data-parallel-rank, X-Vllm-Priority, ...).
+FORWARDED = (b"traceparent", b"tracestate")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One completion or chat request, checked.
+
+    body: what the client sent, less its request_id. why_whole: why it cannot be handed off, None if it can.
+    record: whether its experts are wanted. leg_headers: header lines for either leg. authorization: the client's own,
+    for workers that have no key of the router's.
+    """
+
+    request_id: str
+    path: bytes
+    body: dict[str, Any]
+    why_whole: str | None
+    record: bool
+    leg_headers: bytes
+    authorization: bytes | None
+    label: str | None
+
+    def decode_request(self, handoff: HandOff | None) -> DecodeRequest:
+        """What the policy may know."""
+        return DecodeRequest(
+            self.request_id,
+            0 if handoff is None else handoff.prompt_tokens,
+            None if handoff is None else handoff.counts,
+            self.label,
+            openai.max_tokens(self.path, self.body),
+        )
+
+
+def request_id(request: Request) -> str:
+    """The client's X-Request-Id if it can stand in a header, else a random one. vLLM's answer ids show it."""
+    chosen = request.headers.get(b"x-request-id")
+    return (_visible(chosen, MAX_ID_BYTES) if chosen else None) or os.urandom(16).hex()
+
+
+def take_in(request: Request, request_id: str, services: Services) -> Job:
+    """The job that a request is. Raises ApiError."""
+    headers = request.headers
+    if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+        raise ApiError(415, "Content-Type must be application/json")
+    body = openai.parse_body(request.path, request.body)
+    in_body = body.pop("request_id", None)
+    if isinstance(in_body, str) and b"x-request-id" not in headers:
+        request_id = _visible(in_body.encode(), MAX_ID_BYTES) or request_id
+    why_whole = openai.why_not_handed_off(request.path, body)
+    record = _wants_record(request, body, services.admin_key)
+    if record and why_whole is not None:
+        raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
+    _check_fleet(body.get("model"), services)
+    lines = [b"%b: %b\r\n" % (name, headers[name]) for name in FORWARDED if name in headers]
+    label = headers.get(b"x-eldr-label")
+    return Job(
+        request_id=request_id,
+        path=request.path,
+        body=body,
+        why_whole=why_whole,
+        record=record,
+        leg_headers=b"".join((b"content-type: application/json\r\n", *lines)),
+        # The admin key is for this router alone.
+        authorization=None if record else headers.get(b"authorization"),
+        label=_visible(label, MAX_LABEL_BYTES) if label else None,
+    )
+
+
+def no_worker(role: str) -> ApiError:
+    return ApiError(503, f"no {role} worker is available", retry_after_s=RETRY_AFTER_S)
+
+
+def _visible(value: bytes, most_bytes: int) -> str | None:
+    if len(value) <= most_bytes and all(0x20 < byte < 0x7F for byte in value):
+        return value.decode()
+    return None
+
+
+def _wants_record(request: Request, body: dict[str, Any], admin_key: bytes | None) -> bool:
+    if request.headers.get(b"x-eldr-record") != b"1":
+        return False
+    given = request.headers.get(b"authorization", b"")
+    if admin_key is None or not hmac.compare_digest(given, b"Bearer " + admin_key):
+        raise ApiError(403, "recording needs the admin key as Authorization: Bearer KEY (see --admin-key-file)")
+    if body.get("stream"):
+        raise ApiError(400, "recording needs stream: false", param="stream")
+    return True
+
+
+def _check_fleet(model: str | None, services: Services) -> None:
+    if not any(services.fleet.available("decode")):
+        raise no_worker("decode")
+    if model and not services.fleet.serves(model):
+        raise ApiError(404, f"The model `{model}` does not exist.", param="model")
