@@ -15,7 +15,7 @@ class FleetError(EldrError):
     """A worker that cannot be added to the fleet, or that the fleet does not know."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Worker:
     """One engine behind one URL, which is its identity within its role.
 

@@ -113,11 +113,31 @@ async def test_when_every_decode_worker_fails_the_client_hears_it():
 
 
 @on_uvloop
-async def test_one_decode_worker_that_fails_is_not_asked_twice():
+async def test_a_decode_worker_without_another_is_asked_again_with_a_new_handoff():
     async with running() as s:
         s.decode[0].behaviour = die_at_once
-        assert (await s.post()).status in (502, 503)
-        assert len(s.decode[0].generated) == 1
+        assert (await s.post()).status == 502
+        sent = handoffs_sent(s)
+        assert len(sent) == len(set(sent)) == 2
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@on_uvloop
+async def test_a_pull_that_failed_gets_a_new_prefill(everywhere):
+    """With kv_load_failure_policy "fail" vLLM answers 500."""
+    error = b'{"error":{"message":"kv load failed","type":"InternalServerError","param":null,"code":500}}'
+
+    async def fail(worker, seen, reader, writer):
+        await reply(writer, 500, error)
+
+    async with running(decode=2, policy=Scripted()) as s:
+        s.decode[0].behaviour = fail
+        s.decode[1].behaviour = fail if everywhere else None
+        answer = await s.post({**ASK, "stream": True})
+        assert answer.status == (500 if everywhere else 200)
+        assert (answer.body == error) == everywhere
+        sent = handoffs_sent(s)
+        assert len(sent) == len(set(sent)) == 2
 
 
 @on_uvloop
@@ -158,8 +178,7 @@ async def test_prefill_workers_gone():
     async with running(prefill=2, health_interval_s=60) as s:
         for worker in s.prefill:
             await worker.stop()
-        answer = await s.post()
-        assert answer.status == 502
+        assert (await s.post()).status == 503
         assert (await s.post()).status == 503
         assert s.decode[0].generated == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import orjson
 
@@ -52,12 +52,14 @@ class Flow:
         self._decodes = 0
         self._tried_prefill: set[str] = set()
         self._tried_decode: set[str] = set()
+        self._failure: Answer | None = None
         self._notes: dict[str, Any] = {}
 
     def start(self) -> asyncio.Task[None] | None:
         """Check the request; answer it at once if it is bad, else start the task that answers it."""
         try:
             job = intake.take_in(self._request, self._id, self._services)
+            self._request.body = b""  # not to be held twice while the answer streams
         except ApiError as error:
             self._respond_error(error)
             return None
@@ -127,7 +129,7 @@ class Flow:
                 return
             if await self._decode(job, job.decode_request(handoff), handoff):
                 return
-        raise ApiError(502, "no decode worker completed the request", retry_after_s=RETRY_AFTER_S)
+        self._give_up()
 
     async def _whole(self, job: Job, reason: str) -> None:
         """Prefill and decode on one decode worker, for what cannot be handed off."""
@@ -136,6 +138,11 @@ class Flow:
         for _ in range(ATTEMPTS):
             if await self._decode(job, job.decode_request(None), None):
                 return
+        self._give_up()
+
+    def _give_up(self) -> NoReturn:
+        if self._failure is not None:
+            raise RelayedError(self._failure)
         raise ApiError(502, "no decode worker completed the request", retry_after_s=RETRY_AFTER_S)
 
     # The prefill leg.
@@ -149,9 +156,7 @@ class Flow:
         while True:
             chosen = services.ring.choose(key, self._tried_prefill)
             if chosen is None:
-                if not self._tried_prefill:
-                    raise no_worker("prefill")
-                raise ApiError(502, "no prefill worker completed the request", retry_after_s=RETRY_AFTER_S)
+                raise no_worker("prefill")
             worker, spilled = chosen
             services.metrics.prefill_spills += spilled
             try:
@@ -235,10 +240,10 @@ class Flow:
         """A worker that is eligible before the lease ends, None if there is none. Raises ApiError if none exists."""
         services = self._services
         while True:
-            placement = services.placements.place(request, frozenset(self._tried_decode))
+            placement = services.placements.place(request, self._tried_decode)
             if placement is not None:
                 return placement
-            if all(worker.url in self._tried_decode for worker in services.fleet.available("decode")):
+            if not any(services.fleet.available("decode")):
                 raise no_worker("decode")
             left_s = WHOLE_WAIT_S if handoff is None else handoff.left_s(time.monotonic())
             if left_s <= 0 or not await services.admission.until_changed(left_s):
@@ -277,6 +282,10 @@ class Flow:
             raise
         finally:
             self._upstream = None
+        if handoff is not None and answer.status >= 500 and not answer.streaming:
+            # The pull may be what failed: a new hand-off can succeed where this one did not.
+            self._failure = answer
+            raise ExchangeError(f"{placement.worker.url}: status {answer.status}")
         self._notes["decode"] = placement.worker.url
         self._notes["reason"] = placement.decision.reason
         self._answered(answer, job, handoff)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from eldr.fleet import Fleet, Worker
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import ShortestQueue
+from eldr.router.logs import Throttle
 from eldr.router.metrics import Metrics
 
 log = logging.getLogger("eldr.router")
@@ -39,6 +40,7 @@ class Placements:
         self._fleet = fleet
         self._metrics = metrics
         self._fallback = ShortestQueue(seed)
+        self._throttle = Throttle()
 
     def joined(self, worker: Worker) -> None:
         self._policy.joined(worker.url)
@@ -46,11 +48,14 @@ class Placements:
     def left(self, worker: Worker) -> None:
         self._policy.left(worker.url)
 
-    def place(self, request: DecodeRequest, excluded: frozenset[str]) -> Placement | None:
-        """A worker for `request`, which now runs there; None if no worker is eligible."""
+    def place(self, request: DecodeRequest, excluded: Collection[str]) -> Placement | None:
+        """A worker for `request`, which now runs there; None if no worker is eligible.
+
+        Workers in `excluded` are taken only if no other is eligible.
+        """
         eligible: Mapping[str, int] = self._fleet.eligible
         if excluded:
-            eligible = {url: load for url, load in eligible.items() if url not in excluded}
+            eligible = {url: load for url, load in eligible.items() if url not in excluded} or eligible
         if not eligible:
             return None
         decision = self._decide(request, eligible)
@@ -69,15 +74,18 @@ class Placements:
             decision = self._policy.choose(request, eligible)
             if decision.worker in eligible:
                 return decision
-            log.error("policy %s chose %s, which is not eligible", self._policy.name, decision.worker)
+            self._failed(f"chose {decision.worker}, which is not eligible")
         except Exception:
-            log.exception("policy %s failed to choose", self._policy.name)
-        self._metrics.policy_errors += 1
+            self._failed("failed to choose", exc_info=True)
         return Decision(self._fallback.choose(request, eligible).worker, "policy_error")
 
     def _tell(self, hook: Callable[[DecodeRequest, str], None], request: DecodeRequest, worker: Worker) -> None:
         try:
             hook(request, worker.url)
         except Exception:
-            log.exception("policy %s failed to take note of a request", self._policy.name)
-            self._metrics.policy_errors += 1
+            self._failed("failed to take note of a request", exc_info=True)
+
+    def _failed(self, what: str, exc_info: bool = False) -> None:
+        self._metrics.policy_errors += 1
+        if self._throttle.due(what):
+            log.error("policy %s %s", self._policy.name, what, exc_info=exc_info)

@@ -57,18 +57,23 @@ class PrefillRing:
         return _hash(orjson.dumps(prompt))
 
     def choose(self, key: int, excluded: Collection[str] = ()) -> tuple[Worker, bool] | None:
-        """The worker for `key` and whether it spilled there; None if no prefill worker is available."""
+        """The worker for `key` and whether it spilled there; None if no prefill worker is available.
+
+        Workers in `excluded` are taken only if there is no other.
+        """
         fleet = self._fleet.workers("prefill")
-        available = [worker for worker in fleet.values() if worker.available and worker.url not in excluded]
+        available = [worker for worker in fleet.values() if worker.available]
         if not available:
             return None
+        if excluded:
+            available = [worker for worker in available if worker.url not in excluded] or available
         total = 1 + sum(worker.in_flight for worker in available)
         most = math.ceil(LOAD_FACTOR * total / len(available))
         start = bisect.bisect(self._points, key)
         first: str | None = None
         for step in range(len(self._workers)):
             worker = fleet[self._workers[(start + step) % len(self._workers)]]
-            if not worker.available or worker.url in excluded:
+            if worker not in available:
                 continue
             if first is None:
                 first = worker.url
