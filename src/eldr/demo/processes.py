@@ -12,10 +12,11 @@ import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from eldr.demo.workers import Role, WorkerError, WorkerProcess, WorkerSpec, die_with
+from eldr.demo.workers import Role, WorkerError, WorkerProcess, WorkerSpec, die_with, log_tail
 from eldr.errors import EldrError
 
 MODEL_NAME = "eldr-demo"
@@ -25,7 +26,6 @@ FIRST_PORT, END_PORT = 24000, 32000
 BLOCK_SIZE_TOKENS = 32
 ROUTER_READY_TIMEOUT_S = 60.0
 ROUTER_GRACE_S = 5.0
-LOG_TAIL_LINES = 15
 
 
 class RouterProcessError(EldrError):
@@ -72,19 +72,24 @@ async def running_workers(
         )
         for (name, role), port, side_channel_port in zip(roles, ports[::2], ports[1::2], strict=True)
     ]
-    try:
-        # From this thread, not a helper's: a worker dies with the thread that started it.
-        for process in processes:
-            process.start()
-        await _all_ready(processes, ready)
-        yield Workers(processes[0], processes[1], processes[2:])
-    finally:
-        await asyncio.gather(*(asyncio.to_thread(process.stop) for process in processes))
+    # Threads enough to stop every worker while each is still waited for: a wait ends when its worker is stopped.
+    with ThreadPoolExecutor(2 * len(processes)) as pool:
+        try:
+            # From this thread, not the pool's: a worker dies with the thread that started it.
+            for process in processes:
+                process.start()
+            await _all_ready(processes, pool, ready)
+            yield Workers(processes[0], processes[1], processes[2:])
+        finally:
+            loop = asyncio.get_running_loop()
+            await asyncio.gather(*(loop.run_in_executor(pool, process.stop) for process in processes))
 
 
-async def _all_ready(processes: Sequence[WorkerProcess], ready: Callable[[], None]) -> None:
+async def _all_ready(processes: Sequence[WorkerProcess], pool: Executor, ready: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+
     async def one(process: WorkerProcess) -> None:
-        await asyncio.to_thread(process.wait_ready)
+        await loop.run_in_executor(pool, process.wait_ready)
         ready()
 
     try:
@@ -125,8 +130,7 @@ async def _router_ready(process: subprocess.Popen[bytes], url: str, log_path: Pa
         status = process.poll()
         if status is not None or time.monotonic() > deadline:
             problem = "was not ready in time" if status is None else f"exited with status {status}"
-            tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-            raise RouterProcessError(f"the router {problem}. The end of its log {log_path}:\n{tail}")
+            raise RouterProcessError(f"the router {problem}.{log_tail(log_path)}")
         await asyncio.sleep(0.1)
 
 

@@ -17,7 +17,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from eldr.demo.measure import PolicyRun, percentile_ms
+from eldr.demo.measure import PolicyRun, percentile_ms, workers_per_kind
 from eldr.demo.prompts import KINDS
 from eldr.demo.result import DemoResult
 
@@ -115,13 +115,14 @@ class View:
 
     def figures(self) -> Table:
         """A row for each policy."""
-        table = Table(box=box.SIMPLE_HEAD, title="policies", title_justify="left", title_style="bold")
-        table.add_column("policy", style="bold")
-        for name in ("requests", "errors", "TTFT p50", "TPOT p50*", "TPOT p99*"):
+        table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
+        table.add_column("policy", style="bold", no_wrap=True)
+        for name in ("requests", "errors", "TTFT p50\nms *", "TPOT p50\nms *", "TPOT p99\nms *"):
             table.add_column(name, justify="right")
-        table.add_column("active experts", justify="right", style="bold cyan")
+        for name in ("active\nexperts", "workers\nper kind"):
+            table.add_column(name, justify="right", style="bold cyan")
         for run in self.runs:
-            active = run.active_experts_mean
+            spread = workers_per_kind(run.placement(list(KINDS), self.workers))
             table.add_row(
                 run.policy,
                 f"{len(run.outcomes)}/{self.requests_per_policy}",
@@ -129,7 +130,8 @@ class View:
                 _ms(percentile_ms(run.ttft_s, 50)),
                 _ms(percentile_ms(run.tpot_s, 50)),
                 _ms(percentile_ms(run.tpot_s, 99)),
-                "-" if active is None else f"{active:.2f}",
+                _decimal(run.active_experts_mean),
+                _decimal(spread),
             )
         table.caption = f"* {len(self.workers) + 2} engines share this machine's cores: no evidence of speed"
         table.caption_justify = "left"
@@ -158,5 +160,9 @@ def _shade(share: float) -> Style:
     return Style.parse(f"white on rgb({int(20 + 20 * strength)},{int(30 + 80 * strength)},{int(50 + 170 * strength)})")
 
 
+def _decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} ms"
+    return "-" if value is None else f"{value:.1f}"

@@ -160,13 +160,14 @@ class WorkerProcess:
         """Return once /health answers 200. Raises WorkerError if the worker dies or `timeout_s` passes."""
         deadline = time.monotonic() + timeout_s
         while not self.healthy():
-            if self._process is None:
-                raise WorkerError(f"{self._name} was not started")
-            if (status := self._process.poll()) is not None:
+            process = self._process  # another thread may stop it meanwhile
+            if process is None:
+                raise WorkerError(f"{self._name} was not started, or was stopped")
+            if (status := process.poll()) is not None:
                 self.stop()
-                raise WorkerError(f"{self._name} exited with status {status} while starting.{self._log_tail()}")
+                raise WorkerError(f"{self._name} exited with status {status} while starting.{self._log_tail}")
             if time.monotonic() > deadline:
-                raise WorkerError(f"{self._name} was not ready within {timeout_s:.0f} s.{self._log_tail()}")
+                raise WorkerError(f"{self._name} was not ready within {timeout_s:.0f} s.{self._log_tail}")
             time.sleep(0.2)
 
     def healthy(self, timeout_s: float = 2.0) -> bool:
@@ -189,14 +190,15 @@ class WorkerProcess:
 
     def stop(self, grace_s: float = 10.0) -> None:
         """End the process group: SIGTERM, after `grace_s` SIGKILL. Does nothing if there is none."""
-        if self._process is None:
+        process = self._process  # another thread may stop it at the same time
+        if process is None:
             return
         self.resume()
         self._signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(grace_s)
+            process.wait(grace_s)
         self._signal(signal.SIGKILL)
-        self._process.wait()
+        process.wait()
         self._process = None
         _live.discard(self)
 
@@ -204,18 +206,25 @@ class WorkerProcess:
     def _name(self) -> str:
         return f"{self.spec.role} worker on port {self.spec.port}"
 
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
-
+    @property
     def _log_tail(self) -> str:
-        try:
-            lines = self.spec.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        except OSError:
-            lines = []
-        tail = "\n".join(f"  | {line}" for line in lines) or "  | (empty)"
-        return f" The end of its log {self.spec.log_path}:\n{tail}"
+        return log_tail(self.spec.log_path)
+
+    def _signal(self, number: signal.Signals) -> None:
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+
+def log_tail(path: Path) -> str:
+    """The end of a log, as the end of an error message."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    except OSError:
+        lines = []
+    tail = "\n".join(f"  | {line}" for line in lines) or "  | (empty)"
+    return f" The end of its log {path}:\n{tail}"
 
 
 def die_with(parent_pid: int) -> Callable[[], None]:
