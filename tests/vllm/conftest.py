@@ -41,7 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     makers = {
         "moe": lambda path: tiny_models.make_moe(path),
         "moe-6x24-top3": lambda path: tiny_models.make_moe(path, layers=6, experts=24, top_k=3, seed=1),
-        "hybrid": lambda path: tiny_models.make_hybrid(path),
+        "gemma-like": lambda path: tiny_models.make_gemma(path),
+        "gpt-oss-like": lambda path: tiny_models.make_gpt_oss(path),
     }
 
     @cache

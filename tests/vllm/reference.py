@@ -21,7 +21,7 @@ class Reference:
         ).eval()
         config = self._model.config
         self.experts = int(getattr(config, "num_local_experts", None) or config.num_experts)
-        self.top_k = int(config.num_experts_per_tok)
+        self.top_k = int(getattr(config, "num_experts_per_tok", None) or config.top_k_experts)
         self.layers = int(config.num_hidden_layers)
         self.hybrid = "sliding_attention" in getattr(config, "layer_types", [])
 

@@ -33,7 +33,7 @@ def fleets(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """Both fleets are started at once, and waited for when they are used."""
     logs = tmp_path_factory.mktemp("logs")
     started: dict[str, Fleet] = {}
-    for i, name in enumerate(("moe", "hybrid")):
+    for i, name in enumerate(("moe", "gemma-like")):
         spec = WorkerSpec(
             role="prefill",
             port=21100 + i,
@@ -68,7 +68,7 @@ def fleets(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         fleet.decode.stop()
 
 
-@pytest.fixture(scope="module", params=["moe", "hybrid"])
+@pytest.fixture(scope="module", params=["moe", "gemma-like"])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -9,15 +9,15 @@ from engine import running
 
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["asynchronous", "synchronous"])
-@pytest.mark.parametrize("name", ["moe", "hybrid"])
-def test_preempted_requests_are_counted_once(models: Models, name: str, asynchronous: bool) -> None:
+@pytest.mark.parametrize(("name", "blocks"), [("moe", 14), ("gemma-like", 30)])
+def test_preempted_requests_are_counted_once(models: Models, name: str, blocks: int, asynchronous: bool) -> None:
     rng = np.random.default_rng(0)
     model = models(name)
     prompts = [[int(token) for token in rng.integers(0, 256, length)] for length in (40, 33, 64, 50)]
     with running(
         model.path,
         22020,
-        num_gpu_blocks_override=26 if name == "hybrid" else 14,
+        num_gpu_blocks_override=blocks,
         max_num_seqs=4,
         max_model_len=256,
         async_scheduling=asynchronous,

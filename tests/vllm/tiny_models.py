@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     PreTrainedTokenizerFast,
@@ -56,12 +58,29 @@ def make_moe(path: Path, layers: int = 4, experts: int = 32, top_k: int = 4, see
     return _save(Qwen3MoeForCausalLM, config, path, seed)
 
 
-def make_hybrid(path: Path, layers: int = 4, experts: int = 16, top_k: int = 4, seed: int = 0) -> Path:
-    """Like GPT-OSS: sliding-window and full attention by turns, two groups of KV cache blocks."""
+def make_gpt_oss(path: Path, layers: int = 4, experts: int = 16, top_k: int = 4, seed: int = 0) -> Path:
+    """Like GPT-OSS: sliding-window and full attention by turns, and attention sinks."""
     config = GptOssConfig(
         **_common(layers), num_local_experts=experts, num_experts_per_tok=top_k, sliding_window=SLIDING_WINDOW
     )
     return _save(GptOssForCausalLM, config, path, seed)
+
+
+def make_gemma(path: Path, layers: int = 6, experts: int = 16, top_k: int = 4, seed: int = 0) -> Path:
+    """Like Gemma 4: every third layer full attention, with larger heads than the sliding-window ones."""
+    config = Gemma4TextConfig(
+        **_common(layers),
+        num_experts=experts,
+        top_k_experts=top_k,
+        enable_moe_block=True,
+        moe_intermediate_size=64,
+        sliding_window=SLIDING_WINDOW,
+        layer_types=[("full_attention" if i % 3 == 2 else "sliding_attention") for i in range(layers)],
+        global_head_dim=64,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=VOCABULARY,
+    )
+    return _save(Gemma4ForCausalLM, config, path, seed)
 
 
 def make_dense(path: Path, layers: int = 2, seed: int = 0) -> Path:
