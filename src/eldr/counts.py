@@ -128,7 +128,7 @@ def decode_counts(wire: object) -> ExpertCounts:
 
 
 def versioned(wire: object, what: str) -> dict[str, Any]:
-    """`wire` if it is an object of the version that this eldr reads; raises CountsError, which names it `what`, if not."""
+    """`wire` if it is an object of the version that this eldr reads; else raises CountsError, which calls it `what`."""
     if not isinstance(wire, dict):
         raise CountsError("malformed", f"{what}: a {type(wire).__name__}, not an object")
     version = wire.get("v")

@@ -44,9 +44,11 @@ def call(url: str, path: str, body: object = None, headers: dict | None = None, 
 
 
 def metric(url: str, name: str, **labels: str) -> float:
-    """The sum of the samples of a metric whose labels include `labels`."""
+    """The sum of the samples of a metric whose labels include `labels`; fails if there is no such metric."""
     total = 0.0
-    for line in call(url, "/metrics")[2].decode().splitlines():
+    text = call(url, "/metrics")[2].decode()
+    assert f"# TYPE {name} " in text, f"{url} has no metric {name}"
+    for line in text.splitlines():
         if line.startswith((name + "{", name + " ")) and all(f'{k}="{v}"' in line for k, v in labels.items()):
             total += float(line.rsplit(" ", 1)[1])
     return total

@@ -60,7 +60,7 @@ def test_a_killed_decode_worker_takes_only_its_own_requests(fleet, start_router,
             with ThreadPoolExecutor(4) as pool:
                 texts = list(pool.map(lambda n: ask(client, n), range(20, 32)))
             assert texts == [ask(plain, n) for n in range(20, 32)]
-            assert metric(router.url, "eldr_requests_in_flight") == 0
+            assert metric(router.url, "eldr_inflight") == 0
     finally:
         victim.stop()
 
