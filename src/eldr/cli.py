@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import eldr
+import eldr.replay.cli
 from eldr.errors import EldrError
 
 EXIT_FAILED = 1
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eldr", description=eldr.__doc__)
     parser.add_argument("--version", action="version", version=f"eldr {eldr.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_serve, _add_record, _add_fit, _add_inspect, _add_demo):
+    for add in (_add_serve, _add_record, _add_fit, _add_inspect, _add_replay, _add_demo):
         add(commands)
     return parser
 
@@ -215,6 +216,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         Console().print(render_calibration(calibration))
     return 0
+
+
+def _add_replay(commands: Any) -> None:
+    room = eldr.replay.cli
+    room.add_arguments(_add_command(commands, "replay", room.run, "fit", room.SUMMARY, room.EXAMPLES))
 
 
 def _add_demo(commands: Any) -> None:
