@@ -12,7 +12,9 @@ import ctypes
 import http.client
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import time
 import urllib.request
@@ -31,6 +33,8 @@ LOG_TAIL_LINES = 25
 _KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
+# The last line of a traceback, behind the prefix of vLLM's log lines.
+_EXCEPTION = re.compile(r"(?:^|\]:? )([\w.]*(?:Error|Exception): .+)")
 
 
 class WorkerError(EldrError):
@@ -117,7 +121,7 @@ class WorkerSpec:
 
 
 class WorkerProcess:
-    """One vLLM worker in its own process group.
+    """One vLLM worker, itself several processes, in its own process group.
 
     It dies with the thread that started it (PR_SET_PDEATHSIG), so start workers from a thread that outlives
     them; a Ctrl-C in the terminal does not reach it before its owner stops it.
@@ -126,6 +130,7 @@ class WorkerProcess:
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
@@ -140,6 +145,7 @@ class WorkerProcess:
         """Start the process; returns at once. Raises WorkerError if there is nothing to run."""
         if self._process is not None:
             raise WorkerError(f"{self._name} is already running")
+        self._claim_port()
         self.spec.log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self.spec.log_path.open("wb") as log:
@@ -154,6 +160,7 @@ class WorkerProcess:
                 )
         except OSError as error:
             raise WorkerError(f"{self._name} cannot be started: {error}") from None
+        self._watchdog = _watch(self._process.pid)
         _live.add(self)
 
     def wait_ready(self, timeout_s: float = 300.0) -> None:
@@ -199,6 +206,9 @@ class WorkerProcess:
             process.wait(grace_s)
         self._signal(signal.SIGKILL)
         process.wait()
+        if self._watchdog is not None:
+            self._watchdog.kill()
+            self._watchdog.wait()
         self._process = None
         _live.discard(self)
 
@@ -210,6 +220,15 @@ class WorkerProcess:
     def _log_tail(self) -> str:
         return log_tail(self.spec.log_path)
 
+    def _claim_port(self) -> None:
+        # Otherwise whoever has the port would answer for this worker until it fails to take it, seconds later.
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self.spec.port))
+            except OSError as error:
+                raise WorkerError(f"{self._name} cannot have its port: {error.strerror}") from None
+
     def _signal(self, number: signal.Signals) -> None:
         process = self._process
         if process is not None:
@@ -218,13 +237,30 @@ class WorkerProcess:
 
 
 def log_tail(path: Path) -> str:
-    """The end of a log, as the end of an error message."""
+    """The first exception in a log and the log's end, as the end of an error message."""
     try:
-        lines = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        lines = path.read_text(errors="replace").splitlines()
     except OSError:
         lines = []
-    tail = "\n".join(f"  | {line}" for line in lines) or "  | (empty)"
-    return f" The end of its log {path}:\n{tail}"
+    # An engine's own exception comes first; what the log ends with is that the engine failed.
+    cause = next((found[1] for line in lines if (found := _EXCEPTION.search(line))), None)
+    tail = "\n".join(f"  | {line}" for line in lines[-LOG_TAIL_LINES:]) or "  | (empty)"
+    return (f" {cause}" if cause else "") + f"\nThe end of its log {path}:\n{tail}"
+
+
+def _watch(group: int) -> subprocess.Popen[bytes]:
+    """A process that kills the process group once this process is gone, however it went.
+
+    PR_SET_PDEATHSIG reaches the group's first process only; the engine's would live on.
+    """
+    script = 'read -r _; kill -s KILL -- "-$1"'  # the pipe ends when its writer, this process, does
+    return subprocess.Popen(
+        ["/bin/sh", "-c", script, "eldr-watchdog", str(group)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+    )
 
 
 def die_with(parent_pid: int) -> Callable[[], None]:
