@@ -37,6 +37,12 @@ def counts_of(seed=0, tokens=20):
     return ExpertCounts(counts, tokens, TOP_K)
 
 
+def counts_of_kind(kind, tokens=20):
+    counts = np.zeros((LAYERS, EXPERTS), dtype=np.uint32)
+    counts[:, 2 * kind : 2 * kind + 2] = tokens
+    return ExpertCounts(counts, tokens, TOP_K)
+
+
 def request(identity, counts=None, tokens=20):
     return DecodeRequest(str(identity), tokens, counts if counts is not None else counts_of())
 
@@ -66,7 +72,7 @@ def test_the_cost_is_the_one_of_its_definition():
     """T + dT + weight * B * dT, with U and dU from the probabilities themselves."""
     rng = np.random.default_rng(3)
     profiles = rng.uniform(0.02, 0.7, (9, LAYERS * EXPERTS)).astype(np.float32)
-    policy = Given(profiles, anchor=0, others_weight=0.7)
+    policy = Given(profiles, anchor=0, others_weight=0.7, tail_guard=np.inf)
     for worker in ("a", "b", "c"):
         policy.joined(worker)
     placed = {"a": [0, 1, 2], "b": [3, 4], "c": [5, 6, 7]}
@@ -81,9 +87,7 @@ def test_the_cost_is_the_one_of_its_definition():
         added_s = (LAYERS * 1 + 10 * (survival * profiles[8]).sum()) * 1e-6
         costs[worker] = step_s + added_s + 0.7 * len(rows) * added_s
     policy.choose(request(8), load)
-    found = policy._placement_cost(
-        profiles[8], 20, np.array(list(load.values()), dtype=float), slice(None), anchored=False
-    )
+    found = policy._placement_cost(policy._latest, np.array(list(load.values()), dtype=float), slice(None))
     # Probabilities are kept in one byte: up to half a step of 2 sqrt(p) / 255.
     assert found == pytest.approx(list(costs.values()), rel=5e-3)
     assert policy.choose(request(8), load).worker == min(costs, key=costs.get)
@@ -94,11 +98,30 @@ def test_the_anchor_draws_a_request_to_where_its_kind_went():
     for worker in ("a", "b"):
         policy.joined(worker)
     for row in range(40):
-        policy.started(request(row), "ab"[row % 2])
-        policy.finished(request(row), "ab"[row % 2])
+        policy.started(request(row, counts_of_kind(row % 2)), "ab"[row % 2])
+        policy.finished(request(row, counts_of_kind(row % 2)), "ab"[row % 2])
     for _ in range(5):  # without the anchor two idle workers tie, and the first wins
-        assert policy.choose(request(41), {"a": 0, "b": 0}).worker == "b"
-        assert policy.choose(request(40), {"a": 0, "b": 0}).worker == "a"
+        assert policy.choose(request(41, counts_of_kind(1)), {"a": 0, "b": 0}).worker == "b"
+        assert policy.choose(request(40, counts_of_kind(0)), {"a": 0, "b": 0}).worker == "a"
+
+
+def test_the_tail_guard_leaves_out_a_worker_whose_steps_are_long():
+    """a runs three kinds, 540 us a step; b one other kind, 390 us. Kind 0 adds no expert to a, six to b.
+
+    Placed on a its requests cost least: 543 + 20 * 3 against 450 + 10 * 60 us. But 543 us is above the mean.
+    """
+    profiles = np.zeros((4, LAYERS, EXPERTS), dtype=np.float32)
+    for kind in range(4):
+        profiles[kind, :, 2 * kind : 2 * kind + 2] = 0.98
+    kinds = profiles.reshape(4, -1)[[0, 2, 3, 0] * 5 + [1] * 10 + [0]]
+    for guard, chosen in ((np.inf, "a"), (0.01, "b")):
+        policy = Given(kinds, anchor=0, tail_guard=guard)
+        policy.joined("a")
+        policy.joined("b")
+        for row in range(30):
+            policy.started(request(row), "a" if row < 20 else "b")
+        assert policy.choose(request(30), {"a": 20, "b": 10}).worker == chosen
+        assert policy.choose(request(30), {"a": 20}).worker == "a"
 
 
 def test_unequal_hardware():

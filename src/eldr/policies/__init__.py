@@ -10,7 +10,7 @@ from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel
 from eldr.errors import EldrError
 from eldr.policies.base import Policy
 from eldr.policies.domain import Domain
-from eldr.policies.expected_union import ANCHOR, ExpectedUnion
+from eldr.policies.expected_union import ANCHOR, TAIL_GUARD, ExpectedUnion
 from eldr.policies.load import PowerOfTwo, Random, RoundRobin, ShortestQueue
 from eldr.policies.locality_band import LocalityBand
 
@@ -33,6 +33,7 @@ class _Options:
     worker_costs: Mapping[str, CostModel]
     others_weight: float
     anchor: float
+    tail_guard: float
 
 
 def _locality_band(options: _Options) -> Policy:
@@ -47,6 +48,8 @@ def _expected_union(options: _Options) -> Policy:
     for name, value in (("others weight", options.others_weight), ("anchor", options.anchor)):
         if not 0 <= value < float("inf"):
             raise PolicyError(f"{name} is {value}, expected a number from 0")
+    if not options.tail_guard >= 0:
+        raise PolicyError(f"tail guard is {options.tail_guard}, expected a number from 0, or inf for none")
     return ExpectedUnion(
         None if options.calibration is None else options.calibration.predictor,
         cost=options.cost,
@@ -54,6 +57,7 @@ def _expected_union(options: _Options) -> Policy:
         worker_costs=options.worker_costs,
         others_weight=options.others_weight,
         anchor=options.anchor,
+        tail_guard=options.tail_guard,
         seed=options.seed,
     )
 
@@ -83,14 +87,18 @@ def make_policy(
     worker_costs: Mapping[str, CostModel] | None = None,
     others_weight: float = 1.0,
     anchor: float = ANCHOR,
+    tail_guard: float = TAIL_GUARD,
 ) -> Policy:
     """The policy called `name`; options that it does not have are ignored.
 
-    tau, two_nearest: of locality-band. cost, scope, worker_costs, others_weight, anchor: of expected-union, which
-    needs no calibration. Raises PolicyError for an unknown name, a missing calibration or a bad number.
+    tau, two_nearest: of locality-band. cost, scope, worker_costs, others_weight, anchor, tail_guard: of
+    expected-union, which needs no calibration. Raises PolicyError for an unknown name, a missing calibration or a bad
+    number.
     """
     if name not in _MAKERS:
         raise PolicyError(f"there is no policy {name!r}; there are {', '.join(POLICY_NAMES)}")
     return _MAKERS[name](
-        _Options(calibration, tau, two_nearest, seed, cost, scope, worker_costs or {}, others_weight, anchor)
+        _Options(
+            calibration, tau, two_nearest, seed, cost, scope, worker_costs or {}, others_weight, anchor, tail_guard
+        )
     )

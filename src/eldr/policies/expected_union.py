@@ -5,10 +5,13 @@ R activates in expectation U = sum(1 - q) distinct experts a step, q = prod over
 adds dU = q . p. The step time T = a + b U + c B + d context then grows by dT = b dU + c + d context(r); the newcomer
 pays T + dT in every step, and each of the B requests already there pays dT.
 
-Least added time now is not the whole of it: requests still to come matter too. The *self-anchor* rewards sending a
-request where similar ones went lately: every worker keeps a moving average of the direction of the profiles that it
-was given, and a request pays for the distance to the nearest one. Workers so find their own zones, with no fit, and
-the zones follow the traffic.
+Least added time now is not the whole of it, and two terms look further:
+
+- The *self-anchor* rewards sending a request where similar ones went lately. Every worker keeps a moving average of
+  the direction in which the expert frequencies of its requests differ from the fleet's mean, and a request pays for
+  its distance to the nearest one. Workers so find their own zones, with no fit, and the zones follow the traffic.
+- The *tail guard* leaves out workers whose step would become longer than the mean of what it would become elsewhere,
+  by more than a margin. Locality may fill a worker with its kind of request; the tail of TPOT is made there.
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import least_loaded
 
 # Weight of the self-anchor, in expert time of a mean worker's whole batch per unit of cosine similarity.
-ANCHOR = 0.075
+ANCHOR = 0.1
+# How much longer than the mean a step may become, in expert time of a mean worker.
+TAIL_GUARD = 0.04
 # Requests that a worker's direction remembers.
 ANCHOR_REQUESTS = 20
-# Requests that the fleet's mean profile remembers.
+# Requests that the fleet's mean frequencies and profile remember.
 MEAN_REQUESTS = 500
 
 # A request's probabilities are kept as one byte each, p = (code / 255)^2, finest where most probabilities are. The
@@ -47,6 +52,15 @@ class _Profile:
 
     codes: NDArray[np.uint8]
     context_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Arrival:
+    """What is known of a request to be placed. frequency: float32 [D], None where its counts cannot be used."""
+
+    request_id: str
+    profile: _Profile
+    frequency: NDArray[np.float32] | None
 
 
 class _Unions:
@@ -132,7 +146,8 @@ class ExpectedUnion(Policy):
     cost, scope: step-time model of every worker; worker_costs: of single workers, where hardware differs.
     others_weight: weight of what the newcomer adds to the requests already there. 1 is their true share in steady
         state; 0.5 favours the tail of TPOT, 2 its median.
-    anchor: weight of the self-anchor, 0 for none. Larger favours the median, smaller the tail.
+    anchor: weight of the self-anchor, 0 for none.
+    tail_guard: margin of the tail guard. Larger favours the median, smaller the tail; infinity for no guard.
 
     A request without usable counts goes where the fleet's mean profile adds least. The state is exact: after any
     number of starts and finishes it depends on the running requests alone.
@@ -149,28 +164,31 @@ class ExpectedUnion(Policy):
         worker_costs: Mapping[str, CostModel] | None = None,
         others_weight: float = 1.0,
         anchor: float = ANCHOR,
+        tail_guard: float = TAIL_GUARD,
         seed: int = 0,
     ) -> None:
         self._predictor = predictor
         self._cost, self._scope = cost, scope
         self._worker_costs = dict(worker_costs or {})
-        self._others_weight, self._anchor = others_weight, anchor
+        self._others_weight, self._anchor, self._tail_guard = others_weight, anchor, tail_guard
         self._rng = random.Random(seed)
         self._workers: list[str] = []
         self._row: dict[str, int] = {}
         self._running: dict[tuple[str, str], _Profile] = {}
         self._geometry: tuple[int, int, int] | None = None
-        self._latest: tuple[str, NDArray[np.uint8]] | None = None
+        self._latest: _Arrival | None = None
         if predictor is not None:
             experts = len(predictor.mean_profile) // predictor.layers
             self._set_geometry(predictor.layers, experts, predictor.top_k)
-            self._mean = predictor.mean_profile.astype(np.float32)
+            self._mean_frequency = predictor.mean_frequency.astype(np.float32)
+            self._mean_profile = predictor.mean_profile.astype(np.float32)
             self._mean_requests = MEAN_REQUESTS
 
     def _set_geometry(self, layers: int, experts: int, top_k: int) -> None:
         self._geometry = (layers, experts, top_k)
         dimension = layers * experts
-        self._mean = np.full(dimension, top_k / experts, dtype=np.float32)
+        self._mean_frequency = np.full(dimension, top_k / experts, dtype=np.float32)
+        self._mean_profile = self._mean_frequency.copy()
         self._mean_requests = 0
         self._unions = _Unions(dimension)
         for _ in self._workers:
@@ -185,35 +203,31 @@ class ExpectedUnion(Policy):
         reason = self._unusable(request.counts)
         if self._geometry is None:
             return Decision(least_loaded(in_flight, self._rng), reason or "no_geometry")
-        codes = self._codes(request)
-        self._latest = (request.request_id, codes)
+        self._latest = arrival = self._look_at(request)
         workers = list(in_flight)
         load = np.fromiter(in_flight.values(), dtype=np.float64, count=len(workers))
         rows = slice(None) if workers == self._workers else [self._row[worker] for worker in workers]
-        cost = self._placement_cost(_PROBABILITY[codes], request.prompt_tokens, load, rows, anchored=reason is None)
+        cost = self._placement_cost(arrival, load, rows)
         return Decision(workers[int(cost.argmin())], reason or "expected_union")
 
     def _placement_cost(
-        self,
-        profile: NDArray[np.float32],
-        context_tokens: int,
-        load: NDArray[np.float64],
-        rows: slice | list[int],
-        *,
-        anchored: bool,
+        self, arrival: _Arrival, load: NDArray[np.float64], rows: slice | list[int]
     ) -> NDArray[np.float64]:
-        """float64 [eligible workers]: seconds of decode time per step that the placement costs, anchor included."""
+        """float64 [eligible workers]: seconds of decode time per step that the placement costs, anchor included;
+        infinity behind the tail guard, which always lets the least step time through."""
         base_s, expert_s, token_s, context_s = self._costs[:, rows]
         union = self._unions.union[rows]
-        added = self._unions.added(profile)[rows]
+        added = self._unions.added(_PROBABILITY[arrival.profile.codes])[rows]
         step_s = base_s + expert_s * union + token_s * load + context_s * self._unions.context[rows]
-        added_s = expert_s * added + token_s + context_s * context_tokens
-        cost = step_s + (1 + self._others_weight * load) * added_s
-        direction = self._direction_of(profile) if anchored and self._anchor > 0 else None
+        added_s = expert_s * added + token_s + context_s * arrival.profile.context_tokens
+        longer_s = step_s + added_s
+        cost = longer_s + self._others_weight * load * added_s
+        expert_time_s = float((expert_s * (union + added)).mean())
+        direction = None if self._anchor == 0 else self._direction_of(arrival.frequency)
         if direction is not None:
             similarity = self._unions.similarity(direction)[rows]
-            expert_time_s = float((expert_s * (union + added)).mean())
-            cost = cost + self._anchor * (load.mean() + 1) * expert_time_s * (similarity.max() - similarity)
+            cost += self._anchor * (load.mean() + 1) * expert_time_s * (similarity.max() - similarity)
+        cost[longer_s > longer_s.mean() + self._tail_guard * expert_time_s + 1e-12] = np.inf
         return np.asarray(cost)
 
     def _unusable(self, counts: ExpertCounts | None) -> str | None:
@@ -225,50 +239,56 @@ class ExpectedUnion(Policy):
             self._set_geometry(*geometry)
         return None if geometry == self._geometry else "wrong_geometry"
 
-    def _codes(self, request: DecodeRequest) -> NDArray[np.uint8]:
-        """uint8 [D]: the request's profile, the fleet's mean where its counts cannot be used."""
+    def _look_at(self, request: DecodeRequest) -> _Arrival:
+        """The request's profile; the fleet's mean profile where its counts cannot be used."""
         counts = request.counts
         if counts is None or (counts.layers, counts.experts, counts.top_k) != self._geometry:
-            return encode_profile(self._mean)
-        return encode_profile(self.predict(request, counts))
+            mean = _Profile(encode_profile(self._mean_profile), request.prompt_tokens)
+            return _Arrival(request.request_id, mean, None)
+        profile = _Profile(encode_profile(self.predict(request, counts)), request.prompt_tokens)
+        return _Arrival(request.request_id, profile, own_frequencies(counts, self._mean_frequency))
 
     def predict(self, request: DecodeRequest, counts: ExpertCounts) -> NDArray[np.float32]:
         """float32 [D]: probability that one decode step of `request` activates each expert."""
         if self._predictor is not None:
             return self._predictor.predict(counts)
-        return to_probabilities(own_frequencies(counts, self._mean), counts.layers, counts.top_k)
+        return to_probabilities(own_frequencies(counts, self._mean_frequency), counts.layers, counts.top_k)
 
-    def _direction_of(self, profile: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """float32 [D]: unit vector from the fleet's mean profile to this one; None where they are equal."""
-        direction = profile - self._mean
+    def _direction_of(self, frequency: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+        """float32 [D]: unit vector from the fleet's mean frequencies to these; None where there is no difference."""
+        if frequency is None:
+            return None
+        direction = frequency - self._mean_frequency
         length = float(np.sqrt(np.einsum("d,d->", direction, direction)))
         return direction / np.float32(length) if length > 0 else None
 
     def started(self, request: DecodeRequest, worker: str) -> None:
-        reason = self._unusable(request.counts)
+        self._unusable(request.counts)
         if self._geometry is None:
             return
-        latest = self._latest
-        known = latest is not None and latest[0] == request.request_id
-        codes = latest[1] if latest is not None and known else self._codes(request)
-        entry = _Profile(codes, request.prompt_tokens)
-        self._running[request.request_id, worker] = entry
-        self._unions.add(self._row[worker], entry, 1)
-        if reason is None:
-            self._remember(self._row[worker], _PROBABILITY[codes])
+        arrival = self._latest
+        if arrival is None or arrival.request_id != request.request_id:
+            arrival = self._look_at(request)
+        row = self._row[worker]
+        self._running[request.request_id, worker] = arrival.profile
+        self._unions.add(row, arrival.profile, 1)
+        if arrival.frequency is not None:
+            self._remember(row, arrival.frequency, _PROBABILITY[arrival.profile.codes])
 
     def finished(self, request: DecodeRequest, worker: str) -> None:
         entry = self._running.pop((request.request_id, worker), None)
         if entry is not None:
             self._unions.add(self._row[worker], entry, -1)
 
-    def _remember(self, row: int, profile: NDArray[np.float32]) -> None:
-        """Turn the worker's direction towards the profile, and move the fleet's mean."""
-        direction = self._direction_of(profile)
+    def _remember(self, row: int, frequency: NDArray[np.float32], profile: NDArray[np.float32]) -> None:
+        """Turn the worker's direction towards the request's, and move the fleet's means."""
+        direction = self._direction_of(frequency)
         if direction is not None:
             self._unions.turn(row, direction)
         self._mean_requests = min(self._mean_requests + 1, MEAN_REQUESTS)
-        self._mean += (profile - self._mean) / np.float32(self._mean_requests)
+        share = np.float32(1 / self._mean_requests)
+        self._mean_frequency += (frequency - self._mean_frequency) * share
+        self._mean_profile += (profile - self._mean_profile) * share
 
     def joined(self, worker: str) -> None:
         self._row[worker] = len(self._workers)

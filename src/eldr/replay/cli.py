@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--others-weight", type=float, default=1.0, metavar="X",
          help="expected-union: weight of what others pay; 0.5 favours the tail, 2 the median (1)")  # fmt: skip
     flag("--anchor", type=float, metavar="X", help="expected-union: weight of the self-anchor")
+    flag("--tail-guard", type=float, metavar="X", help="expected-union: margin of the tail guard; inf for none")
     flag("--json", metavar="FILE|-", help="write the results as JSON")
 
 
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _laboratory(arguments: argparse.Namespace) -> Laboratory:
     from eldr.calibration import load_calibration
     from eldr.cost import DEFAULT_PRESET, find_cost
-    from eldr.policies.expected_union import ANCHOR
+    from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
     from eldr.replay.arrivals import read_arrivals
     from eldr.replay.engine import WorkerLimits
     from eldr.replay.errors import ReplayError
@@ -116,6 +117,7 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
         two_nearest=not arguments.no_two_nearest,
         others_weight=arguments.others_weight,
         anchor=ANCHOR if arguments.anchor is None else arguments.anchor,
+        tail_guard=TAIL_GUARD if arguments.tail_guard is None else arguments.tail_guard,
     )
     calibration = None if arguments.calibration is None else load_calibration(arguments.calibration)
     return Laboratory(trace, settings, calibration)

@@ -13,7 +13,7 @@ from eldr.calibration import Calibration, fit_calibration
 from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel
 from eldr.policies import POLICY_NAMES, make_policy
 from eldr.policies.base import Policy
-from eldr.policies.expected_union import ANCHOR
+from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
 from eldr.replay.engine import Engine, FleetSpec, RunResult, WorkerLimits
 from eldr.replay.errors import ReplayError
 from eldr.replay.oracle import Clairvoyant, TrueProfiles
@@ -51,6 +51,7 @@ class Settings:
     two_nearest: bool = True
     others_weight: float = 1.0
     anchor: float = ANCHOR
+    tail_guard: float = TAIL_GUARD
 
 
 class Laboratory:
@@ -108,6 +109,7 @@ class Laboratory:
                 scope=settings.scope,
                 others_weight=settings.others_weight,
                 anchor=settings.anchor,
+                tail_guard=settings.tail_guard,
                 seed=seed,
             )
         return make_policy(
@@ -120,6 +122,7 @@ class Laboratory:
             scope=settings.scope,
             others_weight=settings.others_weight,
             anchor=settings.anchor,
+            tail_guard=settings.tail_guard,
         )
 
     def _true_profiles(self) -> NDArray[np.float32]:
