@@ -25,7 +25,7 @@ PRIOR_TOKENS = 4.0
 LEAST, MOST = 1e-4, 0.98
 FOLDS = 4
 STRENGTHS = (0.1, 0.3, 1.0, 3.0)
-RANKS = (0, 4, 8, 16, 32)
+RANKS = (0, 4, 8, 16)
 # How strongly the diagonal's slopes are pulled to their common value, in requests of mean spread.
 SLOPE_PRIOR_REQUESTS = 20.0
 
@@ -38,8 +38,10 @@ class ActivationError(EldrError):
 
 def own_frequencies(counts: ExpertCounts, mean: Floats, prior_tokens: float = PRIOR_TOKENS) -> Floats:
     """float32 [D]: (counts + prior_tokens * mean) / (prompt tokens + prior_tokens); `mean` is float32 [D]."""
-    scale = np.float32(1 / (counts.prompt_tokens + prior_tokens))
-    return counts.counts.reshape(-1) * scale + mean * (np.float32(prior_tokens) * scale)
+    frequencies = counts.counts.reshape(-1).astype(np.float32)  # uint32 times float32 would be float64
+    frequencies += np.float32(prior_tokens) * mean
+    frequencies *= np.float32(1 / (counts.prompt_tokens + prior_tokens))
+    return frequencies
 
 
 def to_probabilities(scores: Floats, layers: int, top_k: int) -> Floats:
@@ -47,9 +49,8 @@ def to_probabilities(scores: Floats, layers: int, top_k: int) -> Floats:
     exactly top_k experts a layer, so the probabilities of a layer sum to it."""
     rows = np.clip(scores, LEAST, MOST).reshape(*scores.shape[:-1], layers, -1)
     target = min(top_k, MOST * rows.shape[-1])
-    for _ in range(2):  # clipping what the scaling pushed out leaves an error of second order
-        rows *= target / rows.sum(axis=-1, keepdims=True)
-        np.clip(rows, LEAST, MOST, out=rows)
+    rows *= target / rows.sum(axis=-1, keepdims=True)
+    np.clip(rows, LEAST, MOST, out=rows)  # what the scaling pushed out: an error of second order in the sum
     return rows.reshape(scores.shape)
 
 
@@ -82,10 +83,11 @@ class ActivationModel:
         x = own_frequencies(counts, self.mean_frequency) - self.mean_frequency
         scores = self.slope * x + self.mean_profile
         if self.rank:
-            # Row by row: numpy then calls BLAS for single rows, which it does not spread over threads. On busy cores
-            # threads take milliseconds to meet for a product this small.
-            latent = np.matmul(self.down[:, None, :], x[:, None]).reshape(-1)
-            scores += np.einsum("r,rd->d", latent, self.up)
+            # Row by row and layer by layer: products this small numpy gives to BLAS one by one, and BLAS does not
+            # spread them over threads. On busy cores threads take milliseconds to meet.
+            latent = np.matmul(self.down[:, None, :], x[:, None]).reshape(1, -1)
+            of_layer = self.up.reshape(self.rank, self.layers, -1).transpose(1, 0, 2)
+            scores += np.matmul(latent, of_layer).reshape(-1)
         return to_probabilities(scores, self.layers, self.top_k)
 
     @classmethod

@@ -33,6 +33,9 @@ from eldr.policies.load import least_loaded
 ANCHOR = 0.1
 # How much longer than the mean a step may become, in expert time of a mean worker.
 TAIL_GUARD = 0.04
+# The anchor looks at so many (layer, expert) entries at most, of layers evenly spaced: layers agree on what a request
+# is about, and a fleet of a thousand workers is a matter of memory bandwidth.
+ANCHOR_ENTRIES = 2048
 # Requests that a worker's direction remembers.
 ANCHOR_REQUESTS = 20
 # Requests that the fleet's mean frequencies and profile remember.
@@ -56,11 +59,13 @@ class _Profile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Arrival:
-    """What is known of a request to be placed. frequency: float32 [D], None where its counts cannot be used."""
+    """What is known of a request to be placed. frequency: float32 [D], None where its counts cannot be used.
+    direction: float32 [A], unit vector from the fleet's mean frequencies to these; None where there is none."""
 
     request_id: str
     profile: _Profile
     frequency: NDArray[np.float32] | None
+    direction: NDArray[np.float32] | None
 
 
 class _Unions:
@@ -68,15 +73,15 @@ class _Unions:
 
     log_survival: int64 [C, D], sum of log(1 - p) of the running requests, in units of 1 / _SCALE. survival: float32
     [C, D], its exponential. union: float64 [C], expected distinct experts of a step, summed over layers. context:
-    float64 [C], tokens of running prompts. direction: float32 [C, D], where lately started requests point; length:
+    float64 [C], tokens of running prompts. direction: float32 [C, A], where lately started requests point; length:
     float32 [C], of it.
     """
 
-    def __init__(self, dimension: int) -> None:
+    def __init__(self, dimension: int, anchor_dimension: int) -> None:
         self.count = 0
         self._log_survival = np.zeros((0, dimension), dtype=np.int64)
         self._survival = np.ones((0, dimension), dtype=np.float32)
-        self._direction = np.zeros((0, dimension), dtype=np.float32)
+        self._direction = np.zeros((0, anchor_dimension), dtype=np.float32)
         self._length = np.zeros(0, dtype=np.float32)
         self._union = np.zeros(0)
         self._context = np.zeros(0)
@@ -190,7 +195,8 @@ class ExpectedUnion(Policy):
         self._mean_frequency = np.full(dimension, top_k / experts, dtype=np.float32)
         self._mean_profile = self._mean_frequency.copy()
         self._mean_requests = 0
-        self._unions = _Unions(dimension)
+        self._anchor_layers = slice(None, None, -(-dimension // ANCHOR_ENTRIES))
+        self._unions = _Unions(dimension, len(range(layers)[self._anchor_layers]) * experts)
         for _ in self._workers:
             self._unions.append()
         self._costs = _cost_columns([self._step_cost(worker) for worker in self._workers])
@@ -217,15 +223,14 @@ class ExpectedUnion(Policy):
         infinity behind the tail guard, which always lets the least step time through."""
         base_s, expert_s, token_s, context_s = self._costs[:, rows]
         union = self._unions.union[rows]
-        added = self._unions.added(_PROBABILITY[arrival.profile.codes])[rows]
+        added = self._unions.added(np.take(_PROBABILITY, arrival.profile.codes))[rows]
         step_s = base_s + expert_s * union + token_s * load + context_s * self._unions.context[rows]
         added_s = expert_s * added + token_s + context_s * arrival.profile.context_tokens
         longer_s = step_s + added_s
         cost = longer_s + self._others_weight * load * added_s
         expert_time_s = float((expert_s * (union + added)).mean())
-        direction = None if self._anchor == 0 else self._direction_of(arrival.frequency)
-        if direction is not None:
-            similarity = self._unions.similarity(direction)[rows]
+        if arrival.direction is not None and self._anchor > 0:
+            similarity = self._unions.similarity(arrival.direction)[rows]
             cost += self._anchor * (load.mean() + 1) * expert_time_s * (similarity.max() - similarity)
         cost[longer_s > longer_s.mean() + self._tail_guard * expert_time_s + 1e-12] = np.inf
         return np.asarray(cost)
@@ -244,9 +249,10 @@ class ExpectedUnion(Policy):
         counts = request.counts
         if counts is None or (counts.layers, counts.experts, counts.top_k) != self._geometry:
             mean = _Profile(encode_profile(self._mean_profile), request.prompt_tokens)
-            return _Arrival(request.request_id, mean, None)
+            return _Arrival(request.request_id, mean, None, None)
         profile = _Profile(encode_profile(self.predict(request, counts)), request.prompt_tokens)
-        return _Arrival(request.request_id, profile, own_frequencies(counts, self._mean_frequency))
+        frequency = own_frequencies(counts, self._mean_frequency)
+        return _Arrival(request.request_id, profile, frequency, self._direction_of(frequency, counts.layers))
 
     def predict(self, request: DecodeRequest, counts: ExpertCounts) -> NDArray[np.float32]:
         """float32 [D]: probability that one decode step of `request` activates each expert."""
@@ -254,11 +260,10 @@ class ExpectedUnion(Policy):
             return self._predictor.predict(counts)
         return to_probabilities(own_frequencies(counts, self._mean_frequency), counts.layers, counts.top_k)
 
-    def _direction_of(self, frequency: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
-        """float32 [D]: unit vector from the fleet's mean frequencies to these; None where there is no difference."""
-        if frequency is None:
-            return None
-        direction = frequency - self._mean_frequency
+    def _direction_of(self, frequency: NDArray[np.float32], layers: int) -> NDArray[np.float32] | None:
+        anchored = self._anchor_layers
+        own, mean = frequency.reshape(layers, -1)[anchored], self._mean_frequency.reshape(layers, -1)[anchored]
+        direction = (own - mean).reshape(-1)
         length = float(np.sqrt(np.einsum("d,d->", direction, direction)))
         return direction / np.float32(length) if length > 0 else None
 
@@ -272,19 +277,17 @@ class ExpectedUnion(Policy):
         row = self._row[worker]
         self._running[request.request_id, worker] = arrival.profile
         self._unions.add(row, arrival.profile, 1)
+        if arrival.direction is not None:
+            self._unions.turn(row, arrival.direction)
         if arrival.frequency is not None:
-            self._remember(row, arrival.frequency, _PROBABILITY[arrival.profile.codes])
+            self._move_means(arrival.frequency, _PROBABILITY[arrival.profile.codes])
 
     def finished(self, request: DecodeRequest, worker: str) -> None:
         entry = self._running.pop((request.request_id, worker), None)
         if entry is not None:
             self._unions.add(self._row[worker], entry, -1)
 
-    def _remember(self, row: int, frequency: NDArray[np.float32], profile: NDArray[np.float32]) -> None:
-        """Turn the worker's direction towards the request's, and move the fleet's means."""
-        direction = self._direction_of(frequency)
-        if direction is not None:
-            self._unions.turn(row, direction)
+    def _move_means(self, frequency: NDArray[np.float32], profile: NDArray[np.float32]) -> None:
         self._mean_requests = min(self._mean_requests + 1, MEAN_REQUESTS)
         share = np.float32(1 / self._mean_requests)
         self._mean_frequency += (frequency - self._mean_frequency) * share
