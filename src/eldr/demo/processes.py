@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -153,9 +154,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` different ports of 127.0.0.1 that nobody listens on at this moment."""
+    """`count` different ports of 127.0.0.1 that nobody listens on at this moment, drawn at random.
+
+    A worker takes its port half a minute later: drawn in order, two demos started together would get the same ones.
+    """
     ports: list[int] = []
-    for port in range(FIRST_PORT, END_PORT):
+    for port in random.sample(range(FIRST_PORT, END_PORT), END_PORT - FIRST_PORT):
         if len(ports) == count:
             break
         with socket.socket() as probe:
