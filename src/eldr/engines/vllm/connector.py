@@ -28,7 +28,7 @@ from eldr.engines.vllm.quiet import quiet_nixl
 from eldr.engines.vllm.scheduler import RequestTracker
 from eldr.engines.vllm.stats import EldrPromMetrics, EldrStats
 from eldr.engines.vllm.support import check_engine, full_attention_group, options
-from eldr.engines.vllm.worker import ExpertCounter
+from eldr.engines.vllm.worker import ExpertCounter, make_counter
 
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
@@ -120,7 +120,7 @@ class EldrConnector(NixlPullConnector):
         super().register_kv_caches(kv_caches)
         size = sum({cache.data_ptr(): cache.nbytes for cache in kv_caches.values()}.values())
         device = next(iter(kv_caches.values())).device
-        self._counter = ExpertCounter(self._vllm_config, self._kv_cache_config, size, device)
+        self._counter = make_counter(self._vllm_config, self._kv_cache_config, size, device)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()

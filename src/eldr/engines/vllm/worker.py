@@ -22,31 +22,14 @@ logger = logging.getLogger("vllm.eldr")
 
 
 class ExpertCounter:
-    """Counts on the first tensor-parallel rank; the others only take part in the capture's collectives."""
+    """Counts what `capture` saw into `table`; without a table it does nothing."""
 
-    def __init__(self, config: VllmConfig, kv_cache: KVCacheConfig, kv_cache_bytes: int, device: torch.device) -> None:
-        group = kv_cache.kv_cache_groups[full_attention_group(kv_cache)]
-        self._capture = ExpertCapture(config, group.layer_names[0], device)
-        self._geometry = Geometry(self._capture.layers, self._capture.experts, self._capture.top_k)
+    def __init__(self, capture: ExpertCapture, table: BlockTable | None) -> None:
+        self._capture = capture
+        self._table = table
+        self._geometry = Geometry(capture.layers, capture.experts, capture.top_k)
         self._distinct: deque[HostCopy] = deque()
         self._result: StepResult | None = None
-        self._table: BlockTable | None = None
-        if get_tensor_model_parallel_rank() == 0:
-            self._table = BlockTable(
-                kv_cache.num_blocks,
-                group.kv_cache_spec.block_size,
-                self._geometry.layers,
-                self._geometry.experts,
-                device=device,
-            )
-            logger.info(
-                "eldr counts %d MoE layers x %d experts, top-%d; its table takes %.2f MiB, %.2f %% of the KV cache",
-                self._geometry.layers,
-                self._geometry.experts,
-                self._geometry.top_k,
-                self._table.nbytes / 2**20,
-                100 * self._table.nbytes / kv_cache_bytes,
-            )
 
     def count(self, plan: StepPlan) -> None:
         """Count the step that just ran (or is queued to run before this on the device)."""
@@ -83,3 +66,29 @@ class ExpertCounter:
         while self._distinct and self._distinct[0].ready():
             values += self._distinct.popleft().numpy().tolist()
         return values
+
+
+def make_counter(
+    config: VllmConfig, kv_cache: KVCacheConfig, kv_cache_bytes: int, device: torch.device
+) -> ExpertCounter:
+    """The counter of one worker.
+
+    Only the first tensor-parallel rank counts, as every rank routes every token; the others take part in the
+    collectives of the capture.
+    """
+    group = kv_cache.kv_cache_groups[full_attention_group(kv_cache)]
+    capture = ExpertCapture(config, group.layer_names[0], device)
+    if get_tensor_model_parallel_rank() > 0:
+        return ExpertCounter(capture, None)
+    table = BlockTable(
+        kv_cache.num_blocks, group.kv_cache_spec.block_size, capture.layers, capture.experts, device=device
+    )
+    logger.info(
+        "eldr counts %d MoE layers x %d experts, top-%d; its table takes %.2f MiB, %.2f %% of the KV cache",
+        capture.layers,
+        capture.experts,
+        capture.top_k,
+        table.nbytes / 2**20,
+        100 * table.nbytes / kv_cache_bytes,
+    )
+    return ExpertCounter(capture, table)
