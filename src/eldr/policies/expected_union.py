@@ -46,7 +46,6 @@ MEAN_REQUESTS = 500
 _SCALE = 2.0**32
 _CODE_PROBABILITY = np.clip((np.arange(256) / 255) ** 2, LEAST, MOST)
 _LOG_SURVIVAL = np.rint(np.log1p(-_CODE_PROBABILITY) * _SCALE).astype(np.int64)
-_PROBABILITY = _CODE_PROBABILITY.astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,11 +58,13 @@ class _Profile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Arrival:
-    """What is known of a request to be placed. frequency: float32 [D], None where its counts cannot be used.
-    direction: float32 [A], unit vector from the fleet's mean frequencies to these; None where there is none."""
+    """What is known of a request to be placed. profile: float32 [D], its probabilities. frequency: float32 [D], None
+    where its counts cannot be used. direction: float32 [A], unit vector from the fleet's mean frequencies to these;
+    None where there is none."""
 
     request_id: str
-    profile: _Profile
+    context_tokens: int
+    profile: NDArray[np.float32]
     frequency: NDArray[np.float32] | None
     direction: NDArray[np.float32] | None
 
@@ -132,7 +133,7 @@ class _Unions:
         """Move a worker's direction towards that of a request."""
         own = self._direction[row]
         own += (unit_direction - own) / np.float32(ANCHOR_REQUESTS)
-        self._length[row] = np.sqrt(np.einsum("d,d->", own, own))
+        self._length[row] = np.sqrt(own @ own)
 
     def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
         """float64 [W]: distinct experts that a request adds to each worker's steps."""
@@ -223,16 +224,17 @@ class ExpectedUnion(Policy):
         infinity behind the tail guard, which always lets the least step time through."""
         base_s, expert_s, token_s, context_s = self._costs[:, rows]
         union = self._unions.union[rows]
-        added = self._unions.added(np.take(_PROBABILITY, arrival.profile.codes))[rows]
+        added = self._unions.added(arrival.profile)[rows]
         step_s = base_s + expert_s * union + token_s * load + context_s * self._unions.context[rows]
-        added_s = expert_s * added + token_s + context_s * arrival.profile.context_tokens
+        added_s = expert_s * added + token_s + context_s * arrival.context_tokens
         longer_s = step_s + added_s
         cost = longer_s + self._others_weight * load * added_s
-        expert_time_s = float((expert_s * (union + added)).mean())
+        workers = len(load)
+        expert_time_s = float(expert_s @ (union + added)) / workers
         if arrival.direction is not None and self._anchor > 0:
             similarity = self._unions.similarity(arrival.direction)[rows]
-            cost += self._anchor * (load.mean() + 1) * expert_time_s * (similarity.max() - similarity)
-        cost[longer_s > longer_s.mean() + self._tail_guard * expert_time_s + 1e-12] = np.inf
+            cost += self._anchor * (float(load.sum()) / workers + 1) * expert_time_s * (similarity.max() - similarity)
+        cost[longer_s > float(longer_s.sum()) / workers + self._tail_guard * expert_time_s + 1e-12] = np.inf
         return np.asarray(cost)
 
     def _unusable(self, counts: ExpertCounts | None) -> str | None:
@@ -248,11 +250,15 @@ class ExpectedUnion(Policy):
         """The request's profile; the fleet's mean profile where its counts cannot be used."""
         counts = request.counts
         if counts is None or (counts.layers, counts.experts, counts.top_k) != self._geometry:
-            mean = _Profile(encode_profile(self._mean_profile), request.prompt_tokens)
-            return _Arrival(request.request_id, mean, None, None)
-        profile = _Profile(encode_profile(self.predict(request, counts)), request.prompt_tokens)
+            return _Arrival(request.request_id, request.prompt_tokens, self._mean_profile.copy(), None, None)
         frequency = own_frequencies(counts, self._mean_frequency)
-        return _Arrival(request.request_id, profile, frequency, self._direction_of(frequency, counts.layers))
+        return _Arrival(
+            request.request_id,
+            request.prompt_tokens,
+            self.predict(request, counts),
+            frequency,
+            self._direction_of(frequency, counts.layers),
+        )
 
     def predict(self, request: DecodeRequest, counts: ExpertCounts) -> NDArray[np.float32]:
         """float32 [D]: probability that one decode step of `request` activates each expert."""
@@ -264,7 +270,7 @@ class ExpectedUnion(Policy):
         anchored = self._anchor_layers
         own, mean = frequency.reshape(layers, -1)[anchored], self._mean_frequency.reshape(layers, -1)[anchored]
         direction = (own - mean).reshape(-1)
-        length = float(np.sqrt(np.einsum("d,d->", direction, direction)))
+        length = float(np.sqrt(direction @ direction))
         return direction / np.float32(length) if length > 0 else None
 
     def started(self, request: DecodeRequest, worker: str) -> None:
@@ -275,12 +281,13 @@ class ExpectedUnion(Policy):
         if arrival is None or arrival.request_id != request.request_id:
             arrival = self._look_at(request)
         row = self._row[worker]
-        self._running[request.request_id, worker] = arrival.profile
-        self._unions.add(row, arrival.profile, 1)
+        entry = _Profile(encode_profile(arrival.profile), arrival.context_tokens)
+        self._running[request.request_id, worker] = entry
+        self._unions.add(row, entry, 1)
         if arrival.direction is not None:
             self._unions.turn(row, arrival.direction)
         if arrival.frequency is not None:
-            self._move_means(arrival.frequency, _PROBABILITY[arrival.profile.codes])
+            self._move_means(arrival.frequency, arrival.profile)
 
     def finished(self, request: DecodeRequest, worker: str) -> None:
         entry = self._running.pop((request.request_id, worker), None)
