@@ -279,6 +279,19 @@ def test_the_command_writes_json(trace, tmp_path, capsys):
     assert "expected-union" in printed.err
 
 
+def test_the_command_finds_goodput(trace, tmp_path, capsys):
+    write_trace(trace, tmp_path / "t.npz")
+    words = ("--goodput", 2.0, "--requests", 60, "--seeds", 1, "--workers", 2, "--json", tmp_path / "r.json")
+    assert run_cli(tmp_path / "t.npz", *words) == 0
+    objects = {entry["policy"]: entry for entry in json.loads((tmp_path / "r.json").read_text())}
+    assert all(entry["tpot_p99_ms"] <= 2.0 for entry in objects.values())
+    assert "expected-union" in capsys.readouterr().out
+    best = max(objects[name]["rate"] for name in BASELINES)
+    assert objects["expected-union"]["goodput_vs_best_baseline"] == pytest.approx(
+        100 * (objects["expected-union"]["rate"] / best - 1)
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -88,28 +88,35 @@ def timeline_ms(cell: Cell) -> list[float]:
 
 
 def as_table(objects: Sequence[dict[str, Any]], title: str) -> Table:
-    """One row per (policy, workers, rate)."""
+    """One row per (policy, workers, rate); of a search for goodput, its rates in place of changes of TPOT."""
+    changes = {"p50 %": "p50", "p99 %": "p99", "mean %": "mean", "MoE mean %": "mean"}
+    goodput = "goodput_limit_ms" in objects[0]
     table = Table(title=title, title_justify="left")
     table.add_column("policy", no_wrap=True)
     for column in ("workers", "req/s", "p50 ms", "p95 ms", "p99 ms", "mean ms", "experts", "batch"):
         table.add_column(column, justify="right")
-    for column in ("p50 %", "p99 %", "mean %", "MoE mean %"):
+    for column in ["req/s %"] if goodput else list(changes):
         table.add_column(column, justify="right", no_wrap=True)
     workers = None
     for row in objects:
         if workers not in (None, row["workers"]):
             table.add_section()
         workers = row["workers"]
-        times = [f"{row[f'tpot_{name}_ms']:.3f}" for name in ("p50", "p95", "p99", "mean")]
-        keys = [f"vs_best_baseline_{name}" for name in STATISTICS] + ["moe_vs_best_baseline_mean"]
+        if goodput:
+            ends = [f"{row['goodput_vs_best_baseline']:+.1f}" + ("" if row["goodput_reached"] else ", trace too short")]
+        else:
+            ends = [
+                _interval(row, f"{'moe_' if column.startswith('MoE') else ''}vs_best_baseline_{name}")
+                for column, name in changes.items()
+            ]
         table.add_row(
             row["policy"],
             str(row["workers"]),
             f"{row['rate']:.4g}",
-            *times,
+            *(f"{row[f'tpot_{name}_ms']:.3f}" for name in ("p50", "p95", "p99", "mean")),
             f"{row['active_experts_mean']:.2f}",
             f"{row['batch_mean']:.2f}",
-            *(_interval(row, key) for key in keys),
+            *ends,
         )
     return table
 
