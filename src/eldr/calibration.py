@@ -143,10 +143,12 @@ def fit_calibration(
     *,
     seed: int = 0,
     transform: str = DEFAULT_TRANSFORM,
+    compare: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Calibration:
     """Fit signature model and zones for `workers` decode workers.
 
+    compare: fit the other transforms too, for their rho.
     progress: hears what is being done, once per stage. Everything but the date is the same for the same trace and
     seed. Raises CalibrationError, SignatureError or ZonesError where the trace does not allow a fit.
     """
@@ -159,7 +161,7 @@ def fit_calibration(
     models = {}
     for name in TRANSFORMS:
         source = _source(trace, name)
-        if source is None:
+        if source is None or not (compare or name == transform):
             continue
         tell(f"layers for {name}")
         try:

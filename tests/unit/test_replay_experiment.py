@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from synthetic import make_trace
 
+from eldr.calibration import fit_calibration
 from eldr.replay import cli
 from eldr.replay.arrivals import read_arrivals
 from eldr.replay.engine import RunResult
@@ -239,6 +240,15 @@ def test_without_calibration_requests(trace):
     bare = Laboratory(trace, Settings(requests=60, scope="moe", mix=Mix(0)))
     assert bare.calibration(2, 0) is None
     assert bare.run("expected-union", 2, 30.0, 1, seed=0).steps > 0
+
+
+def test_zones_of_another_fleet_size_are_those_of_a_fresh_fit(laboratory):
+    laboratory.calibration(3, 7)
+    again = laboratory.calibration(4, 7)
+    part = take_requests(laboratory.trace, laboratory.split(7).calibrate)
+    fresh = fit_calibration(part, 4, seed=7)
+    assert np.array_equal(again.centroids, fresh.centroids)
+    assert again.rho["count_idf"] == fresh.rho["count_idf"]
 
 
 def test_names_are_checked():

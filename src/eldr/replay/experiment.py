@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from eldr.replay.packed import PackedTrace, pack_trace
 from eldr.replay.split import Mix, Split, split_trace, take_requests
 from eldr.replay.workload import Workload, draw_order, poisson_arrivals, traced_arrivals
 from eldr.trace import Trace
+from eldr.zones import balanced_kmeans
 
 BASELINES = ("rr", "random", "p2c", "jsq")
 # Of the laboratory alone: expected-union without calibration, with true profiles, and greedy with full knowledge.
@@ -63,7 +65,7 @@ class Laboratory:
         self.packed: PackedTrace = pack_trace(trace, settings.max_output)
         self._steps = np.array([self.packed.steps(index) for index in range(self.packed.requests)])
         self._given = calibration
-        self._fitted: dict[tuple[int, int], Calibration] = {}
+        self._fitted: dict[int, Calibration] = {}
         self._profiles: NDArray[np.float32] | None = None
         self._splits: dict[int, Split] = {}
         if calibration is not None:
@@ -91,9 +93,16 @@ class Laboratory:
         chosen = self.split(seed).calibrate
         if not len(chosen):
             return None
-        if (workers, seed) not in self._fitted:
-            self._fitted[workers, seed] = fit_calibration(take_requests(self.trace, chosen), workers, seed=seed)
-        return self._fitted[workers, seed]
+        if seed not in self._fitted:
+            part = take_requests(self.trace, chosen)
+            self._fitted[seed] = fit_calibration(part, workers, seed=seed, compare=False)
+        fitted = self._fitted[seed]
+        if fitted.workers != workers:  # of what is fitted only the zones depend on the number of workers
+            signatures = fitted.signature.transform(self.trace.prefill_counts[chosen])
+            zones = balanced_kmeans(signatures, workers, seed=seed)
+            fitted = dataclasses.replace(fitted, centroids=zones.centroids, zone_sizes=zones.sizes)
+            self._fitted[seed] = fitted
+        return fitted
 
     def policy(self, name: str, workers: int, seed: int) -> Policy:
         """A fresh policy. Raises PolicyError for an unknown name or a missing calibration."""
