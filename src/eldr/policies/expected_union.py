@@ -151,7 +151,7 @@ class ExpectedUnion(Policy):
     predictor: fitted activation model; without one the prompt's own expert frequencies are used.
     cost, scope: step-time model of every worker; worker_costs: of single workers, where hardware differs.
     others_weight: weight of what the newcomer adds to the requests already there. 1 is their true share in steady
-        state; 0.5 favours the tail of TPOT, 2 its median.
+        state; 0.5 favours the tail of TPOT, 2 its median, little while there is a tail guard.
     anchor: weight of the self-anchor, 0 for none.
     tail_guard: margin of the tail guard. Larger favours the median, smaller the tail; infinity for no guard.
 
