@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from conftest import MODEL, call, metric
+from real_fleet import MODEL, call, metric
 
 TEXT = "def area(width, height):\n    return width * height\n\ndef volume(width, height, depth):\n    return "
 OTHER = "The tenant shall pay the rent on the first day of each month; the landlord shall "

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import openai
 import pytest
-from conftest import LEASE_S, MODEL, client_of, metric
+from real_fleet import LEASE_S, MODEL, client_of, metric
 
 PROMPT = "let x{n} = {n}; let y{n} = x{n} + 1; print(y{n}); // number {n} "
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import MODEL, call
+from real_fleet import MODEL, call
 
 ASK = {"model": MODEL, "prompt": "Sing, goddess, of the anger", "max_tokens": 4, "temperature": 0}
 

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import MODEL, client_of, metric
+from real_fleet import MODEL, client_of, metric
 
 from eldr.trace import read_trace
 
