@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import eldr
+import eldr.cost_cli
 import eldr.replay.cli
 from eldr.errors import EldrError
 
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eldr", description=eldr.__doc__)
     parser.add_argument("--version", action="version", version=f"eldr {eldr.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_serve, _add_record, _add_fit, _add_inspect, _add_replay, _add_demo):
+    for add in (_add_serve, _add_record, _add_fit, _add_inspect, _add_replay, _add_calibrate_cost, _add_demo):
         add(commands)
     return parser
 
@@ -101,7 +102,12 @@ def _add_serve(commands: Any) -> None:
     flag("--config", type=Path, metavar="FILE", help="TOML file with the same settings; flags override it")
     flag("--prefill", action="append", default=unset, metavar="URL", help="a prefill worker (repeatable)")
     flag("--decode", action="append", default=unset, metavar="URL", help="a decode worker (repeatable)")
-    flag("--policy", default=unset, metavar="NAME", help="decode policy: rr, random, p2c, jsq, domain, locality-band")
+    flag(
+        "--policy",
+        default=unset,
+        metavar="NAME",
+        help="decode policy: rr, random, p2c, jsq, domain, locality-band, expected-union",
+    )
     flag("--calibration", type=Path, default=unset, metavar="FILE", help="file made by `eldr fit`")
     flag("--tau", type=float, default=unset, help="width of the locality band, in cosine similarity (0.1)")
     flag("--host", default=unset, help="address to listen on (127.0.0.1)")
@@ -221,6 +227,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _add_replay(commands: Any) -> None:
     room = eldr.replay.cli
     room.add_arguments(_add_command(commands, "replay", room.run, "fit", room.SUMMARY, room.EXAMPLES))
+
+
+def _add_calibrate_cost(commands: Any) -> None:
+    room = eldr.cost_cli
+    room.add_arguments(_add_command(commands, "calibrate-cost", room.run, "report", room.SUMMARY, room.EXAMPLES))
 
 
 def _add_demo(commands: Any) -> None:

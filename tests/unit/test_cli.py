@@ -10,7 +10,7 @@ from synthetic import make_calibration
 from eldr.cli import main
 
 
-@pytest.mark.parametrize("command", ["serve", "record", "fit", "inspect", "replay", "demo"])
+@pytest.mark.parametrize("command", ["serve", "record", "fit", "inspect", "replay", "calibrate-cost", "demo"])
 def test_every_command_explains_itself_with_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
