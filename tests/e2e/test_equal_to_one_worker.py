@@ -74,18 +74,21 @@ def assert_same(routed, plain, at="answer"):
 
 
 def collect(chunks):
-    """What a stream says: per choice the text, the finish reason and the logprobs; and the usage."""
+    """What a stream says: per choice the text, the finish reason and the logprobs; and the usage.
+
+    Chunks are joined: vLLM puts tokens that are ready at once into one.
+    """
     choices, usage = {}, None
     for chunk in chunks:
         data = strip(chunk.model_dump())
         usage = data.get("usage") or usage
         for choice in data["choices"]:
-            seen = choices.setdefault(choice["index"], {"text": "", "finish_reason": None, "logprobs": []})
+            seen = choices.setdefault(choice["index"], {"text": "", "finish_reason": None, "logprobs": {}})
             delta = choice.get("delta") or {}
             seen["text"] += choice.get("text") or delta.get("content") or ""
             seen["finish_reason"] = choice["finish_reason"] or seen["finish_reason"]
-            if choice.get("logprobs"):
-                seen["logprobs"].append(choice["logprobs"])
+            for key, values in (choice.get("logprobs") or {}).items():
+                seen["logprobs"].setdefault(key, []).extend(values or [])
     return {"choices": choices, "usage": usage}
 
 
