@@ -24,11 +24,17 @@ def distinct_experts(experts: torch.Tensor, per_layer: int, chosen: torch.Tensor
 
 def tokens_at(slots: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
     """Which tokens of a step were written to the `wanted` slots: bool [T] for slots int64 [T]."""
-    return torch.isin(slots, torch.tensor(wanted, dtype=slots.dtype).to(slots.device, non_blocking=True))
+    return _matches(slots, wanted).any(0)
 
 
 def experts_at(slots: torch.Tensor, experts: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
     """Experts [W, L, k] of the tokens written to the W `wanted` slots; -1 where no token of the step was."""
-    there = slots.view(1, -1) == torch.tensor(wanted, dtype=slots.dtype).to(slots.device).view(-1, 1)
-    rows = experts[there.to(torch.uint8).argmax(1)]
-    return torch.where(there.any(1).view(-1, 1, 1), rows, -1)
+    matches = _matches(slots, wanted)
+    rows = experts[matches.to(torch.uint8).argmax(1)]
+    return torch.where(matches.any(1).view(-1, 1, 1), rows, -1)
+
+
+def _matches(slots: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+    # [W, T]. torch.isin would sort and find unique values, and wait for the device to know how many.
+    asked = torch.tensor(wanted, dtype=slots.dtype).to(slots.device, non_blocking=True)
+    return slots.view(1, -1) == asked.view(-1, 1)
