@@ -21,7 +21,7 @@ from eldr.demo.prompts import Prompt
 from eldr.demo.router_log import request_id
 
 REQUEST_TIMEOUT_S = 120.0
-MAX_TOKENS_RANGE = (40, 88)
+MAX_TOKENS_RANGE = (96, 160)
 ERROR_CHARS = 300
 
 

@@ -84,7 +84,7 @@ _WANDER_PAIRS = range(1, 9)
 _LOOK_BACK_PAIRS = range(8)
 # How much each part says about the choice of experts, and how strongly experts write back to the stream: little to
 # "next", so that a near tie between two experts does not turn into another byte.
-_ROUTER_SCALE = {"class": 0.125, "context": 0.25, "byte": 0.31, "next": 0.31}
+_ROUTER_SCALE = {"class": 0.1, "context": 0.45, "byte": 0.27, "next": 0.27}
 _EXPERT_SCALE = {"class": 0.3, "context": 0.3, "next": 0.05}
 _LOGIT_SCALE = 6.0
 

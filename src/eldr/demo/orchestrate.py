@@ -35,9 +35,9 @@ EXIT_FAILED = 1
 EXIT_TERMINATED = 128 + signal.SIGTERM
 # All requests that a policy gets; every kind has the same share.
 CALIBRATION_PROMPTS = 96
-CALIBRATION_MAX_TOKENS = 32
+CALIBRATION_MAX_TOKENS = 48
 CALIBRATION_IN_FLIGHT = 8
-REFERENCE_IN_FLIGHT = 16
+REFERENCE_IN_FLIGHT = 32
 WARM_UP_ROUNDS = 3
 POLL_S = 1.0
 # Workers count their last step, and the router logs its last request, shortly after the last token.

@@ -25,6 +25,8 @@ MODEL_NAME = "eldr-demo"
 FIRST_PORT, END_PORT = 24000, 32000
 # The smallest that vLLM's CPU attention takes: the openings that prompts share fill a few blocks.
 BLOCK_SIZE_TOKENS = 32
+# A minute on two idle cores; far more where others use them too.
+WORKER_READY_TIMEOUT_S = 600.0
 ROUTER_READY_TIMEOUT_S = 60.0
 ROUTER_GRACE_S = 5.0
 
@@ -90,7 +92,7 @@ async def _all_ready(processes: Sequence[WorkerProcess], pool: Executor, ready: 
     loop = asyncio.get_running_loop()
 
     async def one(process: WorkerProcess) -> None:
-        await loop.run_in_executor(pool, process.wait_ready)
+        await loop.run_in_executor(pool, process.wait_ready, WORKER_READY_TIMEOUT_S)
         ready()
 
     try:
