@@ -16,7 +16,7 @@ def test_metric_equals_brute_force(models: Models) -> None:
     grown: list[dict[str, int]] = []
     # Long prompts arrive while others decode, so that steps hold both kinds of tokens.
     arrivals = {0: [(10, 30), (70, 12)], 5: [(250, 9)], 7: [(33, 20), (100, 1)], 20: [(300, 6)]}
-    with running(model.path, 22030, max_num_batched_tokens=64, max_num_seqs=8) as engine:
+    with running(model.path, max_num_batched_tokens=64, max_num_seqs=8) as engine:
         prompts: dict[str, list[int]] = {}
 
         def arrive(step: int) -> None:
@@ -49,6 +49,6 @@ def test_metric_equals_brute_force(models: Models) -> None:
 
 
 def test_prefill_worker_reports_none(models: Models) -> None:
-    with running(models("moe").path, 22030) as engine:
+    with running(models("moe").path) as engine:
         engine.prefill(list(range(100)), list(range(50)))
         assert engine.metric(NAME)["count"] == 0

@@ -54,7 +54,6 @@ def case(request: pytest.FixtureRequest, models: Models) -> Iterator[Case]:
     model = models(name)
     with running(
         model.path,
-        22010,
         block_size=block_size,
         num_gpu_blocks_override=blocks,
         max_num_batched_tokens=STEP_TOKENS,

@@ -16,6 +16,7 @@ import pytest
 from conftest import Model, Models
 from engine import BLOCK_SIZE, RECORD
 from fleet import MODEL_NAME, Fleet, cache_arguments, complete, hand_off, in_background, metric, sleep_until
+from ports import http_port, side_channel_port
 
 from eldr.counts import decode_counts
 from eldr.demo.workers import WorkerProcess, WorkerSpec
@@ -33,11 +34,11 @@ def fleets(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """Both fleets are started at once, and waited for when they are used."""
     logs = tmp_path_factory.mktemp("logs")
     started: dict[str, Fleet] = {}
-    for i, (name, blocks) in enumerate(BLOCKS.items()):
+    for name, blocks in BLOCKS.items():
         spec = WorkerSpec(
             role="prefill",
-            port=21100 + i,
-            side_channel_port=22100 + i,
+            port=http_port(),
+            side_channel_port=side_channel_port(),
             model_dir=models(name).path,
             served_name=MODEL_NAME,
             python=Path(sys.executable),
@@ -48,8 +49,8 @@ def fleets(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         decode = replace(
             spec,
             role="decode",
-            port=21110 + i,
-            side_channel_port=22110 + i,
+            port=http_port(),
+            side_channel_port=side_channel_port(),
             log_path=logs / f"{name}-decode.log",
         )
         started[name] = Fleet(WorkerProcess(spec), WorkerProcess(decode))

@@ -16,7 +16,6 @@ def test_preempted_requests_are_counted_once(models: Models, name: str, blocks: 
     prompts = [[int(token) for token in rng.integers(0, 256, length)] for length in (40, 33, 64, 50)]
     with running(
         model.path,
-        22020,
         num_gpu_blocks_override=blocks,
         max_num_seqs=4,
         max_model_len=256,

@@ -35,7 +35,7 @@ def text(seed: int) -> list[int]:
 @pytest.mark.parametrize("name", ["moe", "gemma-like"])
 def test_recompute(models: Models, name: str) -> None:
     reference = models(name).reference
-    with running(models(name).path, 22050, role="kv_consumer", policy="recompute") as engine:
+    with running(models(name).path, role="kv_consumer", policy="recompute") as engine:
         prompt = text(0)
         [answer] = engine.run([prompt], expired_hand_off() | RECORD, 10)
         assert answer.finish_reason == "length"
@@ -49,7 +49,7 @@ def test_recompute(models: Models, name: str) -> None:
 
 
 def test_fail(models: Models) -> None:
-    with running(models("moe").path, 22050, role="kv_consumer", policy="fail") as engine:
+    with running(models("moe").path, role="kv_consumer", policy="fail") as engine:
         refused = engine.submit(text(1), expired_hand_off(), 10)
         other = engine.submit(text(2), None, 10)
         answers: dict[str, Any] = {}

@@ -32,7 +32,7 @@ def test_a_model_without_experts_fails_at_start(tmp_path: Path) -> None:
     model = tiny_models.make_dense(tmp_path)
     with (
         pytest.raises(UnsupportedError, match=r"has no mixture-of-experts layers.*NixlConnector"),
-        running(model, 22040),
+        running(model),
     ):
         pass
 
@@ -41,7 +41,7 @@ def test_an_unknown_option_fails_at_start(tmp_path: Path) -> None:
     model = tiny_models.make_moe(tmp_path, layers=2, experts=4, top_k=2)
     with (
         pytest.raises(UnsupportedError, match="unknown key 'eldr_lease_magin_s'; known: eldr_lease_margin_s"),
-        running(model, 22040, extra_config={"eldr_lease_magin_s": 1}),
+        running(model, extra_config={"eldr_lease_magin_s": 1}),
     ):
         pass
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 def stock_routing(model: Path, prompts: list[list[int]], tokens: int) -> list[tuple[list[int], NDArray[np.int64]]]:
     """Generated tokens and experts [T, L, k] of every forward pass, by vLLM itself."""
-    with running(model, 22060, connector=False, enable_return_routed_experts=True) as engine:
+    with running(model, connector=False, enable_return_routed_experts=True) as engine:
         sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
         outputs = engine.llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         return [(list(o.outputs[0].token_ids), np.asarray(o.outputs[0].routed_experts)) for o in outputs]
@@ -31,7 +31,7 @@ def test_counts_and_rows_equal_stock_vllm(models: Models, name: str) -> None:
     prompts = [[int(token) for token in rng.integers(0, 256, length)] for length in (5, 64, 150)]
     model = models(name)
     stock = stock_routing(model.path, prompts, 12)
-    with running(model.path, 22060) as engine:
+    with running(model.path) as engine:
         answers = engine.record(*prompts, max_tokens=12)
     for prompt, answer, (tokens, routing) in zip(prompts, answers, stock, strict=True):
         assert answer.tokens == tokens

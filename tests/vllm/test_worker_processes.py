@@ -21,7 +21,7 @@ def test_counts_and_rows(models: Models, monkeypatch: pytest.MonkeyPatch, argume
     model = models("moe")
     prompts = [[int(token) for token in rng.integers(0, 256, length)] for length in (1, 40, 64, 150)]
     with running(
-        model.path, 22070, distributed_executor_backend="mp", max_num_batched_tokens=64, max_num_seqs=8, **arguments
+        model.path, distributed_executor_backend="mp", max_num_batched_tokens=64, max_num_seqs=8, **arguments
     ) as engine:
         for _ in range(2):
             for prompt, answer in zip(prompts, engine.prefill(*prompts), strict=True):

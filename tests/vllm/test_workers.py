@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ports import http_port, side_channel_port
 
 from eldr.demo.workers import WorkerError, WorkerProcess, WorkerSpec
-
-PORT = 21900
 
 # Ignores the module it is asked to run; answers /health and has a child, as an API server has its engine.
 SERVER = """
@@ -49,8 +48,8 @@ def stand_in(folder: Path, program: str) -> Path:
 def spec(folder: Path, program: str) -> WorkerSpec:
     return WorkerSpec(
         role="decode",
-        port=PORT,
-        side_channel_port=22900,
+        port=http_port(),
+        side_channel_port=side_channel_port(),
         model_dir=folder,
         served_name="m",
         python=stand_in(folder, program),
@@ -91,7 +90,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 def test_stop_leaves_nothing_behind(worker: WorkerProcess, tmp_path: Path) -> None:
     assert worker.healthy()
-    assert worker.url == f"http://127.0.0.1:{PORT}"
+    assert worker.url == f"http://127.0.0.1:{worker.spec.port}"
     worker.stop()
     worker.stop()
     assert not worker.healthy()
@@ -118,7 +117,7 @@ def test_a_worker_that_dies_is_explained(tmp_path: Path) -> None:
     with pytest.raises(WorkerError) as caught:
         worker.wait_ready(30)
     text = str(caught.value)
-    assert "decode worker on port 21900 exited with status 3" in text
+    assert f"decode worker on port {worker.spec.port} exited with status 3" in text
     assert "ValueError: the real cause" in text
     assert str(worker.spec.log_path) in text
     assert text.endswith("| line 99\n  | RuntimeError: see above")
