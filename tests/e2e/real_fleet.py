@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,16 +16,11 @@ from pathlib import Path
 import openai
 import pytest
 
+from eldr.demo.processes import free_ports
 from eldr.demo.workers import WorkerProcess, WorkerSpec
 
 MODEL = "tiny"
 LEASE_S = 8.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def call(url: str, path: str, body: object = None, headers: dict | None = None, timeout_s: float = 60.0):
@@ -67,10 +61,11 @@ def new_worker(model_dir: Path, logs: Path, role: str, number: int) -> WorkerPro
     python = os.environ.get("ELDR_VLLM_PYTHON")
     if not python:
         pytest.fail("tests/e2e start real vLLM workers: set ELDR_VLLM_PYTHON, or run `make test`")
+    port, side_channel_port = free_ports(2)
     spec = WorkerSpec(
         role=role,
-        port=free_port(),
-        side_channel_port=free_port(),
+        port=port,
+        side_channel_port=side_channel_port,
         model_dir=model_dir,
         served_name=MODEL,
         # Not resolved: the path of a virtual environment's interpreter is what makes it one.
@@ -86,7 +81,7 @@ class Router:
     """`eldr serve` as its own process."""
 
     def __init__(self, fleet: Fleet, log_path: Path, flags: list[str], decode: list[str] | None = None) -> None:
-        self.url = f"http://127.0.0.1:{free_port()}"
+        self.url = f"http://127.0.0.1:{free_ports(1)[0]}"
         self.log_path = log_path
         command = [sys.executable, "-m", "eldr", "serve", "--port", self.url.rsplit(":", 1)[1]]
         command += ["--prefill", fleet.prefill.url]
