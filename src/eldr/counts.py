@@ -92,7 +92,7 @@ def encode_counts(counts: ExpertCounts) -> dict[str, Any]:
 
 
 def encode_unavailable(reason: str) -> dict[str, Any]:
-    """Wire form of counts that the worker could not give; `reason` is a short snake_case word."""
+    """Wire form of counts or decode experts that the worker could not give; `reason` is a short snake_case word."""
     return {"v": WIRE_VERSION, "unavailable": reason}
 
 
@@ -102,8 +102,6 @@ def decode_counts(wire: object) -> ExpertCounts:
     Raises CountsError, and nothing else, for whatever is not a consistent version-1 form.
     """
     wire = versioned(wire, "expert counts")
-    if "unavailable" in wire:
-        raise CountsError("unavailable", f"the prefill worker has no exact counts: {str(wire['unavailable'])[:80]}")
     layers = bounded_int(wire, "layers", 1, MAX_LAYERS)
     experts = bounded_int(wire, "experts", 1, MAX_EXPERTS)
     top_k = bounded_int(wire, "top_k", 1, experts)
@@ -128,12 +126,17 @@ def decode_counts(wire: object) -> ExpertCounts:
 
 
 def versioned(wire: object, what: str) -> dict[str, Any]:
-    """`wire` if it is an object of the version that this eldr reads; else raises CountsError, which calls it `what`."""
+    """`wire` if it is an object of the version that this eldr reads and the worker had `what` to put into it.
+
+    Raises CountsError if not.
+    """
     if not isinstance(wire, dict):
         raise CountsError("malformed", f"{what}: a {type(wire).__name__}, not an object")
     version = wire.get("v")
     if type(version) is not int or version != WIRE_VERSION:
         raise CountsError("version", f"{what}: wire version {version!r}; this eldr reads version {WIRE_VERSION}")
+    if "unavailable" in wire:
+        raise CountsError("unavailable", f"{what}: the worker has none that are exact: {str(wire['unavailable'])[:80]}")
     return wire
 
 

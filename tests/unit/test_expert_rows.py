@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from eldr.counts import CountsError
+from eldr.counts import CountsError, encode_unavailable
 from eldr.expert_rows import decode_rows, encode_rows
 
 
@@ -50,3 +50,9 @@ def test_a_deflate_bomb_is_cut_off():
 def test_foreign_objects_are_errors(wire):
     with pytest.raises(CountsError):
         decode_rows(wire)
+
+
+def test_unavailable_rows_say_why():
+    with pytest.raises(CountsError, match="speculative_decoding") as caught:
+        decode_rows(encode_unavailable("speculative_decoding"))
+    assert caught.value.reason == "unavailable"

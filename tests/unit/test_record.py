@@ -128,7 +128,7 @@ def test_a_failing_prompt_is_listed_and_the_others_are_kept(server, prompts):
         (lambda _: (403, b"wrong key"), "answered 403: wrong key"),
         (
             lambda body: (200, {**good_answer(body)[1], "eldr_counts": encode_unavailable("kv_load")}),
-            "no exact counts: kv_load",
+            "none that are exact: kv_load",
         ),
     ],
 )
