@@ -9,11 +9,11 @@ _given: set[int] = set()
 
 
 def http_port() -> int:
-    return _free(range(21000, 22000))
+    return _free(range(12000, 22000))
 
 
 def side_channel_port() -> int:
-    return _free(range(22000, 23000))
+    return _free(range(22000, 32000))
 
 
 def _free(ports: range) -> int:
