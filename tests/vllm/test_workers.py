@@ -143,8 +143,9 @@ def test_an_interpreter_that_is_not_there(tmp_path: Path) -> None:
 def test_workers_die_with_their_owner(tmp_path: Path, number: signal.Signals) -> None:
     """However the owner ends: killed, terminated or interrupted."""
     owner = f"""
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have started us with it ignored
     sys.path.insert(0, {str(Path(__file__).parent)!r})
     from test_workers import SERVER, spec
     from eldr.demo.workers import WorkerProcess
