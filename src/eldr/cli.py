@@ -263,12 +263,6 @@ def _positive(text: str) -> int:
 
 
 def _read_key(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EldrError(f"{path}: the key cannot be read: {error}") from None
-    if not key:
-        raise EldrError(f"{path}: the key file is empty")
-    return key
+    from eldr.router.config import read_key
+
+    return None if path is None else read_key(path).decode()
