@@ -184,11 +184,7 @@ class Flow:
             answer = Answer()
             sent_s = time.monotonic()
             connection.start(answer, _leg(pool, job, leg_id, body), services.config.prefill_timeout_s)
-            try:
-                await answer.finished
-            except asyncio.CancelledError:
-                connection.abort()
-                raise
+            await connection.finish(answer)
         finally:
             services.fleet.finished(worker)
         services.metrics.prefill.observe(time.monotonic() - sent_s)
@@ -276,10 +272,7 @@ class Flow:
         if self._connection.stalled:
             connection.pause()
         try:
-            await answer.finished
-        except asyncio.CancelledError:
-            connection.abort()
-            raise
+            await connection.finish(answer)
         finally:
             self._upstream = None
         if handoff is not None and answer.status >= 500 and not answer.streaming:

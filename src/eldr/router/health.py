@@ -81,11 +81,7 @@ class HealthProbe:
         connection = await self._pool.connection()
         answer = Answer()
         connection.start(answer, self._pool.request(b"GET", path), PROBE_TIMEOUT_S)
-        try:
-            await answer.finished
-        except asyncio.CancelledError:
-            connection.abort()
-            raise
+        await connection.finish(answer)
         if answer.status not in expected:
             raise ExchangeError(f"{path.decode()} answered {answer.status}")
         self._worker.clock_skew_s = _clock_skew_s(answer.headers.get(b"date"))

@@ -56,11 +56,7 @@ class ModelsFlow:
         authorization = self._request.headers.get(b"authorization")
         request = pool.request(b"GET", b"/v1/models", client_authorization=authorization)
         connection.start(answer, request, TIMEOUT_S)
-        try:
-            await answer.finished
-        except asyncio.CancelledError:
-            connection.abort()
-            raise
+        await connection.finish(answer)
         return answer
 
     def _count(self, status: int) -> None:

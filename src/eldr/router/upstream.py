@@ -132,6 +132,14 @@ class WorkerConnection(asyncio.Protocol):
         self._pool.active.add(self)
         self._transport.write(request)
 
+    async def finish(self, answer: Answer) -> None:
+        """Wait for the answer that `start` was given; a cancelled wait aborts. Raises ExchangeError."""
+        try:
+            await answer.finished
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+
     def abort(self) -> None:
         """Give the exchange up without a word to it. vLLM aborts a request whose connection closes."""
         self._exchange = None
