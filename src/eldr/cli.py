@@ -13,6 +13,7 @@ from typing import Any
 
 import eldr
 import eldr.cost_cli
+import eldr.policies.flags
 import eldr.replay.cli
 from eldr.errors import EldrError
 
@@ -25,6 +26,8 @@ SERVE_EXAMPLES = """examples:
   eldr serve --config eldr.toml
   eldr serve --prefill http://p0:8100 --decode http://d0:8200 --decode http://d1:8200 \\
       --policy locality-band --calibration qwen3.eldr.npz --max-inflight 128
+  eldr serve --prefill http://p0:8100 --decode http://h100:8200 --decode http://a100:8200 \\
+      --policy expected-union --cost h100.cost.json --worker-cost http://a100:8200=a100.cost.json --cost-scope moe
 """
 RECORD_EXAMPLES = """examples:
   eldr record prompts.jsonl --url http://p0:8100 -o trace.npz
@@ -109,13 +112,13 @@ def _add_serve(commands: Any) -> None:
         help="decode policy: rr, random, p2c, jsq, domain, locality-band, expected-union",
     )
     flag("--calibration", type=Path, default=unset, metavar="FILE", help="file made by `eldr fit`")
-    flag("--tau", type=float, default=unset, help="width of the locality band, in cosine similarity (0.1)")
     flag("--host", default=unset, help="address to listen on (127.0.0.1)")
     flag("--port", type=int, default=unset, help="port to listen on (8000)")
     flag("--max-inflight", type=int, default=unset, metavar="N", help="requests a decode worker runs at once")
     flag("--worker-api-key-file", type=Path, default=unset, metavar="FILE", help="API key of the workers")
     flag("--admin-key-file", type=Path, default=unset, metavar="FILE", help="key that allows recording")
     flag("--log-level", default=unset, choices=["debug", "info", "warning", "error"])
+    eldr.policies.flags.add_option_flags(parser)
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import time
 from collections import Counter
@@ -14,6 +15,8 @@ from fake_worker import counts_wire
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, MoeLayerCost
+from eldr.errors import EldrError
 from eldr.fleet import Fleet, FleetError
 from eldr.router.admission import Admission, NoWorkerError
 from eldr.router.answer import DecodeAnswer
@@ -24,6 +27,7 @@ from eldr.router.openai import CHAT, COMPLETIONS, without_transfer_params
 from eldr.router.prefix import LOAD_FACTOR, PrefillRing
 
 TWO = {"prefill": ["http://p:1"], "decode": ["http://d:1"]}
+THREE = {"prefill": ("http://p0:8100",), "decode": ("http://d0:8200", "http://d1:8200")}
 
 
 # Fleet.
@@ -72,6 +76,44 @@ def test_one_url_may_have_both_roles_but_not_one_twice():
 
 
 # Configuration.
+
+
+def test_options_of_policies_from_a_file_and_flags(tmp_path):
+    cost = CostModel("measured", "cpu", "made up", MoeLayerCost(10.0, 2.0, 0.5))
+    cost.save(tmp_path / "d1.json")
+    file = tmp_path / "eldr.toml"
+    file.write_text(
+        'prefill = ["http://p0:8100"]\ndecode = ["http://d0:8200", "http://d1:8200"]\n'
+        'cost_scope = "moe"\ntail_guard = inf\nanchor = 0\nothers_weight = 2\n'
+        f'[worker_costs]\n"http://d1:8200/" = "{tmp_path / "d1.json"}"\n'
+    )
+    options = RouterConfig.load(file, {"anchor": 0.2}).policy_options()
+    assert (options.cost_scope, options.tail_guard, options.anchor, options.others_weight) == ("moe", math.inf, 0.2, 2)
+    assert options.cost == PRESETS[DEFAULT_PRESET]
+    assert options.worker_costs == {"http://d1:8200": cost}
+    of_flags = RouterConfig(**THREE, cost_scope="moe", worker_costs=[("http://d0:8200", str(tmp_path / "d1.json"))])
+    assert of_flags.policy_options().worker_costs == {"http://d0:8200": cost}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"others_weight": -1}, "others_weight is -1"),
+        ({"anchor": math.inf}, "anchor is inf"),
+        ({"tail_guard": math.nan}, "tail_guard is nan"),
+        ({"tail_guard": "none"}, "tail_guard is 'none'"),
+        ({"cost": 3}, "cost is 3, expected text"),
+        ({"cost": "h200"}, "cost 'h200' is no file and no preset; presets: qwen3"),
+        ({"cost_scope": "layer"}, "there is no cost scope 'layer'; there are step, moe"),
+        ({"worker_costs": "x"}, "worker_costs is 'x', expected a table"),
+        ({"worker_costs": {"http://d7:8200": "x"}}, "worker_costs names http://d7:8200, which is no decode worker"),
+        ({"worker_costs": {"http://d0:8200": 1}}, "worker_costs of http://d0:8200 is 1, expected text"),
+        ({"worker_costs": {"d0": "x"}}, "'d0' is not a worker's URL"),
+    ],
+)
+def test_options_of_policies_that_cannot_be_used(changed, message):
+    with pytest.raises(EldrError, match=message):
+        RouterConfig(**THREE, **changed).policy_options()
 
 
 def test_configuration_from_a_file_and_flags(tmp_path):

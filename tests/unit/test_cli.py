@@ -1,6 +1,7 @@
 """The command line: help, exit codes, messages, and that the base install is enough to start it."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from synthetic import make_calibration
 
 from eldr.cli import main
+from eldr.policies import PolicyOptions
 
 
 @pytest.mark.parametrize("command", ["serve", "record", "fit", "inspect", "replay", "calibrate-cost", "demo"])
@@ -16,6 +18,17 @@ def test_every_command_explains_itself_with_examples(command, capsys):
         main([command, "--help"])
     assert caught.value.code == 0
     assert f"eldr {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+@pytest.mark.parametrize("command", ["serve", "replay"])
+def test_help_states_the_defaults_of_policy_options(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.partition("examples:")[0].split())
+    defaults = PolicyOptions()
+    for name in ("tau", "others_weight", "anchor", "tail_guard", "cost_scope"):
+        described = re.split(r" --[a-z]", shown.rpartition(f"--{name.replace('_', '-')} ")[2])[0]
+        assert f"({getattr(defaults, name)})" in described, name
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["fit"], ["fit", "t.npz", "--workers", "0", "-o", "x"]])

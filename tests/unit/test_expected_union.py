@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from synthetic import make_trace
 
 from eldr.activation import ActivationModel
-from eldr.cost import CostModel, MoeLayerCost, RestCost
+from eldr.cost import CostError, CostModel, MoeLayerCost, RestCost
 from eldr.counts import ExpertCounts
-from eldr.policies import PolicyError, make_policy
+from eldr.policies import PolicyError, PolicyOptions
 from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import ExpectedUnion, encode_profile
 
@@ -272,7 +272,17 @@ def test_codes_are_near_their_probabilities(seed):
 
 
 def test_bad_weights_are_refused():
-    with pytest.raises(PolicyError, match="others weight is -1"):
-        make_policy("expected-union", others_weight=-1.0)
+    with pytest.raises(PolicyError, match="others_weight is -1"):
+        PolicyOptions(others_weight=-1.0)
     with pytest.raises(PolicyError, match="anchor is nan"):
-        make_policy("expected-union", anchor=float("nan"))
+        PolicyOptions(anchor=float("nan"))
+    with pytest.raises(PolicyError, match="tail_guard is nan"):
+        PolicyOptions(tail_guard=float("nan"))
+
+
+def test_a_cost_without_the_rest_of_a_step_is_refused_before_anything_is_routed():
+    with pytest.raises(CostError, match="has the MoE layers alone"):
+        PolicyOptions(cost=MOE_ONLY)
+    with pytest.raises(CostError, match="has the MoE layers alone"):
+        PolicyOptions(worker_costs={"a": MOE_ONLY})
+    assert PolicyOptions(cost=MOE_ONLY, cost_scope="moe").cost is MOE_ONLY

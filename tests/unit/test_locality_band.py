@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from synthetic import make_calibration
 
 from eldr.counts import ExpertCounts
-from eldr.policies import POLICY_NAMES, PolicyError, make_policy
+from eldr.policies import POLICY_NAMES, PolicyError, PolicyOptions, make_policy
 from eldr.policies.base import DecodeRequest
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -81,7 +81,7 @@ class Fleet(RuleBasedStateMachine):
         mask = np.array(mask, dtype=bool)
         self.calibration = make_calibration(zones, LAYERS, EXPERTS, TOP_K, seed, transform, mask)
         self.policy = make_policy(
-            "locality-band", calibration=self.calibration, tau=tau, two_nearest=two_nearest, seed=seed
+            "locality-band", PolicyOptions(tau=tau, two_nearest=two_nearest), calibration=self.calibration, seed=seed
         )
         self.tau, self.two_nearest = tau, two_nearest
         self.zone, self.load, self.names = {}, {}, iter(range(10**6))
@@ -135,7 +135,7 @@ TestFleet.settings = settings(max_examples=150, stateful_step_count=25, deadline
 
 
 def policy_of(calibration, workers, **options):
-    policy = make_policy("locality-band", calibration=calibration, **options)
+    policy = make_policy("locality-band", PolicyOptions(**options), calibration=calibration)
     for worker in workers:
         policy.joined(worker)
     return policy
@@ -227,4 +227,4 @@ def test_policies_that_cannot_be_made():
         make_policy("locality-band")
     for tau in (-0.1, math.nan, math.inf):
         with pytest.raises(PolicyError, match="tau is"):
-            make_policy("locality-band", calibration=make_calibration(), tau=tau)
+            PolicyOptions(tau=tau)

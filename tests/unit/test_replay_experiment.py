@@ -12,6 +12,7 @@ from scipy import stats
 from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
+from eldr.policies import PolicyOptions
 from eldr.replay import cli
 from eldr.replay.arrivals import read_arrivals
 from eldr.replay.engine import RunResult
@@ -189,7 +190,7 @@ def trace():
 
 @pytest.fixture(scope="module")
 def laboratory(trace):
-    return Laboratory(trace, Settings(requests=250, scope="moe"))
+    return Laboratory(trace, Settings(requests=250, options=PolicyOptions(cost_scope="moe")))
 
 
 def test_locality_pays_where_kinds_use_their_own_experts(laboratory):
@@ -237,7 +238,7 @@ def test_goodput_is_where_the_limit_is_crossed(laboratory):
 
 
 def test_without_calibration_requests(trace):
-    bare = Laboratory(trace, Settings(requests=60, scope="moe", mix=Mix(0)))
+    bare = Laboratory(trace, Settings(requests=60, options=PolicyOptions(cost_scope="moe"), mix=Mix(0)))
     assert bare.calibration(2, 0) is None
     assert bare.run("expected-union", 2, 30.0, 1, seed=0).steps > 0
 

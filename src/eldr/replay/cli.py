@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eldr.policies.flags import add_option_flags, given_options
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -50,20 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--switch-at", type=float, metavar="SHARE",
          help="serve the calibrated kinds until this share of the run, then the served ones")  # fmt: skip
     flag("--calibration", type=Path, metavar="FILE", help="use this file instead of calibrating on the trace")
-    flag("--cost", default=None, metavar="FILE|PRESET", help="step-time model, made by `eldr calibrate-cost`")
-    flag("--cost-scope", choices=("step", "moe"), default="step",
-         help="time the whole decode step, or its MoE layers alone (step)")  # fmt: skip
     flag("--arrivals", default="poisson", metavar="poisson|trace|FILE",
          help="a Poisson process, or arrivals stretched to the rate: the trace's own, a .csv or .jsonl")  # fmt: skip
     flag("--max-num-seqs", type=_whole, default=256, metavar="N", help="requests a worker runs at once (256)")
     flag("--kv-tokens", type=_whole, metavar="N", help="tokens that a worker's KV cache holds (no limit)")
-    flag("--tau", type=float, default=0.1, help="width of the locality band, in cosine similarity (0.1)")
-    flag("--no-two-nearest", action="store_true", help="locality-band without its two-nearest rule")
-    flag("--others-weight", type=float, default=1.0, metavar="X",
-         help="expected-union: weight of what others pay; 0.5 favours the tail, 2 the median (1)")  # fmt: skip
-    flag("--anchor", type=float, metavar="X", help="expected-union: weight of the self-anchor")
-    flag("--tail-guard", type=float, metavar="X", help="expected-union: margin of the tail guard; inf for none")
     flag("--json", metavar="FILE|-", help="write the results as JSON")
+    add_option_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -78,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     with _progress() as advance:
         for workers in arguments.workers:
             objects += (_goodput if arguments.goodput else _compare)(laboratory, workers, arguments, advance)
-    cost = laboratory.settings.cost
-    title = f"{arguments.trace.name}: {arguments.seeds} seeds, cost {cost.name} ({arguments.cost_scope})"
+    options = laboratory.settings.options
+    title = f"{arguments.trace.name}: {arguments.seeds} seeds, cost {options.cost.name} ({options.cost_scope})"
     console.print(as_table(objects, title))
     _write_json(arguments.json, objects)
     return 0
@@ -87,8 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _laboratory(arguments: argparse.Namespace) -> Laboratory:
     from eldr.calibration import load_calibration
-    from eldr.cost import DEFAULT_PRESET, find_cost
-    from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
+    from eldr.policies import PolicyOptions
     from eldr.replay.arrivals import read_arrivals
     from eldr.replay.engine import WorkerLimits
     from eldr.replay.errors import ReplayError
@@ -109,15 +102,9 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
         requests=arguments.requests,
         max_output=arguments.max_output,
         mix=Mix(arguments.calibrate_fraction, arguments.calibrate_labels, arguments.serve_labels, arguments.switch_at),
-        cost=find_cost(arguments.cost or DEFAULT_PRESET),
-        scope=arguments.cost_scope,
         limits=WorkerLimits(arguments.max_num_seqs, arguments.kv_tokens),
         recorded_arrivals_s=recorded,
-        tau=arguments.tau,
-        two_nearest=not arguments.no_two_nearest,
-        others_weight=arguments.others_weight,
-        anchor=ANCHOR if arguments.anchor is None else arguments.anchor,
-        tail_guard=TAIL_GUARD if arguments.tail_guard is None else arguments.tail_guard,
+        options=PolicyOptions.from_settings(given_options(arguments)),
     )
     calibration = None if arguments.calibration is None else load_calibration(arguments.calibration)
     return Laboratory(trace, settings, calibration)
@@ -141,7 +128,7 @@ def _compare(
     cells = compare(
         laboratory, arguments.policies, workers, rate, batch, arguments.seeds, lambda done: advance(done, 0)
     )
-    objects = [as_object(cell, cells, arguments.cost_scope) for cell in cells]
+    objects = [as_object(cell, cells, laboratory.settings.options.cost_scope) for cell in cells]
     if arguments.switch_at is not None:
         for entry, cell in zip(objects, cells, strict=True):
             entry["timeline_tpot_mean_ms"] = timeline_ms(cell)
@@ -163,7 +150,7 @@ def _goodput(
     best = max(cell.rate for cell in cells if cell.policy in BASELINES)
     objects = []
     for cell, reached in found:
-        entry = as_object(cell, cells, arguments.cost_scope)
+        entry = as_object(cell, cells, laboratory.settings.options.cost_scope)
         # Cells lie at different rates here: a change of TPOT between them would mean nothing.
         entry = {key: value for key, value in entry.items() if "vs_" not in key}
         entry |= {"goodput_limit_ms": arguments.goodput, "goodput_reached": reached}

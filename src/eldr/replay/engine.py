@@ -52,7 +52,11 @@ class FleetSpec:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(f"w{index}" for index in range(len(self.costs)))
+        return tuple(worker_name(index) for index in range(len(self.costs)))
+
+
+def worker_name(index: int) -> str:
+    return f"w{index}"
 
 
 @dataclass(slots=True)

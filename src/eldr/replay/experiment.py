@@ -11,11 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr.calibration import Calibration, fit_calibration
-from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel
-from eldr.policies import POLICY_NAMES, make_policy
+from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Policy
-from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
-from eldr.replay.engine import Engine, FleetSpec, RunResult, WorkerLimits
+from eldr.replay.engine import Engine, FleetSpec, RunResult, WorkerLimits, worker_name
 from eldr.replay.errors import ReplayError
 from eldr.replay.oracle import Clairvoyant, TrueProfiles
 from eldr.replay.packed import PackedTrace, pack_trace
@@ -39,21 +37,16 @@ class Settings:
     """What is the same for every policy, fleet size and seed of a comparison.
 
     requests: measured requests of a run, those of warm-up and cool-down come on top. recorded_arrivals_s: float64
-    [n], arrival times whose rhythm is used in place of a Poisson process.
+    [n], arrival times whose rhythm is used in place of a Poisson process. options: of the policies; their costs are
+    also those of the simulated workers w0, w1, ...
     """
 
     requests: int = 2000
     max_output: int | None = None
     mix: Mix = field(default_factory=Mix)
-    cost: CostModel = PRESETS[DEFAULT_PRESET]
-    scope: str = "step"
     limits: WorkerLimits = field(default_factory=WorkerLimits)
     recorded_arrivals_s: NDArray[np.float64] | None = None
-    tau: float = 0.1
-    two_nearest: bool = True
-    others_weight: float = 1.0
-    anchor: float = ANCHOR
-    tail_guard: float = TAIL_GUARD
+    options: PolicyOptions = field(default_factory=PolicyOptions)
 
 
 class Laboratory:
@@ -114,25 +107,11 @@ class Laboratory:
             return TrueProfiles(
                 self._true_profiles(),
                 None if calibration is None else calibration.predictor,
-                cost=settings.cost,
-                scope=settings.scope,
-                others_weight=settings.others_weight,
-                anchor=settings.anchor,
-                tail_guard=settings.tail_guard,
+                **settings.options.of_expected_union(),
                 seed=seed,
             )
-        return make_policy(
-            name.removesuffix("-own") if name in LAB_POLICIES else name,
-            calibration=calibration,
-            tau=settings.tau,
-            two_nearest=settings.two_nearest,
-            seed=seed,
-            cost=settings.cost,
-            scope=settings.scope,
-            others_weight=settings.others_weight,
-            anchor=settings.anchor,
-            tail_guard=settings.tail_guard,
-        )
+        plain = name.removesuffix("-own") if name in LAB_POLICIES else name
+        return make_policy(plain, settings.options, calibration=calibration, seed=seed)
 
     def _true_profiles(self) -> NDArray[np.float32]:
         if self._profiles is None:
@@ -162,10 +141,13 @@ class Laboratory:
         return Workload(arrival_s, request, range(warm_up, warm_up + measured), settings.max_output)
 
     def fleet(self, workers: int) -> FleetSpec:
-        settings, layers = self.settings, self.packed.layers
-        cost = settings.cost.step_cost(layers, settings.scope)
-        moe = settings.cost.step_cost(layers, "moe")
-        return FleetSpec((cost,) * workers, (moe,) * workers, settings.limits)
+        options, layers = self.settings.options, self.packed.layers
+        models = [options.worker_costs.get(worker_name(index), options.cost) for index in range(workers)]
+        return FleetSpec(
+            tuple(model.step_cost(layers, options.cost_scope) for model in models),
+            tuple(model.step_cost(layers, "moe") for model in models),
+            self.settings.limits,
+        )
 
     def run(
         self,

@@ -229,9 +229,7 @@ def build_policy(config: RouterConfig) -> Policy:
     from eldr.policies import make_policy
 
     calibration = None if config.calibration is None else load_calibration(config.calibration)
-    return make_policy(
-        config.policy, calibration=calibration, tau=config.tau, two_nearest=config.two_nearest, seed=config.seed
-    )
+    return make_policy(config.policy, config.policy_options(), calibration=calibration, seed=config.seed)
 
 
 def _ssl_context(config: RouterConfig) -> ssl.SSLContext | None:

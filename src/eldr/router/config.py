@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from eldr.cost import DEFAULT_PRESET
 from eldr.errors import EldrError
+from eldr.policies import PolicyOptions
+from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
+from eldr.policies.options import OPTION_NAMES
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -25,7 +29,8 @@ class RouterConfig:
 
     prefill, decode: URLs of the workers, http or https.
     policy: name of the decode policy; calibration: file written by `eldr fit`, needed by locality-band.
-    tau: width of the locality band; two_nearest: whether a band of one takes the second-nearest worker in.
+    tau ... tail_guard: as in eldr.policies.options.PolicyOptions; cost is a preset or a file, worker_costs the same of
+        single decode workers, URL -> preset or file.
     max_inflight: most requests in flight at each decode worker; what exceeds it queues in the router.
     worker_api_key_file: file with the key that workers ask for; it replaces the client's Authorization.
     worker_ca_file: PEM certificates that https workers are checked against, the system's if not given.
@@ -46,6 +51,12 @@ class RouterConfig:
     calibration: Path | None = None
     tau: float = 0.1
     two_nearest: bool = True
+    cost: str = DEFAULT_PRESET
+    cost_scope: str = "step"
+    worker_costs: Mapping[str, str] = field(default_factory=dict)
+    others_weight: float = 1.0
+    anchor: float = ANCHOR
+    tail_guard: float = TAIL_GUARD
     seed: int = 0
     host: str = "127.0.0.1"
     port: int = 8000
@@ -69,7 +80,13 @@ class RouterConfig:
             _text(key, getattr(self, key))
         for key in ("calibration", "worker_api_key_file", "worker_ca_file", "admin_key_file"):
             setattr(self, key, _path(key, getattr(self, key)))
-        _number("tau", self.tau, 0.0)
+        for key in ("tau", "others_weight", "anchor"):
+            _number(key, getattr(self, key), 0.0)
+        if self.tail_guard != float("inf"):
+            _number("tail_guard", self.tail_guard, 0.0)
+        for key in ("cost", "cost_scope"):
+            _text(key, getattr(self, key))
+        self.worker_costs = _worker_costs(self.worker_costs, self.decode)
         if type(self.two_nearest) is not bool:
             raise ConfigError(f"two_nearest is {self.two_nearest!r}, expected true or false")
         _whole("seed", self.seed, 0, 2**63 - 1)
@@ -82,6 +99,10 @@ class RouterConfig:
         _number("grace_s", self.grace_s, 0.0)
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}, expected one of {', '.join(LOG_LEVELS)}")
+
+    def policy_options(self) -> PolicyOptions:
+        """The options of policies. Raises CostError or PolicyError for a cost or an option that cannot be used."""
+        return PolicyOptions.from_settings({name: getattr(self, name) for name in OPTION_NAMES})
 
     @classmethod
     def load(cls, path: Path | None, overrides: Mapping[str, Any]) -> RouterConfig:
@@ -140,6 +161,20 @@ def _url(key: str, url: str) -> str:
     if parts.path not in ("", "/") or parts.query or parts.fragment or any(c <= " " or c > "~" for c in url):
         raise problem
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def _worker_costs(value: Any, decode: tuple[str, ...]) -> dict[str, str]:
+    """URL -> cost. From a file it is a table, from flags a list of pairs."""
+    if not isinstance(value, dict | list):
+        raise ConfigError(f"worker_costs is {value!r}, expected a table: URL of a decode worker = cost file or preset")
+    costs: dict[str, str] = {}
+    for url, cost in dict(value).items():
+        url = _url("worker_costs", url)
+        if url not in decode:
+            raise ConfigError(f"worker_costs names {url}, which is no decode worker; there are {', '.join(decode)}")
+        _text(f"worker_costs of {url}", cost)
+        costs[url] = cost
+    return costs
 
 
 def _path(key: str, value: Any) -> Path | None:

@@ -1,0 +1,74 @@
+"""Everything that can be set about policies, in one object that the router and the replay share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, find_cost
+from eldr.errors import EldrError
+from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
+
+
+class PolicyError(EldrError):
+    """A policy that does not exist or cannot be made from what was given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyOptions:
+    """Options of all policies; each takes those that it has. Raises PolicyError or CostError for what cannot be used.
+
+    Of locality-band:
+    tau: width of the band in cosine similarity. two_nearest: whether a band of one takes the second-nearest worker in.
+
+    Of expected-union:
+    cost: step-time model of every decode worker; worker_costs: of single ones, worker -> model. cost_scope: "step" for
+        whole decode steps, "moe" for the MoE layers alone, which is all that a measured file may have.
+    others_weight: weight of what a placement adds to the requests already there.
+    anchor: weight of the self-anchor, 0 for none.
+    tail_guard: margin of the tail guard; infinity for no guard.
+    """
+
+    tau: float = 0.1
+    two_nearest: bool = True
+    cost: CostModel = PRESETS[DEFAULT_PRESET]
+    cost_scope: str = "step"
+    worker_costs: Mapping[str, CostModel] = field(default_factory=dict)
+    others_weight: float = 1.0
+    anchor: float = ANCHOR
+    tail_guard: float = TAIL_GUARD
+
+    def __post_init__(self) -> None:
+        for name in ("tau", "others_weight", "anchor"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise PolicyError(f"{name} is {value}, expected a number from 0")
+        if not self.tail_guard >= 0:
+            raise PolicyError(f"tail_guard is {self.tail_guard}, expected a number from 0, or inf for none")
+        for model in (self.cost, *self.worker_costs.values()):
+            model.step_cost(1, self.cost_scope)
+
+    def of_expected_union(self) -> dict[str, Any]:
+        """Keyword arguments of ExpectedUnion."""
+        return {
+            "cost": self.cost,
+            "scope": self.cost_scope,
+            "worker_costs": self.worker_costs,
+            "others_weight": self.others_weight,
+            "anchor": self.anchor,
+            "tail_guard": self.tail_guard,
+        }
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> PolicyOptions:
+        """Options from flags or a configuration file, where cost models are given as presets or files."""
+        found = dict(settings)
+        if "cost" in found:
+            found["cost"] = find_cost(found["cost"])
+        if "worker_costs" in found:
+            found["worker_costs"] = {worker: find_cost(cost) for worker, cost in dict(found["worker_costs"]).items()}
+        return cls(**found)
+
+
+OPTION_NAMES: tuple[str, ...] = tuple(option.name for option in fields(PolicyOptions))
