@@ -116,17 +116,17 @@ def _add_serve(commands: Any) -> None:
     flag("--port", type=int, default=unset, help="port to listen on (8000)")
     flag("--max-inflight", type=int, default=unset, metavar="N", help="requests a decode worker runs at once")
     flag("--worker-api-key-file", type=Path, default=unset, metavar="FILE", help="API key of the workers")
-    flag("--admin-key-file", type=Path, default=unset, metavar="FILE", help="key that allows recording")
+    flag("--admin-key-file", type=Path, default=unset, metavar="FILE", help="key of recording and the admin API")
+    flag("--admin-listen", default=unset, metavar="HOST:PORT", help="serve the admin API there; needs the admin key")
     flag("--log-level", default=unset, choices=["debug", "info", "warning", "error"])
     eldr.policies.flags.add_option_flags(parser)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     from eldr.router.app import serve
-    from eldr.router.config import RouterConfig
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "extra", "config")}
-    serve(RouterConfig.load(arguments.config, given))
+    serve(arguments.config, given)
     return 0
 
 

@@ -23,6 +23,8 @@ class Worker:
     in_flight: requests that it runs now.
     healthy: answers its probes and takes connections; a new worker is unhealthy until the first probe.
     draining: finishes what it runs and gets nothing new.
+    source: what named it: static, file, dns or admin.
+    problem: why it got nothing when it was last looked at, empty if nothing was wrong.
     models: names that it serves, None while unknown.
     clock_skew_s: its clock minus ours, as its last answer showed it, to a second; None while unknown.
     """
@@ -33,6 +35,8 @@ class Worker:
     in_flight: int = 0
     healthy: bool = False
     draining: bool = False
+    source: str = ""
+    problem: str = ""
     models: frozenset[str] | None = None
     clock_skew_s: float | None = None
 

@@ -48,7 +48,14 @@ class FakeWorker:
     counts: wire form of the expert counts in hand-offs; None leaves them out.
     """
 
-    def __init__(self, role: str = "plain", model: str = "tiny", ssl_context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        role: str = "plain",
+        model: str = "tiny",
+        ssl_context: ssl.SSLContext | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
         self.role = role
         self.ssl_context = ssl_context
         self.model = model
@@ -66,12 +73,13 @@ class FakeWorker:
         self.most_running = 0
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._port = 0
+        self._host = host
+        self._port = port
         self._handoffs = 0
 
     @property
     def url(self) -> str:
-        return f"http{'s' if self.ssl_context else ''}://127.0.0.1:{self._port}"
+        return f"http{'s' if self.ssl_context else ''}://{self._host}:{self._port}"
 
     @property
     def generated(self) -> list[Seen]:
@@ -80,7 +88,7 @@ class FakeWorker:
 
     async def start(self) -> FakeWorker:
         self._server = await asyncio.start_server(
-            self._connection, "127.0.0.1", self._port, limit=2**24, ssl=self.ssl_context
+            self._connection, self._host, self._port, limit=2**24, ssl=self.ssl_context
         )
         self._port = self._server.sockets[0].getsockname()[1]
         return self

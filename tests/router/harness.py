@@ -160,3 +160,6 @@ class Scripted(Policy):
 
     def joined(self, worker: str) -> None:
         self.heard.append(("joined", worker))
+
+    def left(self, worker: str) -> None:
+        self.heard.append(("left", worker))

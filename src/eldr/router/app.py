@@ -8,43 +8,57 @@ import signal
 import ssl
 import sys
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import uvloop
 
 from eldr.fleet import Fleet
 from eldr.policies.base import Policy
 from eldr.router import logs, openai
+from eldr.router.admin import AdminApi
 from eldr.router.admission import Admission
-from eldr.router.config import ConfigError, RouterConfig, read_key
+from eldr.router.config import ConfigError, RouterConfig, host_and_port, read_key
+from eldr.router.discovery.base import Source
+from eldr.router.discovery.dns import DnsSource
+from eldr.router.discovery.file import FileSource
+from eldr.router.discovery.static import StaticSource
 from eldr.router.errors import ApiError
 from eldr.router.flow import Flow
-from eldr.router.health import HealthProbe
-from eldr.router.http import ClientConnection, Request
+from eldr.router.http import ClientConnection, Handler, Request
+from eldr.router.membership import Membership
 from eldr.router.metrics import Metrics, RouterCollector
 from eldr.router.models import ModelsFlow
 from eldr.router.placement import Placements
 from eldr.router.prefix import PrefillRing
 from eldr.router.services import Services
-from eldr.router.upstream import SilenceWatch, WorkerPool
+from eldr.router.upstream import SilenceWatch
 
 log = logging.getLogger("eldr.router")
 
 BACKLOG = 4096
-# A prefill worker queues by itself; the router does not limit what it sends there.
-PREFILL_MAX_INFLIGHT = 2**31
 CLOSE_POLL_S = 0.02
 
 
 class Router:
-    """A running router. `start` it inside an event loop, `stop` it in the same."""
+    """A running router. `start` it inside an event loop, `stop` it in the same.
 
-    def __init__(self, config: RouterConfig, policy: Policy) -> None:
+    config_file: the file to watch, and how to read it again; None if there is none.
+    """
+
+    def __init__(
+        self, config: RouterConfig, policy: Policy, config_file: tuple[Path, Callable[[], RouterConfig]] | None = None
+    ) -> None:
         self._config = config
+        self._config_file = config_file
         self.connections: set[ClientConnection] = set()
         self.closing = False
         self._flows: set[asyncio.Task[None]] = set()
         self._background: list[asyncio.Task[None]] = []
         self._server: asyncio.Server | None = None
+        self._admin_server: asyncio.Server | None = None
         fleet = Fleet()
         metrics = Metrics()
         admission = Admission(fleet)
@@ -59,6 +73,8 @@ class Router:
             throttle=logs.Throttle(),
             admin_key=None if config.admin_key_file is None else read_key(config.admin_key_file),
         )
+        self.membership = self._build_membership()
+        self.admin = AdminApi(self.membership, lambda: self.services.admin_key)
         self._collector = RouterCollector(metrics, fleet, admission)
         self._routes = {
             openai.COMPLETIONS: (b"POST", self._completion),
@@ -72,22 +88,38 @@ class Router:
     # Start and end.
 
     async def start(self) -> None:
-        """Take the workers into the fleet, probe each once, and listen. Raises ConfigError if the port is taken."""
-        probes = self._build_fleet()
-        await asyncio.gather(*(probe.probe() for probe in probes))
+        """Take the workers into the fleet, probe each once, and listen. Raises ConfigError if a port is taken."""
+        await self.membership.follow(self._sources())
         loop = asyncio.get_running_loop()
-        self._background = [loop.create_task(probe.run()) for probe in probes]
-        self._background.append(loop.create_task(SilenceWatch(self.services.pools.values()).run()))
+        self._background = [loop.create_task(SilenceWatch(self.services.pools.values()).run())]
         try:
-            self._server = await loop.create_server(
-                lambda: ClientConnection(self, self._config.max_body_bytes),
-                self._config.host,
-                self._config.port,
-                backlog=BACKLOG,
+            self._server = await self._listen(self, self._config.host, self._config.port)
+            if self._config.admin_listen is not None:
+                host, port = host_and_port("admin_listen", self._config.admin_listen)
+                self._admin_server = await self._listen(self.admin, host, port)
+        except ConfigError:
+            await self.stop(0)
+            raise
+
+    async def _listen(self, handler: Handler, host: str, port: int) -> asyncio.Server:
+        try:
+            return await asyncio.get_running_loop().create_server(
+                lambda: ClientConnection(handler, self._config.max_body_bytes), host, port, backlog=BACKLOG
             )
         except OSError as error:
-            await self.stop(0)
-            raise ConfigError(f"cannot listen on {self._config.host}:{self._config.port}: {error}") from None
+            raise ConfigError(f"cannot listen on {host}:{port}: {error}") from None
+
+    def _sources(self) -> list[Source]:
+        config = self._config
+        named = [DnsSource(url, role, config.dns_interval_s) for url, role in config.dns_names]
+        if self._config_file is None:
+            return [StaticSource(config.endpoints), *named]
+        path, load = self._config_file
+        self._file = FileSource(path, config, load, self._reloaded)
+        return [self._file, *named]
+
+    def _reloaded(self, config: RouterConfig) -> None:
+        pass
 
     @property
     def port(self) -> int:
@@ -95,11 +127,18 @@ class Router:
         assert self._server is not None
         return int(self._server.sockets[0].getsockname()[1])
 
+    @property
+    def admin_port(self) -> int:
+        """The port of the admin API."""
+        assert self._admin_server is not None
+        return int(self._admin_server.sockets[0].getsockname()[1])
+
     async def stop(self, grace_s: float) -> None:
         """Take no more requests, let those that run finish within `grace_s` seconds, cut off the rest."""
         self.closing = True
-        if self._server is not None:
-            self._server.close()
+        for server in (self._server, self._admin_server):
+            if server is not None:
+                server.close()
         for connection in list(self.connections):
             connection.close_if_idle()
         deadline_s = time.monotonic() + grace_s
@@ -108,43 +147,30 @@ class Router:
         for task in (*self._flows, *self._background):
             task.cancel()
         await asyncio.gather(*self._flows, *self._background, return_exceptions=True)
+        await self.membership.close()
         for connection in list(self.connections):
             connection.close()
         while self.connections and time.monotonic() < deadline_s:  # the last bytes are on their way
             await asyncio.sleep(CLOSE_POLL_S)
         for connection in list(self.connections):
             connection.abort()
+        for connection in list(self.admin.connections):
+            connection.abort()
         for pool in self.services.pools.values():
             pool.close()
 
-    def _build_fleet(self) -> list[HealthProbe]:
+    def _build_membership(self) -> Membership:
         config, services = self._config, self.services
-        key = None if config.worker_api_key_file is None else read_key(config.worker_api_key_file)
-        context = _ssl_context(config)
-        probes = []
-        for role, urls, limit in (
-            ("prefill", config.prefill, PREFILL_MAX_INFLIGHT),
-            ("decode", config.decode, config.max_inflight),
-        ):
-            for url in urls:
-                worker = services.fleet.add(url, "prefill" if role == "prefill" else "decode", limit)
-                if url not in services.pools:
-                    services.pools[url] = WorkerPool(
-                        url, connect_timeout_s=config.connect_timeout_s, authorization=key, ssl_context=context
-                    )
-                if worker.role == "decode":
-                    services.placements.joined(worker)
-                probes.append(
-                    HealthProbe(
-                        services.fleet,
-                        worker,
-                        services.pools[url],
-                        config.health_interval_s,
-                        services.admission.changed,
-                    )
-                )
-        services.ring.rebuild()
-        return probes
+        return Membership(
+            config,
+            services.fleet,
+            services.pools,
+            services.ring,
+            services.admission,
+            services.placements,
+            None if config.worker_api_key_file is None else read_key(config.worker_api_key_file),
+            _ssl_context(config),
+        )
 
     # Requests.
 
@@ -195,13 +221,16 @@ class Router:
         connection.respond(200, body, content_type.encode())
 
 
-def serve(config: RouterConfig) -> None:
+def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
     """Run a router until SIGTERM or SIGINT; a second signal does not wait for running requests.
 
-    Raises EldrError for a configuration, calibration or policy that cannot be used, before anything starts.
+    path: configuration file, if there is one; flags override it. Raises EldrError for a configuration, calibration or
+    policy that cannot be used, before anything starts.
     """
+    load = partial(RouterConfig.load, path, flags)
+    config = load()
     logs.set_up(config.log_level)
-    uvloop.run(_serve(Router(config, build_policy(config)), config))
+    uvloop.run(_serve(Router(config, build_policy(config), None if path is None else (path, load)), config))
 
 
 async def _serve(router: Router, config: RouterConfig) -> None:
@@ -232,9 +261,8 @@ def build_policy(config: RouterConfig) -> Policy:
     return make_policy(config.policy, config.policy_options(), calibration=calibration, seed=config.seed)
 
 
-def _ssl_context(config: RouterConfig) -> ssl.SSLContext | None:
-    if not any(url.startswith("https:") for url in (*config.prefill, *config.decode)):
-        return None
+def _ssl_context(config: RouterConfig) -> ssl.SSLContext:
+    """For workers with https, which may also join later."""
     try:
         return ssl.create_default_context(cafile=config.worker_ca_file)
     except (OSError, ssl.SSLError) as error:

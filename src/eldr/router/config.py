@@ -8,14 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from eldr.cost import DEFAULT_PRESET
 from eldr.errors import EldrError
+from eldr.fleet import Role
 from eldr.policies import PolicyOptions
 from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
 from eldr.policies.options import OPTION_NAMES
+from eldr.router.discovery.base import Endpoint, Endpoints
+from eldr.router.urls import UrlError, worker_urls
 
+# In front of a worker's URL: its host is a name with several addresses, each of which is a worker.
+DNS = "dns+"
+ROLES: tuple[Role, ...] = ("prefill", "decode")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -27,14 +32,19 @@ class ConfigError(EldrError):
 class RouterConfig:
     """The settings of a router. In a TOML file they are top-level keys of the same names.
 
-    prefill, decode: URLs of the workers, http or https.
+    prefill, decode: URLs of the workers, http or https; dns+http://NAME:PORT for one worker per address of a name,
+        #dp=N after a URL for its N data-parallel engines.
+    model: name that every worker must serve; by default a worker must share a name with those already there.
     policy: name of the decode policy; calibration: file written by `eldr fit`, needed by locality-band.
     tau ... tail_guard: as in eldr.policies.options.PolicyOptions; cost is a preset or a file, worker_costs the same of
         single decode workers, URL -> preset or file.
     max_inflight: most requests in flight at each decode worker; what exceeds it queues in the router.
     worker_api_key_file: file with the key that workers ask for; it replaces the client's Authorization.
     worker_ca_file: PEM certificates that https workers are checked against, the system's if not given.
-    admin_key_file: file with the key that recording asks for; without it nobody may record.
+    admin_key_file: file with the key that recording and the admin API ask for; without it nobody may use either.
+    admin_listen: HOST:PORT of the admin API, which needs admin_key_file; off by default.
+    dns_interval_s: time between two resolutions of a dns+ name, varied by a fifth either way.
+    drain_timeout_s: how long running requests of a worker that leaves may finish.
     prefix_window_bytes: how much of the prompt decides the prefill worker; for chat it starts after the system
         messages.
     max_body_bytes: largest request body taken.
@@ -47,6 +57,7 @@ class RouterConfig:
 
     prefill: tuple[str, ...] = ()
     decode: tuple[str, ...] = ()
+    model: str | None = None
     policy: str = "jsq"
     calibration: Path | None = None
     tau: float = 0.1
@@ -64,20 +75,32 @@ class RouterConfig:
     worker_api_key_file: Path | None = None
     worker_ca_file: Path | None = None
     admin_key_file: Path | None = None
+    admin_listen: str | None = None
     prefix_window_bytes: int = 1024
     max_body_bytes: int = 32 * 1024 * 1024
     health_interval_s: float = 2.0
     connect_timeout_s: float = 2.0
     prefill_timeout_s: float = 300.0
     decode_idle_timeout_s: float = 300.0
+    dns_interval_s: float = 10.0
+    drain_timeout_s: float = 300.0
     grace_s: float = 30.0
     log_level: str = "warning"
 
     def __post_init__(self) -> None:
-        self.prefill = _urls("prefill", self.prefill)
-        self.decode = _urls("decode", self.decode)
+        for role in ROLES:
+            setattr(self, role, _urls(role, getattr(self, role)))
+            if not getattr(self, role) and self.admin_listen is None:
+                raise ConfigError(f"{role} is empty: give at least one {role} worker, such as http://10.0.0.1:8000")
         for key in ("policy", "host"):
             _text(key, getattr(self, key))
+        for key in ("model", "admin_listen"):
+            if getattr(self, key) is not None:
+                _text(key, getattr(self, key))
+        if self.admin_listen is not None:
+            host_and_port("admin_listen", self.admin_listen)
+            if self.admin_key_file is None:
+                raise ConfigError("admin_listen needs admin_key_file: the admin API has no user without a key")
         for key in ("calibration", "worker_api_key_file", "worker_ca_file", "admin_key_file"):
             setattr(self, key, _path(key, getattr(self, key)))
         for key in ("tau", "others_weight", "anchor"):
@@ -94,15 +117,32 @@ class RouterConfig:
         _whole("max_inflight", self.max_inflight, 1, 2**31)
         _whole("prefix_window_bytes", self.prefix_window_bytes, 1, 2**31)
         _whole("max_body_bytes", self.max_body_bytes, 1, 2**31)
-        for key in ("health_interval_s", "connect_timeout_s", "prefill_timeout_s", "decode_idle_timeout_s"):
+        for key in (
+            "dns_interval_s",
+            "health_interval_s",
+            "connect_timeout_s",
+            "prefill_timeout_s",
+            "decode_idle_timeout_s",
+        ):
             _number(key, getattr(self, key), 0.01)
-        _number("grace_s", self.grace_s, 0.0)
+        for key in ("drain_timeout_s", "grace_s"):
+            _number(key, getattr(self, key), 0.0)
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}, expected one of {', '.join(LOG_LEVELS)}")
 
     def policy_options(self) -> PolicyOptions:
         """The options of policies. Raises CostError or PolicyError for a cost or an option that cannot be used."""
         return PolicyOptions.from_settings({name: getattr(self, name) for name in OPTION_NAMES})
+
+    @property
+    def endpoints(self) -> Endpoints:
+        """The workers given by their own URLs."""
+        return frozenset(Endpoint(url, role) for role in ROLES for url in getattr(self, role) if url[:4] != DNS)
+
+    @property
+    def dns_names(self) -> list[tuple[str, Role]]:
+        """The URLs whose hosts are to be resolved, without dns+, and their roles."""
+        return [(url[4:], role) for role in ROLES for url in getattr(self, role) if url[:4] == DNS]
 
     @classmethod
     def load(cls, path: Path | None, overrides: Mapping[str, Any]) -> RouterConfig:
@@ -140,27 +180,32 @@ def read_key(path: Path) -> bytes:
 def _urls(key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(url, str) for url in value):
         raise ConfigError(f"{key} is {value!r}, expected a list of URLs")
-    if not value:
-        raise ConfigError(f"{key} is empty: give at least one {key} worker, such as http://10.0.0.1:8000")
-    urls = tuple(_url(key, url) for url in value)
+    urls: list[str] = []
+    for text in value:
+        try:
+            urls += [DNS + _dns_url(text)] if text.startswith(DNS) else worker_urls(text)
+        except UrlError as error:
+            raise ConfigError(f"{key}: {error}") from None
     for url in urls:
         if urls.count(url) > 1:
             raise ConfigError(f"{key} names {url} twice")
-    return urls
+    return tuple(urls)
 
 
-def _url(key: str, url: str) -> str:
-    problem = ConfigError(f"{key}: {url!r} is not a worker's URL, expected such as http://10.0.0.1:8000")
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise problem from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or port == 0:
-        raise problem
-    if parts.path not in ("", "/") or parts.query or parts.fragment or any(c <= " " or c > "~" for c in url):
-        raise problem
-    return f"{parts.scheme}://{parts.netloc}"
+def _dns_url(text: str) -> str:
+    url = text.removeprefix(DNS)
+    if not url.startswith("http://") or "#" in url:
+        # A certificate names a host; what is found behind the name are addresses.
+        raise UrlError(f"{text!r}: expected dns+http://NAME:PORT")
+    return worker_urls(url)[0]
+
+
+def host_and_port(key: str, value: str) -> tuple[str, int]:
+    """HOST:PORT in two parts; an IPv6 host stands in brackets. Raises ConfigError."""
+    host, _, port = value.rpartition(":")
+    if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535 or (":" in host and host[0] != "["):
+        raise ConfigError(f"{key} is {value!r}, expected HOST:PORT such as 127.0.0.1:8001")
+    return host.strip("[]"), int(port)
 
 
 def _worker_costs(value: Any, decode: tuple[str, ...]) -> dict[str, str]:
@@ -168,12 +213,16 @@ def _worker_costs(value: Any, decode: tuple[str, ...]) -> dict[str, str]:
     if not isinstance(value, dict | list):
         raise ConfigError(f"worker_costs is {value!r}, expected a table: URL of a decode worker = cost file or preset")
     costs: dict[str, str] = {}
-    for url, cost in dict(value).items():
-        url = _url("worker_costs", url)
-        if url not in decode:
-            raise ConfigError(f"worker_costs names {url}, which is no decode worker; there are {', '.join(decode)}")
-        _text(f"worker_costs of {url}", cost)
-        costs[url] = cost
+    for text, cost in dict(value).items():
+        try:
+            urls = worker_urls(text)
+        except UrlError as error:
+            raise ConfigError(f"worker_costs: {error}") from None
+        for url in urls:
+            if url not in decode:
+                raise ConfigError(f"worker_costs names {url}, which is no decode worker; there are {', '.join(decode)}")
+            _text(f"worker_costs of {url}", cost)
+            costs[url] = cost
     return costs
 
 

@@ -175,7 +175,7 @@ class Flow:
 
     async def _prefill_on(self, worker: Worker, job: Job, body: bytes) -> HandOff | None:
         services = self._services
-        pool = services.pools[worker.url]
+        pool = services.pools[worker]
         services.fleet.started(worker)
         try:
             connection = await pool.connection()
@@ -248,7 +248,7 @@ class Flow:
     async def _decode_on(self, placement: Placement, job: Job, handoff: HandOff | None) -> bool:
         """Send the decode request and pass the answer on. False if the lease ended before it could be sent."""
         services = self._services
-        pool = services.pools[placement.worker.url]
+        pool = services.pools[placement.worker]
         connection = await pool.connection()
         if handoff is None:
             params = {"eldr_record": True} if job.record else None

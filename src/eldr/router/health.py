@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from email.utils import parsedate_to_datetime
 
 from eldr.fleet import Fleet, Worker
@@ -23,16 +23,26 @@ JITTER = 0.2
 
 
 class HealthProbe:
-    """Watches one worker and keeps its state in the fleet. `changed` is called when the worker goes up or down."""
+    """Watches one worker and keeps its state in the fleet. `changed` is called when the worker goes up or down.
+
+    check: raises UpstreamError for a worker that is alive and must not get requests all the same.
+    """
 
     def __init__(
-        self, fleet: Fleet, worker: Worker, pool: WorkerPool, interval_s: float, changed: Callable[[], None]
+        self,
+        fleet: Fleet,
+        worker: Worker,
+        pool: WorkerPool,
+        interval_s: float,
+        changed: Callable[[], None],
+        check: Callable[[], Awaitable[None]],
     ) -> None:
         self._fleet = fleet
         self._worker = worker
         self._pool = pool
         self._interval_s = interval_s
         self._changed = changed
+        self._check = check
         self._failures = 0
         self._reported: bool | None = None
         self._models_at_s = float("-inf")
@@ -49,6 +59,7 @@ class HealthProbe:
                 await self._get(b"/health")
                 if not self._worker.healthy or time.monotonic() - self._models_at_s > MODELS_EVERY_S:
                     self._worker.models = _model_names(await self._get(b"/v1/models", (200, 401, 403)))
+                    await self._check()
                     self._models_at_s = time.monotonic()
         except TimeoutError:
             self._failed(f"no answer within {PROBE_TIMEOUT_S:g} s", FAILURES_TO_DOWN)
@@ -67,6 +78,7 @@ class HealthProbe:
 
     def _report(self, healthy: bool, reason: str) -> None:
         worker = self._worker
+        worker.problem = reason
         if worker.healthy != healthy:
             self._fleet.set_healthy(worker, healthy)
             self._changed()

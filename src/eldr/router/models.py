@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from eldr.fleet import Worker
 from eldr.router.errors import ApiError
 from eldr.router.http import ClientConnection, Request
 from eldr.router.services import Services
@@ -39,7 +40,7 @@ class ModelsFlow:
     async def _run(self) -> None:
         for worker in list(self._services.fleet.available("decode")):
             try:
-                answer = await self._ask(worker.url)
+                answer = await self._ask(worker)
             except UpstreamError:
                 continue
             content_type = answer.headers.get(b"content-type", b"application/json")
@@ -49,8 +50,8 @@ class ModelsFlow:
         self._connection.respond_error(ApiError(503, "no decode worker is available", retry_after_s=2))
         self._count(503)
 
-    async def _ask(self, url: str) -> Answer:
-        pool = self._services.pools[url]
+    async def _ask(self, worker: Worker) -> Answer:
+        pool = self._services.pools[worker]
         connection = await pool.connection()
         answer = Answer()
         authorization = self._request.headers.get(b"authorization")

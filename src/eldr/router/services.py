@@ -19,11 +19,11 @@ log = logging.getLogger("eldr.router")
 
 @dataclass
 class Services:
-    """The parts of one router. `pools` holds the connections to each worker by its URL."""
+    """The parts of one router. `pools` holds the connections to each worker."""
 
     config: RouterConfig
     fleet: Fleet
-    pools: dict[str, WorkerPool]
+    pools: dict[Worker, WorkerPool]
     ring: PrefillRing
     admission: Admission
     placements: Placements

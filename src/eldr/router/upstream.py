@@ -120,7 +120,7 @@ class WorkerConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
-        self._fail(f"the connection closed before the answer was complete{f' ({exc})' if exc else ''}")
+        self.fail(f"the connection closed before the answer was complete{f' ({exc})' if exc else ''}")
 
     # The exchange.
 
@@ -160,7 +160,7 @@ class WorkerConnection(asyncio.Protocol):
 
     def check_silence(self, now_s: float) -> None:
         if not self._paused and now_s - self.last_heard_s > self._idle_limit_s:
-            self._fail(f"no byte for {self._idle_limit_s:g} s")
+            self.fail(f"no byte for {self._idle_limit_s:g} s")
 
     @property
     def usable(self) -> bool:
@@ -169,7 +169,8 @@ class WorkerConnection(asyncio.Protocol):
     def close(self) -> None:
         self._transport.close()
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
+        """Give the exchange up and tell it why."""
         self._pool.active.discard(self)
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
@@ -187,7 +188,7 @@ class WorkerConnection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if not self._complete:
-                self._fail(f"unusable answer: {error.__context__ or error}")
+                self.fail(f"unusable answer: {error.__context__ or error}")
                 return
             self._keep = False  # garbage after the answer
         if self._complete:
@@ -260,6 +261,7 @@ class WorkerPool:
         self._connect_timeout_s = connect_timeout_s
         # Last in, first out: what load does not need grows old and is closed.
         self._idle: dict[WorkerConnection, None] = {}
+        self._closed = False
         self._netloc = parts.netloc.encode()
         self._authorization = None if authorization is None else b"authorization: Bearer " + authorization + b"\r\n"
 
@@ -281,6 +283,7 @@ class WorkerPool:
 
     async def connection(self) -> WorkerConnection:
         """A connection ready for an exchange. Raises ConnectError."""
+        self._check_open()
         while self._idle:
             connection, _ = self._idle.popitem()
             if connection.usable:
@@ -296,10 +299,22 @@ class WorkerPool:
             raise ConnectError(f"{self.url}: no connection within {self._connect_timeout_s:g} s") from None
         except (OSError, ssl.CertificateError) as error:
             raise ConnectError(f"{self.url}: {error}") from None
+        try:
+            self._check_open()
+        except ConnectError:
+            connection.abort()
+            raise
         return connection
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConnectError(f"{self.url}: the worker has left the fleet")
+
     def release(self, connection: WorkerConnection) -> None:
-        self._idle[connection] = None
+        if self._closed:
+            connection.close()
+        else:
+            self._idle[connection] = None
 
     def forget(self, connection: WorkerConnection) -> None:
         self._idle.pop(connection, None)
@@ -311,7 +326,14 @@ class WorkerPool:
         for connection in [connection for connection in self._idle if not connection.usable]:
             connection.close()
 
+    def cut(self, reason: str) -> None:
+        """Fail every exchange, and connect no more."""
+        self._closed = True
+        for connection in list(self.active):
+            connection.fail(reason)
+
     def close(self) -> None:
+        self._closed = True
         for connection in (*self._idle, *self.active):
             connection.close()
         self._idle.clear()

@@ -1,0 +1,149 @@
+"""The admin API, on an address of its own: look at the fleet, take workers in, drain them, let them go."""
+
+from __future__ import annotations
+
+import hmac
+import math
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from eldr.fleet import Role, Worker
+from eldr.router.discovery.base import Endpoint
+from eldr.router.errors import ApiError
+from eldr.router.http import ClientConnection, Request
+from eldr.router.membership import Membership, MembershipError
+from eldr.router.urls import UrlError, worker_url
+
+SOURCE = "admin"
+
+
+class AdminApi:
+    """Answers admin requests; a handler of `ClientConnection`. Every request needs the admin key.
+
+    key: gives the key as it is now.
+    """
+
+    def __init__(self, membership: Membership, key: Callable[[], bytes | None]) -> None:
+        self.connections: set[ClientConnection] = set()
+        self.closing = False
+        self._membership = membership
+        self._key = key
+        self._routes: dict[bytes, dict[bytes, Callable[[dict[str, Any]], tuple[int, object]]]] = {
+            b"/admin/workers": {b"GET": self._list, b"POST": self._join, b"DELETE": self._remove},
+            b"/admin/drain": {b"POST": self._drain},
+        }
+
+    def refused(self, error: ApiError) -> None:
+        """Nothing is counted here: the router's metrics are about its clients."""
+
+    def handle(self, request: Request, connection: ClientConnection) -> None:
+        try:
+            status, answer = self._answer(request)
+        except ApiError as error:
+            connection.respond_error(error, b"www-authenticate: Bearer\r\n" if error.status == 401 else b"")
+        else:
+            connection.respond(status, orjson.dumps(answer))
+
+    def _answer(self, request: Request) -> tuple[int, object]:
+        key = self._key()
+        given = request.headers.get(b"authorization", b"")
+        if key is None or not hmac.compare_digest(given, b"Bearer " + key):
+            raise ApiError(401, "the admin API needs its key as Authorization: Bearer KEY (see --admin-key-file)")
+        methods = self._routes.get(request.path)
+        if methods is None:
+            raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, self._routes)))
+        act = methods.get(request.method)
+        if act is None:
+            raise ApiError(405, "Method Not Allowed: use " + ", ".join(map(bytes.decode, methods)))
+        try:
+            return act({} if request.method == b"GET" else _fields(request.body))
+        except UrlError as error:
+            raise ApiError(400, str(error), param="url") from None
+
+    def _list(self, fields: dict[str, Any]) -> tuple[int, object]:
+        return 200, {"workers": [describe(worker) for worker in self._membership.workers()]}
+
+    def _join(self, fields: dict[str, Any]) -> tuple[int, object]:
+        """Take a worker in. 202: it is probed first, and shows in the list as joining until it is up."""
+        _only(fields, "url", "role")
+        role = _role(fields)
+        if role is None:
+            raise ApiError(400, "role must be prefill or decode", param="role")
+        try:
+            worker = self._membership.join(Endpoint(_url(fields), role), SOURCE)
+        except MembershipError as error:
+            raise ApiError(409, str(error), param="url") from None
+        return 202, describe(worker)
+
+    def _remove(self, fields: dict[str, Any]) -> tuple[int, object]:
+        """Let a worker go at once: what runs there is cut off."""
+        _only(fields, "url", "role")
+        return self._let_go(fields, 0.0)
+
+    def _drain(self, fields: dict[str, Any]) -> tuple[int, object]:
+        """Give a worker nothing more; it goes when its running requests have ended, at the latest after timeout_s."""
+        _only(fields, "url", "role", "timeout_s")
+        timeout_s = fields.get("timeout_s")
+        if timeout_s is not None and (type(timeout_s) not in (int, float) or not 0 <= timeout_s < math.inf):
+            raise ApiError(400, "timeout_s must be a number of seconds from 0", param="timeout_s")
+        return self._let_go(fields, timeout_s)
+
+    def _let_go(self, fields: dict[str, Any], timeout_s: float | None) -> tuple[int, object]:
+        try:
+            worker = self._membership.worker(_url(fields), _role(fields))
+        except MembershipError as error:
+            raise ApiError(404, str(error), param="url") from None
+        self._membership.drain(worker, timeout_s)
+        return 202, describe(worker)
+
+
+def describe(worker: Worker) -> dict[str, Any]:
+    """A worker as the API shows it."""
+    if worker.draining:
+        state = "draining"
+    elif worker.healthy:
+        state = "up"
+    else:
+        state = "joining" if worker.models is None and not worker.problem else "down"
+    return {
+        "url": worker.url,
+        "role": worker.role,
+        "state": state,
+        "problem": worker.problem,
+        "source": worker.source,
+        "in_flight": worker.in_flight,
+        "max_inflight": worker.max_inflight if worker.role == "decode" else None,
+        "models": None if worker.models is None else sorted(worker.models),
+    }
+
+
+def _fields(body: bytes) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"the request body is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "the request body must be a JSON object")
+    return fields
+
+
+def _only(fields: dict[str, Any], *known: str) -> None:
+    for name in fields:
+        if name not in known:
+            raise ApiError(400, f"unknown field {name!r}; known are {', '.join(known)}", param=name)
+
+
+def _url(fields: dict[str, Any]) -> str:
+    url = fields.get("url")
+    if not isinstance(url, str):
+        raise ApiError(400, "url must be a worker's URL, such as http://10.0.0.1:8000", param="url")
+    return worker_url(url)
+
+
+def _role(fields: dict[str, Any]) -> Role | None:
+    role = fields.get("role")
+    if role not in (None, "prefill", "decode"):
+        raise ApiError(400, "role must be prefill or decode", param="role")
+    return role

@@ -1,0 +1,255 @@
+"""Who is in the fleet: the one place where workers join, drain and leave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from eldr.errors import EldrError
+from eldr.fleet import Fleet, Role, Worker
+from eldr.router.admission import Admission
+from eldr.router.config import RouterConfig
+from eldr.router.discovery.base import Endpoint, Endpoints, Source
+from eldr.router.health import HealthProbe
+from eldr.router.placement import Placements
+from eldr.router.prefix import PrefillRing
+from eldr.router.upstream import ExchangeError, WorkerPool
+
+log = logging.getLogger("eldr.router")
+
+# A prefill worker queues by itself; the router does not limit what it sends there.
+PREFILL_MAX_INFLIGHT = 2**31
+IDLE_POLL_S = 0.05
+# How long requests that were cut off may take to end before their worker goes all the same.
+CUT_S = 5.0
+
+
+class MembershipError(EldrError):
+    """A worker that cannot join, or that is not in the fleet."""
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """What belongs to one worker.
+
+    fit: since it came up it was found to serve the right model. joined: the policy knows of it. leaving: the task that
+    waits for its last request.
+    """
+
+    worker: Worker
+    probe: HealthProbe
+    fit: bool = False
+    joined: bool = False
+    probing: asyncio.Task[None] | None = None
+    leaving: asyncio.Task[None] | None = None
+
+
+class Membership:
+    """Takes workers in and lets them go, by hand or as sources name them.
+
+    A new worker gets nothing until a probe has found it alive and serving the right model; the policy hears of it
+    only then. `pools` gains and loses the connections of each worker.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        fleet: Fleet,
+        pools: dict[Worker, WorkerPool],
+        ring: PrefillRing,
+        admission: Admission,
+        placements: Placements,
+        worker_key: bytes | None,
+        ssl_context: ssl.SSLContext,
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._pools = pools
+        self._ring = ring
+        self._admission = admission
+        self._placements = placements
+        self._worker_key = worker_key
+        self._ssl_context = ssl_context
+        self._members: dict[Worker, _Member] = {}
+        self._watching: list[asyncio.Task[None]] = []
+
+    # By what sources say.
+
+    async def follow(self, sources: list[Source]) -> None:
+        """Take in and probe once what the sources name now, then keep up with what they name."""
+        for source in sources:
+            snapshots = aiter(source.watch())
+            known = await anext(snapshots)
+            for endpoint in sorted(known, key=self._config_order):
+                if self._find(endpoint) is None:
+                    self._add(endpoint, source.name)
+            self._watching.append(asyncio.create_task(self._keep_up(source.name, snapshots, known)))
+        await asyncio.gather(*(member.probe.probe() for member in self._members.values()))
+        for member in self._members.values():
+            self._changed(member)
+            self._start_probing(member)
+
+    def _config_order(self, endpoint: Endpoint) -> tuple[int, str]:
+        """Workers given by URL come in the order of the configuration, which numbers zones and turns."""
+        given = getattr(self._config, endpoint.role)
+        return (given.index(endpoint.url) if endpoint.url in given else len(given)), endpoint.url
+
+    async def _keep_up(self, name: str, snapshots: AsyncIterator[Endpoints], known: Endpoints) -> None:
+        async for found in snapshots:
+            for endpoint in sorted(found - known, key=self._config_order):
+                self._join_if_new(endpoint, name)
+            for endpoint in known - found:
+                worker = self._find(endpoint)
+                # What was since taken in by hand is no longer this source's to send away.
+                if worker is not None and worker.source == name:
+                    self.drain(worker)
+            known = found
+
+    def _join_if_new(self, endpoint: Endpoint, source: str) -> None:
+        worker = self._find(endpoint)
+        if worker is None or worker.draining:
+            self.join(endpoint, source)
+
+    # By hand.
+
+    def worker(self, url: str, role: Role | None) -> Worker:
+        """The worker with this URL, of the only role it has if none is given. Raises MembershipError."""
+        found = [w for w in self._members if w.url == url and role in (None, w.role)]
+        if not found:
+            raise MembershipError(f"no {role + ' ' if role else ''}worker {url} is in the fleet")
+        if len(found) > 1:
+            raise MembershipError(f"{url} is a prefill and a decode worker: say which, with role")
+        return found[0]
+
+    def workers(self) -> list[Worker]:
+        return list(self._members)
+
+    def join(self, endpoint: Endpoint, source: str) -> Worker:
+        """Take a worker in; one that drains stays. Raises MembershipError if it is there and does not drain."""
+        worker = self._find(endpoint)
+        if worker is None:
+            member = self._add(endpoint, source)
+            self._start_probing(member)
+            log.info("%s worker %s joins (%s)", endpoint.role, endpoint.url, source)
+            return member.worker
+        if not worker.draining:
+            raise MembershipError(f"{endpoint.role} worker {endpoint.url} is in the fleet already")
+        member = self._members[worker]
+        if member.leaving is not None:
+            member.leaving.cancel()
+            member.leaving = None
+        worker.source = source
+        self._fleet.set_draining(worker, False)
+        self._admission.changed()
+        return worker
+
+    def drain(self, worker: Worker, timeout_s: float | None = None) -> None:
+        """Give a worker nothing more; when its running requests have ended, or after `timeout_s`, it is gone."""
+        member = self._members[worker]
+        if member.leaving is not None:
+            member.leaving.cancel()
+        log.info("%s worker %s drains", worker.role, worker.url)
+        self._fleet.set_draining(worker, True)
+        self._admission.changed()
+        timeout_s = self._config.drain_timeout_s if timeout_s is None else timeout_s
+        member.leaving = asyncio.create_task(self._leave(member, timeout_s))
+
+    async def _leave(self, member: _Member, timeout_s: float) -> None:
+        worker = member.worker
+        await self._until_idle(worker, timeout_s)
+        if worker.in_flight:
+            log.warning("%s worker %s goes with %d requests cut off", worker.role, worker.url, worker.in_flight)
+            self._pools[worker].cut("the worker was taken out of the fleet")
+            await self._until_idle(worker, CUT_S)
+        self._remove(member)
+
+    async def _until_idle(self, worker: Worker, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while worker.in_flight and time.monotonic() < deadline_s:
+            await asyncio.sleep(IDLE_POLL_S)
+
+    def _remove(self, member: _Member) -> None:
+        worker = member.worker
+        del self._members[worker]
+        self._fleet.remove(worker)
+        self._ring.rebuild()
+        if member.probing is not None:
+            member.probing.cancel()
+        if member.joined and worker.role == "decode":
+            self._placements.left(worker)
+        self._pools.pop(worker).close()
+        self._admission.changed()
+        log.info("%s worker %s has left", worker.role, worker.url)
+
+    # Within.
+
+    def _find(self, endpoint: Endpoint) -> Worker | None:
+        return self._fleet.workers(endpoint.role).get(endpoint.url)
+
+    def _add(self, endpoint: Endpoint, source: str) -> _Member:
+        config = self._config
+        limit = PREFILL_MAX_INFLIGHT if endpoint.role == "prefill" else config.max_inflight
+        worker = self._fleet.add(endpoint.url, endpoint.role, limit)
+        worker.source = source
+        pool = WorkerPool(
+            endpoint.url,
+            connect_timeout_s=config.connect_timeout_s,
+            authorization=self._worker_key,
+            ssl_context=self._ssl_context,
+        )
+        self._pools[worker] = pool
+        probe = HealthProbe(
+            self._fleet,
+            worker,
+            pool,
+            config.health_interval_s,
+            lambda: self._changed(member),
+            lambda: self._check(member),
+        )
+        member = self._members[worker] = _Member(worker, probe)
+        self._ring.rebuild()
+        return member
+
+    def _start_probing(self, member: _Member) -> None:
+        member.probing = asyncio.create_task(member.probe.run())
+
+    def _changed(self, member: _Member) -> None:
+        """A probe has found the worker up or down."""
+        worker = member.worker
+        if worker.healthy and not member.joined:
+            member.joined = True
+            if worker.role == "decode":
+                self._placements.joined(worker)
+        member.fit &= worker.healthy
+        self._admission.changed()
+
+    async def _check(self, member: _Member) -> None:
+        """Raise ExchangeError, which keeps the worker out, unless it serves the fleet's model."""
+        models = member.worker.models
+        wanted = self._config.model
+        if models is not None and wanted is not None and wanted not in models:
+            raise ExchangeError(f"it serves {_names(models)}, not {wanted}")
+        others = [
+            other.worker.models
+            for other in self._members.values()
+            if other is not member and other.fit and other.worker.models is not None
+        ]
+        if models is not None and others and not any(models & names for names in others):
+            raise ExchangeError(f"it serves {_names(models)}, the fleet serves {_names(others[0])}")
+        member.fit = True
+
+    async def close(self) -> None:
+        tasks = list(self._watching)
+        for member in self._members.values():
+            tasks += [task for task in (member.probing, member.leaving) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _names(models: frozenset[str]) -> str:
+    return ", ".join(sorted(models)) or "no model"
