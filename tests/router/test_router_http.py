@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eldr.router.http import MAX_HEAD_BYTES, ClientConnection
+from eldr.router.limits import ClientLimits
 
 BODY = json.dumps(ASK).encode()
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -81,7 +82,6 @@ MALFORMED = {
     "TLS": bytes.fromhex("16030100a5010000a1030301020304050607"),
     "rubbish": b"\x00\x01\x02\x03\r\n\r\n",
     "a space in the target": b"GET /he alth HTTP/1.1\r\nhost: x\r\n\r\n",
-    "an upgrade": b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
     "CONNECT": b"CONNECT example.com:80 HTTP/1.1\r\nhost: x\r\n\r\n",
 }
 
@@ -101,6 +101,14 @@ def answers():
 
     ask_all()
     return collected
+
+
+def test_a_second_offer_to_upgrade_is_refused():
+    offer = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n"
+    requests, errors, statuses = feed([offer * 2])
+    assert len(requests) == 1
+    assert errors == [400]
+    assert statuses == [b"HTTP/1.1 200 OK", b"HTTP/1.1 400 B"]
 
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -271,6 +279,16 @@ async def test_absolute_targets_and_queries():
         assert status_of(await exchange(s, b"OPTIONS * HTTP/1.1\r\n" + close)) in (400, 404)
 
 
+LIMITS = ClientLimits(
+    max_body_bytes=10_000,
+    max_connections=10,
+    head_timeout_s=5.0,
+    body_timeout_s=10.0,
+    idle_timeout_s=20.0,
+    stall_timeout_s=30.0,
+)
+
+
 class Recorder:
     """A handler that keeps requests and answers each at once."""
 
@@ -279,6 +297,9 @@ class Recorder:
         self.closing = False
         self.requests = []
         self.errors = []
+
+    def permit(self, path, headers):
+        return ""
 
     def handle(self, request, connection):
         self.requests.append((request.method, request.path, request.headers, request.body))
@@ -316,7 +337,7 @@ class MemoryTransport(asyncio.Transport):
 def feed(pieces: list[bytes]):
     async def run():
         handler, transport = Recorder(), MemoryTransport()
-        connection = ClientConnection(handler, 10_000)
+        connection = ClientConnection(handler, LIMITS)
         connection.connection_made(transport)
         for piece in pieces:
             if not transport.closed:

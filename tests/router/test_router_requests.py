@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import ssl
-import subprocess
 import time
 
 import openai as openai_client
 import pytest
+from certificates import certificate
 from fake_worker import EXPERTS, LAYERS, counts_wire, reply
 from harness import ASK, CHAT, Scripted, on_uvloop, running, until
 
@@ -424,25 +423,13 @@ async def test_the_log_has_a_line_per_request_and_no_prompt(capfd):
         logs.set_up("warning")
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """A self-signed certificate for 127.0.0.1 and its key, as files."""
-    folder = tmp_path_factory.mktemp("tls")
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl command")
-    subject = ["-subj", "/CN=worker", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    subprocess.run(["openssl", "req", "-x509", *key, *files, *subject], check=True, capture_output=True)
-    return folder / "cert.pem", folder / "key.pem"
-
-
 @pytest.mark.parametrize("trusted", [True, False])
 @on_uvloop
-async def test_workers_behind_tls(certificate, trusted):
+async def test_workers_behind_tls(tmp_path, trusted):
+    cert, key = certificate(tmp_path, "worker")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*certificate)
-    async with running(worker_tls=context, worker_ca_file=certificate[0] if trusted else None) as s:
+    context.load_cert_chain(cert, key)
+    async with running(worker_tls=context, worker_ca=cert if trusted else None) as s:
         assert s.decode[0].url.startswith("https:")
         assert (await s.get("/ready")).status == (200 if trusted else 503)
         assert (await s.post()).status == (200 if trusted else 503)

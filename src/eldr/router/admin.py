@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from eldr.fleet import Role, Worker
 from eldr.router.discovery.base import Endpoint
 from eldr.router.errors import ApiError
 from eldr.router.http import ClientConnection, Request
+from eldr.router.keys import ADMIN, is_admin
 from eldr.router.membership import Membership, MembershipError
 from eldr.router.urls import UrlError, worker_url
 
@@ -38,19 +38,20 @@ class AdminApi:
     def refused(self, error: ApiError) -> None:
         """Nothing is counted here: the router's metrics are about its clients."""
 
+    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
+        if not is_admin(headers.get(b"authorization"), self._key()):
+            raise ApiError(401, "the admin API needs its key as Authorization: Bearer KEY (see --admin-key-file)")
+        return ADMIN
+
     def handle(self, request: Request, connection: ClientConnection) -> None:
         try:
             status, answer = self._answer(request)
         except ApiError as error:
-            connection.respond_error(error, b"www-authenticate: Bearer\r\n" if error.status == 401 else b"")
+            connection.respond_error(error)
         else:
             connection.respond(status, orjson.dumps(answer))
 
     def _answer(self, request: Request) -> tuple[int, object]:
-        key = self._key()
-        given = request.headers.get(b"authorization", b"")
-        if key is None or not hmac.compare_digest(given, b"Bearer " + key):
-            raise ApiError(401, "the admin API needs its key as Authorization: Bearer KEY (see --admin-key-file)")
         methods = self._routes.get(request.path)
         if methods is None:
             raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, self._routes)))

@@ -6,6 +6,7 @@ import re
 import time
 
 from eldr.router.errors import ApiError
+from eldr.router.forwarding import content_type
 from eldr.router.http import ClientConnection
 from eldr.router.metrics import Metrics
 from eldr.router.upstream import Answer, ExchangeError
@@ -50,7 +51,7 @@ class DecodeAnswer(Answer):
 
     def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
         super().on_head(status, headers)
-        self._is_stream = status == 200 and headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        self._is_stream = status == 200 and content_type(headers).startswith(b"text/event-stream")
 
     def on_body(self, data: bytes) -> None:
         if not self._is_stream:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
-import ssl
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -28,18 +28,23 @@ from eldr.router.discovery.static import StaticSource
 from eldr.router.errors import ApiError
 from eldr.router.flow import Flow
 from eldr.router.http import ClientConnection, Handler, Request
+from eldr.router.keys import ADMIN, ApiKeys, is_admin
+from eldr.router.limits import ClientLimits, ConnectionWatch
 from eldr.router.membership import Membership
 from eldr.router.metrics import Metrics, RouterCollector
 from eldr.router.models import ModelsFlow
 from eldr.router.placement import Placements
 from eldr.router.prefix import PrefillRing
 from eldr.router.services import Services
+from eldr.router.tls import HANDSHAKE_TIMEOUT_S, ServerTls, worker_context
 from eldr.router.upstream import SilenceWatch
 
 log = logging.getLogger("eldr.router")
 
 BACKLOG = 4096
 CLOSE_POLL_S = 0.02
+# What may be asked without an API key: load balancers probe it.
+OPEN_PATHS = frozenset((b"/health", b"/ready"))
 
 
 class Router:
@@ -59,6 +64,18 @@ class Router:
         self._background: list[asyncio.Task[None]] = []
         self._server: asyncio.Server | None = None
         self._admin_server: asyncio.Server | None = None
+        self._keys = None if config.api_key_file is None else ApiKeys(config.api_key_file)
+        self._tls = (
+            None if config.tls_cert is None or config.tls_key is None else ServerTls(config.tls_cert, config.tls_key)
+        )
+        self._limits = ClientLimits(
+            config.max_body_bytes,
+            config.max_connections,
+            config.head_timeout_s,
+            config.body_timeout_s,
+            config.idle_timeout_s,
+            config.stall_timeout_s,
+        )
         fleet = Fleet()
         metrics = Metrics()
         admission = Admission(fleet)
@@ -91,7 +108,11 @@ class Router:
         """Take the workers into the fleet, probe each once, and listen. Raises ConfigError if a port is taken."""
         await self.membership.follow(self._sources())
         loop = asyncio.get_running_loop()
-        self._background = [loop.create_task(SilenceWatch(self.services.pools.values()).run())]
+        self._background = [
+            loop.create_task(SilenceWatch(self.services.pools.values()).run()),
+            loop.create_task(ConnectionWatch(self.connections).run()),
+            loop.create_task(ConnectionWatch(self.admin.connections).run()),
+        ]
         try:
             self._server = await self._listen(self, self._config.host, self._config.port)
             if self._config.admin_listen is not None:
@@ -102,9 +123,15 @@ class Router:
             raise
 
     async def _listen(self, handler: Handler, host: str, port: int) -> asyncio.Server:
+        tls = self._tls
         try:
             return await asyncio.get_running_loop().create_server(
-                lambda: ClientConnection(handler, self._config.max_body_bytes), host, port, backlog=BACKLOG
+                lambda: ClientConnection(handler, self._limits),
+                host,
+                port,
+                backlog=BACKLOG,
+                ssl=None if tls is None else tls.context,
+                ssl_handshake_timeout=None if tls is None else HANDSHAKE_TIMEOUT_S,
             )
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error}") from None
@@ -132,6 +159,14 @@ class Router:
         """The port of the admin API."""
         assert self._admin_server is not None
         return int(self._admin_server.sockets[0].getsockname()[1])
+
+    def reload_secrets(self) -> None:
+        """Read API keys, certificate and its key again; running requests go on. Raises ConfigError and keeps what it
+        had of a file that cannot be used."""
+        if self._keys is not None:
+            self._keys.reload()
+        if self._tls is not None:
+            self._tls.reload()
 
     async def stop(self, grace_s: float) -> None:
         """Take no more requests, let those that run finish within `grace_s` seconds, cut off the rest."""
@@ -169,10 +204,21 @@ class Router:
             services.admission,
             services.placements,
             None if config.worker_api_key_file is None else read_key(config.worker_api_key_file),
-            _ssl_context(config),
+            worker_context(config.worker_ca),
         )
 
     # Requests.
+
+    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
+        if self._keys is None or path in OPEN_PATHS:
+            return ""
+        given = headers.get(b"authorization")
+        client = self._keys.client(given)
+        if client is None and is_admin(given, self.services.admin_key):
+            client = ADMIN
+        if client is None:
+            raise ApiError(401, "an API key is needed, as Authorization: Bearer KEY")
+        return client
 
     def handle(self, request: Request, connection: ClientConnection) -> None:
         route = self._routes.get(request.path)
@@ -230,6 +276,7 @@ def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
     load = partial(RouterConfig.load, path, flags)
     config = load()
     logs.set_up(config.log_level)
+    _raise_file_limit()
     uvloop.run(_serve(Router(config, build_policy(config), None if path is None else (path, load)), config))
 
 
@@ -239,8 +286,9 @@ async def _serve(router: Router, config: RouterConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, None)
     await router.start()
+    scheme = "http" if config.tls_cert is None else "https"
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"eldr: serving on http://{host}:{router.port}, policy {config.policy}", file=sys.stderr, flush=True)
+    print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {config.policy}", file=sys.stderr, flush=True)
     await signals.get()
     stopping = loop.create_task(router.stop(config.grace_s))
     again = loop.create_task(signals.get())
@@ -261,9 +309,7 @@ def build_policy(config: RouterConfig) -> Policy:
     return make_policy(config.policy, config.policy_options(), calibration=calibration, seed=config.seed)
 
 
-def _ssl_context(config: RouterConfig) -> ssl.SSLContext:
-    """For workers with https, which may also join later."""
-    try:
-        return ssl.create_default_context(cafile=config.worker_ca_file)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"worker_ca_file {config.worker_ca_file}: {error}") from None
+def _raise_file_limit() -> None:
+    """Take as many open files as the system grants: a stream has two sockets, and the usual 1,024 are 500 streams."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

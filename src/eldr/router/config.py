@@ -22,6 +22,13 @@ from eldr.router.urls import UrlError, worker_urls
 DNS = "dns+"
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+PATHS = (
+    "calibration", "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file"
+)  # fmt: skip
+DURATIONS = (
+    "dns_interval_s", "health_interval_s", "connect_timeout_s", "prefill_timeout_s", "decode_idle_timeout_s",
+    "head_timeout_s", "body_timeout_s", "idle_timeout_s", "stall_timeout_s",
+)  # fmt: skip
 
 
 class ConfigError(EldrError):
@@ -40,7 +47,9 @@ class RouterConfig:
         single decode workers, URL -> preset or file.
     max_inflight: most requests in flight at each decode worker; what exceeds it queues in the router.
     worker_api_key_file: file with the key that workers ask for; it replaces the client's Authorization.
-    worker_ca_file: PEM certificates that https workers are checked against, the system's if not given.
+    worker_ca: PEM certificates that https workers are checked against, the system's if not given.
+    api_key_file: file with the keys that clients must have, one a line; without it everybody may ask.
+    tls_cert, tls_key: PEM files with the certificate chain and key shown to clients; without them plain HTTP.
     admin_key_file: file with the key that recording and the admin API ask for; without it nobody may use either.
     admin_listen: HOST:PORT of the admin API, which needs admin_key_file; off by default.
     dns_interval_s: time between two resolutions of a dns+ name, varied by a fifth either way.
@@ -48,6 +57,10 @@ class RouterConfig:
     prefix_window_bytes: how much of the prompt decides the prefill worker; for chat it starts after the system
         messages.
     max_body_bytes: largest request body taken.
+    max_connections: most client connections at once.
+    head_timeout_s, body_timeout_s: within which a request's head, and then its body, must arrive.
+    idle_timeout_s: how long a connection may wait for its next request.
+    stall_timeout_s: how long a client may leave an answer unread.
     health_interval_s: time between two probes of a worker, varied by a fifth either way.
     connect_timeout_s: longest wait for a connection to a worker.
     prefill_timeout_s: longest wait for the answer of a prefill worker.
@@ -73,11 +86,19 @@ class RouterConfig:
     port: int = 8000
     max_inflight: int = 256
     worker_api_key_file: Path | None = None
-    worker_ca_file: Path | None = None
+    worker_ca: Path | None = None
+    api_key_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
     admin_key_file: Path | None = None
     admin_listen: str | None = None
     prefix_window_bytes: int = 1024
     max_body_bytes: int = 32 * 1024 * 1024
+    max_connections: int = 16384
+    head_timeout_s: float = 10.0
+    body_timeout_s: float = 60.0
+    idle_timeout_s: float = 75.0
+    stall_timeout_s: float = 120.0
     health_interval_s: float = 2.0
     connect_timeout_s: float = 2.0
     prefill_timeout_s: float = 300.0
@@ -101,8 +122,10 @@ class RouterConfig:
             host_and_port("admin_listen", self.admin_listen)
             if self.admin_key_file is None:
                 raise ConfigError("admin_listen needs admin_key_file: the admin API has no user without a key")
-        for key in ("calibration", "worker_api_key_file", "worker_ca_file", "admin_key_file"):
+        for key in PATHS:
             setattr(self, key, _path(key, getattr(self, key)))
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("tls_cert and tls_key go together: give both or neither")
         for key in ("tau", "others_weight", "anchor"):
             _number(key, getattr(self, key), 0.0)
         if self.tail_guard != float("inf"):
@@ -117,13 +140,8 @@ class RouterConfig:
         _whole("max_inflight", self.max_inflight, 1, 2**31)
         _whole("prefix_window_bytes", self.prefix_window_bytes, 1, 2**31)
         _whole("max_body_bytes", self.max_body_bytes, 1, 2**31)
-        for key in (
-            "dns_interval_s",
-            "health_interval_s",
-            "connect_timeout_s",
-            "prefill_timeout_s",
-            "decode_idle_timeout_s",
-        ):
+        _whole("max_connections", self.max_connections, 1, 2**31)
+        for key in DURATIONS:
             _number(key, getattr(self, key), 0.01)
         for key in ("drain_timeout_s", "grace_s"):
             _number(key, getattr(self, key), 0.0)

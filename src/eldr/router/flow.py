@@ -11,7 +11,7 @@ import orjson
 
 from eldr.fleet import Worker
 from eldr.policies.base import DecodeRequest
-from eldr.router import intake, openai
+from eldr.router import forwarding, intake, openai
 from eldr.router.admission import NoWorkerError
 from eldr.router.answer import DecodeAnswer
 from eldr.router.errors import ApiError
@@ -297,7 +297,7 @@ class Flow:
 
     def _relay(self, answer: Answer, recorded: bool = False, handoff: HandOff | None = None) -> None:
         body = answer.body
-        content_type = answer.headers.get(b"content-type", b"application/json")
+        content_type = forwarding.content_type(answer.headers)
         if content_type.startswith(b"application/json"):
             try:
                 body = (
@@ -309,10 +309,7 @@ class Flow:
                 log.warning("request %s: a worker's answer is not JSON", self._id)
                 self._respond_error(ApiError(502, "the worker's answer is not valid JSON"))
                 return
-        extra = self._response_headers()
-        retry_after = answer.headers.get(b"retry-after")
-        if retry_after is not None:
-            extra += b"retry-after: %b\r\n" % retry_after
+        extra = self._response_headers() + forwarding.retry_after_line(answer.headers)
         self._connection.respond(answer.status, body, content_type, extra)
         self._count(answer.status)
 

@@ -1,12 +1,14 @@
 """The side towards clients: HTTP/1.1 requests in, answers out, one protocol object per connection.
 
 llhttp (httptools) parses. What it leaves to the caller is checked here: limits, the headers that decide where a
-message ends (RFC 9112, section 6), pipelining, and that a client which went away is noticed at once.
+message ends (RFC 9112, section 6), pipelining, and that a client which went away is noticed at once. Where it is in
+doubt where a message ends, the answer is an error and the connection closes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import deque
 from email.utils import formatdate
@@ -16,6 +18,7 @@ from typing import Protocol, cast
 import httptools
 
 from eldr.router.errors import ApiError
+from eldr.router.limits import ClientLimits
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 128
@@ -24,16 +27,33 @@ WRITE_HIGH_BYTES = 64 * 1024
 # How long a refused client may go on sending before the connection is reset; closing at once could destroy the
 # answer before the client has read it.
 LINGER_S = 2.0
+# What chunk sizes, chunk extensions and line ends may take, beside so many bytes for each byte of the body: single
+# bytes as chunks are slow, but no attack.
+MAX_FRAMING_BYTES = 64 * 1024
+MAX_FRAMING_PER_BYTE = 16
+# A body may come as slowly as this, beside its time limit.
+LEAST_BYTES_PER_S = 16 * 1024
 
 # Headers of which a second copy could make two parties see two different messages.
 SINGLE = frozenset((b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-type"))
-STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+# RFC 9110, section 7.2: a Host that is no host and port is refused, lest somebody else reads another one into it.
+HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
+# A browser shall not take an answer for anything that its content type does not say.
+STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\nx-content-type-options: nosniff\r\n".encode()
+    for status in HTTPStatus
+}
 
 
 class Request:
-    """One complete request. Header names are lower-case; `received_s` is monotonic time."""
+    """One complete request.
 
-    __slots__ = ("body", "headers", "http_1_0", "keep_alive", "method", "path", "received_s")
+    headers: names in lower case; values given several times are joined by commas.
+    client: the name that the client's API key stands for, empty where no keys are asked for.
+    received_s: monotonic time.
+    """
+
+    __slots__ = ("body", "client", "headers", "http_1_0", "keep_alive", "method", "path", "received_s")
 
     def __init__(
         self,
@@ -44,6 +64,7 @@ class Request:
         *,
         keep_alive: bool = True,
         http_1_0: bool = False,
+        client: str = "",
     ) -> None:
         self.method = method
         self.path = path
@@ -51,6 +72,7 @@ class Request:
         self.body = body
         self.keep_alive = keep_alive
         self.http_1_0 = http_1_0
+        self.client = client
         self.received_s = time.monotonic()
 
 
@@ -70,6 +92,9 @@ class Handler(Protocol):
 
     connections: set[ClientConnection]
     closing: bool
+
+    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
+        """The name of the client that asks, before its body is read. Raises ApiError if it may not ask."""
 
     def handle(self, request: Request, connection: ClientConnection) -> None: ...
 
@@ -100,9 +125,9 @@ class ClientConnection(asyncio.Protocol):
 
     _transport: asyncio.Transport
 
-    def __init__(self, handler: Handler, max_body_bytes: int) -> None:
+    def __init__(self, handler: Handler, limits: ClientLimits) -> None:
         self._handler = handler
-        self._max_body_bytes = max_body_bytes
+        self._limits = limits
         self._parser = httptools.HttpRequestParser(self)
         self._waiting: deque[Request] = deque()
         self._active: Request | None = None
@@ -110,23 +135,39 @@ class ClientConnection(asyncio.Protocol):
         self._lingering = False
         self._paused_reading = False
         self._stalled = False
+        self._stalled_since_s = 0.0
+        self._upgrade_offered = False
+        # When what is waited for now began: the next request, the rest of its head, the rest of its body.
+        self._since_s = time.monotonic()
         self.listener: Listener | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._in_head = True
+        self._receiving = False
+        self._upgrade = False
         self._head_bytes = 0
+        self._header_lines = 0
         self._url = b""
+        self._client = ""
         self._headers: dict[bytes, bytes] = {}
         self._body: list[bytes] = []
         self._body_bytes = 0
+        self._wire_bytes = 0
+        self._trailer_bytes = 0
 
     # The connection.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
-        self._handler.connections.add(self)
+        connections = self._handler.connections
+        connections.add(self)
+        if len(connections) > self._limits.max_connections:
+            # No lingering here: it is connections that there are too many of.
+            self._refusal = ApiError(503, "the router has as many clients as it can take", retry_after_s=1)
+            self._write_refusal(self._refusal)
+            self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._handler.connections.discard(self)
@@ -137,6 +178,7 @@ class ClientConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._stalled = True
+        self._stalled_since_s = time.monotonic()
         if self.listener is not None:
             self.listener.on_client_stalled()
 
@@ -147,8 +189,22 @@ class ClientConnection(asyncio.Protocol):
 
     def close_if_idle(self) -> None:
         """Close unless a request is being received or answered; used when the router stops."""
-        if self._active is None and not self._head_bytes and not self._lingering:
+        if self._active is None and not self._receiving and not self._lingering:
             self._transport.close()
+
+    def check(self, now_s: float) -> None:
+        """End the connection if its client has let a time limit pass."""
+        limits, waited_s = self._limits, now_s - self._since_s - self._body_bytes / LEAST_BYTES_PER_S
+        if self._stalled and now_s - self._stalled_since_s > limits.stall_timeout_s:
+            self._handler.refused(ApiError(408, "the client does not read"))
+            self._transport.abort()
+        elif self._active is not None or self._refusal is not None or self._transport.is_closing():
+            return
+        elif not self._receiving:
+            if waited_s > limits.idle_timeout_s:
+                self._transport.close()
+        elif waited_s > (limits.head_timeout_s if self._in_head else limits.body_timeout_s):
+            self._refuse(ApiError(408, "the request takes too long to arrive"))
 
     def close(self) -> None:
         """Close once everything written has been sent."""
@@ -169,29 +225,68 @@ class ClientConnection(asyncio.Protocol):
             return
         if self._in_head:
             self._head_bytes += len(data)
+        else:
+            self._wire_bytes += len(data)
+        upgrade_at: int | None = None
         try:
             self._parser.feed_data(data)
-            if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
-                raise _head_too_large()
+            if self._in_head:
+                if self._head_bytes > MAX_HEAD_BYTES:
+                    raise _head_too_large()
+            elif self._wire_bytes > MAX_FRAMING_BYTES + (1 + MAX_FRAMING_PER_BYTE) * self._body_bytes:
+                raise ApiError(400, "the chunks of the body are framed by more than they hold")
         except ApiError as error:
             self._refuse(error)
+        except httptools.HttpParserUpgrade as stop:
+            upgrade_at = stop.args[0]
         except httptools.HttpParserError as error:
             cause = error.__context__
             refusal = cause if isinstance(cause, ApiError) else ApiError(400, f"malformed HTTP request: {error}")
             self._refuse(refusal)
+        if upgrade_at is not None:
+            self._pass_over_upgrade(data[upgrade_at:])
+
+    def _pass_over_upgrade(self, rest: bytes) -> None:
+        """Parse a request that offers another protocol as if it did not (RFC 9110, section 7.8).
+
+        Clients that would rather speak HTTP/2 make the offer in passing. llhttp takes what follows the head for the
+        other protocol, so the head is parsed again without it.
+        """
+        parser = self._parser
+        fields = {name: value for name, value in self._headers.items() if name not in (b"upgrade", b"connection")}
+        if not parser.should_keep_alive():
+            fields[b"connection"] = b"close"
+        lines = b"".join(b"%b: %b\r\n" % field for field in fields.items())
+        version = parser.get_http_version().encode()
+        head = b"%b %b HTTP/%b\r\n%b\r\n" % (parser.get_method(), self._url, version, lines)
+        self._parser = httptools.HttpRequestParser(self)
+        self._upgrade_offered = True
+        self._reset()
+        self.data_received(head + rest)
+
+    def on_message_begin(self) -> None:
+        self._receiving = True
+        self._since_s = time.monotonic()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_head:
-            return  # a trailer of a chunked body
+        if not self._in_head:  # a trailer of a chunked body: of no use, but not without bounds
+            self._trailer_bytes += len(name) + len(value)
+            if self._trailer_bytes > MAX_HEAD_BYTES:
+                raise ApiError(431, f"trailers exceed {MAX_HEAD_BYTES} bytes")
+            return
         name = name.lower()
+        value = value.rstrip(b" \t")  # llhttp leaves what is behind a value
         headers = self._headers
-        if name in headers and name in SINGLE:
-            raise ApiError(400, f"header {name.decode('latin-1')} is given twice")
+        if name in headers:
+            if name in SINGLE:
+                raise ApiError(400, f"header {name.decode('latin-1')} is given twice")
+            value = headers[name] + b", " + value
         headers[name] = value
-        if len(headers) > MAX_HEADERS:
+        self._header_lines += 1
+        if self._header_lines > MAX_HEADERS:
             raise ApiError(431, f"more than {MAX_HEADERS} headers")
 
     def on_headers_complete(self) -> None:
@@ -202,17 +297,27 @@ class ClientConnection(asyncio.Protocol):
         http_1_0 = self._parser.get_http_version() != "1.1"
         if http_1_0 and self._parser.get_http_version() != "1.0":
             raise ApiError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-        if not http_1_0 and b"host" not in headers:
-            raise ApiError(400, "an HTTP/1.1 request needs a Host header")
-        if self._parser.should_upgrade():
-            # llhttp would take the body for bytes of the new protocol.
-            raise ApiError(400, "a change of protocol (Upgrade or CONNECT) is not supported")
+        host = headers.get(b"host")
+        if host is None:
+            if not http_1_0:
+                raise ApiError(400, "an HTTP/1.1 request needs a Host header")
+        elif HOST.fullmatch(host) is None:
+            raise ApiError(400, "the Host header names no host")
+        if self._parser.get_method() == b"CONNECT":
+            raise ApiError(400, "CONNECT is not supported")
+        self._upgrade = self._parser.should_upgrade()
+        if self._upgrade:
+            if self._upgrade_offered:
+                raise ApiError(400, "a change of protocol is not supported, and was offered before")
+            return  # see _pass_over_upgrade
         coding = headers.get(b"transfer-encoding")
         length = headers.get(b"content-length")
         if coding is not None and (length is not None or http_1_0 or coding.lower() != b"chunked"):
             raise ApiError(400, "Transfer-Encoding must be chunked, alone and without Content-Length")
-        if length is not None and int(length) > self._max_body_bytes:
+        if length is not None and int(length) > self._limits.max_body_bytes:
             raise self._too_large()
+        self._client = self._handler.permit(_path(self._url), headers)
+        self._since_s = time.monotonic()
         expect = headers.get(b"expect")
         if expect is not None:
             if expect.lower() != b"100-continue":
@@ -223,10 +328,12 @@ class ClientConnection(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         self._body.append(data)
         self._body_bytes += len(data)
-        if self._body_bytes > self._max_body_bytes:
+        if self._body_bytes > self._limits.max_body_bytes:
             raise self._too_large()
 
     def on_message_complete(self) -> None:
+        if self._upgrade:
+            return
         request = Request(
             self._parser.get_method(),
             _path(self._url),
@@ -234,6 +341,7 @@ class ClientConnection(asyncio.Protocol):
             self._body[0] if len(self._body) == 1 else b"".join(self._body),
             keep_alive=self._parser.should_keep_alive(),
             http_1_0=self._parser.get_http_version() == "1.0",
+            client=self._client,
         )
         self._reset()
         if self._active is None and not self._waiting:
@@ -246,7 +354,7 @@ class ClientConnection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the request body exceeds {self._max_body_bytes} bytes")
+        return ApiError(413, f"the request body exceeds {self._limits.max_body_bytes} bytes")
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what cannot be parsed, after the requests before it, and close."""
@@ -259,14 +367,18 @@ class ClientConnection(asyncio.Protocol):
         self._handler.refused(error)
         if self._transport.is_closing():
             return
-        body = error.body()
-        self._transport.write(_head(error.status, b"application/json", len(body), b"connection: close\r\n") + body)
+        self._write_refusal(error)
         self._lingering = True
         if self._paused_reading:
             self._transport.resume_reading()
         if self._transport.can_write_eof():
             self._transport.write_eof()
         asyncio.get_running_loop().call_later(LINGER_S, self._transport.abort)
+
+    def _write_refusal(self, error: ApiError) -> None:
+        body = error.body()
+        extra = _error_headers(error) + b"connection: close\r\n"
+        self._transport.write(_head(error.status, b"application/json", len(body), extra) + body)
 
     # Answering.
 
@@ -288,9 +400,7 @@ class ClientConnection(asyncio.Protocol):
         self._finish()
 
     def respond_error(self, error: ApiError, extra: bytes = b"") -> None:
-        if error.retry_after_s is not None:
-            extra += b"retry-after: %d\r\n" % error.retry_after_s
-        self.respond(error.status, error.body(), extra=extra)
+        self.respond(error.status, error.body(), extra=extra + _error_headers(error))
 
     def begin_stream(self, content_type: bytes, extra: bytes = b"") -> None:
         """Start an answer of unknown length: chunked, or until the end of the connection for HTTP/1.0."""
@@ -323,6 +433,7 @@ class ClientConnection(asyncio.Protocol):
     def _finish(self) -> None:
         request = cast(Request, self._active)
         self._active = None
+        self._since_s = time.monotonic()
         self.listener = None
         if not request.keep_alive:
             self._transport.close()
@@ -342,6 +453,15 @@ class ClientConnection(asyncio.Protocol):
 
 def _head_too_large() -> ApiError:
     return ApiError(431, f"request line and headers exceed {MAX_HEAD_BYTES} bytes")
+
+
+def _error_headers(error: ApiError) -> bytes:
+    lines = b""
+    if error.status == 401:
+        lines += b"www-authenticate: Bearer\r\n"
+    if error.retry_after_s is not None:
+        lines += b"retry-after: %d\r\n" % error.retry_after_s
+    return lines
 
 
 def _path(url: bytes) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +9,15 @@ from typing import Any
 from eldr.policies.base import DecodeRequest
 from eldr.router import openai
 from eldr.router.errors import ApiError
+from eldr.router.forwarding import client_authorization, trace_context, trace_lines
 from eldr.router.handoff import HandOff
 from eldr.router.http import Request
+from eldr.router.keys import is_admin
 from eldr.router.services import Services
 
 RETRY_AFTER_S = 2
 MAX_ID_BYTES = 128
 MAX_LABEL_BYTES = 64
-# Client headers that go on to workers beside Authorization. Everything else stays here: vLLM takes orders from
-# headers (X-data-parallel-rank, X-Vllm-Priority, ...).
-FORWARDED = (b"traceparent", b"tracestate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,6 @@ def take_in(request: Request, request_id: str, services: Services) -> Job:
     if record and why_whole is not None:
         raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
     _check_fleet(body.get("model"), services)
-    lines = [b"%b: %b\r\n" % (name, headers[name]) for name in FORWARDED if name in headers]
     label = headers.get(b"x-eldr-label")
     return Job(
         request_id=request_id,
@@ -79,9 +76,9 @@ def take_in(request: Request, request_id: str, services: Services) -> Job:
         body=body,
         why_whole=why_whole,
         record=record,
-        leg_headers=b"".join((b"content-type: application/json\r\n", *lines)),
+        leg_headers=b"content-type: application/json\r\n" + trace_lines(*trace_context(request)),
         # The admin key is for this router alone.
-        authorization=None if record else headers.get(b"authorization"),
+        authorization=None if record else client_authorization(request),
         label=_visible(label, MAX_LABEL_BYTES) if label else None,
     )
 
@@ -99,8 +96,7 @@ def _visible(value: bytes, most_bytes: int) -> str | None:
 def _wants_record(request: Request, body: dict[str, Any], admin_key: bytes | None) -> bool:
     if request.headers.get(b"x-eldr-record") != b"1":
         return False
-    given = request.headers.get(b"authorization", b"")
-    if admin_key is None or not hmac.compare_digest(given, b"Bearer " + admin_key):
+    if not is_admin(request.headers.get(b"authorization"), admin_key):
         raise ApiError(403, "recording needs the admin key as Authorization: Bearer KEY (see --admin-key-file)")
     if body.get("stream"):
         raise ApiError(400, "recording needs stream: false", param="stream")

@@ -6,6 +6,7 @@ import asyncio
 
 from eldr.fleet import Worker
 from eldr.router.errors import ApiError
+from eldr.router.forwarding import client_authorization, content_type
 from eldr.router.http import ClientConnection, Request
 from eldr.router.services import Services
 from eldr.router.upstream import Answer, UpstreamError
@@ -43,8 +44,7 @@ class ModelsFlow:
                 answer = await self._ask(worker)
             except UpstreamError:
                 continue
-            content_type = answer.headers.get(b"content-type", b"application/json")
-            self._connection.respond(answer.status, answer.body, content_type)
+            self._connection.respond(answer.status, answer.body, content_type(answer.headers))
             self._count(answer.status)
             return
         self._connection.respond_error(ApiError(503, "no decode worker is available", retry_after_s=2))
@@ -54,8 +54,7 @@ class ModelsFlow:
         pool = self._services.pools[worker]
         connection = await pool.connection()
         answer = Answer()
-        authorization = self._request.headers.get(b"authorization")
-        request = pool.request(b"GET", b"/v1/models", client_authorization=authorization)
+        request = pool.request(b"GET", b"/v1/models", client_authorization=client_authorization(self._request))
         connection.start(answer, request, TIMEOUT_S)
         await connection.finish(answer)
         return answer
