@@ -25,6 +25,8 @@ class Worker:
     draining: finishes what it runs and gets nothing new.
     source: what named it: static, file, dns or admin.
     problem: why it got nothing when it was last looked at, empty if nothing was wrong.
+    ejected: failed its requests and gets nothing new for a while (router/ejection.py).
+    on_trial: was ejected and gets one request to prove itself.
     models: names that it serves, None while unknown.
     clock_skew_s: its clock minus ours, as its last answer showed it, to a second; None while unknown.
     """
@@ -37,12 +39,19 @@ class Worker:
     draining: bool = False
     source: str = ""
     problem: str = ""
+    ejected: bool = False
+    on_trial: bool = False
     models: frozenset[str] | None = None
     clock_skew_s: float | None = None
 
     @property
-    def available(self) -> bool:
+    def up(self) -> bool:
+        """Whether it could take requests, were it not ejected."""
         return self.healthy and not self.draining
+
+    @property
+    def available(self) -> bool:
+        return self.healthy and not self.draining and not self.ejected
 
 
 class Fleet:
@@ -71,7 +80,7 @@ class Fleet:
         return self._workers[role]
 
     def available(self, role: Role) -> Iterator[Worker]:
-        """The workers of `role` that are healthy and not draining."""
+        """The workers of `role` that may get new requests, room for them aside."""
         return (worker for worker in self._workers[role].values() if worker.available)
 
     @property
@@ -109,8 +118,14 @@ class Fleet:
         worker.draining = draining
         self._fleet_changed(worker)
 
+    def set_ejected(self, worker: Worker, ejected: bool, on_trial: bool = False) -> None:
+        worker.ejected = ejected
+        worker.on_trial = on_trial
+        self._fleet_changed(worker)
+
     def _fleet_changed(self, worker: Worker) -> None:
-        self._decode_slots = sum(each.max_inflight for each in self.available("decode"))
+        # A worker on trial gets one request, whatever it still runs from before.
+        self._decode_slots = sum(1 if each.on_trial else each.max_inflight for each in self.available("decode"))
         self._refresh(worker)
 
     def _refresh(self, worker: Worker) -> None:

@@ -25,6 +25,7 @@ from eldr.router.handoff import UNKNOWN_LEASE_S, Lease, read_handoff
 from eldr.router.metrics import Metrics
 from eldr.router.openai import CHAT, COMPLETIONS, without_transfer_params
 from eldr.router.prefix import LOAD_FACTOR, PrefillRing
+from eldr.router.verdict import Names
 
 TWO = {"prefill": ["http://p:1"], "decode": ["http://d:1"]}
 THREE = {"prefill": ("http://p0:8100",), "decode": ("http://d0:8200", "http://d1:8200")}
@@ -346,7 +347,7 @@ def test_time_per_output_token_is_taken_over_tokens(monkeypatch, usage, expected
 
     async def run():
         metrics = Metrics()
-        answer = DecodeAnswer(Silent(), metrics, b"", 0.0, usage)
+        answer = DecodeAnswer(Silent(), metrics, b"", 0.0, "id", Names(), wants_stream=True, wants_usage=usage)
         answer.on_head(200, {b"content-type": b"text/event-stream"})
         pieces = [b'data: {"choices":[{"text":"%b"}]}\n\n' % text for text in (b"a", b"bcd", b"efg")]
         if usage:

@@ -33,11 +33,13 @@ from eldr.router.limits import ClientLimits, ConnectionWatch
 from eldr.router.membership import Membership
 from eldr.router.metrics import Metrics, RouterCollector
 from eldr.router.models import ModelsFlow
+from eldr.router.outcomes import Outcomes
 from eldr.router.placement import Placements
 from eldr.router.prefix import PrefillRing
+from eldr.router.retries import RetryBudget
 from eldr.router.services import Services
+from eldr.router.sweep import sweep
 from eldr.router.tls import HANDSHAKE_TIMEOUT_S, ServerTls, worker_context
-from eldr.router.upstream import SilenceWatch
 
 log = logging.getLogger("eldr.router")
 
@@ -79,6 +81,7 @@ class Router:
         fleet = Fleet()
         metrics = Metrics()
         admission = Admission(fleet)
+        outcomes = Outcomes(fleet, admission, metrics, config)
         self.services = Services(
             config=config,
             fleet=fleet,
@@ -87,6 +90,8 @@ class Router:
             admission=admission,
             placements=Placements(policy, fleet, metrics, config.seed),
             metrics=metrics,
+            outcomes=outcomes,
+            budget=RetryBudget(config.retry_ratio, config.retry_burst),
             throttle=logs.Throttle(),
             admin_key=None if config.admin_key_file is None else read_key(config.admin_key_file),
         )
@@ -109,7 +114,7 @@ class Router:
         await self.membership.follow(self._sources())
         loop = asyncio.get_running_loop()
         self._background = [
-            loop.create_task(SilenceWatch(self.services.pools.values()).run()),
+            loop.create_task(sweep(self.services.pools, self.services.outcomes)),
             loop.create_task(ConnectionWatch(self.connections).run()),
             loop.create_task(ConnectionWatch(self.admin.connections).run()),
         ]
@@ -201,8 +206,9 @@ class Router:
             services.fleet,
             services.pools,
             services.ring,
-            services.admission,
+            services.outcomes,
             services.placements,
+            services.went_down,
             None if config.worker_api_key_file is None else read_key(config.worker_api_key_file),
             worker_context(config.worker_ca),
         )

@@ -26,7 +26,9 @@ PATHS = (
     "calibration", "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file"
 )  # fmt: skip
 DURATIONS = (
-    "dns_interval_s", "health_interval_s", "connect_timeout_s", "prefill_timeout_s", "decode_idle_timeout_s",
+    "dns_interval_s", "health_interval_s", "health_timeout_s", "connect_timeout_s", "prefill_timeout_s",
+    "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s", "request_timeout_s",
+    "eject_base_s", "eject_max_s",
     "head_timeout_s", "body_timeout_s", "idle_timeout_s", "stall_timeout_s",
 )  # fmt: skip
 
@@ -64,7 +66,16 @@ class RouterConfig:
     health_interval_s: time between two probes of a worker, varied by a fifth either way.
     connect_timeout_s: longest wait for a connection to a worker.
     prefill_timeout_s: longest wait for the answer of a prefill worker.
-    decode_idle_timeout_s: longest silence of a decode worker within an answer.
+    decode_first_byte_timeout_s: longest wait for the first event of a stream, from the decode request on.
+    decode_idle_timeout_s: longest silence of a decode worker within a stream.
+    decode_answer_timeout_s: longest wait for a decode worker's answer that is not streamed.
+    request_timeout_s: longest life of a request, queue and retries included.
+    health_timeout_s: longest wait for the answer to a probe.
+    retries: most retries of one request, refused connections aside. retry_ratio: most retries per request of all, in
+        the long run; retry_burst: how many more at once.
+    eject_failures: failures in a row that eject a worker; eject_rate: share of its latest requests that does.
+    eject_base_s, eject_max_s: duration of a first ejection, doubled by each further one, and of the longest.
+    eject_share: largest share of a role's workers that is ejected at once; 0 ejects nobody.
     grace_s: how long running requests may finish after SIGTERM.
     """
 
@@ -102,7 +113,19 @@ class RouterConfig:
     health_interval_s: float = 2.0
     connect_timeout_s: float = 2.0
     prefill_timeout_s: float = 300.0
-    decode_idle_timeout_s: float = 300.0
+    decode_first_byte_timeout_s: float = 120.0
+    decode_idle_timeout_s: float = 120.0
+    decode_answer_timeout_s: float = 600.0
+    request_timeout_s: float = 3600.0
+    health_timeout_s: float = 5.0
+    retries: int = 2
+    retry_ratio: float = 0.2
+    retry_burst: int = 500
+    eject_failures: int = 5
+    eject_rate: float = 0.5
+    eject_base_s: float = 5.0
+    eject_max_s: float = 300.0
+    eject_share: float = 0.5
     dns_interval_s: float = 10.0
     drain_timeout_s: float = 300.0
     grace_s: float = 30.0
@@ -143,8 +166,13 @@ class RouterConfig:
         _whole("max_connections", self.max_connections, 1, 2**31)
         for key in DURATIONS:
             _number(key, getattr(self, key), 0.01)
-        for key in ("drain_timeout_s", "grace_s"):
+        for key in ("drain_timeout_s", "grace_s", "retry_ratio", "eject_rate", "eject_share"):
             _number(key, getattr(self, key), 0.0)
+        for key in ("retries", "retry_burst"):
+            _whole(key, getattr(self, key), 0, 2**31)
+        _whole("eject_failures", self.eject_failures, 1, 2**31)
+        if self.eject_share > 1:
+            raise ConfigError(f"eject_share is {self.eject_share!r}, expected a share of at most 1")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}, expected one of {', '.join(LOG_LEVELS)}")
 

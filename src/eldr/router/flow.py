@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
-from typing import Any, NoReturn
+from typing import Any, cast
 
 import orjson
 
-from eldr.fleet import Worker
+from eldr.fleet import Role, Worker
 from eldr.policies.base import DecodeRequest
-from eldr.router import forwarding, intake, openai
+from eldr.router import forwarding, intake, legs, openai
 from eldr.router.admission import NoWorkerError
 from eldr.router.answer import DecodeAnswer
+from eldr.router.deadlines import Deadlines
 from eldr.router.errors import ApiError
-from eldr.router.handoff import HandOff, read_handoff
+from eldr.router.handoff import HandOff
 from eldr.router.http import ClientConnection, Request
-from eldr.router.intake import RETRY_AFTER_S, Job, no_worker
+from eldr.router.intake import Job, no_worker
+from eldr.router.legs import LegFailure, RelayedError
 from eldr.router.placement import Placement
 from eldr.router.services import Services
-from eldr.router.upstream import Answer, ConnectError, ExchangeError, WorkerConnection, WorkerPool
+from eldr.router.upstream import Answer, ConnectError, ExchangeError, SilenceError, WorkerConnection
+from eldr.router.verdict import check_completion
 
 log = logging.getLogger("eldr.router")
 
-# A leg that broke after it was sent is tried once more, on another worker; the decode leg with a new prefill.
-ATTEMPTS = 2
 # Longest wait for a decode worker with room, of a request that runs whole and has no lease.
 WHOLE_WAIT_S = 60.0
-
-
-class RelayedError(Exception):
-    """A worker answered with something other than 200: the client gets it as it is."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(f"status {answer.status}")
-        self.answer = answer
 
 
 class Flow:
@@ -47,12 +41,16 @@ class Flow:
         self._request = request
         self._id = intake.request_id(request)
         self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._running = False
+        self._late = False
         self._upstream: WorkerConnection | None = None
+        self._answer: DecodeAnswer | None = None
         self._prefills = 0
         self._decodes = 0
-        self._tried_prefill: set[str] = set()
-        self._tried_decode: set[str] = set()
-        self._failure: Answer | None = None
+        self._retries = 0
+        self._tried: dict[Role, set[str]] = {"prefill": set(), "decode": set()}
+        self._refused: set[str] = set()
         self._notes: dict[str, Any] = {}
 
     def start(self) -> asyncio.Task[None] | None:
@@ -65,8 +63,26 @@ class Flow:
             return None
         self._id = job.request_id
         self._connection.listener = self
-        self._task = asyncio.get_running_loop().create_task(self._run(job))
+        loop = asyncio.get_running_loop()
+        self._task = loop.create_task(self._run(job))
+        # One timer for a request's whole life; its legs are watched by the router's sweep.
+        left_s = max(0.0, job.deadlines.first_byte_s - time.monotonic())
+        self._timer = loop.call_later(left_s, self._on_deadline, job.deadlines)
         return self._task
+
+    def _on_deadline(self, deadlines: Deadlines) -> None:
+        answer = self._answer
+        if not self._running:  # a cancelled task that never ran would answer nobody
+            self._timer = asyncio.get_running_loop().call_later(0.001, self._on_deadline, deadlines)
+        elif answer is None or not answer.begun:
+            self._late = True
+            cast("asyncio.Task[None]", self._task).cancel()
+        elif (left_s := deadlines.total_s - time.monotonic()) > 0:
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._on_deadline, deadlines)
+        elif not answer.finished.done():
+            self._late = True
+            cast(WorkerConnection, self._upstream).abort()
+            answer.break_off(SilenceError("the request took too long"), _too_late())
 
     # The client.
 
@@ -74,7 +90,8 @@ class Flow:
         self._services.metrics.disconnects += 1
         if self._upstream is not None:
             self._upstream.abort()
-        if self._task is not None:
+        if self._task is not None and self._timer is not None:
+            self._timer.cancel()
             self._task.cancel()
 
     def on_client_stalled(self) -> None:
@@ -88,6 +105,7 @@ class Flow:
     # The course of the request.
 
     async def _run(self, job: Job) -> None:
+        self._running = True
         try:
             await self._serve(job)
         except ApiError as error:
@@ -95,16 +113,22 @@ class Flow:
         except RelayedError as error:
             self._relay(error.answer)
         except asyncio.CancelledError:
-            self._notes["status"] = "cancelled"
+            if self._late:
+                self._respond_error(_too_late())
+            else:
+                self._notes["status"] = "cancelled"
         except orjson.JSONEncodeError as error:
             self._respond_error(ApiError(400, f"the request body cannot be passed on: {error}"))
         except Exception:
             log.exception("request %s failed inside the router", self._id)
             self._respond_error(ApiError(500, "the router failed on this request"))
+        cast(asyncio.TimerHandle, self._timer).cancel()
+        self._services.metrics.timeouts["total"] += self._late
         self._log()
 
     async def _serve(self, job: Job) -> None:
         services = self._services
+        services.budget.request()
         entered_s = time.monotonic()
         try:
             await services.admission.enter()
@@ -122,177 +146,188 @@ class Flow:
             services.admission.leave()
 
     async def _hand_off(self, job: Job) -> None:
-        for _ in range(ATTEMPTS):
+        while True:
             handoff = await self._prefill(job)
             if handoff is None:
                 await self._whole(job, "no_handoff")
                 return
-            if await self._decode(job, job.decode_request(handoff), handoff):
+            try:
+                await self._decode(job, handoff)
                 return
-        self._give_up()
+            except LegFailure as failure:
+                self._retry(failure)
+                if failure.reason in ("status", "timeout"):
+                    # What the decode worker failed at may have been the pull.
+                    self._tried["prefill"].add(self._notes["prefill"])
 
     async def _whole(self, job: Job, reason: str) -> None:
         """Prefill and decode on one decode worker, for what cannot be handed off."""
         self._services.metrics.passthrough[reason] += 1
         self._notes["passthrough"] = reason
-        for _ in range(ATTEMPTS):
-            if await self._decode(job, job.decode_request(None), None):
+        while True:
+            try:
+                await self._decode(job, None)
                 return
-        self._give_up()
-
-    def _give_up(self) -> NoReturn:
-        if self._failure is not None:
-            raise RelayedError(self._failure)
-        raise ApiError(502, "no decode worker completed the request", retry_after_s=RETRY_AFTER_S)
-
-    # The prefill leg.
+            except LegFailure as failure:
+                self._retry(failure)
 
     async def _prefill(self, job: Job) -> HandOff | None:
         """A hand-off; None if the worker gives none. Raises ApiError or RelayedError."""
         services = self._services
         key = services.ring.key(job.path, job.body)
         body = openai.prefill_body(job.body, job.record)
-        failures = 0
         while True:
-            chosen = services.ring.choose(key, self._tried_prefill)
-            if chosen is None:
+            chosen = services.ring.choose(key, self._tried["prefill"])
+            if chosen is None or chosen[0].url in self._refused:
                 raise no_worker("prefill")
             worker, spilled = chosen
             services.metrics.prefill_spills += spilled
-            try:
-                return await self._prefill_on(worker, job, body)
-            except ConnectError:
-                services.refused(worker)
-                reason = "refused"
-            except ExchangeError as error:
-                log.warning("prefill of request %s failed: %s", self._id, error)
-                failures += 1
-                reason = "failed"
-                if failures == ATTEMPTS:
-                    raise ApiError(502, "the prefill worker did not answer", retry_after_s=RETRY_AFTER_S) from None
-            self._tried_prefill.add(worker.url)
-            services.metrics.retries["prefill", reason] += 1
-
-    async def _prefill_on(self, worker: Worker, job: Job, body: bytes) -> HandOff | None:
-        services = self._services
-        pool = services.pools[worker]
-        services.fleet.started(worker)
-        try:
-            connection = await pool.connection()
             self._prefills += 1
-            leg_id = f"{self._id}-prefill-{self._prefills}"
-            answer = Answer()
-            sent_s = time.monotonic()
-            connection.start(answer, _leg(pool, job, leg_id, body), services.config.prefill_timeout_s)
-            await connection.finish(answer)
-        finally:
-            services.fleet.finished(worker)
-        services.metrics.prefill.observe(time.monotonic() - sent_s)
-        self._notes["prefill"] = worker.url
-        if answer.status != 200:
-            raise RelayedError(answer)
-        handoff = read_handoff(answer.json(), sent_s)
-        if handoff is None:
-            if services.throttle.due("no_handoff"):
-                log.warning("prefill worker %s hands nothing off; its requests run whole", worker.url)
-        elif handoff.counts_error is not None:
-            reason = handoff.counts_error.reason
-            services.metrics.counts_errors[reason] += 1
-            if services.throttle.due(reason):
-                log.warning("expert counts of %s cannot be used: %s", worker.url, handoff.counts_error)
-        return handoff
+            try:
+                handoff = await legs.prefill(services, job, worker, f"{self._id}-prefill-{self._prefills}", body)
+            except ConnectError as error:
+                self._on_refused(worker, error)
+            except LegFailure as failure:
+                self._retry(failure)
+            else:
+                self._notes["prefill"] = worker.url
+                return handoff
 
-    # The decode leg.
-
-    async def _decode(self, job: Job, request: DecodeRequest, handoff: HandOff | None) -> bool:
-        """Run on a decode worker and answer the client. False if that failed with nothing sent to the client.
+    async def _decode(self, job: Job, handoff: HandOff | None) -> None:
+        """Run on a decode worker and answer the client. Raises LegFailure if that failed with nothing sent to it.
 
         A worker that takes no connection has seen no byte: the hand-off goes to the next one. Once it is spent, the
         only way on is another prefill.
         """
         services = self._services
+        request = job.decode_request(handoff)
         while True:
             placement = await self._place(request, handoff)
-            if placement is None:
-                services.metrics.retries["decode", "lease"] += 1
-                return False
+            services.outcomes.began(placement.worker)
             try:
-                if await self._decode_on(placement, job, handoff):
-                    return True
-                services.metrics.retries["decode", "lease"] += 1
-                return False
-            except ConnectError:
-                services.refused(placement.worker)
-                services.metrics.retries["decode", "refused"] += 1
-            except ExchangeError as error:
-                log.warning("decode of request %s failed: %s", self._id, error)
-                services.metrics.retries["decode", "failed"] += 1
-                self._tried_decode.add(placement.worker.url)
-                return False
+                await self._decode_on(placement, job, handoff)
+                return
+            except ConnectError as error:
+                self._on_refused(placement.worker, error)
             finally:
                 placement.end()
+                services.outcomes.ended(placement.worker)
 
-    async def _place(self, request: DecodeRequest, handoff: HandOff | None) -> Placement | None:
-        """A worker that is eligible before the lease ends, None if there is none. Raises ApiError if none exists."""
+    async def _place(self, request: DecodeRequest, handoff: HandOff | None) -> Placement:
+        """A worker that is eligible before the lease ends. Raises LegFailure, or ApiError if there is no worker."""
         services = self._services
         while True:
-            placement = services.placements.place(request, self._tried_decode)
-            if placement is not None:
+            placement = services.placements.place(request, self._tried["decode"])
+            if placement is not None and placement.worker.url not in self._refused:
                 return placement
+            if placement is not None:
+                placement.end()
+                raise no_worker("decode")
             if not any(services.fleet.available("decode")):
                 raise no_worker("decode")
             left_s = WHOLE_WAIT_S if handoff is None else handoff.left_s(time.monotonic())
             if left_s <= 0 or not await services.admission.until_changed(left_s):
-                return None
+                raise LegFailure("decode", "lease", "no worker had room before the lease ended")
 
-    async def _decode_on(self, placement: Placement, job: Job, handoff: HandOff | None) -> bool:
-        """Send the decode request and pass the answer on. False if the lease ended before it could be sent."""
-        services = self._services
-        pool = services.pools[placement.worker]
+    async def _decode_on(self, placement: Placement, job: Job, handoff: HandOff | None) -> None:
+        """Send the decode request and pass the answer on. Raises ConnectError, LegFailure or RelayedError."""
+        services, config = self._services, self._services.config
+        worker = placement.worker
+        pool = services.pools[worker]
         connection = await pool.connection()
         if handoff is None:
             params = {"eldr_record": True} if job.record else None
         elif handoff.left_s(time.monotonic()) <= 0:
             pool.release(connection)
-            return False
+            raise LegFailure("decode", "lease", "the lease ended before the request was sent", worker=worker.url)
         else:
             params = handoff.spend(job.record)
         self._decodes += 1
         leg_id = self._id if self._decodes == 1 else f"{self._id}-decode-{self._decodes}"
-        answer = DecodeAnswer(
-            self._connection,
-            services.metrics,
-            self._response_headers(),
-            self._request.received_s,
-            openai.wants_usage(job.body),
-        )
-        self._upstream = connection
-        body = openai.decode_body(job.body, params)
-        connection.start(answer, _leg(pool, job, leg_id, body), services.config.decode_idle_timeout_s)
+        answer = self._decode_answer(job, leg_id, worker)
+        request = legs.request_bytes(pool, job, leg_id, openai.decode_body(job.body, params))
+        limit_s = config.decode_first_byte_timeout_s if job.stream else config.decode_answer_timeout_s
+        # A pull from a prefill worker that is gone fails wherever it is tried.
+        at_fault = handoff is None or legs.available(services, "prefill", self._notes["prefill"])
+        self._upstream, self._answer = connection, answer
+        connection.start(answer, request, limit_s, config.decode_idle_timeout_s)
         if self._connection.stalled:
             connection.pause()
         try:
             await connection.finish(answer)
+            if not answer.begun:
+                legs.check_answered(services, worker, answer, at_fault)
+                check_completion(answer, leg_id, services.answer_names["decode"])
+        except ExchangeError as error:
+            services.metrics.timeouts["first_byte" if job.stream else "answer"] += error.timed_out
+            raise legs.blame(services, worker, error.reason, error, at_fault=at_fault) from None
         finally:
-            self._upstream = None
-        if handoff is not None and answer.status >= 500 and not answer.streaming:
-            # The pull may be what failed: a new hand-off can succeed where this one did not.
-            self._failure = answer
-            raise ExchangeError(f"{placement.worker.url}: status {answer.status}")
-        self._notes["decode"] = placement.worker.url
+            self._upstream = self._answer = None
+        self._notes["decode"] = worker.url
         self._notes["reason"] = placement.decision.reason
-        self._answered(answer, job, handoff)
-        return True
+        self._answered(answer, job, worker, handoff)
+
+    def _decode_answer(self, job: Job, leg_id: str, worker: Worker) -> DecodeAnswer:
+        services = self._services
+        return DecodeAnswer(
+            self._connection,
+            services.metrics,
+            self._response_headers(),
+            self._request.received_s,
+            leg_id,
+            services.answer_names["decode"],
+            wants_stream=job.stream,
+            wants_usage=openai.wants_usage(job.body),
+            # A worker's trial shall not last as long as a stream: the first event will do.
+            on_begun=functools.partial(services.outcomes.succeeded, worker) if worker.ejected else None,
+        )
+
+    # When a leg fails.
+
+    def _on_refused(self, worker: Worker, error: ConnectError) -> None:
+        """No byte was sent: the leg goes to another worker, which costs no retry. Each worker is asked once."""
+        self._refused.add(worker.url)
+        self._tried[worker.role].add(worker.url)
+        self._services.metrics.retries[worker.role, error.reason] += 1
+        self._services.refused(worker, error)
+
+    def _retry(self, failure: LegFailure) -> None:
+        """Count another try of a leg. Raises what the client gets if there is none to be had."""
+        services = self._services
+        leg, reason = failure.leg, failure.reason
+        if failure.worker is not None:
+            self._tried[leg].add(failure.worker)
+        why_not = None
+        if self._retries == services.config.retries:
+            why_not = "tries"
+        elif not services.budget.take():
+            why_not = "budget"
+        fields = {"id": self._id, "worker": failure.worker, "reason": reason, "retried": why_not is None}
+        log.warning("%s", failure, extra={"fields": fields})
+        if why_not is None:
+            self._retries += 1
+            services.metrics.retries[leg, reason] += 1
+            return
+        services.metrics.retries_denied[leg, why_not] += 1
+        raise RelayedError(failure.answer) if failure.answer is not None else failure.error
 
     # The answer.
 
-    def _answered(self, answer: DecodeAnswer, job: Job, handoff: HandOff | None) -> None:
-        if not answer.streaming:
+    def _answered(self, answer: DecodeAnswer, job: Job, worker: Worker, handoff: HandOff | None) -> None:
+        services = self._services
+        if answer.broken is None:
+            services.outcomes.succeeded(worker)
+        elif not self._late:
+            services.outcomes.failed(worker, "broken_stream")
+            services.metrics.broken_streams += 1
+            services.metrics.timeouts["idle"] += answer.broken.timed_out
+            fields = {"id": self._id, "worker": worker.url, "reason": answer.broken.reason}
+            log.warning("stream broken off: %s", answer.broken, extra={"fields": fields})
+        if not answer.begun:
             self._relay(answer, recorded=job.record, handoff=handoff)
             return
         # Beside the tokens: [DONE] and the chat stream's opening event.
         answer.observe_tpot(1 + (self._request.path == openai.CHAT))
-        self._services.metrics.broken_streams += answer.broken
         self._count(200)
 
     def _relay(self, answer: Answer, recorded: bool = False, handoff: HandOff | None = None) -> None:
@@ -330,10 +365,8 @@ class Flow:
             log.debug("request", extra={"fields": {"id": self._id, "path": self._request.path.decode(), **self._notes}})
 
 
-def _leg(pool: WorkerPool, job: Job, leg_id: str, body: bytes) -> bytes:
-    """The bytes of one leg. vLLM names the request after X-Request-Id: every leg and attempt has its own."""
-    headers = b"%bx-request-id: %b\r\n" % (job.leg_headers, leg_id.encode())
-    return pool.request(b"POST", job.path, headers, body, job.authorization)
+def _too_late() -> ApiError:
+    return ApiError(504, "the request was not answered in the time that its client or the router allows")
 
 
 def _with_record(answer: Answer, handoff: HandOff | None) -> bytes:

@@ -45,6 +45,7 @@ class HandOff:
     counts: expert counts of the prompt, None if there are none that can be used; counts_error then says why.
     counts_wire: the counts as the worker sent them.
     prompt_tokens: as the prefill worker counted them, 0 if it did not say.
+    request_name: what the prefill worker calls the request whose blocks these are.
     """
 
     def __init__(self, params: dict[str, Any], prompt_tokens: int, sent_s: float) -> None:
@@ -52,6 +53,7 @@ class HandOff:
         self._spent = False
         received_s = time.monotonic()
         self.prompt_tokens = prompt_tokens
+        self.request_name: object = params.get("remote_request_id")
         self.counts: ExpertCounts | None = None
         self.counts_error: CountsError | None = None
         self.counts_wire = params.pop("eldr_counts", None)

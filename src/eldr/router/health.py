@@ -14,7 +14,6 @@ from eldr.router.upstream import Answer, ConnectError, ExchangeError, UpstreamEr
 
 log = logging.getLogger("eldr.router")
 
-PROBE_TIMEOUT_S = 5.0
 # Silent for one probe may be busy; silent for two is down. A refused connection is down at once.
 FAILURES_TO_DOWN = 2
 MODELS_EVERY_S = 30.0
@@ -33,7 +32,9 @@ class HealthProbe:
         fleet: Fleet,
         worker: Worker,
         pool: WorkerPool,
+        *,
         interval_s: float,
+        timeout_s: float,
         changed: Callable[[], None],
         check: Callable[[], Awaitable[None]],
     ) -> None:
@@ -41,6 +42,7 @@ class HealthProbe:
         self._worker = worker
         self._pool = pool
         self._interval_s = interval_s
+        self._timeout_s = timeout_s
         self._changed = changed
         self._check = check
         self._failures = 0
@@ -55,14 +57,14 @@ class HealthProbe:
     async def probe(self) -> None:
         """One round: /health, and /v1/models where it is due."""
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
+            async with asyncio.timeout(self._timeout_s):
                 await self._get(b"/health")
                 if not self._worker.healthy or time.monotonic() - self._models_at_s > MODELS_EVERY_S:
                     self._worker.models = _model_names(await self._get(b"/v1/models", (200, 401, 403)))
                     await self._check()
                     self._models_at_s = time.monotonic()
         except TimeoutError:
-            self._failed(f"no answer within {PROBE_TIMEOUT_S:g} s", FAILURES_TO_DOWN)
+            self._failed(f"no answer within {self._timeout_s:g} s", FAILURES_TO_DOWN)
         except ConnectError as error:
             self._failed(str(error), 1)
         except UpstreamError as error:
@@ -92,7 +94,7 @@ class HealthProbe:
     async def _get(self, path: bytes, expected: tuple[int, ...] = (200,)) -> Answer:
         connection = await self._pool.connection()
         answer = Answer()
-        connection.start(answer, self._pool.request(b"GET", path), PROBE_TIMEOUT_S)
+        connection.start(answer, self._pool.request(b"GET", path), self._timeout_s)
         await connection.finish(answer)
         if answer.status not in expected:
             raise ExchangeError(f"{path.decode()} answered {answer.status}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from eldr.policies.base import DecodeRequest
 from eldr.router import openai
+from eldr.router.deadlines import Deadlines
 from eldr.router.errors import ApiError
 from eldr.router.forwarding import client_authorization, trace_context, trace_lines
 from eldr.router.handoff import HandOff
@@ -26,7 +27,8 @@ class Job:
 
     body: what the client sent, less its request_id. why_whole: why it cannot be handed off, None if it can.
     record: whether its experts are wanted. leg_headers: header lines for either leg. authorization: the client's own,
-    for workers that have no key of the router's.
+    for workers that have no key of the router's. deadlines: until when it must be answered.
+    stream: whether the answer is to be streamed; None for what is no boolean, which a worker may read either way.
     """
 
     request_id: str
@@ -37,6 +39,8 @@ class Job:
     leg_headers: bytes
     authorization: bytes | None
     label: str | None
+    deadlines: Deadlines
+    stream: bool | None
 
     def decode_request(self, handoff: HandOff | None) -> DecodeRequest:
         """What the policy may know."""
@@ -80,6 +84,8 @@ def take_in(request: Request, request_id: str, services: Services) -> Job:
         # The admin key is for this router alone.
         authorization=None if record else client_authorization(request),
         label=_visible(label, MAX_LABEL_BYTES) if label else None,
+        stream=_wants_stream(body),
+        deadlines=Deadlines.of(headers, request.received_s, services.config.request_timeout_s),
     )
 
 
@@ -101,6 +107,11 @@ def _wants_record(request: Request, body: dict[str, Any], admin_key: bytes | Non
     if body.get("stream"):
         raise ApiError(400, "recording needs stream: false", param="stream")
     return True
+
+
+def _wants_stream(body: dict[str, Any]) -> bool | None:
+    stream = body.get("stream", False)
+    return stream if isinstance(stream, bool) else None
 
 
 def _check_fleet(model: str | None, services: Services) -> None:

@@ -6,15 +6,15 @@ import asyncio
 import logging
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from eldr.errors import EldrError
 from eldr.fleet import Fleet, Role, Worker
-from eldr.router.admission import Admission
 from eldr.router.config import RouterConfig
 from eldr.router.discovery.base import Endpoint, Endpoints, Source
 from eldr.router.health import HealthProbe
+from eldr.router.outcomes import Outcomes
 from eldr.router.placement import Placements
 from eldr.router.prefix import PrefillRing
 from eldr.router.upstream import ExchangeError, WorkerPool
@@ -52,7 +52,8 @@ class Membership:
     """Takes workers in and lets them go, by hand or as sources name them.
 
     A new worker gets nothing until a probe has found it alive and serving the right model; the policy hears of it
-    only then. `pools` gains and loses the connections of each worker.
+    only then. `pools` gains and loses the connections of each worker. went_down: told of a worker that answers no
+    probes any more.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class Membership:
         fleet: Fleet,
         pools: dict[Worker, WorkerPool],
         ring: PrefillRing,
-        admission: Admission,
+        outcomes: Outcomes,
         placements: Placements,
+        went_down: Callable[[Worker], None],
         worker_key: bytes | None,
         ssl_context: ssl.SSLContext,
     ) -> None:
@@ -70,8 +72,9 @@ class Membership:
         self._fleet = fleet
         self._pools = pools
         self._ring = ring
-        self._admission = admission
+        self._outcomes = outcomes
         self._placements = placements
+        self._went_down = went_down
         self._worker_key = worker_key
         self._ssl_context = ssl_context
         self._members: dict[Worker, _Member] = {}
@@ -144,7 +147,7 @@ class Membership:
             member.leaving = None
         worker.source = source
         self._fleet.set_draining(worker, False)
-        self._admission.changed()
+        self._outcomes.fleet_changed()
         return worker
 
     def drain(self, worker: Worker, timeout_s: float | None = None) -> None:
@@ -154,7 +157,7 @@ class Membership:
             member.leaving.cancel()
         log.info("%s worker %s drains", worker.role, worker.url)
         self._fleet.set_draining(worker, True)
-        self._admission.changed()
+        self._outcomes.fleet_changed()
         timeout_s = self._config.drain_timeout_s if timeout_s is None else timeout_s
         member.leaving = asyncio.create_task(self._leave(member, timeout_s))
 
@@ -181,8 +184,9 @@ class Membership:
             member.probing.cancel()
         if member.joined and worker.role == "decode":
             self._placements.left(worker)
+        self._outcomes.forget(worker)
         self._pools.pop(worker).close()
-        self._admission.changed()
+        self._outcomes.fleet_changed()
         log.info("%s worker %s has left", worker.role, worker.url)
 
     # Within.
@@ -206,9 +210,10 @@ class Membership:
             self._fleet,
             worker,
             pool,
-            config.health_interval_s,
-            lambda: self._changed(member),
-            lambda: self._check(member),
+            interval_s=config.health_interval_s,
+            timeout_s=config.health_timeout_s,
+            changed=lambda: self._changed(member),
+            check=lambda: self._check(member),
         )
         member = self._members[worker] = _Member(worker, probe)
         self._ring.rebuild()
@@ -225,7 +230,9 @@ class Membership:
             if worker.role == "decode":
                 self._placements.joined(worker)
         member.fit &= worker.healthy
-        self._admission.changed()
+        self._outcomes.fleet_changed()
+        if not worker.healthy and member.joined:
+            self._went_down(worker)
 
     async def _check(self, member: _Member) -> None:
         """Raise ExchangeError, which keeps the worker out, unless it serves the fleet's model."""

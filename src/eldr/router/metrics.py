@@ -60,6 +60,10 @@ class Metrics:
         self.counts_errors: defaultdict[str, int] = defaultdict(int)
         self.passthrough: defaultdict[str, int] = defaultdict(int)
         self.retries: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self.retries_denied: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self.timeouts: defaultdict[str, int] = defaultdict(int)
+        self.failures: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self.ejections: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self.prefill_spills = 0
         self.broken_streams = 0
         self.stream_events = 0
@@ -96,6 +100,13 @@ class RouterCollector(Collector):
         yield _counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), m.counts_errors)
         yield _counter("eldr_passthrough", "Requests run whole on one decode worker.", ("reason",), m.passthrough)
         yield _counter("eldr_retries", "Legs tried again.", ("leg", "reason"), m.retries)
+        yield _counter(
+            "eldr_retries_denied", "Failed legs that were not tried again.", ("leg", "reason"), m.retries_denied
+        )
+        yield _counter("eldr_timeouts", "Deadlines that passed.", ("leg",), m.timeouts)
+        per_worker = ("role", "worker", "reason")
+        yield _counter("eldr_worker_failures", "Legs that failed by the worker's fault.", per_worker, m.failures)
+        yield _counter("eldr_ejections", "Workers taken out of service for their failures.", per_worker, m.ejections)
         yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
         yield _counter("eldr_broken_streams", "Streams that a worker broke off.", (), {(): m.broken_streams})
         yield _counter("eldr_stream_events", "Server-sent events passed on.", (), {(): m.stream_events})
@@ -110,6 +121,7 @@ class RouterCollector(Collector):
     def _worker_families(self) -> Iterator[Metric]:
         labels = ("role", "worker")
         up = GaugeMetricFamily("eldr_worker_up", "Whether the worker answers its probes.", labels=labels)
+        ejected = GaugeMetricFamily("eldr_worker_ejected", "Whether the worker is out of service.", labels=labels)
         in_flight = GaugeMetricFamily("eldr_inflight", "Requests in flight at the worker.", labels=labels)
         limit = GaugeMetricFamily("eldr_inflight_limit", "Most requests in flight at the worker.", labels=labels)
         skew = GaugeMetricFamily(
@@ -119,12 +131,13 @@ class RouterCollector(Collector):
             for worker in self._fleet.workers("prefill" if role == "prefill" else "decode").values():
                 key = (role, worker.url)
                 up.add_metric(key, worker.healthy)
+                ejected.add_metric(key, worker.ejected or worker.on_trial)
                 in_flight.add_metric(key, worker.in_flight)
                 if role == "decode":
                     limit.add_metric(key, worker.max_inflight)
                 if worker.clock_skew_s is not None:
                     skew.add_metric(key, worker.clock_skew_s)
-        yield from (up, in_flight, limit, skew)
+        yield from (up, ejected, in_flight, limit, skew)
 
 
 def _counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, int]) -> CounterMetricFamily:

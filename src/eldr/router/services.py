@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from eldr.fleet import Fleet, Worker
+from eldr.fleet import Fleet, Role, Worker
 from eldr.router.admission import Admission
 from eldr.router.config import RouterConfig
 from eldr.router.logs import Throttle
 from eldr.router.metrics import Metrics
+from eldr.router.outcomes import Outcomes
 from eldr.router.placement import Placements
 from eldr.router.prefix import PrefillRing
-from eldr.router.upstream import WorkerPool
+from eldr.router.retries import RetryBudget
+from eldr.router.upstream import ConnectError, WorkerPool
+from eldr.router.verdict import Names
 
 log = logging.getLogger("eldr.router")
 
 
 @dataclass
 class Services:
-    """The parts of one router. `pools` holds the connections to each worker."""
+    """The parts of one router.
+
+    pools: the connections to each worker. answer_names, handoff_names: by role and for hand-offs, whether
+    answers bear their request's name.
+    """
 
     config: RouterConfig
     fleet: Fleet
@@ -28,12 +35,28 @@ class Services:
     admission: Admission
     placements: Placements
     metrics: Metrics
+    outcomes: Outcomes
+    budget: RetryBudget
     throttle: Throttle
     admin_key: bytes | None
+    answer_names: dict[Role, Names] = field(default_factory=lambda: {"prefill": Names(), "decode": Names()})
+    handoff_names: Names = field(default_factory=Names)
 
-    def refused(self, worker: Worker) -> None:
+    def refused(self, worker: Worker, error: ConnectError) -> None:
         """A worker takes no connections: it gets nothing more until a probe succeeds."""
         if worker.healthy:
             log.warning("%s worker %s takes no connections", worker.role, worker.url)
+        self.metrics.timeouts["connect"] += error.timed_out
         self.fleet.set_healthy(worker, False)
-        self.admission.changed()
+        self.outcomes.failed(worker, error.reason)
+        self.outcomes.fleet_changed()
+
+    def went_down(self, worker: Worker) -> None:
+        """A worker answers no probes: what waits there for an answer is tried elsewhere, if there is an elsewhere.
+
+        Streams that have begun are left to their own deadline; the worker may only be slow.
+        """
+        if any(self.fleet.available(worker.role)):
+            moved = self.pools[worker].give_up_waiting("the worker answers no probes", int(self.budget.left))
+            if moved:
+                log.warning("%d requests leave %s worker %s", moved, worker.role, worker.url)

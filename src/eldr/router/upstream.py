@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import ssl
 import time
-from collections.abc import Collection
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -28,22 +28,46 @@ MAX_ANSWER_BYTES = 256 * 1024 * 1024
 
 
 class UpstreamError(Exception):
-    """A worker did not answer as HTTP wants it."""
+    """A worker did not answer as HTTP wants it. reason: why, as a metric label."""
+
+    reason: str
+    timed_out = False
 
 
 class ConnectError(UpstreamError):
     """No connection: refused, unreachable, timed out or no TLS. No byte of the request was sent."""
 
+    reason = "refused"
+
+
+class ConnectTimeoutError(ConnectError):
+    """No connection in time."""
+
+    timed_out = True
+
 
 class ExchangeError(UpstreamError):
     """The exchange broke after bytes of the request may have been sent."""
+
+    reason = "failed"
+
+
+class SilenceError(ExchangeError):
+    """The answer, or the next byte of it, did not come in time."""
+
+    reason = "timeout"
+    timed_out = True
 
 
 class Exchange:
     """Hears one answer as it arrives: `on_head`, any number of `on_body`, then `on_done`; or `on_failed` at any time.
 
     Nothing is called after `on_done` or `on_failed`. Header names are lower-case.
+
+    begun: whether a part of the answer has been passed on, so that from here on only silence counts against it.
     """
+
+    begun = False
 
     def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
         raise NotImplementedError
@@ -107,7 +131,9 @@ class WorkerConnection(asyncio.Protocol):
         self._pool = pool
         self._parser = httptools.HttpResponseParser(self)
         self._exchange: Exchange | None = None
+        self._answer_by_s = 0.0
         self._idle_limit_s = 0.0
+        self._in_head = True
         self._complete = False
         self._keep = False
         self._paused = False
@@ -124,11 +150,16 @@ class WorkerConnection(asyncio.Protocol):
 
     # The exchange.
 
-    def start(self, exchange: Exchange, request: bytes, idle_limit_s: float) -> None:
-        """Send `request` and report the answer to `exchange`; more than `idle_limit_s` of silence is a failure."""
+    def start(self, exchange: Exchange, request: bytes, answer_limit_s: float, idle_limit_s: float = math.inf) -> None:
+        """Send `request` and report the answer to `exchange`.
+
+        It fails unless the answer has begun (`Exchange.begun`) or is complete within `answer_limit_s`, however much
+        came until then, and after that if more than `idle_limit_s` pass without a byte.
+        """
         self._exchange = exchange
-        self._idle_limit_s = idle_limit_s
         self.last_heard_s = time.monotonic()
+        self._answer_by_s = self.last_heard_s + answer_limit_s
+        self._idle_limit_s = idle_limit_s
         self._pool.active.add(self)
         self._transport.write(request)
 
@@ -159,8 +190,20 @@ class WorkerConnection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def check_silence(self, now_s: float) -> None:
-        if not self._paused and now_s - self.last_heard_s > self._idle_limit_s:
-            self.fail(f"no byte for {self._idle_limit_s:g} s")
+        if self._paused or self._exchange is None:
+            return
+        if not self._exchange.begun:
+            if now_s > self._answer_by_s:
+                self.fail("no answer in time", SilenceError)
+        elif now_s - self.last_heard_s > self._idle_limit_s:
+            self.fail(f"no byte for {self._idle_limit_s:g} s", SilenceError)
+
+    def give_up_waiting(self, reason: str) -> bool:
+        """Fail the exchange if nothing of its answer was passed on, so that it can be tried elsewhere."""
+        if self._exchange is None or self._exchange.begun:
+            return False
+        self.fail(reason, SilenceError)
+        return True
 
     @property
     def usable(self) -> bool:
@@ -169,12 +212,12 @@ class WorkerConnection(asyncio.Protocol):
     def close(self) -> None:
         self._transport.close()
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, kind: type[ExchangeError] = ExchangeError) -> None:
         """Give the exchange up and tell it why."""
         self._pool.active.discard(self)
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
-            exchange.on_failed(ExchangeError(f"{self._pool.url}: {reason}"))
+            exchange.on_failed(kind(f"{self._pool.url}: {reason}"))
         self._transport.abort()
 
     # Parsing.
@@ -184,11 +227,17 @@ class WorkerConnection(asyncio.Protocol):
             self._transport.abort()
             return
         self.last_heard_s = time.monotonic()
+        if self._in_head:
+            self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if self._in_head and self._head_bytes > MAX_HEAD_BYTES:  # a line without an end is held by the parser
+                raise ExchangeError(f"headers exceed {MAX_HEAD_BYTES} bytes")
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade, ExchangeError) as error:
             if not self._complete:
-                self.fail(f"unusable answer: {error.__context__ or error}")
+                cause = error if isinstance(error, ExchangeError) else error.__context__
+                kind = type(cause) if isinstance(cause, ExchangeError) else ExchangeError
+                self.fail(f"unusable answer: {cause or error}", kind)
                 return
             self._keep = False  # garbage after the answer
         if self._complete:
@@ -197,6 +246,8 @@ class WorkerConnection(asyncio.Protocol):
     def _finish(self) -> None:
         exchange, self._exchange = self._exchange, None
         self._complete = False
+        self._in_head = True
+        self._head_bytes = 0
         self._pool.active.discard(self)
         if self._paused:
             self.resume()
@@ -211,19 +262,17 @@ class WorkerConnection(asyncio.Protocol):
         if self._complete:
             raise ExchangeError("more than one answer")
         self._headers = {}
-        self._head_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_bytes += len(name) + len(value)
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise ExchangeError(f"headers exceed {MAX_HEAD_BYTES} bytes")
-        self._headers[name.lower()] = value
+        if self._in_head:  # else a trailer
+            self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         headers, self._headers = self._headers, {}
         if status < 200:
             return
+        self._in_head = False
         if b"content-length" not in headers and b"transfer-encoding" not in headers:
             # Such an answer ends with the connection, so that a broken one looks whole.
             raise ExchangeError("neither Content-Length nor Transfer-Encoding")
@@ -296,7 +345,7 @@ class WorkerPool:
                     lambda: WorkerConnection(self), self._host, self._port, ssl=self._ssl
                 )
         except TimeoutError:
-            raise ConnectError(f"{self.url}: no connection within {self._connect_timeout_s:g} s") from None
+            raise ConnectTimeoutError(f"{self.url}: no connection within {self._connect_timeout_s:g} s") from None
         except (OSError, ssl.CertificateError) as error:
             raise ConnectError(f"{self.url}: {error}") from None
         try:
@@ -332,24 +381,15 @@ class WorkerPool:
         for connection in list(self.active):
             connection.fail(reason)
 
+    def give_up_waiting(self, reason: str, most: int) -> int:
+        """Fail up to `most` exchanges of which nothing was passed on yet; how many there were."""
+        given_up = 0
+        for connection in list(self.active):
+            given_up += given_up < most and connection.give_up_waiting(reason)
+        return given_up
+
     def close(self) -> None:
         self._closed = True
         for connection in (*self._idle, *self.active):
             connection.close()
         self._idle.clear()
-
-
-class SilenceWatch:
-    """Fails exchanges whose worker has gone silent. One pass a second over all of them: no timer per request."""
-
-    PERIOD_S = 1.0
-
-    def __init__(self, pools: Collection[WorkerPool]) -> None:
-        self._pools = pools
-
-    async def run(self) -> None:
-        while True:
-            await asyncio.sleep(self.PERIOD_S)
-            now_s = time.monotonic()
-            for pool in self._pools:
-                pool.check(now_s)

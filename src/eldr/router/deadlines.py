@@ -1,0 +1,48 @@
+"""Until when a request must be answered: the router's own limit, and the client's where it states one.
+
+What clients and proxies in front of the router are known to send:
+
+- `X-Request-Timeout-Ms`, `X-Envoy-Expected-Rq-Timeout-Ms` (Envoy, on every request it routes): all of the answer.
+- `X-Stainless-Timeout` (openai for Node), `X-Stainless-Read-Timeout` (openai for Python), in seconds: these clients
+  give up if nothing has come until then, so it is the first byte's deadline; of an answer that is not streamed, all
+  of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+TOTAL_MS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
+FIRST_BYTE_S = (b"x-stainless-read-timeout", b"x-stainless-timeout")
+MAX_HEADER_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Monotonic times by which the first byte must be on its way to the client, and by which the answer must end."""
+
+    first_byte_s: float
+    total_s: float
+
+    @classmethod
+    def of(cls, headers: Mapping[bytes, bytes], received_s: float, limit_s: float) -> Deadlines:
+        """A client can only shorten the router's own limit; what is no positive number is not heard."""
+        total_s = min(limit_s, _least(headers, TOTAL_MS) / 1000)
+        first_byte_s = min(total_s, _least(headers, FIRST_BYTE_S))
+        return cls(received_s + first_byte_s, received_s + total_s)
+
+
+def _least(headers: Mapping[bytes, bytes], names: Iterable[bytes]) -> float:
+    least = math.inf
+    for name in names:
+        text = headers.get(name)
+        if text is not None and len(text) <= MAX_HEADER_BYTES:
+            try:
+                value = float(text)
+            except ValueError:
+                continue
+            if value > 0:
+                least = min(least, value)
+    return least
