@@ -244,7 +244,7 @@ async def test_no_field_names_a_worker(path):
 async def test_a_workers_headers_are_its_own_business():
     async def talkative(worker, seen, reader, writer):
         secrets = "server: vllm\r\nset-cookie: a=b\r\nx-internal: 10.0.0.7\r\naccess-control-allow-origin: *\r\n"
-        await reply(writer, 200, b"<script>", f"content-type: text/html\r\n{secrets}")
+        await reply(writer, 400, b"<script>", f"content-type: text/html\r\n{secrets}")
 
     async with running() as s:
         s.decode[0].behaviour = talkative
