@@ -28,6 +28,7 @@ class Worker:
     ejected: failed its requests and gets nothing new for a while (router/ejection.py).
     on_trial: was ejected and gets one request to prove itself.
     models: names that it serves, None while unknown.
+    load: what the engine said last: requests waiting in it, share of its KV cache in use; None while unknown.
     clock_skew_s: its clock minus ours, as its last answer showed it, to a second; None while unknown.
     """
 
@@ -42,6 +43,7 @@ class Worker:
     ejected: bool = False
     on_trial: bool = False
     models: frozenset[str] | None = None
+    load: tuple[int, float] | None = None
     clock_skew_s: float | None = None
 
     @property
@@ -122,6 +124,11 @@ class Fleet:
         worker.ejected = ejected
         worker.on_trial = on_trial
         self._fleet_changed(worker)
+
+    def set_limit(self, worker: Worker, max_inflight: int) -> None:
+        if worker.max_inflight != max_inflight:
+            worker.max_inflight = max_inflight
+            self._fleet_changed(worker)
 
     def _fleet_changed(self, worker: Worker) -> None:
         # A worker on trial gets one request, whatever it still runs from before.

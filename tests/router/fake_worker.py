@@ -45,6 +45,7 @@ class FakeWorker:
     """A worker on a port of its own.
 
     behaviour: called instead of the normal answer for completion and chat requests while it is set.
+    metrics: what /metrics says; 404 while it is None.
     counts: wire form of the expert counts in hand-offs; None leaves them out.
     """
 
@@ -67,6 +68,7 @@ class FakeWorker:
         self.counts: object = counts_wire(4)
         self.lease: object = {"left_s": 30.0}
         self.api_key: str | None = None
+        self.metrics: str | None = None
         self.connections = 0
         self.open_connections = 0
         self.running = 0
@@ -132,6 +134,8 @@ class FakeWorker:
         elif path == "/v1/models":
             models = {"object": "list", "data": [{"id": self.model, "object": "model", "owned_by": "vllm"}]}
             await reply(writer, 200, json.dumps(models).encode())
+        elif path == "/metrics" and self.metrics is not None:
+            await reply(writer, 200, self.metrics.encode(), "content-type: text/plain\r\n")
         elif path.endswith("completions"):
             await self._generate(seen, reader, writer)
         else:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, MoeLayerCost
 from eldr.errors import EldrError
 from eldr.fleet import Fleet, FleetError
-from eldr.router.admission import Admission, NoWorkerError
+from eldr.router.admission import Admission, Claim, Limits, NoWorkerError
 from eldr.router.answer import DecodeAnswer
 from eldr.router.config import ConfigError, RouterConfig, read_key
 from eldr.router.handoff import UNKNOWN_LEASE_S, Lease, read_handoff
@@ -377,14 +377,14 @@ def test_admission_under_random_load_and_cancellation():
         fleet = Fleet()
         worker = fleet.add("http://d:1", "decode", 5)
         fleet.set_healthy(worker, True)
-        admission = Admission(fleet)
+        admission = Admission(fleet, Limits(2**31, 2**31, 60.0))
         rng = random.Random(0)
         inside, most = 0, 0
         entered = []
 
         async def request(n):
             nonlocal inside, most
-            await admission.enter()
+            await admission.enter(Claim(b"", 1, 1))
             inside += 1
             most = max(most, inside)
             entered.append(n)
@@ -412,6 +412,6 @@ def test_admission_under_random_load_and_cancellation():
 def test_nobody_is_admitted_to_an_empty_fleet():
     async def run():
         with pytest.raises(NoWorkerError):
-            await Admission(Fleet()).enter()
+            await Admission(Fleet(), Limits(1, 1, 1.0)).enter(Claim(b"", 1, 1))
 
     asyncio.run(run())

@@ -116,6 +116,8 @@ def describe(worker: Worker) -> dict[str, Any]:
         "source": worker.source,
         "in_flight": worker.in_flight,
         "max_inflight": worker.max_inflight if worker.role == "decode" else None,
+        "waiting": None if worker.load is None else worker.load[0],
+        "kv_usage": None if worker.load is None else worker.load[1],
         "models": None if worker.models is None else sorted(worker.models),
     }
 

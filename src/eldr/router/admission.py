@@ -1,50 +1,119 @@
-"""Who may start: requests wait here, first come first served, until the decode workers have room for them.
+"""Who may start: requests wait here until the decode workers have room for them.
 
-They wait before their prefill: a hand-off's lease must not run out in a queue.
+They wait before their prefill: a hand-off's lease must not run out in a queue. Higher priorities go first; within one
+priority clients take turns (`fair_queue`), and a client's own requests go first come, first served.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
 
 from eldr.fleet import Fleet
+from eldr.router.errors import ApiError
+from eldr.router.fair_queue import FairQueue, QueueFullError
+
+PRIORITIES = ("high", "normal", "low")
+MAX_RETRY_AFTER_S = 60
 
 
 class NoWorkerError(Exception):
     """No worker of a role is available at all."""
 
 
-class Admission:
-    """Counts admitted requests against the decode workers' slots."""
+@dataclass(slots=True, frozen=True)
+class Limits:
+    """max_streams: requests past the queue at once. max_queued: waiting requests of each priority. queue_timeout_s:
+    longest wait."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    max_streams: int
+    max_queued: int
+    queue_timeout_s: float
+
+
+@dataclass(slots=True, frozen=True)
+class Claim:
+    """What a request's turn depends on. client: tells clients apart. priority: index into PRIORITIES. cost: tokens."""
+
+    client: bytes
+    priority: int
+    cost: int
+
+
+class _Turn:
+    """One waiting request. `admitted` resolves when it may start, or raises."""
+
+    __slots__ = ("admitted", "claim", "since_s", "timer")
+
+    def __init__(self, claim: Claim, timer: asyncio.TimerHandle | None = None) -> None:
+        self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.claim = claim
+        self.since_s = time.monotonic()
+        self.timer = timer
+
+    def end(self, error: Exception | None) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.admitted.done():
+            return
+        if error is None:
+            self.admitted.set_result(None)
+        else:
+            self.admitted.set_exception(error)
+
+
+class Admission:
+    """Counts admitted requests against the decode workers' slots.
+
+    refusals: requests that did not get their turn, by reason: full, displaced (by a client with fewer waiting),
+    timeout.
+    """
+
+    def __init__(self, fleet: Fleet, limits: Limits) -> None:
         self._fleet = fleet
-        self._queue: deque[asyncio.Future[None]] = deque()
+        self._limits = limits
+        self._queues: list[FairQueue[_Turn]] = [FairQueue(limits.max_queued) for _ in PRIORITIES]
         self._placing: list[asyncio.Future[None]] = []
+        self._last_wait_s = 0.0
+        self.queued = 0
         self.admitted = 0
+        self.refusals: defaultdict[str, int] = defaultdict(int)
 
     @property
-    def queued(self) -> int:
-        return len(self._queue)
+    def queued_by_priority(self) -> dict[str, int]:
+        return {name: len(queue) for name, queue in zip(PRIORITIES, self._queues, strict=True)}
 
-    async def enter(self) -> None:
-        """Wait for a slot. Raises NoWorkerError when there is no decode worker; a cancelled wait leaves the queue."""
-        slots = self._fleet.decode_slots
+    def set_limits(self, limits: Limits) -> None:
+        """Other limits from now on; what waits already stays."""
+        self._limits = limits
+        for queue in self._queues:
+            queue.limit = limits.max_queued
+        self.changed()
+
+    async def enter(self, claim: Claim) -> None:
+        """Wait for a slot; a cancelled wait leaves the queue.
+
+        Raises NoWorkerError when there is no decode worker, ApiError 429 when the queue is full and 503 when the wait
+        was too long.
+        """
+        slots = self._slots()
         if slots == 0:
             raise NoWorkerError
-        if not self._queue and self.admitted < slots:
+        if not self.queued and self.admitted < slots:
             self.admitted += 1
             return
-        turn = asyncio.get_running_loop().create_future()
-        self._queue.append(turn)
+        turn = self._queue_up(claim)
         try:
-            await turn
+            await turn.admitted
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
+            if turn.admitted.done() and not turn.admitted.cancelled() and turn.admitted.exception() is None:
                 self.leave()  # the slot came in the same moment
-            elif turn in self._queue:
-                self._queue.remove(turn)
+            else:
+                self._drop(turn, None)
             raise
 
     def leave(self) -> None:
@@ -54,20 +123,22 @@ class Admission:
 
     def changed(self) -> None:
         """Look again: a request has ended, or the fleet is another."""
-        placing, self._placing = self._placing, []
-        for waiter in placing:
-            if not waiter.done():
-                waiter.set_result(None)
-        slots = self._fleet.decode_slots if self._queue else 0
-        while self._queue and (slots == 0 or self.admitted < slots):
-            turn = self._queue.popleft()
-            if turn.done():
-                continue
+        if self._placing:
+            placing, self._placing = self._placing, []
+            for waiter in placing:
+                if not waiter.done():
+                    waiter.set_result(None)
+        if not self.queued:
+            return
+        slots = self._slots()
+        while self.queued and (slots == 0 or self.admitted < slots):
+            turn = self._pop()
             if slots == 0:
-                turn.set_exception(NoWorkerError())
-            else:
+                turn.end(NoWorkerError())
+            elif not turn.admitted.done():
+                self._last_wait_s = time.monotonic() - turn.since_s
                 self.admitted += 1
-                turn.set_result(None)
+                turn.end(None)
 
     async def until_changed(self, timeout_s: float) -> bool:
         """Wait, having been admitted, until a worker may have become eligible; False if none did in time."""
@@ -79,3 +150,42 @@ class Admission:
         except TimeoutError:
             return False
         return True
+
+    def _slots(self) -> int:
+        return min(self._fleet.decode_slots, self._limits.max_streams)
+
+    def _queue_up(self, claim: Claim) -> _Turn:
+        turn = _Turn(claim)
+        try:
+            displaced = self._queues[claim.priority].push(turn, claim.client, claim.cost)
+        except QueueFullError:
+            self.refusals["full"] += 1
+            raise self._full() from None
+        self.queued += 1
+        if displaced is not None:
+            self.queued -= 1
+            self.refusals["displaced"] += 1
+            displaced.end(self._full())
+        turn.timer = asyncio.get_running_loop().call_later(self._limits.queue_timeout_s, self._too_late, turn)
+        return turn
+
+    def _pop(self) -> _Turn:
+        self.queued -= 1
+        turn: Any = next(filter(None, (queue.pop() for queue in self._queues)))
+        return turn  # type: ignore[no-any-return]
+
+    def _too_late(self, turn: _Turn) -> None:
+        self.refusals["timeout"] += 1
+        wait_s = self._limits.queue_timeout_s
+        self._drop(turn, ApiError(503, f"no decode worker had room within {wait_s:g} s", retry_after_s=self._after_s()))
+
+    def _drop(self, turn: _Turn, error: Exception | None) -> None:
+        self.queued -= self._queues[turn.claim.priority].remove(turn, turn.claim.client)
+        turn.end(error)
+
+    def _full(self) -> ApiError:
+        return ApiError(429, "too many requests are waiting; try again later", retry_after_s=self._after_s())
+
+    def _after_s(self) -> int:
+        """As long as the last one to get its turn has waited."""
+        return min(max(1, math.ceil(self._last_wait_s)), MAX_RETRY_AFTER_S)

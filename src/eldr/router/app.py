@@ -15,11 +15,12 @@ from typing import Any
 
 import uvloop
 
+from eldr.errors import EldrError
 from eldr.fleet import Fleet
 from eldr.policies.base import Policy
 from eldr.router import logs, openai
 from eldr.router.admin import AdminApi
-from eldr.router.admission import Admission
+from eldr.router.admission import Admission, Limits
 from eldr.router.config import ConfigError, RouterConfig, host_and_port, read_key
 from eldr.router.discovery.base import Source
 from eldr.router.discovery.dns import DnsSource
@@ -80,7 +81,7 @@ class Router:
         )
         fleet = Fleet()
         metrics = Metrics()
-        admission = Admission(fleet)
+        admission = Admission(fleet, admission_limits(config))
         outcomes = Outcomes(fleet, admission, metrics, config)
         self.services = Services(
             config=config,
@@ -93,6 +94,7 @@ class Router:
             outcomes=outcomes,
             budget=RetryBudget(config.retry_ratio, config.retry_burst),
             throttle=logs.Throttle(),
+            client_header=None if config.client_header is None else config.client_header.lower().encode(),
             admin_key=None if config.admin_key_file is None else read_key(config.admin_key_file),
         )
         self.membership = self._build_membership()
@@ -110,20 +112,23 @@ class Router:
     # Start and end.
 
     async def start(self) -> None:
-        """Take the workers into the fleet, probe each once, and listen. Raises ConfigError if a port is taken."""
-        await self.membership.follow(self._sources())
-        loop = asyncio.get_running_loop()
-        self._background = [
-            loop.create_task(sweep(self.services.pools, self.services.outcomes)),
-            loop.create_task(ConnectionWatch(self.connections).run()),
-            loop.create_task(ConnectionWatch(self.admin.connections).run()),
-        ]
+        """Take the workers into the fleet, probe each once, and listen.
+
+        Raises EldrError if a port is taken or a worker can never be used as it is named.
+        """
         try:
+            await self.membership.follow(self._sources())
+            loop = asyncio.get_running_loop()
+            self._background = [
+                loop.create_task(sweep(self.services.pools, self.services.outcomes)),
+                loop.create_task(ConnectionWatch(self.connections).run()),
+                loop.create_task(ConnectionWatch(self.admin.connections).run()),
+            ]
             self._server = await self._listen(self, self._config.host, self._config.port)
             if self._config.admin_listen is not None:
                 host, port = host_and_port("admin_listen", self._config.admin_listen)
                 self._admin_server = await self._listen(self.admin, host, port)
-        except ConfigError:
+        except EldrError:
             await self.stop(0)
             raise
 
@@ -304,6 +309,10 @@ async def _serve(router: Router, config: RouterConfig) -> None:
         await asyncio.gather(stopping, return_exceptions=True)
         await router.stop(0)
     again.cancel()
+
+
+def admission_limits(config: RouterConfig) -> Limits:
+    return Limits(config.max_streams, config.max_queued, config.queue_timeout_s)
 
 
 def build_policy(config: RouterConfig) -> Policy:

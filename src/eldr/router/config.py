@@ -26,6 +26,7 @@ PATHS = (
     "calibration", "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file"
 )  # fmt: skip
 DURATIONS = (
+    "queue_timeout_s", "load_interval_s",
     "dns_interval_s", "health_interval_s", "health_timeout_s", "connect_timeout_s", "prefill_timeout_s",
     "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s", "request_timeout_s",
     "eject_base_s", "eject_max_s",
@@ -47,7 +48,12 @@ class RouterConfig:
     policy: name of the decode policy; calibration: file written by `eldr fit`, needed by locality-band.
     tau ... tail_guard: as in eldr.policies.options.PolicyOptions; cost is a preset or a file, worker_costs the same of
         single decode workers, URL -> preset or file.
-    max_inflight: most requests in flight at each decode worker; what exceeds it queues in the router.
+    max_inflight: most requests in flight at each decode worker; less where the worker says that requests wait in it.
+        What exceeds it queues in the router.
+    max_streams: most requests past the queue at once. max_queued: most waiting requests of each priority.
+    queue_timeout_s: longest wait in the queue. client_header: the header whose value tells clients apart there,
+        by default their API keys.
+    load_interval_s: time between two looks at a worker's metrics, varied by a fifth either way.
     worker_api_key_file: file with the key that workers ask for; it replaces the client's Authorization.
     worker_ca: PEM certificates that https workers are checked against, the system's if not given.
     api_key_file: file with the keys that clients must have, one a line; without it everybody may ask.
@@ -96,6 +102,11 @@ class RouterConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     max_inflight: int = 256
+    max_streams: int = 16384
+    max_queued: int = 1024
+    queue_timeout_s: float = 60.0
+    client_header: str | None = None
+    load_interval_s: float = 2.0
     worker_api_key_file: Path | None = None
     worker_ca: Path | None = None
     api_key_file: Path | None = None
@@ -138,7 +149,7 @@ class RouterConfig:
                 raise ConfigError(f"{role} is empty: give at least one {role} worker, such as http://10.0.0.1:8000")
         for key in ("policy", "host"):
             _text(key, getattr(self, key))
-        for key in ("model", "admin_listen"):
+        for key in ("model", "admin_listen", "client_header"):
             if getattr(self, key) is not None:
                 _text(key, getattr(self, key))
         if self.admin_listen is not None:
@@ -160,7 +171,9 @@ class RouterConfig:
             raise ConfigError(f"two_nearest is {self.two_nearest!r}, expected true or false")
         _whole("seed", self.seed, 0, 2**63 - 1)
         _whole("port", self.port, 0, 65535)
-        _whole("max_inflight", self.max_inflight, 1, 2**31)
+        for key in ("max_inflight", "max_streams"):
+            _whole(key, getattr(self, key), 1, 2**31)
+        _whole("max_queued", self.max_queued, 0, 2**31)
         _whole("prefix_window_bytes", self.prefix_window_bytes, 1, 2**31)
         _whole("max_body_bytes", self.max_body_bytes, 1, 2**31)
         _whole("max_connections", self.max_connections, 1, 2**31)

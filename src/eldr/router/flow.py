@@ -131,7 +131,7 @@ class Flow:
         services.budget.request()
         entered_s = time.monotonic()
         try:
-            await services.admission.enter()
+            await services.admission.enter(job.claim)
         except NoWorkerError:
             raise no_worker("decode") from None
         waited_s = time.monotonic() - entered_s

@@ -8,6 +8,7 @@ from typing import Any
 
 from eldr.policies.base import DecodeRequest
 from eldr.router import openai
+from eldr.router.admission import PRIORITIES, Claim
 from eldr.router.deadlines import Deadlines
 from eldr.router.errors import ApiError
 from eldr.router.forwarding import client_authorization, trace_context, trace_lines
@@ -19,6 +20,11 @@ from eldr.router.services import Services
 RETRY_AFTER_S = 2
 MAX_ID_BYTES = 128
 MAX_LABEL_BYTES = 64
+# What a request is taken to cost in the queue: its text at about four bytes a token, and the tokens it asks for.
+BYTES_PER_TOKEN = 4
+UNSTATED_TOKENS = 256
+
+PRIORITY_NAMES = {name.encode(): number for number, name in enumerate(PRIORITIES)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,7 @@ class Job:
     record: whether its experts are wanted. leg_headers: header lines for either leg. authorization: the client's own,
     for workers that have no key of the router's. deadlines: until when it must be answered.
     stream: whether the answer is to be streamed; None for what is no boolean, which a worker may read either way.
+    claim: on a turn in the queue.
     """
 
     request_id: str
@@ -41,6 +48,7 @@ class Job:
     label: str | None
     deadlines: Deadlines
     stream: bool | None
+    claim: Claim
 
     def decode_request(self, handoff: HandOff | None) -> DecodeRequest:
         """What the policy may know."""
@@ -86,6 +94,7 @@ def take_in(request: Request, request_id: str, services: Services) -> Job:
         label=_visible(label, MAX_LABEL_BYTES) if label else None,
         stream=_wants_stream(body),
         deadlines=Deadlines.of(headers, request.received_s, services.config.request_timeout_s),
+        claim=_claim(request, body, services),
     )
 
 
@@ -97,6 +106,26 @@ def _visible(value: bytes, most_bytes: int) -> str | None:
     if len(value) <= most_bytes and all(0x20 < byte < 0x7F for byte in value):
         return value.decode()
     return None
+
+
+def _claim(request: Request, body: dict[str, Any], services: Services) -> Claim:
+    """Which client's turn this is, and how urgent: by header X-Eldr-Priority, else by vLLM's field `priority`."""
+    named = request.headers.get(b"x-eldr-priority")
+    if named is not None:
+        if named not in PRIORITY_NAMES:
+            raise ApiError(400, f"X-Eldr-Priority must be one of {', '.join(PRIORITIES)}")
+        priority = PRIORITY_NAMES[named]
+    else:
+        stated = body.get("priority")
+        # vLLM handles lower numbers first; 0 is its default.
+        priority = 1 if type(stated) is not int or stated == 0 else 0 if stated < 0 else 2
+    tokens = openai.max_tokens(request.path, body)
+    cost = len(request.body) // BYTES_PER_TOKEN + (UNSTATED_TOKENS if tokens is None else tokens)
+    if services.client_header is not None:
+        client = request.headers.get(services.client_header, b"")
+    else:
+        client = request.client.encode() or request.headers.get(b"authorization", b"")
+    return Claim(client, priority, cost)
 
 
 def _wants_record(request: Request, body: dict[str, Any], admin_key: bytes | None) -> bool:

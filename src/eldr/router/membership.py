@@ -7,17 +7,19 @@ import logging
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eldr.errors import EldrError
 from eldr.fleet import Fleet, Role, Worker
 from eldr.router.config import RouterConfig
 from eldr.router.discovery.base import Endpoint, Endpoints, Source
 from eldr.router.health import HealthProbe
+from eldr.router.load import LoadWatch
 from eldr.router.outcomes import Outcomes
 from eldr.router.placement import Placements
 from eldr.router.prefix import PrefillRing
 from eldr.router.upstream import ExchangeError, WorkerPool
+from eldr.router.urls import rank_of
 
 log = logging.getLogger("eldr.router")
 
@@ -36,15 +38,18 @@ class MembershipError(EldrError):
 class _Member:
     """What belongs to one worker.
 
-    fit: since it came up it was found to serve the right model. joined: the policy knows of it. leaving: the task that
-    waits for its last request.
+    load: watches how much the engine has to do. refusal: why it can never be used, empty if it can. fit: since it came
+    up it was found to serve the right model. joined: the policy knows of it. watching: the tasks of probe and load.
+    leaving: the task that waits for its last request.
     """
 
     worker: Worker
     probe: HealthProbe
+    load: LoadWatch
+    refusal: str = ""
     fit: bool = False
     joined: bool = False
-    probing: asyncio.Task[None] | None = None
+    watching: list[asyncio.Task[None]] = field(default_factory=list)
     leaving: asyncio.Task[None] | None = None
 
 
@@ -79,6 +84,7 @@ class Membership:
         self._ssl_context = ssl_context
         self._members: dict[Worker, _Member] = {}
         self._watching: list[asyncio.Task[None]] = []
+        self._started = False
 
     # By what sources say.
 
@@ -92,14 +98,18 @@ class Membership:
                     self._add(endpoint, source.name)
             self._watching.append(asyncio.create_task(self._keep_up(source.name, snapshots, known)))
         await asyncio.gather(*(member.probe.probe() for member in self._members.values()))
+        self._started = True
         for member in self._members.values():
+            if member.refusal:
+                raise MembershipError(f"{member.worker.role} worker {member.worker.url}: {member.refusal}")
             self._changed(member)
-            self._start_probing(member)
+            self._start_watching(member)
 
-    def _config_order(self, endpoint: Endpoint) -> tuple[int, str]:
+    def _config_order(self, endpoint: Endpoint) -> tuple[bool, int, str]:
         """Workers given by URL come in the order of the configuration, which numbers zones and turns."""
         given = getattr(self._config, endpoint.role)
-        return (given.index(endpoint.url) if endpoint.url in given else len(given)), endpoint.url
+        at = given.index(endpoint.url) if endpoint.url in given else len(given)
+        return endpoint.role == "decode", at, endpoint.url
 
     async def _keep_up(self, name: str, snapshots: AsyncIterator[Endpoints], known: Endpoints) -> None:
         async for found in snapshots:
@@ -136,7 +146,7 @@ class Membership:
         worker = self._find(endpoint)
         if worker is None:
             member = self._add(endpoint, source)
-            self._start_probing(member)
+            self._start_watching(member)
             log.info("%s worker %s joins (%s)", endpoint.role, endpoint.url, source)
             return member.worker
         if not worker.draining:
@@ -180,8 +190,8 @@ class Membership:
         del self._members[worker]
         self._fleet.remove(worker)
         self._ring.rebuild()
-        if member.probing is not None:
-            member.probing.cancel()
+        for task in member.watching:
+            task.cancel()
         if member.joined and worker.role == "decode":
             self._placements.left(worker)
         self._outcomes.forget(worker)
@@ -215,17 +225,18 @@ class Membership:
             changed=lambda: self._changed(member),
             check=lambda: self._check(member),
         )
-        member = self._members[worker] = _Member(worker, probe)
+        load = LoadWatch(self._fleet, worker, pool, config.load_interval_s, self._outcomes.fleet_changed)
+        member = self._members[worker] = _Member(worker, probe, load)
         self._ring.rebuild()
         return member
 
-    def _start_probing(self, member: _Member) -> None:
-        member.probing = asyncio.create_task(member.probe.run())
+    def _start_watching(self, member: _Member) -> None:
+        member.watching = [asyncio.create_task(member.probe.run()), asyncio.create_task(member.load.run())]
 
     def _changed(self, member: _Member) -> None:
-        """A probe has found the worker up or down."""
+        """A probe has found the worker up or down. The first workers join together, in configured order."""
         worker = member.worker
-        if worker.healthy and not member.joined:
+        if worker.healthy and self._started and not member.joined:
             member.joined = True
             if worker.role == "decode":
                 self._placements.joined(worker)
@@ -236,6 +247,10 @@ class Membership:
 
     async def _check(self, member: _Member) -> None:
         """Raise ExchangeError, which keeps the worker out, unless it serves the fleet's model."""
+        engines = await member.load.look()
+        member.refusal = _wrong_rank(member.worker.url, len(engines))
+        if member.refusal:
+            raise ExchangeError(member.refusal)
         models = member.worker.models
         wanted = self._config.model
         if models is not None and wanted is not None and wanted not in models:
@@ -252,10 +267,22 @@ class Membership:
     async def close(self) -> None:
         tasks = list(self._watching)
         for member in self._members.values():
-            tasks += [task for task in (member.probing, member.leaving) if task is not None]
+            tasks += member.watching
+            if member.leaving is not None:
+                tasks.append(member.leaving)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _wrong_rank(url: str, engines: int) -> str:
+    """Why a URL does not name one engine, empty if it does or if the number of engines is unknown."""
+    rank = rank_of(url)
+    if rank is None and engines > 1:
+        return f"it runs {engines} data-parallel engines behind one URL; write {url}#dp={engines} to address each"
+    if rank is not None and 0 < engines <= rank:
+        return f"it has {engines} data-parallel engine{'s' if engines > 1 else ''}, and none of rank {rank}"
+    return ""
 
 
 def _names(models: frozenset[str]) -> str:

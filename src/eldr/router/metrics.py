@@ -114,7 +114,12 @@ class RouterCollector(Collector):
         yield m.tpot.family("eldr_time_per_output_token_seconds", "Streams: mean time between tokens of a request.")
         yield m.prefill.family("eldr_prefill_seconds", "Prefill request sent to hand-off received.")
         yield m.queue.family("eldr_queue_seconds", "Wait for a decode slot, of the requests that waited.")
-        yield GaugeMetricFamily("eldr_queued", "Requests waiting for a decode slot.", value=self._admission.queued)
+        queued = GaugeMetricFamily("eldr_queued", "Requests waiting for a decode slot.", labels=("priority",))
+        for priority, count in self._admission.queued_by_priority.items():
+            queued.add_metric((priority,), count)
+        yield queued
+        refusals = self._admission.refusals
+        yield _counter("eldr_queue_refusals", "Requests that did not get their turn.", ("reason",), refusals)
         yield GaugeMetricFamily("eldr_admitted", "Requests past the queue.", value=self._admission.admitted)
         yield from self._worker_families()
 
@@ -127,6 +132,8 @@ class RouterCollector(Collector):
         skew = GaugeMetricFamily(
             "eldr_worker_clock_skew_seconds", "The worker's clock minus the router's, to a second.", labels=labels
         )
+        waiting = GaugeMetricFamily("eldr_worker_waiting", "Requests waiting inside the worker.", labels=labels)
+        kv_usage = GaugeMetricFamily("eldr_worker_kv_usage_ratio", "KV cache in use at the worker.", labels=labels)
         for role in ("prefill", "decode"):
             for worker in self._fleet.workers("prefill" if role == "prefill" else "decode").values():
                 key = (role, worker.url)
@@ -135,9 +142,12 @@ class RouterCollector(Collector):
                 in_flight.add_metric(key, worker.in_flight)
                 if role == "decode":
                     limit.add_metric(key, worker.max_inflight)
+                if worker.load is not None:
+                    waiting.add_metric(key, worker.load[0])
+                    kv_usage.add_metric(key, worker.load[1])
                 if worker.clock_skew_s is not None:
                     skew.add_metric(key, worker.clock_skew_s)
-        yield from (up, ejected, in_flight, limit, skew)
+        yield from (up, ejected, in_flight, limit, waiting, kv_usage, skew)
 
 
 def _counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, int]) -> CounterMetricFamily:

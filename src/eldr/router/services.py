@@ -39,6 +39,7 @@ class Services:
     budget: RetryBudget
     throttle: Throttle
     admin_key: bytes | None
+    client_header: bytes | None
     answer_names: dict[Role, Names] = field(default_factory=lambda: {"prefill": Names(), "decode": Names()})
     handoff_names: Names = field(default_factory=Names)
 

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 import httptools
 import orjson
 
+from eldr.router.urls import rank_of
+
 log = logging.getLogger("eldr.router")
 
 # vLLM closes a connection after 5 s without a request (VLLM_HTTP_TIMEOUT_KEEP_ALIVE). One that is nearly that old is
@@ -311,6 +313,9 @@ class WorkerPool:
         # Last in, first out: what load does not need grows old and is closed.
         self._idle: dict[WorkerConnection, None] = {}
         self._closed = False
+        rank = rank_of(url)
+        # vLLM then runs the request on this engine of several behind one URL.
+        self._rank = b"" if rank is None else b"x-data-parallel-rank: %d\r\n" % rank
         self._netloc = parts.netloc.encode()
         self._authorization = None if authorization is None else b"authorization: Bearer " + authorization + b"\r\n"
 
@@ -326,8 +331,8 @@ class WorkerPool:
         authorization = self._authorization
         if authorization is None:
             authorization = b"" if client_authorization is None else b"authorization: %b\r\n" % client_authorization
-        return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%bcontent-length: %d\r\n\r\n%b" % (
-            method, path, self._netloc, authorization, headers, len(body), body,
+        return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%b%bcontent-length: %d\r\n\r\n%b" % (
+            method, path, self._netloc, self._rank, authorization, headers, len(body), body,
         )  # fmt: skip
 
     async def connection(self) -> WorkerConnection:
