@@ -80,6 +80,7 @@ async def test_what_is_asked(serve):
         "prompt": "prompt 1",
         "max_tokens": 4,
         "temperature": 0,
+        "ignore_eos": True,
         "stream": True,
         "return_token_ids": True,
         "cache_salt": "the-run",
@@ -135,6 +136,7 @@ async def test_top_two_gaps_are_differences_of_the_two_likeliest(serve):
     async def handler(request):
         body = await request.json()
         assert body["temperature"] == 0
+        assert body["ignore_eos"]
         assert body["logprobs"] == 2
         top = [{"token_id:9": -3.5, "token_id:7": -0.5}, {"token_id:1": -0.25, "token_id:2": -0.25, "token_id:3": -9.0}]
         return web.json_response({"choices": [{"token_ids": [7, 1], "logprobs": {"top_logprobs": top}}]})

@@ -1,22 +1,54 @@
-"""The model that the demo writes: complete, of the asked geometry, the same each time, over bytes."""
+"""The trained model that ships with eldr: complete, small, of the stated geometry and origin, over bytes, and able."""
 
+import hashlib
 import json
-from itertools import pairwise
+import math
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from eldr.demo.model import ModelShape, build_tensors, write_model
+from eldr.demo.model import MODEL, MODEL_FILES, write_model
 
-OTHER = ModelShape(seed=3, layers=2, experts=8, top_k=2, expert_size=16)
+MAX_BYTES = 8_000_000
+ALLOWED_LICENCES = ("BSD-2-Clause", "BSD-3-Clause", "MIT", "Apache-2.0", "CC0-1.0")
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    write_model(folder, OTHER)
+    write_model(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def config(written):
+    return json.loads((written / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tensors(written):
+    return read_bfloat16(written / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def provenance():
+    return json.loads((MODEL / "provenance.json").read_text(encoding="utf-8"))
+
+
+def read_bfloat16(path):
+    """Tensors of a safetensors file, read by the format's definition: a bfloat16 is the upper half of a float32."""
+    content = path.read_bytes()
+    header_bytes = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + header_bytes])
+    header.pop("__metadata__")
+    data = content[8 + header_bytes :]
+    tensors = {}
+    for name, about in header.items():
+        assert about["dtype"] == "BF16"
+        start, end = about["data_offsets"]
+        upper = np.frombuffer(data[start:end], "<u2").astype(np.uint32)
+        tensors[name] = (upper << 16).view(np.float32).reshape(about["shape"])
+    return tensors
 
 
 def qwen3_moe_shapes(config):
@@ -45,19 +77,32 @@ def qwen3_moe_shapes(config):
     return shapes
 
 
-def test_the_folder_holds_every_tensor_of_its_configuration(written):
-    config = json.loads((written / "config.json").read_text())
-    assert (config["num_hidden_layers"], config["num_experts"], config["num_experts_per_tok"]) == (2, 8, 2)
-    tensors = load_file(written / "model.safetensors")
+def test_only_what_vllm_needs_is_written(written):
+    assert {path.name for path in written.iterdir()} == set(MODEL_FILES)
+
+
+def test_the_weights_are_small_and_of_the_stated_geometry(written, config, tensors):
+    assert (written / "model.safetensors").stat().st_size <= MAX_BYTES
+    assert config["num_hidden_layers"] >= 4
+    assert config["num_experts"] >= 32
     assert {name: tensor.shape for name, tensor in tensors.items()} == qwen3_moe_shapes(config)
-    assert all(tensor.dtype == np.float32 and np.isfinite(tensor).all() for tensor in tensors.values())
+    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
 
 
-def test_the_same_shape_gives_the_same_bytes_and_another_seed_others(written, tmp_path):
-    write_model(tmp_path, OTHER)
-    assert (tmp_path / "model.safetensors").read_bytes() == (written / "model.safetensors").read_bytes()
-    other = build_tensors(ModelShape(seed=4, layers=2, experts=8, top_k=2, expert_size=16))
-    assert not np.allclose(other["lm_head.weight"], build_tensors(OTHER)["lm_head.weight"])
+def test_provenance_is_that_of_the_weights(written, config, tensors, provenance):
+    digest = hashlib.sha256((written / "model.safetensors").read_bytes()).hexdigest()
+    assert provenance["weights"]["sha256"] == digest
+    assert provenance["weights"]["licence"] == "Apache-2.0"
+    assert provenance["weights"]["parameters"] == sum(tensor.size for tensor in tensors.values())
+    training = provenance["training"]
+    assert training["steps"] > 0
+    assert training["seed"] == 0
+    assert set(training["held_out_bits_per_byte"]) == set(provenance["text"]["training_bytes"])
+    for package in provenance["text"]["packages"]:
+        assert package["licence"].split(" (")[0] in ALLOWED_LICENCES
+        assert len(bytes.fromhex(package["sha256"])) == 32
+    notice = (MODEL / "NOTICE.md").read_text(encoding="utf-8")
+    assert all(package["package"] in notice for package in provenance["text"]["packages"])
 
 
 def test_a_bytes_token_is_the_byte(written):
@@ -74,14 +119,6 @@ def test_a_bytes_token_is_the_byte(written):
     }
 
 
-def generate(tensors, shape, prompt, tokens):
-    """Greedy generation by a plain forward of Qwen3-MoE, written from its definition."""
-    sequence = list(prompt)
-    for _ in range(tokens):
-        sequence.append(int(forward(tensors, shape, sequence)[-1].argmax()))
-    return bytes(sequence[len(prompt) :])
-
-
 def rms(x, weight):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
 
@@ -91,24 +128,25 @@ def softmax(x):
     return x / x.sum(-1, keepdims=True)
 
 
-def rotate(x):
+def rotate(x, theta):
     length, _, size = x.shape
-    angle = np.arange(length)[:, None] * 1e6 ** (-np.arange(size // 2) / (size // 2))
+    angle = np.arange(length)[:, None] * theta ** (-np.arange(size // 2) / (size // 2))
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     first, second = x[..., : size // 2], x[..., size // 2 :]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def forward(tensors, shape, sequence):
+def forward(tensors, config, sequence):
+    """Logits [T, vocabulary] of a plain forward of Qwen3-MoE, written from its definition."""
     x = tensors["model.embed_tokens.weight"][sequence]
-    length = len(sequence)
-    for layer in range(shape.layers):
+    length, top_k, theta = len(sequence), config["num_experts_per_tok"], config["rope_theta"]
+    for layer in range(config["num_hidden_layers"]):
         of = {name.removeprefix(f"model.layers.{layer}."): value for name, value in tensors.items()}
         size = len(of["self_attn.q_norm.weight"])
         y = rms(x, of["input_layernorm.weight"])
         q, k, v = ((y @ of[f"self_attn.{name}_proj.weight"].T).reshape(length, -1, size) for name in "qkv")
-        q = rotate(rms(q, of["self_attn.q_norm.weight"]))
-        k = rotate(rms(k, of["self_attn.k_norm.weight"]))
+        q = rotate(rms(q, of["self_attn.q_norm.weight"]), theta)
+        k = rotate(rms(k, of["self_attn.k_norm.weight"]), theta)
         scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(size)
         scores[:, ~np.tri(length, dtype=bool)] = -np.inf
         mixed = np.einsum("hqk,khd->qhd", softmax(scores), v).reshape(length, -1)
@@ -117,7 +155,7 @@ def forward(tensors, shape, sequence):
         gates = softmax(y @ of["mlp.gate.weight"].T)
         out = np.zeros_like(x)
         for token in range(length):
-            chosen = np.argsort(-gates[token])[: shape.top_k]
+            chosen = np.argsort(-gates[token])[:top_k]
             for expert in chosen:
                 up = of[f"mlp.experts.{expert}.up_proj.weight"] @ y[token]
                 gate = of[f"mlp.experts.{expert}.gate_proj.weight"] @ y[token]
@@ -127,13 +165,23 @@ def forward(tensors, shape, sequence):
     return rms(x, tensors["model.norm.weight"]) @ tensors["lm_head.weight"].T
 
 
-def test_the_model_writes_on_in_bytes_and_pairs_of_bytes_of_its_prompt():
-    """What in-context copying promises: the output is made of pieces of the prompt, and is not one byte for ever."""
-    tensors = build_tensors(OTHER)
-    prompt = b"the heart is enlarged; the liver is tender, the kidney is normal. "
-    text = generate(tensors, OTHER, prompt, 24)
-    assert set(text) <= set(prompt)
-    pairs = set(pairwise(prompt))
-    known = sum(pair in pairs for pair in pairwise(text))
-    assert known >= 20
-    assert len(set(text)) >= 5
+# Written for this test: neither training text nor a demo prompt.
+SAMPLES = {
+    "code": "    def close(self) -> None:\n        if self._file is not None:\n            self._file.close()\n",
+    "medicine": "The patient was treated for pneumonia with an antibiotic and her cough improved after four days.",
+    "law": "The seller shall deliver the goods to the buyer within ten days of the date of this agreement.",
+    "russian": "Мы долго шли через лес и наконец увидели маленький дом у реки.",
+    "greek": "Το απόγευμα ο γιατρός γύρισε στο σπίτι του και διάβασε το γράμμα.",
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_the_model_has_learnt_to_predict_text_of_the_kind(tensors, config, kind):
+    """Fewer bits per byte than the best code that knows how often each byte occurs in this very text."""
+    text = SAMPLES[kind].encode()
+    logits = forward(tensors, config, list(text))[:-1]
+    probability = softmax(logits.astype(np.float64))[np.arange(len(text) - 1), list(text[1:])]
+    bits = -np.log2(probability).mean()
+    share = np.bincount(list(text), minlength=256) / len(text)
+    entropy = -sum(p * math.log2(p) for p in share if p > 0)
+    assert bits < 0.85 * entropy

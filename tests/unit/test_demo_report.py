@@ -149,7 +149,7 @@ def test_report_leads_with_active_experts_and_labels_times(result, tmp_path):
     assert text.index("10.0 → 7.5") < text.index("TPOT")
     assert "(-25 %)" in text
     assert "no evidence of speed" in text
-    assert "built in by construction" in text
+    assert "larger than a real model" in text
 
 
 def test_report_of_a_run_in_which_everything_failed(result, tmp_path):

@@ -52,6 +52,7 @@ class Target:
             "prompt": request.prompt.text,
             "max_tokens": request.max_tokens,
             "temperature": 0,
+            "ignore_eos": True,
             "stream": True,
             "return_token_ids": True,
             "cache_salt": self.run,

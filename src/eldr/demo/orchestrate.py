@@ -1,4 +1,4 @@
-"""The demo from start to end: a model, a fleet, calibration, each policy under the same load, a verdict."""
+"""The demo from start to end: the model, a fleet, calibration, each policy under the same load, a verdict."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class _Demo:
     async def run(self) -> DemoResult:
         options, view = self.options, self.view
         model, logs = options.output / "model", options.output / "logs"
-        with view.step("make the model"):
+        with view.step("unpack the model"):
             logs.mkdir(parents=True, exist_ok=True)
             write_model(model)
         async with contextlib.AsyncExitStack() as stack:

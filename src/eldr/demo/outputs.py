@@ -99,6 +99,7 @@ async def top_two_gaps(url: str, model: str, request: Request) -> TopTwo:
         "prompt": request.prompt.text,
         "max_tokens": request.max_tokens,
         "temperature": 0,
+        "ignore_eos": True,
         "logprobs": 2,
         "return_token_ids": True,
         # By id: several bytes have no text of their own and would share one key.

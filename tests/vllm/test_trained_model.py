@@ -1,0 +1,34 @@
+"""The model that ships with eldr: vLLM loads it and computes what transformers computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine import running
+from reference import Reference
+
+from eldr.demo.model import write_model
+from eldr.demo.prompts import KINDS, make_prompts
+
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    write_model(folder)
+    return folder
+
+
+def test_every_kind_is_counted_and_continued_as_by_transformers(model_dir: Path) -> None:
+    prompts = {prompt.kind: list(prompt.text.encode()) for prompt in make_prompts(len(KINDS), seed=5)}
+    assert set(prompts) == set(KINDS)
+    reference = Reference(model_dir)
+    with running(model_dir) as engine:
+        answers = engine.record(*prompts.values(), max_tokens=TOKENS)
+    for prompt, answer in zip(prompts.values(), answers, strict=True):
+        assert answer.tokens == reference.generate(prompt, TOKENS)
+        np.testing.assert_array_equal(answer.counts, reference.counts(prompt))
+        assert answer.decode_sets() == reference.decode_sets(prompt, answer.tokens)
