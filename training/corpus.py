@@ -32,9 +32,11 @@ from eldr.demo.prompts import make_prompts
 SOURCES = Path(__file__).with_name("sources.toml")
 END_OF_TEXT = 257  # separates documents
 SEED = 0
-# Of each kind at most this much from packages, and this much written by templates.
+# Of each kind at most this much from packages, and this much written by templates: less of the languages, whose few
+# templates would be learnt by heart.
 PACKAGE_BYTES = 3_000_000
-WRITTEN_BYTES = 800_000
+WRITTEN_BYTES = {"mathematics": 800_000, "medicine": 800_000, "law": 800_000}
+WRITTEN_LANGUAGE_BYTES = 200_000
 HELD_OUT_EVERY = 20  # one document in so many
 SHORTEST_DOCUMENT = 200
 LEAKED_BYTES = 64  # a stretch of a demo prompt this long may not be in the training text
@@ -131,7 +133,7 @@ def read_licences(archive: Path) -> Iterator[str]:
 
 
 def catalogue_text(content: bytes) -> str:
-    """The translations of a compiled catalogue, one a line; longer ones first mixed in, none twice."""
+    """The translations of a compiled catalogue, one a line, none twice."""
     catalogue = gettext.GNUTranslations(io.BytesIO(content))._catalog  # type: ignore[attr-defined]
     texts = dict.fromkeys(text.strip() for source, text in catalogue.items() if source)
     return "\n".join(text for text in texts if text)
@@ -171,8 +173,9 @@ def split(documents: dict[str, list[str]]) -> tuple[dict[str, np.ndarray], dict[
             kept.append(piece)
         for_test, for_train = kept[::HELD_OUT_EVERY], [p for n, p in enumerate(kept) if n % HELD_OUT_EVERY]
         if kind in WRITERS:
-            for_train += cut(write_text(kind, WRITTEN_BYTES, SEED))
-            for_test += cut(write_text(kind, WRITTEN_BYTES // HELD_OUT_EVERY, SEED + 1))
+            written = WRITTEN_BYTES.get(kind, WRITTEN_LANGUAGE_BYTES)
+            for_train += cut(write_text(kind, written, SEED))
+            for_test += cut(write_text(kind, written // HELD_OUT_EVERY, SEED + 1))
         rng.shuffle(for_train)
         train[kind], held_out[kind] = stream(for_train), stream(for_test)
     return train, held_out
