@@ -12,7 +12,7 @@ VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast check format test-matrix bench clean
+.PHONY: help demo test test-fast check format test-matrix bench bench-router clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -44,6 +44,9 @@ format: $(DEV)/.installed  ## let ruff repair what it can
 bench: $(DEV)/.installed  ## time and memory of signatures, zones and decisions
 	$(DEV)/bin/python benchmarks/numerics.py
 
+bench-router: $(DEV)/.installed .envs/sglang-router/.installed .envs/vllm-router/.installed  ## what the router costs beside others
+	$(DEV)/bin/python benchmarks/router/run.py
+
 clean:  ## remove the environments and everything built
 	rm -rf .envs build
 
@@ -59,6 +62,12 @@ $(VLLM)/.installed $(VLLM_OLD)/.installed: .envs/vllm-%/.installed: constraints/
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps $(if $(TORCH_FROM),--find-links $(TORCH_FROM)) --requirement $< \
 	  || { echo 'If torch was not found: set TORCH_FROM, see "Prerequisites" in README.md.' >&2; exit 1; }
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --editable .
+	@touch $@
+
+.envs/sglang-router/.installed .envs/vllm-router/.installed: .envs/%/.installed: constraints/%.txt
+	@echo "installing $* into $(@D)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --requirement $<
 	@touch $@
 
 %/.test-installed: %/.installed constraints/vllm-test.txt
