@@ -44,6 +44,7 @@ Behaviour = Callable[["FakeWorker", Seen, asyncio.StreamReader, asyncio.StreamWr
 class FakeWorker:
     """A worker on a port of its own.
 
+    silent: takes requests and answers none, probes included.
     behaviour: called instead of the normal answer for completion and chat requests while it is set.
     metrics: what /metrics says; 404 while it is None.
     counts: wire form of the expert counts in hand-offs; None leaves them out.
@@ -63,6 +64,7 @@ class FakeWorker:
         self.seen: list[Seen] = []
         self.behaviour: Behaviour | None = None
         self.healthy = True
+        self.silent = False
         self.tokens = ["a", "b", "c", "d"]
         self.token_gap_s = 0.0
         self.counts: object = counts_wire(4)
@@ -127,6 +129,8 @@ class FakeWorker:
         raw = await reader.readexactly(int(headers.get("content-length", "0")))
         seen = Seen(method, path, headers, raw)
         self.seen.append(seen)
+        if self.silent:
+            await asyncio.sleep(3600)
         if path == "/health":
             await reply(writer, 200 if self.healthy else 503, b"")
         elif self.api_key is not None and headers.get("authorization") != f"Bearer {self.api_key}":
@@ -182,10 +186,11 @@ class FakeWorker:
             "model": self.model,
             "choices": [{"index": i, **said, "finish_reason": "length"} for i in range(seen.body.get("n") or 1)],
             "usage": {"prompt_tokens": 4, "completion_tokens": len(tokens), "total_tokens": 4 + len(tokens)},
-            "kv_transfer_params": self._transfer_params(seen.body.get("kv_transfer_params")),
+            "kv_transfer_params": self._transfer_params(seen),
         }
 
-    def _transfer_params(self, asked: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _transfer_params(self, seen: Seen) -> dict[str, Any] | None:
+        asked = seen.body.get("kv_transfer_params")
         if self.role == "prefill" and asked and asked.get("do_remote_decode"):
             self._handoffs += 1
             params: dict[str, Any] = {
@@ -193,7 +198,7 @@ class FakeWorker:
                 "do_remote_decode": False,
                 "remote_block_ids": [[self._handoffs]],
                 "remote_engine_id": f"engine-{self._port}",
-                "remote_request_id": f"{self._port}-{self._handoffs}",
+                "remote_request_id": f"cmpl-{seen.headers.get('x-request-id')}-0-{self._port:04x}{self._handoffs:04x}",
                 "remote_host": "127.0.0.1",
                 "remote_port": 5600,
                 "tp_size": 1,

@@ -247,8 +247,6 @@ class Flow:
         answer = self._decode_answer(job, leg_id, worker)
         request = legs.request_bytes(pool, job, leg_id, openai.decode_body(job.body, params))
         limit_s = config.decode_first_byte_timeout_s if job.stream else config.decode_answer_timeout_s
-        # A pull from a prefill worker that is gone fails wherever it is tried.
-        at_fault = handoff is None or legs.available(services, "prefill", self._notes["prefill"])
         self._upstream, self._answer = connection, answer
         connection.start(answer, request, limit_s, config.decode_idle_timeout_s)
         if self._connection.stalled:
@@ -256,11 +254,11 @@ class Flow:
         try:
             await connection.finish(answer)
             if not answer.begun:
-                legs.check_answered(services, worker, answer, at_fault)
+                legs.check_answered(services, worker, answer, self._pulled_from(handoff))
                 check_completion(answer, leg_id, services.answer_names["decode"])
         except ExchangeError as error:
             services.metrics.timeouts["first_byte" if job.stream else "answer"] += error.timed_out
-            raise legs.blame(services, worker, error.reason, error, at_fault=at_fault) from None
+            raise legs.blame(services, worker, error.reason, error, self._pulled_from(handoff)) from None
         finally:
             self._upstream = self._answer = None
         self._notes["decode"] = worker.url
@@ -283,6 +281,10 @@ class Flow:
         )
 
     # When a leg fails.
+
+    def _pulled_from(self, handoff: HandOff | None) -> str | None:
+        """The prefill worker whose blocks a decode leg asks for."""
+        return None if handoff is None else str(self._notes["prefill"])
 
     def _on_refused(self, worker: Worker, error: ConnectError) -> None:
         """No byte was sent: the leg goes to another worker, which costs no retry. Each worker is asked once."""

@@ -97,25 +97,29 @@ def _handoff(services: Services, worker: Worker, answer: Answer, leg_id: str, se
     return handoff
 
 
-def check_answered(services: Services, worker: Worker, answer: Answer, at_fault: bool = True) -> None:
+def check_answered(services: Services, worker: Worker, answer: Answer, pulled_from: str | None = None) -> None:
     """Nothing for status 200. Raises LegFailure for an error of the worker, RelayedError for one of the client."""
     check_status(answer.status)
     if answer.status in WORKERS_ERRORS:
-        raise blame(services, worker, "status", f"status {answer.status}", answer, at_fault=at_fault)
+        raise blame(services, worker, "status", f"status {answer.status}", pulled_from, answer)
     if answer.status != 200:
         services.outcomes.succeeded(worker)
         raise RelayedError(answer)
 
 
 def blame(
-    services: Services, worker: Worker, reason: str, why: object, answer: Answer | None = None, *, at_fault: bool = True
+    services: Services,
+    worker: Worker,
+    reason: str,
+    why: object,
+    pulled_from: str | None = None,
+    answer: Answer | None = None,
 ) -> LegFailure:
-    """The failure to raise, put down to the worker if it is at fault."""
-    if at_fault:
+    """The failure to raise, put down to the worker.
+
+    pulled_from: the prefill worker whose blocks it was to pull; if that one is gone, the pull fails everywhere.
+    """
+    source = None if pulled_from is None else services.fleet.workers("prefill").get(pulled_from)
+    if pulled_from is None or (source is not None and source.available):
         services.outcomes.failed(worker, reason)
     return LegFailure(worker.role, reason, why, worker=worker.url, answer=answer)
-
-
-def available(services: Services, role: Role, url: str) -> bool:
-    worker = services.fleet.workers(role).get(url)
-    return worker is not None and worker.available

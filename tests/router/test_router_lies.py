@@ -1,0 +1,403 @@
+"""Workers whose answers are good HTTP and still no answer, and such as never come to an end.
+
+Whatever one of them does, its client gets the whole text of a good worker, or an error that says so; other requests
+are served meanwhile, and nothing stays behind in the counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from fake_worker import begin_stream, chunk, end_stream, reply
+from harness import ASK, CHAT, Scripted, on_uvloop, running, until
+
+ERROR = {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": 500}}
+
+
+def whole(worker, seen, **changes):
+    return json.dumps({**worker.whole(seen, ["a"], False), **changes}).encode()
+
+
+async def error_with_200(worker, seen, reader, writer):
+    await reply(writer, 200, json.dumps(ERROR).encode())
+
+
+async def error_event_first(worker, seen, reader, writer):
+    await begin_stream(writer)
+    await chunk(writer, b"data: %b\n\n" % json.dumps(ERROR).encode())
+    await chunk(writer, b"data: [DONE]\n\n")
+    await end_stream(writer)
+
+
+async def half_json(worker, seen, reader, writer):
+    await reply(writer, 200, whole(worker, seen)[:-20])
+
+
+async def another_object(worker, seen, reader, writer):
+    await reply(writer, 200, b'{"status":"ok"}')
+
+
+async def a_list(worker, seen, reader, writer):
+    await reply(writer, 200, b"[]")
+
+
+async def html(worker, seen, reader, writer):
+    await reply(writer, 200, b"<html>it works</html>", "content-type: text/html\r\n")
+
+
+async def redirect(worker, seen, reader, writer):
+    await reply(writer, 307, b"", "location: http://169.254.169.254/\r\n")
+
+
+async def no_content(worker, seen, reader, writer):
+    await reply(writer, 204, b"")
+
+
+async def odd_status(worker, seen, reader, writer):
+    await reply(writer, 799, b"{}")
+
+
+async def empty_stream(worker, seen, reader, writer):
+    await begin_stream(writer)
+    await end_stream(writer)
+
+
+async def huge_header(worker, seen, reader, writer):
+    writer.write(b"HTTP/1.1 200 OK\r\nx-more: " + b"x" * 200_000 + b"\r\ncontent-length: 0\r\n\r\n")
+    await writer.drain()
+
+
+async def endless_header(worker, seen, reader, writer):
+    writer.write(b"HTTP/1.1 200 OK\r\nx-more: ")
+    while not writer.transport.is_closing():
+        writer.write(b"x" * 10_000)
+        await writer.drain()
+        await asyncio.sleep(0)
+
+
+async def many_headers(worker, seen, reader, writer):
+    writer.write(b"HTTP/1.1 200 OK\r\n" + b"".join(b"x-%d: %b\r\n" % (n, b"y" * 100) for n in range(2000)))
+    writer.write(b"content-length: 2\r\n\r\n{}")
+    await writer.drain()
+
+
+async def bad_chunk(worker, seen, reader, writer):
+    await begin_stream(writer)
+    writer.write(b"zz\r\nhello\r\n")
+    await writer.drain()
+
+
+async def two_lengths(worker, seen, reader, writer):
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 5\r\n\r\n{}abc")
+    await writer.drain()
+
+
+async def upgrade(worker, seen, reader, writer):
+    writer.write(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n")
+    await writer.drain()
+
+
+async def stream_for_all(worker, seen, reader, writer):
+    await worker.stream(seen, writer, ["x", "y"], False)
+
+
+async def whole_for_all(worker, seen, reader, writer):
+    await reply(writer, 200, whole(worker, seen))
+
+
+ALWAYS = [
+    error_with_200, another_object, a_list, html, redirect, no_content, odd_status, empty_stream, huge_header,
+    endless_header, many_headers, bad_chunk, two_lengths, upgrade,
+]  # fmt: skip
+
+
+def text_of(answer, stream):
+    if not stream:
+        return answer.json()["choices"][0]["text"]
+    assert answer.events[-1] == "data: [DONE]"
+    return "".join(event["choices"][0]["text"] for event in answer.events[:-1])
+
+
+async def assert_settled(s):
+    """Nothing is left of the requests, and the next one is served."""
+    for worker in (*s.prefill, *s.decode):
+        worker.behaviour = None
+    assert (await s.post()).status == 200
+    assert await s.metric("eldr_inflight") == 0
+    assert await s.metric("eldr_admitted") == 0
+    assert await s.metric("eldr_queued") == 0
+    pools = s.router.services.pools
+    await until(lambda: not any(pool.active for pool in pools.values()), "no exchange is left, probes aside")
+
+
+async def home_of(s):
+    """The prefill worker to which the prompt of ASK belongs."""
+    assert (await s.post()).status == 200
+    return next(worker for worker in s.prefill if worker.generated)
+
+
+def single_use(s):
+    """Every hand-off that a decode worker got a byte of, each once."""
+    sent = [
+        seen.body["kv_transfer_params"]["remote_request_id"]
+        for worker in s.decode
+        for seen in worker.generated
+        if "kv_transfer_params" in seen.body
+    ]
+    assert len(sent) == len(set(sent))
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("fault", "stream"),
+    [(fault, stream) for fault in ALWAYS for stream in (False, True)]
+    + [(half_json, False), (error_event_first, True), (stream_for_all, False), (whole_for_all, True)],
+)
+@on_uvloop
+async def test_a_decode_workers_lie_is_repaired_by_another_worker(fault, stream):
+    async with running(decode=2, policy=Scripted()) as s:
+        s.decode[0].behaviour = fault
+        other = asyncio.create_task(s.post({**ASK, "prompt": "another"}))
+        answer = await s.post({**ASK, "stream": stream})
+        assert answer.status == 200
+        assert text_of(answer, stream) == "abcd"
+        assert (await other).status == 200
+        assert len(single_use(s)) == len(s.prefill[0].generated)
+        assert await s.metric("eldr_worker_failures_total", worker=s.decode[0].url) > 0
+        await assert_settled(s)
+
+
+@pytest.mark.parametrize("fault", [*ALWAYS, half_json, stream_for_all])
+@on_uvloop
+async def test_a_prefill_workers_lie_is_repaired_by_another_worker(fault):
+    async with running(prefill=2) as s:
+        liar = await home_of(s)
+        liar.behaviour = fault
+        assert text_of(await s.post(), False) == "abcd"
+        single_use(s)
+        assert await s.metric("eldr_retries_total", leg="prefill") == 1
+        assert await s.metric("eldr_worker_failures_total", worker=liar.url) == 1
+        await assert_settled(s)
+
+
+@pytest.mark.parametrize("fault", [error_with_200, half_json, html])
+@on_uvloop
+async def test_when_everybody_lies_the_client_hears_of_it(fault):
+    async with running(decode=2) as s:
+        for worker in s.decode:
+            worker.behaviour = fault
+        answer = await s.post()
+        assert (answer.status, answer.error["code"]) == (502, 502)
+        assert len(single_use(s)) == 3
+        assert await s.metric("eldr_retries_denied_total", leg="decode", reason="tries") == 1
+        await assert_settled(s)
+
+
+@pytest.mark.parametrize("end", ["no done", "done in pieces", "error in the middle", "a piece of an event"])
+@on_uvloop
+async def test_only_done_ends_a_stream(end):
+    async def partly(worker, seen, reader, writer):
+        await begin_stream(writer)
+        first, second, *_, done = worker.events(seen, ["a", "b", "c"], False)
+        await chunk(writer, first)
+        if end == "no done":
+            await chunk(writer, second)
+        elif end == "done in pieces":
+            for n in range(len(done)):
+                await chunk(writer, done[n : n + 1])
+        elif end == "a piece of an event":
+            await chunk(writer, second[:-7])
+        else:
+            await chunk(writer, b"data: %b\n\n" % json.dumps(ERROR).encode())
+            await chunk(writer, done)
+        await end_stream(writer)
+
+    async with running() as s:
+        s.decode[0].behaviour = partly
+        reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
+        body = json.dumps({**ASK, "stream": True}).encode()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
+        writer.write(b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        raw = await reader.read()
+        writer.close()
+        complete = end in ("done in pieces", "error in the middle")
+        assert raw.endswith(b"0\r\n\r\n") == complete
+        assert (b'"error"' in raw) == (end != "done in pieces")
+        assert await s.metric("eldr_broken_streams_total") == (end != "done in pieces")
+        await assert_settled(s)
+
+
+@on_uvloop
+async def test_the_client_gets_no_part_of_an_event_before_all_of_it():
+    """So that what breaks within the first event can still be repaired."""
+
+    async def breaks_off(worker, seen, reader, writer):
+        await begin_stream(writer)
+        for byte in worker.events(seen, ["a"], False)[0][:-1]:
+            await chunk(writer, bytes([byte]))
+        writer.transport.abort()
+
+    async def drips(worker, seen, reader, writer):
+        await begin_stream(writer)
+        for event in worker.events(seen, worker.tokens, False):
+            for byte in event:
+                await chunk(writer, bytes([byte]))
+        await end_stream(writer)
+
+    async with running(decode=2, policy=Scripted()) as s:
+        s.decode[0].behaviour, s.decode[1].behaviour = breaks_off, drips
+        assert text_of(await s.post({**ASK, "stream": True}), True) == "abcd"
+        await assert_settled(s)
+
+
+# Answers of somebody else.
+
+
+def named(behaviour_of):
+    """A behaviour that answers every request under the name `behaviour_of` makes of its own."""
+
+    async def answer(worker, seen, reader, writer):
+        seen.headers["x-request-id"] = behaviour_of(seen.headers["x-request-id"])
+        await worker.answer(seen, writer)
+
+    return answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@on_uvloop
+async def test_an_answer_to_somebody_else_is_not_passed_on(stream):
+    async with running(decode=2, policy=Scripted()) as s:
+        assert (await s.post()).status == 200  # the fleet names its answers
+        s.decode[0].behaviour = named(lambda name: "of-somebody-else")
+        answer = await s.post({**ASK, "stream": stream})
+        assert text_of(answer, stream) == "abcd"
+        assert b"somebody" not in answer.body
+        assert await s.metric("eldr_worker_failures_total", reason="wrong_answer", worker=s.decode[0].url) == 1
+        await assert_settled(s)
+
+
+@on_uvloop
+async def test_servers_that_name_nothing_are_taken_as_they_are():
+    async with running(decode=2) as s:
+        for worker in (*s.prefill, *s.decode):
+            worker.behaviour = named(lambda name: "always-the-same")
+        for stream in (False, True):
+            assert text_of(await s.post({**ASK, "stream": stream}), stream) == "abcd"
+
+
+@on_uvloop
+async def test_names_with_odd_characters_are_recognized():
+    async with running() as s:
+        for name in ('with "quotes"', "back\\slash", "a/b<c>", "x" * 128):
+            for stream in (False, True):
+                answer = await s.post({**ASK, "stream": stream}, headers={"x-request-id": name})
+                assert text_of(answer, stream) == "abcd"
+
+
+@on_uvloop
+async def test_a_handoff_of_another_request_is_never_used():
+    """Its blocks hold another prompt: the decode worker would answer that one."""
+    stolen = {}
+
+    async def gives_another(worker, seen, reader, writer):
+        fields = worker.whole(seen, ["a"], False)
+        fields["kv_transfer_params"] = stolen
+        await reply(writer, 200, json.dumps(fields).encode())
+
+    async with running(prefill=2, decode=1) as s:
+        liar = await home_of(s)
+        stolen.update(s.decode[0].generated[0].body["kv_transfer_params"])
+        liar.behaviour = gives_another
+        assert text_of(await s.post(), False) == "abcd"
+        assert len(single_use(s)) == 2
+        assert await s.metric("eldr_worker_failures_total", reason="wrong_answer", worker=liar.url) == 1
+        await assert_settled(s)
+
+
+# Answers that do not come, or not to an end.
+
+
+async def hang(worker, seen, reader, writer):
+    await asyncio.sleep(3600)
+
+
+async def head_only(worker, seen, reader, writer):
+    await begin_stream(writer)
+    await asyncio.sleep(3600)
+
+
+async def drip_forever(worker, seen, reader, writer):
+    if seen.body.get("stream"):
+        await begin_stream(writer)
+        while True:
+            await chunk(writer, b":")
+            await asyncio.sleep(0.02)
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1000000\r\n\r\n")
+    while True:
+        writer.write(b" ")
+        await writer.drain()
+        await asyncio.sleep(0.02)
+
+
+LIMITS = {"prefill_timeout_s": 0.5, "decode_first_byte_timeout_s": 0.5, "decode_answer_timeout_s": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("fault", "stream"), [(hang, False), (hang, True), (head_only, True), (drip_forever, False), (drip_forever, True)]
+)
+@on_uvloop
+async def test_a_decode_worker_that_takes_too_long_is_given_up(fault, stream):
+    async with running(decode=2, policy=Scripted(), **LIMITS) as s:
+        s.decode[0].behaviour = fault
+        assert text_of(await s.post({**ASK, "stream": stream}), stream) == "abcd"
+        await until(lambda: s.decode[0].generated[0].aborted, "the slow worker hears of it")
+        assert await s.metric("eldr_timeouts_total", leg="first_byte" if stream else "answer") == 1
+        assert await s.metric("eldr_retries_total", leg="decode", reason="timeout") == 1
+        await assert_settled(s)
+
+
+@pytest.mark.parametrize("fault", [hang, drip_forever])
+@on_uvloop
+async def test_a_prefill_worker_that_takes_too_long_is_given_up(fault):
+    async with running(**LIMITS, retries=0) as s:
+        s.prefill[0].behaviour = fault
+        answer = await s.post()
+        assert (answer.status, answer.error["type"]) == (504, "GatewayTimeoutError")
+        assert await s.metric("eldr_timeouts_total", leg="prefill") == 1
+        await assert_settled(s)
+
+
+@on_uvloop
+async def test_a_stream_that_falls_silent_is_broken_off():
+    async def falls_silent(worker, seen, reader, writer):
+        await begin_stream(writer)
+        await chunk(writer, worker.events(seen, ["a"], False)[0])
+        await asyncio.sleep(3600)
+
+    async with running(decode_idle_timeout_s=0.5) as s:
+        s.decode[0].behaviour = falls_silent
+        reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
+        body = json.dumps({**ASK, "stream": True}).encode()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
+        writer.write(b"content-length: %d\r\n\r\n%b" % (len(body), body))
+        raw = await reader.read()
+        writer.close()
+        assert json.loads(raw.rstrip().rsplit(b"data: ", 1)[1])["error"]["code"] == 504
+        assert b"[DONE]" not in raw
+        assert not raw.endswith(b"0\r\n\r\n")
+        assert await s.metric("eldr_timeouts_total", leg="idle") == 1
+        await until(lambda: s.decode[0].generated[0].aborted, "the silent worker hears of it")
+        await assert_settled(s)
+
+
+@on_uvloop
+async def test_chat_is_checked_as_completions_are():
+    async with running(decode=2, policy=Scripted()) as s:
+        assert (await s.chat()).status == 200
+        s.decode[0].behaviour = named(lambda name: "of-somebody-else")
+        for stream in (False, True):
+            answer = await s.chat({**CHAT, "stream": stream})
+            assert answer.status == 200
+            assert b"somebody" not in answer.body
