@@ -25,7 +25,7 @@ async def test_prefill_then_decode():
         (prefill,), (decode,) = s.prefill[0].generated, s.decode[0].generated
         assert prefill.body["kv_transfer_params"] == {"do_remote_decode": True, "do_remote_prefill": False}
         params = decode.body["kv_transfer_params"]
-        assert params["remote_engine_id"] == s.prefill[0]._transfer_params({"do_remote_decode": 1})["remote_engine_id"]
+        assert params["remote_engine_id"] == s.prefill[0]._transfer_params(prefill)["remote_engine_id"]
         assert params["remote_block_ids"] == [[1]]
         assert "eldr_counts" not in params
         assert {k: v for k, v in decode.body.items() if k != "kv_transfer_params"} == ASK
