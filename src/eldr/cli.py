@@ -15,6 +15,7 @@ import eldr
 import eldr.cost_cli
 import eldr.policies.flags
 import eldr.replay.cli
+import eldr.replay.decisions_cli
 from eldr.errors import EldrError
 
 EXIT_FAILED = 1
@@ -78,7 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eldr", description=eldr.__doc__)
     parser.add_argument("--version", action="version", version=f"eldr {eldr.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_serve, _add_record, _add_fit, _add_inspect, _add_replay, _add_calibrate_cost, _add_demo):
+    for add in (
+        _add_serve,
+        _add_record,
+        _add_fit,
+        _add_inspect,
+        _add_replay,
+        _add_decisions,
+        _add_calibrate_cost,
+        _add_demo,
+    ):
         add(commands)
     return parser
 
@@ -112,6 +122,8 @@ def _add_serve(commands: Any) -> None:
         help="decode policy: rr, random, p2c, jsq, domain, locality-band, expected-union",
     )
     flag("--calibration", type=Path, default=unset, metavar="FILE", help="file made by `eldr fit`")
+    flag("--decision-log", type=Path, default=unset, metavar="FILE",
+         help="append every decision to this file, for `eldr decisions`; reopened on SIGHUP")  # fmt: skip
     flag("--host", default=unset, help="address to listen on (127.0.0.1)")
     flag("--port", type=int, default=unset, help="port to listen on (8000)")
     flag("--max-inflight", type=int, default=unset, metavar="N", help="requests a decode worker runs at once")
@@ -234,6 +246,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _add_replay(commands: Any) -> None:
     room = eldr.replay.cli
     room.add_arguments(_add_command(commands, "replay", room.run, "fit", room.SUMMARY, room.EXAMPLES))
+
+
+def _add_decisions(commands: Any) -> None:
+    room = eldr.replay.decisions_cli
+    room.add_arguments(_add_command(commands, "decisions", room.run, "router", room.SUMMARY, room.EXAMPLES))
 
 
 def _add_calibrate_cost(commands: Any) -> None:

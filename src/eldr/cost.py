@@ -105,9 +105,13 @@ class CostModel:
             per_context_token_s=layers * rest.context_token_us * _US,
         )
 
+    def to_wire(self) -> dict[str, Any]:
+        """JSON-able form; `cost_from_wire` reads it."""
+        return {"format": FORMAT, **asdict(self)}
+
     def save(self, path: str | Path) -> None:
         """Write to `path` as JSON, whole or not at all. Raises CostError if it cannot be written."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2, allow_nan=False) + "\n"
+        text = json.dumps(self.to_wire(), indent=2, allow_nan=False) + "\n"
         try:
             write_atomically(Path(path), lambda file: _write_text(file, text))
         except OSError as error:
@@ -158,7 +162,7 @@ def load_cost(path: str | Path) -> CostModel:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise ValueError("too large for a cost file")
-        return _parse(json.loads(data))
+        return cost_from_wire(json.loads(data))
     except OSError as error:
         raise CostError(f"cost {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -170,7 +174,8 @@ def _first_line(error: Exception) -> str:
     return f"not JSON ({reason})" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else reason
 
 
-def _parse(wire: object) -> CostModel:
+def cost_from_wire(wire: object) -> CostModel:
+    """The cost model of a wire form. Raises ValueError for what is none."""
     if not isinstance(wire, dict) or wire.get("format") != FORMAT:
         found = wire.get("format") if isinstance(wire, dict) else None
         raise ValueError(f"it is no {FORMAT} file (its format: {found!r})")

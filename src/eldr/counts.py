@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from eldr.errors import EldrError
 
 WIRE_VERSION = 1
+COUNTS_KEYS = ("v", "layers", "experts", "top_k", "prompt_tokens", "planes", "data")
 # The largest geometry accepted from the wire: twice the layers and experts of any published model. It bounds the
 # memory that one hostile or damaged answer can take.
 MAX_LAYERS = 512

@@ -19,7 +19,7 @@ from fake_worker import FakeWorker
 
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import ShortestQueue
-from eldr.router.app import Router
+from eldr.router.app import Router, build_policy
 from eldr.router.config import RouterConfig
 
 ASK = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
@@ -102,21 +102,24 @@ class Setup:
 async def running(
     prefill: int = 1,
     decode: int = 1,
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
     prepare: Callable[[Setup], None] | None = None,
     worker_tls: ssl.SSLContext | None = None,
     **settings: Any,
 ) -> AsyncIterator[Setup]:
-    """A started router with its fake workers; `prepare` may change the workers before the router probes them."""
+    """A started router with its fake workers; `prepare` may change the workers before the router probes them.
+
+    policy: an object, or the name of one that the settings make.
+    """
     prefills = [await FakeWorker("prefill", ssl_context=worker_tls).start() for _ in range(prefill)]
     decodes = [await FakeWorker("decode", ssl_context=worker_tls).start() for _ in range(decode)]
     config = RouterConfig(
         prefill=tuple(worker.url for worker in prefills),
         decode=tuple(worker.url for worker in decodes),
         port=0,
-        **{"health_interval_s": 0.1, **settings},
+        **{"health_interval_s": 0.1, **({"policy": policy} if isinstance(policy, str) else {}), **settings},
     )
-    router = Router(config, policy or ShortestQueue())
+    router = Router(config, build_policy(config) if isinstance(policy, str) else policy or ShortestQueue())
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         setup = Setup(router, prefills, decodes, session)
         if prepare is not None:

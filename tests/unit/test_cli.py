@@ -12,7 +12,9 @@ from eldr.cli import main
 from eldr.policies import PolicyOptions
 
 
-@pytest.mark.parametrize("command", ["serve", "record", "fit", "inspect", "replay", "calibrate-cost", "demo"])
+@pytest.mark.parametrize(
+    "command", ["serve", "record", "fit", "inspect", "replay", "decisions", "calibrate-cost", "demo"]
+)
 def test_every_command_explains_itself_with_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -20,7 +22,7 @@ def test_every_command_explains_itself_with_examples(command, capsys):
     assert f"eldr {command}" in capsys.readouterr().out.split("examples:")[1]
 
 
-@pytest.mark.parametrize("command", ["serve", "replay"])
+@pytest.mark.parametrize("command", ["serve", "replay", "decisions"])
 def test_help_states_the_defaults_of_policy_options(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
@@ -44,6 +46,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     [
         ["fit", "absent.npz", "--workers", "2", "-o", "out.npz"],
         ["inspect", "absent.npz"],
+        ["decisions", "absent.jsonl"],
         ["record", "absent.jsonl", "--url", "http://127.0.0.1:9", "-o", "out.npz"],
         ["serve", "--config", "absent.toml"],
     ],

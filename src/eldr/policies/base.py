@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from eldr.counts import ExpertCounts
 
@@ -17,9 +18,11 @@ from eldr.counts import ExpertCounts
 class DecodeRequest:
     """What a policy may know of a request.
 
+    request_id: unique among the requests that run.
     counts: expert counts of the prompt, None where the worker had none.
     label: the client's own label of the request's kind (header X-Eldr-Label), None if not given.
     max_tokens: the client's limit on generated tokens, None if not given.
+    counts_wire: the wire form that counts were read from, None where they were not: a log need not encode them again.
     """
 
     request_id: str
@@ -27,6 +30,7 @@ class DecodeRequest:
     counts: ExpertCounts | None = None
     label: str | None = None
     max_tokens: int | None = None
+    counts_wire: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,79 +1,130 @@
-"""A decision log: everything a policy heard and what it chose, one JSON object per line, so that it can be repeated.
+"""A decision log: everything that a policy heard and chose, as JSON-able events, so that each choice can be repeated.
 
 Policies read neither clock nor socket and draw from a seeded generator: a fresh policy with the same options that
-hears the same log makes the same choices (`eldr.replay.decisions`).
+hears the same log makes the same choices (`eldr.replay.decisions`). A log begins with a header; every restart of the
+router writes another.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from eldr.counts import decode_counts, encode_counts
+from eldr.counts import COUNTS_KEYS, decode_counts, encode_counts
 from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.policies.options import PolicyOptions
+
+LOG_VERSION = 1
+
+Write = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LogHeader:
+    """What a fresh policy needs to repeat a log.
+
+    calibration, calibration_sha256: the file it was made with and that file's digest, None without one.
+    """
+
+    policy: str
+    seed: int
+    options: PolicyOptions
+    calibration: str | None = None
+    calibration_sha256: str | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "event": "log",
+            "v": LOG_VERSION,
+            "policy": self.policy,
+            "seed": self.seed,
+            "options": self.options.to_wire(),
+            "calibration": self.calibration,
+            "calibration_sha256": self.calibration_sha256,
+        }
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> LogHeader:
+        """Raises KeyError, TypeError, ValueError or EldrError for what is no header of this version."""
+        if wire["v"] != LOG_VERSION:
+            raise ValueError(f"log version {wire['v']!r}; this eldr reads version {LOG_VERSION}")
+        options = PolicyOptions.from_wire(wire["options"])
+        return cls(wire["policy"], wire["seed"], options, wire["calibration"], wire["calibration_sha256"])
 
 
 class LoggedPolicy(Policy):
-    """Passes everything on to another policy and writes a line of it. write: takes the line without its end.
+    """Passes everything on to another policy and hands an event of it to `write`.
 
-    A request's counts are written once, with its choice; its start and finish name it by id.
+    A request's counts are written once, with its choice; its start and finish name it by id, which must be unique
+    among running requests. Workers of a choice are numbers in order of joining, for a URL each would be most of a
+    line in a large fleet.
     """
 
-    def __init__(self, policy: Policy, write: Callable[[str], None]) -> None:
+    def __init__(self, policy: Policy, write: Write) -> None:
         self._policy = policy
         self._write = write
+        self._numbers: dict[str, int] = {}
+        self._joined = 0
         self.name = policy.name
 
-    def _tell(self, event: str, **fields: Any) -> None:
-        self._write(json.dumps({"event": event, **fields}, separators=(",", ":")))
-
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
-        decision = self._policy.choose(request, in_flight)
-        self._tell(
-            "choose",
-            request=request_to_wire(request),
-            in_flight=dict(in_flight),
-            worker=decision.worker,
-            reason=decision.reason,
-        )
+        event: dict[str, Any] = {
+            "event": "choose",
+            "id": request.request_id,
+            "prompt_tokens": request.prompt_tokens,
+            "label": request.label,
+            "max_tokens": request.max_tokens,
+            "counts": _counts_wire(request),
+            "eligible": [self._numbers[worker] for worker in in_flight],
+            "load": list(in_flight.values()),
+            "worker": None,
+        }
+        try:
+            decision = self._policy.choose(request, in_flight)
+            event |= {"worker": decision.worker, "reason": decision.reason}
+        except Exception as error:
+            event["error"] = type(error).__name__
+            raise
+        finally:
+            self._write(event)
         return decision
 
     def started(self, request: DecodeRequest, worker: str) -> None:
-        self._tell("started", request_id=request.request_id, worker=worker)
+        self._write({"event": "started", "id": request.request_id, "worker": worker})
         self._policy.started(request, worker)
 
     def finished(self, request: DecodeRequest, worker: str) -> None:
-        self._tell("finished", request_id=request.request_id, worker=worker)
+        self._write({"event": "finished", "id": request.request_id, "worker": worker})
         self._policy.finished(request, worker)
 
     def joined(self, worker: str) -> None:
-        self._tell("joined", worker=worker)
+        self._numbers[worker] = self._joined
+        self._joined += 1
+        self._write({"event": "joined", "worker": worker})
         self._policy.joined(worker)
 
     def left(self, worker: str) -> None:
-        self._tell("left", worker=worker)
+        self._numbers.pop(worker, None)
+        self._write({"event": "left", "worker": worker})
         self._policy.left(worker)
 
 
-def request_to_wire(request: DecodeRequest) -> dict[str, Any]:
-    """JSON-able form of a request, counts included."""
-    return {
-        "request_id": request.request_id,
-        "prompt_tokens": request.prompt_tokens,
-        "counts": None if request.counts is None else encode_counts(request.counts),
-        "label": request.label,
-        "max_tokens": request.max_tokens,
-    }
+def _counts_wire(request: DecodeRequest) -> dict[str, Any] | None:
+    """The counts as they came; nothing else that a worker may have put beside them."""
+    if request.counts is None:
+        return None
+    wire = request.counts_wire
+    return encode_counts(request.counts) if wire is None else {key: wire[key] for key in COUNTS_KEYS}
 
 
-def request_from_wire(wire: Mapping[str, Any]) -> DecodeRequest:
-    """The request; raises CountsError, KeyError or TypeError for what is none."""
-    counts = wire["counts"]
+def request_of(event: Mapping[str, Any]) -> DecodeRequest:
+    """The request of a choose event. Raises CountsError, KeyError or TypeError for what is none."""
+    counts = event["counts"]
     return DecodeRequest(
-        request_id=wire["request_id"],
-        prompt_tokens=wire["prompt_tokens"],
+        request_id=event["id"],
+        prompt_tokens=event["prompt_tokens"],
         counts=None if counts is None else decode_counts(counts),
-        label=wire["label"],
-        max_tokens=wire["max_tokens"],
+        label=event["label"],
+        max_tokens=event["max_tokens"],
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, find_cost
+from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, cost_from_wire, find_cost
 from eldr.errors import EldrError
 from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
 
@@ -60,15 +60,38 @@ class PolicyOptions:
             "tail_guard": self.tail_guard,
         }
 
+    def to_wire(self) -> dict[str, Any]:
+        """JSON-able form; infinity, which JSON has not, is null."""
+        wire = {name: getattr(self, name) for name in OPTION_NAMES}
+        wire["cost"] = self.cost.to_wire()
+        wire["worker_costs"] = {worker: model.to_wire() for worker, model in self.worker_costs.items()}
+        return {name: None if value == float("inf") else value for name, value in wire.items()}
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> PolicyOptions:
+        """Raises KeyError, TypeError, ValueError or EldrError for what is no wire form of options."""
+        found: dict[str, Any] = {name: float("inf") if value is None else value for name, value in wire.items()}
+        found["cost"] = cost_from_wire(found["cost"])
+        found["worker_costs"] = {worker: cost_from_wire(cost) for worker, cost in found["worker_costs"].items()}
+        return cls(**found)
+
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> PolicyOptions:
         """Options from flags or a configuration file, where cost models are given as presets or files."""
-        found = dict(settings)
-        if "cost" in found:
-            found["cost"] = find_cost(found["cost"])
-        if "worker_costs" in found:
-            found["worker_costs"] = {worker: find_cost(cost) for worker, cost in dict(found["worker_costs"]).items()}
-        return cls(**found)
+        return cls(**_with_models(settings))
+
+    def changed(self, settings: Mapping[str, Any]) -> PolicyOptions:
+        """These options but for what `settings` say, in the form of `from_settings`."""
+        return replace(self, **_with_models(settings))
+
+
+def _with_models(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(settings)
+    if "cost" in found:
+        found["cost"] = find_cost(found["cost"])
+    if "worker_costs" in found:
+        found["worker_costs"] = {worker: find_cost(cost) for worker, cost in dict(found["worker_costs"]).items()}
+    return found
 
 
 OPTION_NAMES: tuple[str, ...] = tuple(option.name for option in fields(PolicyOptions))

@@ -1,61 +1,199 @@
-"""Repeats a decision log of the router on a fresh policy and says where the choices differ."""
+"""Repeats a decision log of the router on fresh policies and says where the choices differ."""
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from eldr.counts import CountsError
+from eldr.errors import EldrError
 from eldr.policies.base import DecodeRequest, Policy
-from eldr.policies.logged import request_from_wire
+from eldr.policies.logged import LogHeader, request_of
 from eldr.replay.errors import ReplayError
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a log, and where it stands. number: from 1."""
+
+    file: str
+    number: int
+    text: bytes
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}, line {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A choice that came out otherwise. logged, chosen: workers, None where the policy failed."""
+
+    where: str
+    request: str
+    logged: str | None
+    chosen: str | None
+
+
+@dataclass(slots=True)
 class Repetition:
-    """decisions: choices repeated. differing: (line number, worker of the log, worker chosen now)."""
+    """What came of repeating a log.
 
-    decisions: int
-    differing: list[tuple[int, str, str]]
+    headers: one for each start of the router. decisions: choices repeated. skipped: decisions behind a gap, which
+    cannot be repeated. gaps: where lines were lost. cut_off: incomplete last lines, as a crash leaves them.
+    logged, chosen: worker -> requests sent there.
+    """
+
+    headers: list[LogHeader] = field(default_factory=list)
+    decisions: int = 0
+    skipped: int = 0
+    differences: list[Difference] = field(default_factory=list)
+    gaps: list[str] = field(default_factory=list)
+    cut_off: list[str] = field(default_factory=list)
+    logged: Counter[str] = field(default_factory=Counter)
+    chosen: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def equal(self) -> bool:
+        """Whether every decision of the log could be repeated and came out the same."""
+        return not self.differences and not self.skipped and not self.gaps
 
 
-def repeat_decisions(lines: Iterable[str], policy: Policy) -> Repetition:
-    """Let `policy` hear a log made by LoggedPolicy, choose again, and compare.
+def read_lines(paths: Iterable[Path]) -> Iterator[Line]:
+    """The lines of the parts of one log, oldest first; .gz is unpacked. Raises ReplayError naming the file."""
+    for path in paths:
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                for number, text in enumerate(file, 1):
+                    yield Line(str(path), number, text)
+        except (OSError, EOFError) as error:
+            raise ReplayError(f"decision log {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def repeat_decisions(lines: Iterable[Line], make: Callable[[LogHeader], Policy]) -> Repetition:
+    """Let the policy that `make` gives for each header hear the log, choose again, and compare.
 
     Where a choice differs the log's worker is what starts, so that later choices are judged in the logged state.
-    Raises ReplayError naming the line that is no event.
+    Raises ReplayError naming the line that is no event. An incomplete line at the end of the log, or before the
+    header of the next start, is what a crash leaves, and no error.
     """
-    requests: dict[str, DecodeRequest] = {}
-    decisions = 0
-    differing: list[tuple[int, str, str]] = []
-    for number, line in enumerate(lines, 1):
+    repeater = _Repeater(make)
+    broken: tuple[Line, ReplayError] | None = None
+    for line in lines:
+        if not line.text.strip():
+            continue
         try:
-            event = json.loads(line)
-            if event["event"] == "choose":
-                request = request_from_wire(event["request"])
-                requests[request.request_id] = request
-                chosen = policy.choose(request, event["in_flight"]).worker
-                decisions += 1
-                if chosen != event["worker"]:
-                    differing.append((number, event["worker"], chosen))
-            else:
-                _hear(event, requests, policy)
-        except (ValueError, KeyError, TypeError, CountsError, RecursionError) as error:
-            raise ReplayError(f"decision log, line {number}: not an event of a decision log ({error!r})") from None
-    return Repetition(decisions, differing)
+            event = json.loads(line.text)
+            is_header = event["event"] == "log"
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if broken is None:
+                broken = line, _no_event(line, error)
+                continue
+            raise broken[1] from None
+        if broken is not None:
+            if not is_header:
+                raise broken[1]
+            repeater.result.cut_off.append(broken[0].where)
+            broken = None
+        repeater.hear(event, line)
+    if broken is not None:
+        repeater.result.cut_off.append(broken[0].where)
+    if not repeater.result.headers:
+        raise ReplayError("the decision log holds no header: it is empty, or no decision log")
+    return repeater.result
 
 
-def _hear(event: dict[str, Any], requests: dict[str, DecodeRequest], policy: Policy) -> None:
-    kind, worker = event["event"], event["worker"]
-    if kind == "joined":
-        policy.joined(worker)
-    elif kind == "left":
-        policy.left(worker)
-    elif kind == "started":
-        policy.started(requests[event["request_id"]], worker)
-    elif kind == "finished":
-        policy.finished(requests.pop(event["request_id"]), worker)
-    else:
-        raise KeyError(kind)
+def _no_event(line: Line, error: Exception) -> ReplayError:
+    reason = str(error) if isinstance(error, EldrError) else repr(error)
+    return ReplayError(f"decision log {line.where}: not an event of a decision log ({reason})")
+
+
+class _Repeater:
+    """The state between two lines: the policy, numbers of workers, and running requests."""
+
+    def __init__(self, make: Callable[[LogHeader], Policy]) -> None:
+        self.result = Repetition()
+        self._make = make
+        self._policy: Policy | None = None
+        self._behind_gap = False
+        self._workers: list[str] = []
+        self._requests: dict[str, DecodeRequest] = {}
+
+    def hear(self, event: dict[str, Any], line: Line) -> None:
+        if event["event"] == "log":
+            self._begin(event, line)
+            return
+        if self._policy is None:
+            raise ReplayError(
+                f"decision log {line.where}: begins without a header; give the older parts of the log first"
+            )
+        if event["event"] == "gap":
+            self.result.gaps.append(f"{line.where}: {event.get('lines')} lines were lost")
+            self._behind_gap = True
+        elif self._behind_gap:
+            self.result.skipped += event["event"] == "choose"
+        else:
+            try:
+                self._repeat(event, line, self._policy)
+            except (ValueError, KeyError, TypeError, IndexError, EldrError) as error:
+                raise _no_event(line, error) from None
+
+    def _begin(self, event: dict[str, Any], line: Line) -> None:
+        try:
+            header = LogHeader.from_wire(event)
+        except (ValueError, KeyError, TypeError, EldrError) as error:
+            raise _no_event(line, error) from None
+        self.result.headers.append(header)
+        self._policy = self._make(header)
+        self._behind_gap = False
+        self._workers, self._requests = [], {}
+
+    def _repeat(self, event: dict[str, Any], line: Line, policy: Policy) -> None:
+        kind, worker = event["event"], event["worker"]
+        if kind == "choose":
+            self._choose(event, line, policy)
+        elif kind == "joined":
+            self._workers.append(worker)
+            policy.joined(worker)
+        elif kind == "left":
+            policy.left(worker)
+        elif kind == "started":
+            _tell(policy.started, self._requests[event["id"]], worker)
+        elif kind == "finished":
+            _tell(policy.finished, self._requests.pop(event["id"]), worker)
+        else:
+            raise KeyError(kind)
+
+    def _choose(self, event: dict[str, Any], line: Line, policy: Policy) -> None:
+        request = request_of(event)
+        eligible = [self._workers[number] for number in event["eligible"]]
+        in_flight = dict(zip(eligible, event["load"], strict=True))
+        self._requests[request.request_id] = request
+        logged, chosen = event["worker"], _worker_of(policy, request, in_flight)
+        result = self.result
+        result.decisions += 1
+        if logged is not None:
+            result.logged[logged] += 1
+        if chosen is not None:
+            result.chosen[chosen] += 1
+        if chosen != logged:
+            result.differences.append(Difference(line.where, request.request_id, logged, chosen))
+
+
+def _tell(hook: Callable[[DecodeRequest, str], None], request: DecodeRequest, worker: str) -> None:
+    """As the router does: a policy that fails to take note goes on."""
+    with contextlib.suppress(Exception):
+        hook(request, worker)
+
+
+def _worker_of(policy: Policy, request: DecodeRequest, in_flight: dict[str, int]) -> str | None:
+    """The policy's choice, None where it fails: the router then took the least loaded worker."""
+    try:
+        return policy.choose(request, in_flight).worker
+    except Exception:
+        return None

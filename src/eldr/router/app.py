@@ -18,10 +18,12 @@ import uvloop
 from eldr.errors import EldrError
 from eldr.fleet import Fleet
 from eldr.policies.base import Policy
+from eldr.policies.logged import LoggedPolicy
 from eldr.router import logs, openai
 from eldr.router.admin import AdminApi
 from eldr.router.admission import Admission, Limits
 from eldr.router.config import ConfigError, RouterConfig, host_and_port, read_key
+from eldr.router.decision_log import DecisionLog, log_header
 from eldr.router.discovery.base import Source
 from eldr.router.discovery.dns import DnsSource
 from eldr.router.discovery.file import FileSource
@@ -81,6 +83,11 @@ class Router:
         )
         fleet = Fleet()
         metrics = Metrics()
+        self._decision_log: DecisionLog | None = None
+        if config.decision_log is not None:
+            self._decision_log = DecisionLog(config.decision_log, metrics)
+            self._decision_log.write(log_header(config).to_wire())
+            policy = LoggedPolicy(policy, self._decision_log.write)
         admission = Admission(fleet, admission_limits(config))
         outcomes = Outcomes(fleet, admission, metrics, config)
         self.services = Services(
@@ -203,6 +210,13 @@ class Router:
             connection.abort()
         for pool in self.services.pools.values():
             pool.close()
+        if self._decision_log is not None:
+            self._decision_log.close()
+
+    def reopen_decision_log(self) -> None:
+        """Go on in a new file after the old one was renamed."""
+        if self._decision_log is not None:
+            self._decision_log.reopen()
 
     def _build_membership(self) -> Membership:
         config, services = self._config, self.services
@@ -296,6 +310,7 @@ async def _serve(router: Router, config: RouterConfig) -> None:
     signals: asyncio.Queue[None] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, None)
+    loop.add_signal_handler(signal.SIGHUP, router.reopen_decision_log)
     await router.start()
     scheme = "http" if config.tls_cert is None else "https"
     host = f"[{config.host}]" if ":" in config.host else config.host

@@ -23,7 +23,8 @@ DNS = "dns+"
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PATHS = (
-    "calibration", "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file"
+    "calibration", "decision_log",
+    "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file"
 )  # fmt: skip
 DURATIONS = (
     "queue_timeout_s", "load_interval_s",
@@ -62,6 +63,7 @@ class RouterConfig:
     admin_listen: HOST:PORT of the admin API, which needs admin_key_file; off by default.
     dns_interval_s: time between two resolutions of a dns+ name, varied by a fifth either way.
     drain_timeout_s: how long running requests of a worker that leaves may finish.
+    decision_log: file to append every decision to; it is reopened on SIGHUP.
     prefix_window_bytes: how much of the prompt decides the prefill worker; for chat it starts after the system
         messages.
     max_body_bytes: largest request body taken.
@@ -114,6 +116,7 @@ class RouterConfig:
     tls_key: Path | None = None
     admin_key_file: Path | None = None
     admin_listen: str | None = None
+    decision_log: Path | None = None
     prefix_window_bytes: int = 1024
     max_body_bytes: int = 32 * 1024 * 1024
     max_connections: int = 16384
@@ -166,7 +169,8 @@ class RouterConfig:
             _number("tail_guard", self.tail_guard, 0.0)
         for key in ("cost", "cost_scope"):
             _text(key, getattr(self, key))
-        self.worker_costs = _worker_costs(self.worker_costs, self.decode)
+        static = self.admin_listen is None and not any(url.startswith(DNS) for url in self.decode)
+        self.worker_costs = _worker_costs(self.worker_costs, self.decode, static)
         if type(self.two_nearest) is not bool:
             raise ConfigError(f"two_nearest is {self.two_nearest!r}, expected true or false")
         _whole("seed", self.seed, 0, 2**63 - 1)
@@ -267,8 +271,8 @@ def host_and_port(key: str, value: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _worker_costs(value: Any, decode: tuple[str, ...]) -> dict[str, str]:
-    """URL -> cost. From a file it is a table, from flags a list of pairs."""
+def _worker_costs(value: Any, decode: tuple[str, ...], static: bool) -> dict[str, str]:
+    """URL -> cost. From a file it is a table, from flags a list of pairs. static: no other worker can ever join."""
     if not isinstance(value, dict | list):
         raise ConfigError(f"worker_costs is {value!r}, expected a table: URL of a decode worker = cost file or preset")
     costs: dict[str, str] = {}
@@ -278,7 +282,7 @@ def _worker_costs(value: Any, decode: tuple[str, ...]) -> dict[str, str]:
         except UrlError as error:
             raise ConfigError(f"worker_costs: {error}") from None
         for url in urls:
-            if url not in decode:
+            if static and url not in decode:
                 raise ConfigError(f"worker_costs names {url}, which is no decode worker; there are {', '.join(decode)}")
             _text(f"worker_costs of {url}", cost)
             costs[url] = cost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ BYTES_PER_TOKEN = 4
 UNSTATED_TOKENS = 256
 
 PRIORITY_NAMES = {name.encode(): number for number, name in enumerate(PRIORITIES)}
+
+_decode_requests = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +54,14 @@ class Job:
     claim: Claim
 
     def decode_request(self, handoff: HandOff | None) -> DecodeRequest:
-        """What the policy may know."""
+        """What the policy may know. Clients may send an id twice at once, policies need unique ones."""
         return DecodeRequest(
-            self.request_id,
+            f"{self.request_id}/{next(_decode_requests)}",
             0 if handoff is None else handoff.prompt_tokens,
             None if handoff is None else handoff.counts,
             self.label,
             openai.max_tokens(self.path, self.body),
+            None if handoff is None else handoff.counts_wire,
         )
 
 

@@ -67,6 +67,8 @@ class Metrics:
         self.prefill_spills = 0
         self.broken_streams = 0
         self.stream_events = 0
+        self.decision_log_lines = 0
+        self.decision_log_dropped = 0
         self.ttft = Histogram(TTFT_BOUNDS_S)
         self.tpot = Histogram(TPOT_BOUNDS_S)
         self.prefill = Histogram(TTFT_BOUNDS_S)
@@ -110,6 +112,13 @@ class RouterCollector(Collector):
         yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
         yield _counter("eldr_broken_streams", "Streams that a worker broke off.", (), {(): m.broken_streams})
         yield _counter("eldr_stream_events", "Server-sent events passed on.", (), {(): m.stream_events})
+        yield _counter("eldr_decision_log_lines", "Lines written to the decision log.", (), {(): m.decision_log_lines})
+        yield _counter(
+            "eldr_decision_log_dropped",
+            "Lines that the decision log lost because its file could not be written fast enough.",
+            (),
+            {(): m.decision_log_dropped},
+        )
         yield m.ttft.family("eldr_time_to_first_token_seconds", "Streams: request received to first token sent on.")
         yield m.tpot.family("eldr_time_per_output_token_seconds", "Streams: mean time between tokens of a request.")
         yield m.prefill.family("eldr_prefill_seconds", "Prefill request sent to hand-off received.")
