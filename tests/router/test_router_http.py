@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import re
 
@@ -11,9 +10,9 @@ import pytest
 from harness import ASK, CHAT, on_uvloop, running, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import feed, split
 
-from eldr.router.http import MAX_HEAD_BYTES, ClientConnection
-from eldr.router.limits import ClientLimits
+from eldr.router.http import MAX_HEAD_BYTES
 
 BODY = json.dumps(ASK).encode()
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -277,80 +276,6 @@ async def test_absolute_targets_and_queries():
         assert status_of(await exchange(s, b"GET http://router:1/health?x=1 HTTP/1.1\r\n" + close)) == 200
         assert status_of(await exchange(s, b"GET /health?a/../b HTTP/1.1\r\n" + close)) == 200
         assert status_of(await exchange(s, b"OPTIONS * HTTP/1.1\r\n" + close)) in (400, 404)
-
-
-LIMITS = ClientLimits(
-    max_body_bytes=10_000,
-    max_connections=10,
-    head_timeout_s=5.0,
-    body_timeout_s=10.0,
-    idle_timeout_s=20.0,
-    stall_timeout_s=30.0,
-)
-
-
-class Recorder:
-    """A handler that keeps requests and answers each at once."""
-
-    def __init__(self) -> None:
-        self.connections = set()
-        self.closing = False
-        self.requests = []
-        self.errors = []
-
-    def permit(self, path, headers):
-        return ""
-
-    def handle(self, request, connection):
-        self.requests.append((request.method, request.path, request.headers, request.body))
-        connection.respond(200, b"%d" % len(self.requests))
-
-    def refused(self, error):
-        self.errors.append(error.status)
-
-
-class MemoryTransport(asyncio.Transport):
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = b""
-        self.closed = False
-
-    def write(self, data):
-        self.written += data
-
-    def is_closing(self):
-        return self.closed
-
-    def close(self):
-        self.closed = True
-
-    def can_write_eof(self):
-        return False
-
-    def set_write_buffer_limits(self, high=None, low=None):
-        pass
-
-    def abort(self):
-        self.closed = True
-
-
-def feed(pieces: list[bytes]):
-    async def run():
-        handler, transport = Recorder(), MemoryTransport()
-        connection = ClientConnection(handler, LIMITS)
-        connection.connection_made(transport)
-        for piece in pieces:
-            if not transport.closed:
-                connection.data_received(piece)
-        statuses = re.findall(rb"HTTP/1\.1 \d{3} [A-Z]+", transport.written)
-        return handler.requests, handler.errors, statuses
-
-    return asyncio.run(run())
-
-
-def split(data: bytes, cuts: list[int]) -> list[bytes]:
-    edges = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
-    return [data[a:b] for a, b in itertools.pairwise(edges) if a < b]
 
 
 names = st.from_regex(rb"x-[a-z0-9]{1,8}", fullmatch=True)

@@ -14,7 +14,8 @@ import pytest
 from certificates import certificate
 from fake_worker import begin_stream, chunk, reply
 from harness import ASK, CHAT, on_uvloop, running
-from test_router_http import LIMITS, MemoryTransport, Recorder, exchange, status_of
+from memory import LIMITS, MemoryTransport, Recorder
+from test_router_http import exchange, status_of
 
 from eldr.router import logs
 from eldr.router.config import ConfigError, RouterConfig

@@ -2,73 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from eldr.router.upstream import Exchange, WorkerConnection, WorkerPool
-
-
-class Heard(Exchange):
-    def __init__(self) -> None:
-        self.status = 0
-        self.headers = {}
-        self.body = b""
-        self.ended = []
-
-    def on_head(self, status, headers):
-        self.status, self.headers = status, headers
-
-    def on_body(self, data):
-        self.body += data
-
-    def on_done(self):
-        self.ended.append("done")
-
-    def on_failed(self, error):
-        self.ended.append("failed")
-
-
-class Wire(asyncio.Transport):
-    """Takes what is written and remembers whether it was closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.closed = False
-
-    def write(self, data):
-        pass
-
-    def is_closing(self):
-        return self.closed
-
-    def close(self):
-        self.closed = True
-
-    def abort(self):
-        self.closed = True
-
-
-def hear(pieces: list[bytes], lost: bool = False) -> tuple[Heard, bool]:
-    """What an exchange hears of these bytes, and whether its connection could be used again."""
-    pool = WorkerPool("http://w:1", connect_timeout_s=1.0)
-    connection, wire, heard = WorkerConnection(pool), Wire(), Heard()
-    connection.connection_made(wire)
-    connection.start(heard, b"request", 60.0)
-    for piece in pieces:
-        if not wire.closed:
-            connection.data_received(piece)
-    kept = not wire.closed and not pool.active
-    if lost:
-        connection.connection_lost(None)
-    return heard, kept
-
-
-def split(data: bytes, cuts: list[int]) -> list[bytes]:
-    edges = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
-    return [data[a:b] for a, b in itertools.pairwise(edges) if a < b]
+from memory import hear, split
 
 
 @st.composite

@@ -20,7 +20,7 @@ DONE_BYTES = 16
 MAX_FIRST_EVENT_BYTES = 1024 * 1024
 # The usage comes in an event without choices.
 USAGE_MARK = b'"choices":[]'
-COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d{1,9})')
 
 
 class DecodeAnswer(Answer):

@@ -1,0 +1,244 @@
+"""What is fuzzed: every reader of bytes that somebody else wrote, and what must hold whatever the bytes are.
+
+A target takes bytes and returns nothing. It raises AssertionError where a promise is broken, and anything else that it
+raises is a failure as well: bad input has to end in the reader's own error.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import math
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import h11
+import numpy as np
+import orjson
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent / "router"), str(HERE.parent / "unit")]
+
+from memory import RUNNER, feed, hear, split  # noqa: E402
+
+from eldr.calibration import CalibrationError, load_calibration  # noqa: E402
+from eldr.counts import CountsError, decode_counts, encode_counts  # noqa: E402
+from eldr.expert_rows import decode_rows, encode_rows  # noqa: E402
+from eldr.fleet import Fleet  # noqa: E402
+from eldr.router import openai  # noqa: E402
+from eldr.router.answer import DecodeAnswer  # noqa: E402
+from eldr.router.errors import ApiError  # noqa: E402
+from eldr.router.handoff import read_handoff  # noqa: E402
+from eldr.router.metrics import Metrics  # noqa: E402
+from eldr.router.prefix import PrefillRing  # noqa: E402
+from eldr.router.urls import UrlError, worker_urls  # noqa: E402
+from eldr.trace import TraceError, read_trace  # noqa: E402
+
+SCRATCH = Path(tempfile.mkdtemp(prefix="eldr-fuzz-"))
+# Behind these marks stand changes to the members of an archive, and the parts of a wire form: checksums and codings
+# would otherwise stop most inputs at the door.
+CHANGES = b"\xffchanges"
+INSIDE = b"\xffinside"
+
+
+def http(data: bytes) -> None:
+    """Requests of clients: the same however they are split, at most one refusal, the first one as h11 sees it."""
+    whole = feed([data] if data else [])
+    cuts = [byte * 7 for byte in data[:8]]
+    assert feed(split(data, cuts)) == whole
+    requests, errors, statuses = whole
+    assert len(errors) <= 1
+    assert len(statuses) <= len(requests) + 1
+    if requests:
+        seen = _first_by_h11(data)
+        if seen is not None:
+            method, target, body = seen
+            assert (method, body) == (requests[0][0], requests[0][3])
+            assert not target.startswith(b"/") or target.partition(b"?")[0] == requests[0][1]
+
+
+def _first_by_h11(data: bytes) -> tuple[bytes, bytes, bytes] | None:
+    """Method, target and body of the first request as another parser sees it; None if it wants none of it."""
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=2**20)
+    try:
+        connection.receive_data(data)
+        request, body = connection.next_event(), b""
+        if not isinstance(request, h11.Request):
+            return None
+        while isinstance(event := connection.next_event(), h11.Data):
+            body += event.data
+    except h11.RemoteProtocolError:
+        return None
+    return (request.method, request.target, body) if isinstance(event, h11.EndOfMessage) else None
+
+
+def upstream(data: bytes) -> None:
+    """Answers of workers: every exchange ends once, and a part is never taken for the whole."""
+    heard, _ = hear([data] if data else [], lost=True)
+    assert len(heard.ended) == 1
+    again, _ = hear(split(data, [byte * 7 for byte in data[:8]]), lost=True)
+    assert again.ended == heard.ended
+    if heard.ended == ["done"]:
+        assert (again.status, again.body) == (heard.status, heard.body)
+
+
+class _Client:
+    """Keeps what a stream sends to its client."""
+
+    def __init__(self) -> None:
+        self.sent = b""
+        self.ends: list[str] = []
+
+    def begin_stream(self, content_type: bytes, extra: bytes) -> None:
+        assert b"\r" not in content_type
+        assert b"\n" not in content_type
+
+    def write(self, data: bytes) -> None:
+        assert data
+        self.sent += data
+
+    def end_stream(self) -> None:
+        self.ends.append("end")
+
+    def break_stream(self) -> None:
+        self.ends.append("break")
+
+
+def sse(data: bytes) -> None:
+    """Streams: the client gets every byte in order, and the figures taken on the way are numbers."""
+    for pieces in ([data] if data else [], split(data, [byte * 7 for byte in data[:8]])):
+        RUNNER.run(_stream(pieces))
+
+
+async def _stream(pieces: list[bytes]) -> None:
+    data = b"".join(pieces)
+    client, metrics = _Client(), Metrics()
+    answer = DecodeAnswer(client, metrics, b"", 0.0, wants_usage=True)  # type: ignore[arg-type]
+    answer.on_head(200, {b"content-type": b"text/event-stream"})
+    for piece in pieces:
+        answer.on_body(piece)
+    answer.on_done()
+    answer.observe_tpot(1)
+    assert client.sent == data
+    assert client.ends == ["end"]
+    assert 0 <= answer.events <= data.count(b"\n")
+
+
+def counts(data: bytes) -> None:
+    """Expert counts: CountsError, or counts that are consistent and survive the way there and back."""
+    with contextlib.suppress(CountsError):
+        found = decode_counts(_wire(data, ("layers", "experts", "top_k", "planes"), -15))
+        assert (found.counts.sum(axis=1, dtype=np.uint64) == found.prompt_tokens * found.top_k).all()
+        assert (decode_counts(encode_counts(found)).counts == found.counts).all()
+
+
+def rows(data: bytes) -> None:
+    """Experts of generated tokens, the same."""
+    with contextlib.suppress(CountsError):
+        found = decode_rows(_wire(data, ("layers", "tokens", "top_k"), 15))
+        assert found.ndim == 3
+        if len(found):
+            assert (decode_rows(encode_rows(found)) == found).all()
+
+
+def handoff(data: bytes) -> None:
+    """Answers of prefill workers: a hand-off or none, with a lease that is a number and can be sent on as JSON."""
+    found = read_handoff(_json(data), 0.0)
+    if found is not None:
+        assert not math.isnan(found.left_s(1.0))
+        params = found.spend(record=False)
+        assert not {"eldr_counts"} & params.keys()
+        orjson.dumps(params)
+
+
+def body(data: bytes) -> None:
+    """Bodies of clients: ApiError, or requests to both legs without what only the router may say."""
+    for path in (openai.COMPLETIONS, openai.CHAT):
+        try:
+            fields = openai.parse_body(path, data)
+            why = openai.why_not_handed_off(path, fields)
+            prefill = json.loads(openai.prefill_body(fields, record=False))
+            decode = json.loads(openai.decode_body(fields, None))
+            PrefillRing(Fleet(), 64).key(path, fields)
+        except (ApiError, orjson.JSONEncodeError):
+            continue
+        assert why is None or why.isidentifier()
+        assert prefill["kv_transfer_params"] == {"do_remote_decode": True, "do_remote_prefill": False}
+        assert prefill["max_tokens"] == 1
+        assert not any(key.startswith("eldr_") or key in openai.TRANSFER_FIELDS for key in decode)
+        openai.max_tokens(path, fields)
+        openai.wants_usage(fields)
+
+
+def urls(data: bytes) -> None:
+    """Workers' URLs: UrlError, or URLs that name a host and nothing else, and stay what they are."""
+    with contextlib.suppress(UrlError, UnicodeDecodeError):
+        for url in worker_urls(data.decode()):
+            assert worker_urls(url) == (url,)
+            assert not set(url) & set(" \r\n\t@?\\")
+
+
+def calibration(data: bytes) -> None:
+    """Calibration files: CalibrationError, or a calibration that can be saved and read again."""
+    with contextlib.suppress(CalibrationError):
+        found = load_calibration(_file(data, "calibration"))
+        found.save(SCRATCH / "again.npz")
+        load_calibration(SCRATCH / "again.npz")
+
+
+def trace(data: bytes) -> None:
+    """Trace files: TraceError, or a trace whose profiles can be taken."""
+    with contextlib.suppress(TraceError):
+        read_trace(_file(data, "trace")).decode_profiles()
+
+
+def _wire(data: bytes, keys: tuple[str, ...], window: int) -> object:
+    """JSON; or, behind a mark, a wire form with these keys' values and data that can be unpacked."""
+    if not data.startswith(INSIDE):
+        return _json(data)
+    given = data[len(INSIDE) :].ljust(8, b"\0")
+    deflate = zlib.compressobj(1, zlib.DEFLATED, window)
+    packed = base64.b64encode(deflate.compress(given[6:]) + deflate.flush()).decode()
+    fields = dict(zip(keys, given, strict=False))
+    prompt_tokens, dtype = int.from_bytes(given[4:6]), f"u{1 + given[5] % 2}"
+    return {"v": 1, **fields, "prompt_tokens": prompt_tokens, "dtype": dtype, "data": packed}
+
+
+def _json(data: bytes) -> object:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return data
+
+
+def _file(data: bytes, kind: str) -> Path:
+    """A file of these bytes. Behind CHANGES, four bytes each change one byte of a member of the kind's first seed: the
+    archive's own checksums then agree, and what is inside is tried."""
+    path = SCRATCH / f"{kind}.npz"
+    if not data.startswith(CHANGES):
+        path.write_bytes(data)
+        return path
+    with zipfile.ZipFile(min((HERE / "corpus" / kind).glob("*.npz"))) as seed:
+        members = {name: bytearray(seed.read(name)) for name in sorted(seed.namelist())}
+    names = list(members)
+    changes = data[len(CHANGES) :]
+    for at in range(0, len(changes) - 3, 4):
+        member = members[names[changes[at] % len(names)]]
+        member[int.from_bytes(changes[at + 1 : at + 3]) % len(member)] = changes[at + 3]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, bytes(content))
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    target.__name__: target for target in (http, upstream, sse, counts, rows, handoff, body, urls, calibration, trace)
+}

@@ -1,0 +1,143 @@
+"""Connections of either side in memory: bytes in, what was understood out."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+
+from eldr.router.http import ClientConnection
+from eldr.router.limits import ClientLimits
+from eldr.router.upstream import Exchange, WorkerConnection, WorkerPool
+
+LIMITS = ClientLimits(
+    max_body_bytes=10_000,
+    max_connections=10,
+    head_timeout_s=5.0,
+    body_timeout_s=10.0,
+    idle_timeout_s=20.0,
+    stall_timeout_s=30.0,
+)
+# One event loop for all: the fuzzer starts a connection many thousand times a second.
+RUNNER = asyncio.Runner()
+
+
+class Recorder:
+    """A handler that keeps requests and answers each at once."""
+
+    def __init__(self) -> None:
+        self.connections = set()
+        self.closing = False
+        self.requests = []
+        self.errors = []
+
+    def permit(self, path, headers):
+        return ""
+
+    def handle(self, request, connection):
+        self.requests.append((request.method, request.path, request.headers, request.body))
+        connection.respond(200, b"%d" % len(self.requests))
+
+    def refused(self, error):
+        self.errors.append(error.status)
+
+
+class MemoryTransport(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = False
+
+    def write(self, data):
+        self.written += data
+
+    def is_closing(self):
+        return self.closed
+
+    def close(self):
+        self.closed = True
+
+    def can_write_eof(self):
+        return False
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        pass
+
+    def abort(self):
+        self.closed = True
+
+
+def feed(pieces: list[bytes]):
+    """The requests, refusals and answers' status lines that these bytes of a client lead to."""
+
+    async def run():
+        handler, transport = Recorder(), MemoryTransport()
+        connection = ClientConnection(handler, LIMITS)
+        connection.connection_made(transport)
+        for piece in pieces:
+            if not transport.closed:
+                connection.data_received(piece)
+        statuses = re.findall(rb"HTTP/1\.1 \d{3} [A-Z]+", transport.written)
+        return handler.requests, handler.errors, statuses
+
+    return RUNNER.run(run())
+
+
+def split(data: bytes, cuts: list[int]) -> list[bytes]:
+    edges = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
+    return [data[a:b] for a, b in itertools.pairwise(edges) if a < b]
+
+
+class Heard(Exchange):
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers = {}
+        self.body = b""
+        self.ended = []
+
+    def on_head(self, status, headers):
+        self.status, self.headers = status, headers
+
+    def on_body(self, data):
+        self.body += data
+
+    def on_done(self):
+        self.ended.append("done")
+
+    def on_failed(self, error):
+        self.ended.append("failed")
+
+
+class Wire(asyncio.Transport):
+    """Takes what is written and remembers whether it was closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+
+    def write(self, data):
+        pass
+
+    def is_closing(self):
+        return self.closed
+
+    def close(self):
+        self.closed = True
+
+    def abort(self):
+        self.closed = True
+
+
+def hear(pieces: list[bytes], lost: bool = False) -> tuple[Heard, bool]:
+    """What an exchange hears of these bytes, and whether its connection could be used again."""
+    pool = WorkerPool("http://w:1", connect_timeout_s=1.0)
+    connection, wire, heard = WorkerConnection(pool), Wire(), Heard()
+    connection.connection_made(wire)
+    connection.start(heard, b"request", 60.0)
+    for piece in pieces:
+        if not wire.closed:
+            connection.data_received(piece)
+    kept = not wire.closed and not pool.active
+    if lost:
+        connection.connection_lost(None)
+    return heard, kept
