@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -21,6 +22,13 @@ from numpy.typing import NDArray
 # files may hold more zeros than that.
 MAX_GROWTH = 100
 ALWAYS_ALLOWED_BYTES = 64 * 2**20
+
+
+# What zipfile raises, beside BadZipFile, for archives that are none.
+DAMAGE = (
+    EOFError, IndexError, KeyError, MemoryError, NotImplementedError, OverflowError, RuntimeError, ValueError,
+    struct.error, zlib.error,
+)  # fmt: skip
 
 
 class NpzError(Exception):
@@ -101,7 +109,7 @@ def read_npz(
                 return {name: _read(archive, name, member) for name, member in members.items()}
         except zipfile.BadZipFile as error:
             raise NpzError(f"not a complete .npz file ({error})") from None
-        except (EOFError, zlib.error, NotImplementedError, RuntimeError, MemoryError, OverflowError) as error:
+        except DAMAGE as error:
             raise NpzError(f"damaged .npz file ({error or type(error).__name__})") from None
 
 

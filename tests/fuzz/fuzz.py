@@ -16,18 +16,19 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# The first argument of the processes that this one starts.
+INSIDE = "--inside"
 BUILD = HERE.parents[1] / "build" / "fuzz"
 
 
 def main() -> int:
+    if sys.argv[1:2] == [INSIDE]:
+        return _fuzz_here(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120.0, help="time for all targets together (120)")
     parser.add_argument("--only", action="append", metavar="TARGET", help="this target alone (repeatable)")
-    parser.add_argument("--inside", metavar="TARGET", help=argparse.SUPPRESS)  # how the processes are started
     parser.add_argument("again", nargs="*", metavar="TARGET FILE", help="run one input again")
-    arguments, rest = parser.parse_known_args()
-    if arguments.inside:
-        return _fuzz_here(arguments.inside, rest)
+    arguments = parser.parse_args()
     from targets import TARGETS
 
     if arguments.again:
@@ -50,7 +51,7 @@ def _fuzz(name: str, seconds: float) -> dict[str, object]:
     found, crashes = BUILD / name / "found", BUILD / name
     found.mkdir(parents=True, exist_ok=True)
     before = set(crashes.glob("crash-*")) | set(crashes.glob("timeout-*")) | set(crashes.glob("oom-*"))
-    command = [sys.executable, __file__, "--inside", name, f"-max_total_time={max(1, round(seconds))}"]
+    command = [sys.executable, __file__, INSIDE, name, f"-max_total_time={max(1, round(seconds))}"]
     command += ["-timeout=10", "-rss_limit_mb=2048", "-max_len=16384", "-print_final_stats=1"]
     command += [f"-artifact_prefix={crashes}/", str(found), str(HERE / "corpus" / name)]
     started_s = time.monotonic()

@@ -221,7 +221,7 @@ class ClientConnection(asyncio.Protocol):
     # Parsing.
 
     def data_received(self, data: bytes) -> None:
-        if self._lingering or self._refusal is not None:
+        if self._lingering or self._refusal is not None or self._transport.is_closing():
             return
         if self._in_head:
             self._head_bytes += len(data)
@@ -332,7 +332,7 @@ class ClientConnection(asyncio.Protocol):
             raise self._too_large()
 
     def on_message_complete(self) -> None:
-        if self._upgrade:
+        if self._upgrade or self._transport.is_closing():
             return
         request = Request(
             self._parser.get_method(),
@@ -358,6 +358,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what cannot be parsed, after the requests before it, and close."""
+        if self._transport.is_closing():
+            return  # bytes behind a request that was the last one
         self._refusal = error
         if self._active is None:
             self._answer_refusal()
