@@ -13,9 +13,13 @@ from typing import Any
 
 import eldr
 import eldr.cost_cli
+import eldr.evaluate.cli
+import eldr.load.cli
 import eldr.policies.flags
 import eldr.replay.cli
 import eldr.replay.decisions_cli
+import eldr.report.cli
+import eldr.workloads.cli
 from eldr.errors import EldrError
 
 EXIT_FAILED = 1
@@ -86,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_inspect,
         _add_replay,
         _add_decisions,
+        _add_evaluate, _add_report, _add_workload, _add_load,
         _add_calibrate_cost,
         _add_demo,
     ):
@@ -251,6 +256,26 @@ def _add_replay(commands: Any) -> None:
 def _add_decisions(commands: Any) -> None:
     room = eldr.replay.decisions_cli
     room.add_arguments(_add_command(commands, "decisions", room.run, "router", room.SUMMARY, room.EXAMPLES))
+
+
+def _add_evaluate(commands: Any) -> None:
+    room = eldr.evaluate.cli
+    room.add_arguments(_add_command(commands, "evaluate", room.run, "fit,report", room.SUMMARY, room.EXAMPLES))
+
+
+def _add_report(commands: Any) -> None:
+    room = eldr.report.cli
+    room.add_arguments(_add_command(commands, "report", room.run, "report", room.SUMMARY, room.EXAMPLES))
+
+
+def _add_workload(commands: Any) -> None:
+    room = eldr.workloads.cli
+    room.add_arguments(_add_command(commands, "workload", room.run, "demo", room.SUMMARY, room.EXAMPLES))
+
+
+def _add_load(commands: Any) -> None:
+    room = eldr.load.cli
+    room.add_arguments(_add_command(commands, "load", room.run, "demo", room.SUMMARY, room.EXAMPLES))
 
 
 def _add_calibrate_cost(commands: Any) -> None:

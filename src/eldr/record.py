@@ -125,7 +125,7 @@ def record(prompts: list[Prompt], options: RecordOptions, progress: Callable[[],
     The first prompt goes alone, so that a server that cannot be recorded is found out at once: RecordError. Later
     prompts that fail are listed in the recording. Raises RecordError if requests disagree in geometry.
     """
-    model = options.model if options.model is not None else _only_model(options)
+    model = options.model if options.model is not None else only_model(options)
     samples: dict[int, _Sample] = {0: _record_one(prompts[0], model, options)}
     progress()
     failures: list[str] = []
@@ -172,7 +172,8 @@ def _record_one(prompt: Prompt, model: str, options: RecordOptions) -> _Sample:
         raise RecordError(f"{options.url} answered with unusable expert counts: {error}") from None
 
 
-def _only_model(options: RecordOptions) -> str:
+def only_model(options: RecordOptions) -> str:
+    """The name of the only model that the server has. Raises RecordError."""
     models = [model.get("id") for model in _call(options, "/v1/models").get("data", []) if isinstance(model, dict)]
     if len(models) != 1 or not isinstance(models[0], str):
         raise RecordError(f"{options.url} serves {len(models)} models ({models}); name one with --model")

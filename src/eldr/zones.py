@@ -62,6 +62,7 @@ def balanced_kmeans(
     seed: int = 0,
     starts: int = STARTS,
     max_iterations: int = MAX_ITERATIONS,
+    cap: int | None = None,
 ) -> Zones:
     """Balanced spherical K-means: k-means++ start, exact assignment capped at ceil(N / K), normalised means.
 
@@ -70,6 +71,7 @@ def balanced_kmeans(
         over all signatures sets out from the centroids of the best (after Bradley and Fayyad, Refining Initial Points
         for K-Means Clustering, 1998).
     max_iterations: of each run. The same seed gives the same zones.
+    cap: the largest zone allowed; None for ceil(N / K), N or more for plain spherical K-means.
     Raises ZonesError where there are fewer signatures than zones, or where signatures are not unit vectors, not
     finite, or all zero.
     """
@@ -79,14 +81,17 @@ def balanced_kmeans(
     if len(seen) > max(SAMPLE_POINTS, 4 * k):
         seen = np.sort(rng.choice(seen, max(SAMPLE_POINTS, 4 * k), replace=False))
     sample = points[seen]
-    runs = (_one_run(sample, _kmeans_plus_plus(sample, k, rng), max_iterations) for _ in range(starts))
+    runs = (_one_run(sample, _kmeans_plus_plus(sample, k, rng), max_iterations, cap) for _ in range(starts))
     best = min(runs, key=lambda zones: zones.mean_distance)
-    return _one_run(points, best.centroids, max_iterations)
+    return _one_run(points, best.centroids, max_iterations, cap)
 
 
-def _one_run(points: NDArray[np.float32], centroids: NDArray[np.float32], max_iterations: int) -> Zones:
+def _one_run(
+    points: NDArray[np.float32], centroids: NDArray[np.float32], max_iterations: int, cap: int | None
+) -> Zones:
     k = len(centroids)
-    assignment = BalancedAssignment(len(points), k, cap=-(-len(points) // k))
+    least = -(-len(points) // k)
+    assignment = BalancedAssignment(len(points), k, cap=least if cap is None else min(max(cap, least), len(points)))
     labels = np.full(len(points), -1)
     sums = np.zeros(centroids.shape)
     best_cost = np.iinfo(np.int64).max

@@ -6,8 +6,10 @@ import math
 import pytest
 
 from eldr.demo.engine_metrics import parse_active_experts
-from eldr.demo.measure import ActiveExperts, Outcome, PolicyRun, percentile_ms, workers_per_kind
-from eldr.demo.router_log import read_placements, request_id
+from eldr.demo.measure import ActiveExperts, PolicyRun, workers_per_kind
+from eldr.demo.router_log import read_placements
+from eldr.load.client import request_id
+from eldr.load.outcome import Outcome, percentile_ms
 
 
 def outcome(number, times, *, sent_s=0.0, kind="code", error=None):

@@ -2,8 +2,9 @@
 
 import pytest
 
-from eldr.demo.measure import Outcome, PolicyRun
+from eldr.demo.measure import PolicyRun
 from eldr.demo.outputs import OutputCheck, check_outputs, first_difference
+from eldr.load.outcome import Outcome
 
 REFERENCE = Outcome(3, "code", 0.0, "abcd", [97, 98, 99, 100], [1.0] * 4)
 

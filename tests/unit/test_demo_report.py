@@ -7,13 +7,14 @@ from html.parser import HTMLParser
 import pytest
 from synthetic import make_calibration
 
-from eldr.demo.load import Request
-from eldr.demo.measure import ActiveExperts, Outcome, PolicyRun
+from eldr.demo.measure import ActiveExperts, PolicyRun
 from eldr.demo.outputs import Difference, OutputCheck
 from eldr.demo.prompts import KINDS, Prompt
 from eldr.demo.report import write_report
 from eldr.demo.result import DemoResult
 from eldr.demo.summary import summarise, write_summary
+from eldr.load.client import Request
+from eldr.load.outcome import Outcome
 
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
 VOID = {"meta", "br", "hr", "img", "input", "link"}

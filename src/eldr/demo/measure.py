@@ -1,45 +1,13 @@
-"""What is measured of a request and of a policy, by the field's definitions."""
+"""What is measured of a policy: requests, active experts, and where they were decoded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 
-
-@dataclass(slots=True)
-class Outcome:
-    """One streamed request as its client saw it. Times are seconds of one monotonic clock.
-
-    number: index in the workload.
-    token_times_s: arrival of each token; tokens that came in one event share its time. error: None if it succeeded.
-    """
-
-    number: int
-    kind: str
-    sent_s: float
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    token_times_s: list[float] = field(default_factory=list)
-    error: str | None = None
-
-    @property
-    def ttft_s(self) -> float | None:
-        """Time to first token: from sending the request; None without a token."""
-        return self.token_times_s[0] - self.sent_s if self.token_times_s else None
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Time per output token: (last token time - first token time) / (tokens - 1); None below two tokens."""
-        times = self.token_times_s
-        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
-
-    @property
-    def itl_s(self) -> list[float]:
-        """Inter-token latencies: the gaps between tokens."""
-        return [later - earlier for earlier, later in pairwise(self.token_times_s)]
+from eldr.load.outcome import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +90,3 @@ def workers_per_kind(placement: Sequence[Sequence[int]]) -> float | None:
         if shares.size:
             spreads.append(float(np.exp(-np.sum(shares * np.log(shares)))))
     return sum(spreads) / len(spreads) if spreads else None
-
-
-def percentile_ms(times_s: Sequence[float], percent: float) -> float | None:
-    """The percentile, by linear interpolation, in milliseconds; None of nothing."""
-    return 1000 * float(np.percentile(times_s, percent)) if len(times_s) else None

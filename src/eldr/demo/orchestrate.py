@@ -14,8 +14,8 @@ from rich.console import Console
 
 from eldr.calibration import Calibration, fit_calibration
 from eldr.demo.engine_metrics import read_active_experts
-from eldr.demo.load import Target, make_requests, run_load
-from eldr.demo.measure import ActiveExperts, Outcome, PolicyRun
+from eldr.demo.load import make_requests
+from eldr.demo.measure import ActiveExperts, PolicyRun
 from eldr.demo.model import write_model
 from eldr.demo.outputs import TopTwo, check_outputs, top_two_gaps
 from eldr.demo.processes import MODEL_NAME, Workers, running_router, running_workers
@@ -26,6 +26,8 @@ from eldr.demo.router_log import read_placements
 from eldr.demo.summary import summarise, write_summary
 from eldr.demo.view import View
 from eldr.errors import EldrError
+from eldr.load.client import Target, run_closed
+from eldr.load.outcome import Outcome
 from eldr.policies import POLICY_NAMES
 from eldr.record import Prompt as RecordPrompt
 from eldr.record import RecordOptions, record
@@ -163,7 +165,7 @@ class _Demo:
 
     async def _ask_reference(self, workers: Workers) -> None:
         """What the plain worker answers to every prompt, by itself."""
-        target = Target(workers.plain.url, MODEL_NAME, REFERENCE_IN_FLIGHT, "reference")
+        target = Target(workers.plain.url, MODEL_NAME, "reference")
         with self.view.step("reference outputs of the plain worker", len(self.requests)) as step:
 
             def heard(outcome: Outcome) -> None:
@@ -172,7 +174,7 @@ class _Demo:
                 self.reference.append(outcome)
                 step.advance()
 
-            await run_load(target, self.requests, heard)
+            await run_closed(target, self.requests, REFERENCE_IN_FLIGHT, heard)
 
     async def _warm_up(self, workers: Workers) -> None:
         """Let every decode worker meet the prefill worker once, or the first policy would pay for it."""
@@ -180,8 +182,8 @@ class _Demo:
         requests = make_requests(self.calibration_prompts[:count], seed=self.options.seed)
         with self.view.step("warm up"):
             async with self._router("rr", workers) as url:
-                target = Target(url, MODEL_NAME, len(workers.decode), "warm-up")
-                await run_load(target, requests, _raise_error)
+                target = Target(url, MODEL_NAME, "warm-up")
+                await run_closed(target, requests, len(workers.decode), _raise_error)
 
     async def _run_policy(self, policy: str, workers: Workers) -> None:
         run = PolicyRun(policy)
@@ -199,8 +201,8 @@ class _Demo:
                 poll = asyncio.create_task(follow.forever())
                 try:
                     # A run of its own name starts with an empty prefix cache.
-                    target = Target(url, MODEL_NAME, self.options.in_flight, policy)
-                    await run_load(target, self.requests, heard)
+                    target = Target(url, MODEL_NAME, policy)
+                    await run_closed(target, self.requests, self.options.in_flight, heard)
                 finally:
                     poll.cancel()
                 run.duration_s = time.monotonic() - started_s

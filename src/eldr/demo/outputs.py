@@ -12,8 +12,9 @@ from typing import Any
 
 import aiohttp
 
-from eldr.demo.load import Request
-from eldr.demo.measure import Outcome, PolicyRun
+from eldr.demo.measure import PolicyRun
+from eldr.load.client import Request
+from eldr.load.outcome import Outcome
 
 TIE_LOGIT_GAP = 1e-4
 

@@ -11,17 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from string import Template
 
+from eldr.load.client import Prompt
+
 MAX_PROMPT_BYTES = 400
 # The smallest number of distinct prompts any kind can give is far above this; a request for more is a mistake.
 MAX_PROMPTS_PER_KIND = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt and its kind, which no policy of the demo is told."""
-
-    kind: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +30,12 @@ class Kind:
     sentences: tuple[str, ...]
     slots: Mapping[str, tuple[str, ...]]
     joint: str = " "
+
+    def sentence(self, template: str, rng: random.Random) -> str:
+        """One of the templates with its slots filled at random."""
+        fills = {name: rng.choice(texts) for name, texts in self.slots.items()}
+        fills |= {name: str(rng.randint(2, 99)) for name in ("n", "m")}
+        return Template(template).substitute(fills) + self.joint
 
 
 KINDS: Mapping[str, Kind] = {
@@ -235,9 +235,7 @@ def make_prompts(count: int, *, seed: int, exclude: frozenset[str] = frozenset()
 def _compose(kind: Kind, rng: random.Random) -> str:
     text = rng.choice(kind.openings)
     for template in rng.sample(kind.sentences, rng.randint(2, 4)):
-        fills = {name: rng.choice(texts) for name, texts in kind.slots.items()}
-        fills |= {name: str(rng.randint(2, 99)) for name in ("n", "m")}
-        longer = text + Template(template).substitute(fills) + kind.joint
+        longer = text + kind.sentence(template, rng)
         if len(longer.encode()) > MAX_PROMPT_BYTES:
             break
         text = longer

@@ -7,11 +7,6 @@ from pathlib import Path
 import orjson
 
 
-def request_id(run: str, number: int) -> str:
-    """The X-Request-Id that the demo gives a request, by which the log is read."""
-    return f"{run}-{number}"
-
-
 def read_placements(log_path: Path) -> dict[int, str]:
     """Number of a finished request -> URL of the decode worker that served it.
 

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
-from eldr.demo.measure import PolicyRun, percentile_ms
+from eldr.demo.measure import PolicyRun
 from eldr.demo.result import DemoResult
 from eldr.fileio import write_atomically
+from eldr.load.outcome import percentile_ms
 
 
 def summarise(result: DemoResult) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from eldr.demo.measure import PolicyRun, percentile_ms, workers_per_kind
+from eldr.demo.measure import PolicyRun, workers_per_kind
 from eldr.demo.prompts import KINDS
 from eldr.demo.result import DemoResult
+from eldr.load.outcome import percentile_ms
 
 REFRESH_PER_S = 5
 

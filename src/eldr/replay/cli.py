@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from eldr.replay.experiment import Cell, Laboratory
+    from eldr.replay.workload import ServedKind
 
 SUMMARY = "compare policies on a recorded trace, without a fleet"
 EXAMPLES = """examples:
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   eldr replay trace.npz --policies locality-band,expected-union --workers 16 --rate 60 --seeds 10 --json results.json
   eldr replay trace.npz --workers 4 --batch 12 --calibrate-labels code,math --serve-labels medical,legal
   eldr replay trace.npz --workers 16 --goodput 30
+  eldr replay trace.npz --workload task --kind math=gsm8k,mgsm --workers 16 --batch 5
 
 The four load balancers rr, random, p2c and jsq always run, because changes are given against the best of them.
 Policies of the laboratory alone: expected-union-own (without calibration), expected-union-true (with the true decode
@@ -49,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
          help="share of the requests that calibrates and is not served; 0 for none (0.5)")  # fmt: skip
     flag("--calibrate-labels", type=_words, metavar="A,B", help="calibrate on these kinds of requests alone")
     flag("--serve-labels", type=_words, metavar="C,D", help="serve these kinds of requests alone")
+    flag("--workload", metavar="NAME", help="serve the kinds and shares of a named workload (`eldr workload list`)")
+    flag("--kind", action="append", default=[], metavar="KIND=LABEL[,LABEL...]",
+         help="with --workload: which of the trace's labels are of this kind (repeatable)")  # fmt: skip
     flag("--switch-at", type=float, metavar="SHARE",
          help="serve the calibrated kinds until this share of the run, then the served ones")  # fmt: skip
     flag("--calibration", type=Path, metavar="FILE", help="use this file instead of calibrating on the trace")
@@ -98,16 +103,41 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
             raise ReplayError(f"{arguments.trace} has no arrival times; leave out --arrivals trace")
     elif arguments.arrivals != "poisson":
         recorded = read_arrivals(Path(arguments.arrivals))
+    kinds, output_tokens = _workload(arguments, trace.label.tolist())
+    labels = tuple(label for kind in kinds for label in kind.labels) or None
     settings = Settings(
         requests=arguments.requests,
-        max_output=arguments.max_output,
-        mix=Mix(arguments.calibrate_fraction, arguments.calibrate_labels, arguments.serve_labels, arguments.switch_at),
+        max_output=arguments.max_output or output_tokens,
+        mix=Mix(
+            arguments.calibrate_fraction,
+            labels or arguments.calibrate_labels,
+            labels or arguments.serve_labels,
+            arguments.switch_at,
+        ),
+        kinds=kinds,
         limits=WorkerLimits(arguments.max_num_seqs, arguments.kv_tokens),
         recorded_arrivals_s=recorded,
         options=PolicyOptions.from_settings(given_options(arguments)),
     )
     calibration = None if arguments.calibration is None else load_calibration(arguments.calibration)
     return Laboratory(trace, settings, calibration)
+
+
+def _workload(arguments: argparse.Namespace, labels: list[str]) -> tuple[tuple[ServedKind, ...], int | None]:
+    """The kinds to serve and their output length, nothing where no workload was named."""
+    from eldr.replay.errors import ReplayError
+    from eldr.replay.workload import ServedKind
+    from eldr.workloads.presets import find_workload, kinds_of, labels_of_kinds
+
+    if arguments.workload is None:
+        if arguments.kind:
+            raise ReplayError("--kind is of no use without --workload")
+        return (), None
+    if arguments.calibrate_labels or arguments.serve_labels or arguments.switch_at is not None:
+        raise ReplayError("--workload says what is served: leave out --calibrate-labels, --serve-labels, --switch-at")
+    preset = find_workload(arguments.workload)
+    found = labels_of_kinds(preset, labels, kinds_of(arguments.kind))
+    return tuple(ServedKind(kind.name, found[kind.name], kind.share) for kind in preset.kinds), preset.output_tokens
 
 
 def _compare(

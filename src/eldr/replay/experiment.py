@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,14 @@ from eldr.replay.errors import ReplayError
 from eldr.replay.oracle import Clairvoyant, TrueProfiles
 from eldr.replay.packed import PackedTrace, pack_trace
 from eldr.replay.split import Mix, Split, split_trace, take_requests
-from eldr.replay.workload import Workload, draw_order, poisson_arrivals, traced_arrivals
+from eldr.replay.workload import (
+    ServedKind,
+    Workload,
+    draw_order,
+    mixed_draw_order,
+    poisson_arrivals,
+    traced_arrivals,
+)
 from eldr.trace import Trace
 from eldr.zones import balanced_kmeans
 
@@ -38,7 +47,8 @@ class Settings:
 
     requests: measured requests of a run, those of warm-up and cool-down come on top. recorded_arrivals_s: float64
     [n], arrival times whose rhythm is used in place of a Poisson process. options: of the policies; their costs are
-    also those of the simulated workers w0, w1, ...
+    also those of the simulated workers w0, w1, ... kinds: shares of the kinds of requests in what is served; none
+    draws from all served requests alike.
     """
 
     requests: int = 2000
@@ -47,6 +57,7 @@ class Settings:
     limits: WorkerLimits = field(default_factory=WorkerLimits)
     recorded_arrivals_s: NDArray[np.float64] | None = None
     options: PolicyOptions = field(default_factory=PolicyOptions)
+    kinds: tuple[ServedKind, ...] = ()
 
 
 class Laboratory:
@@ -68,6 +79,13 @@ class Laboratory:
                 raise ReplayError(
                     f"the calibration is for {geometry}, the trace has {layers} layers x {experts} experts, top-{top_k}"
                 )
+
+    def with_options(self, **options: Any) -> Laboratory:
+        """The same trace, splits and fits under other options of the policies (tau, cost_scope, anchor, ...)."""
+        other = copy.copy(self)
+        changed = dataclasses.replace(self.settings.options, **options)
+        other.settings = dataclasses.replace(self.settings, options=changed)
+        return other
 
     @property
     def packed_geometry(self) -> tuple[int, int, int]:
@@ -129,16 +147,28 @@ class Laboratory:
         arrival_s = poisson_arrivals(rate, count, rng) if recorded is None else traced_arrivals(recorded, rate, count)
         split = self.split(seed)
         if split.serve_before is None or settings.mix.switch_at is None:
-            request = draw_order(split.serve, count, in_flight, rng)
+            request = self._draw(split.serve, count, in_flight, rng)
         else:
             before = warm_up + round(measured * settings.mix.switch_at)
             request = np.concatenate(
                 (
-                    draw_order(split.serve_before, before, in_flight, rng),
-                    draw_order(split.serve, count - before, in_flight, rng),
+                    self._draw(split.serve_before, before, in_flight, rng),
+                    self._draw(split.serve, count - before, in_flight, rng),
                 )
             )
         return Workload(arrival_s, request, range(warm_up, warm_up + measured), settings.max_output)
+
+    def _draw(
+        self, pool: NDArray[np.int64], count: int, in_flight: float, rng: np.random.Generator
+    ) -> NDArray[np.int64]:
+        pools = self._pools_by_kind(pool)
+        return mixed_draw_order(pools, count, in_flight, rng) if pools else draw_order(pool, count, in_flight, rng)
+
+    def _pools_by_kind(self, pool: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], float]]:
+        """(requests, share) of each kind of the settings that `pool` has."""
+        labels = np.array(self.packed.label)[pool]
+        pools = [(pool[np.isin(labels, kind.labels)], kind.share) for kind in self.settings.kinds]
+        return [(requests, share) for requests, share in pools if len(requests)]
 
     def fleet(self, workers: int) -> FleetSpec:
         options, layers = self.settings.options, self.packed.layers
@@ -160,7 +190,19 @@ class Laboratory:
         progress: Callable[[int], None] | None = None,
     ) -> RunResult:
         """One run of one policy. batch: the mean batch to expect at this rate; sets warm-up, cool-down and draws."""
-        policy = self.policy(name, workers, seed)
+        return self.run_policy(self.policy(name, workers, seed), workers, rate, batch, seed, requests, progress)
+
+    def run_policy(
+        self,
+        policy: Policy,
+        workers: int,
+        rate: float,
+        batch: float,
+        seed: int,
+        requests: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> RunResult:
+        """The same for a policy made elsewhere; it must be a fresh one."""
         workload = self.workload(rate, workers * batch, seed, requests)
         engine = Engine(self.packed, workload, self.fleet(workers), policy)
         if isinstance(policy, Clairvoyant):
@@ -221,7 +263,12 @@ class Laboratory:
 
     def _check_in_flight(self, batch: float, workers: int, seed: int) -> None:
         split = self.split(seed)
-        smallest = min(len(part) for part in (split.serve, split.serve_before) if part is not None)
+        parts = [part for part in (split.serve, split.serve_before) if part is not None]
+        smallest = min(len(part) for part in parts)
+        for part in parts:  # a kind with a large share and few requests is short of them first
+            pools = self._pools_by_kind(part)
+            total = sum(share for _, share in pools)
+            smallest = min([smallest, *(int(len(requests) * total / share) for requests, share in pools)])
         if batch * workers >= smallest:
             raise ReplayError(
                 f"a mean batch of {batch:g} on {workers} workers keeps {batch * workers:.0f} requests in flight, the "

@@ -66,14 +66,14 @@ def judge(
         return UnionJudgement(
             float(np.mean([expected_union(predicted[group], trace.layers) for group in groups])),
             float(np.mean([expected_union(true[group], trace.layers) for group in groups])),
-            float(np.mean([_recorded_union(trace, requests[group], rng) for group in groups])),
+            float(np.mean([recorded_union(trace, requests[group], rng) for group in groups])),
         )
 
     error, spread = float(((predicted - true) ** 2).sum()), float((centred**2).sum())
     return Judgement(1 - error / spread, unions(at_random), unions(similar), _reliability(predicted, true))
 
 
-def _recorded_union(
+def recorded_union(
     trace: PackedTrace, requests: NDArray[np.int64], rng: np.random.Generator, places: int = 20
 ) -> float:
     """Distinct experts of a step and layer of these requests, each at a random place of its decode."""

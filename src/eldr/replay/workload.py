@@ -7,12 +7,22 @@ same draw. Only a draw that would put a request in flight twice is swapped with 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eldr.replay.errors import ReplayError
+
+
+@dataclass(frozen=True, slots=True)
+class ServedKind:
+    """A kind of requests with its share of the arrivals (shares are relative). labels: of the trace."""
+
+    name: str
+    labels: tuple[str, ...]
+    share: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +75,20 @@ def draw_order(
         resting.append(chosen)
         if len(resting) > rest:
             ready.append(resting.popleft())
+    return order
+
+
+def mixed_draw_order(
+    pools: Sequence[tuple[NDArray[np.int64], float]], count: int, expected_in_flight: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """int64 [count] of several pools, each drawn from as often as its share says, at random."""
+    shares = np.array([share for _, share in pools])
+    shares /= shares.sum()
+    kind = rng.choice(len(pools), count, p=shares)
+    order = np.empty(count, dtype=np.int64)
+    for number, (pool, _) in enumerate(pools):
+        at = np.flatnonzero(kind == number)
+        order[at] = draw_order(pool, len(at), expected_in_flight * shares[number], rng)
     return order
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -14,6 +14,9 @@ from eldr.calibration import Calibration
 from eldr.errors import EldrError
 from eldr.fileio import reason_of
 from eldr.signature import TRANSFORMS
+
+if TYPE_CHECKING:
+    from eldr.report.html import Html
 
 BAR_WIDTH = 40
 # Colours repeat after eight groups; with more than this they say nothing any more.
@@ -71,9 +74,19 @@ def render_calibration(calibration: Calibration) -> RenderableType:
 def calibration_page(calibration: Calibration, path: Path) -> None:
     """Write one self-contained HTML page with plots. Raises EldrError where it cannot be written."""
     # The page needs matplotlib (eldr[report]), the terminal does not.
-    from matplotlib import rc_context
+    from eldr.report.html import page, write_page
 
-    from eldr.report.html import figure, page, paragraph, row, section, table, write_page
+    title = f"Calibration of {_model(calibration)}"
+    blocks = calibration_blocks(calibration)
+    try:
+        write_page(page(title, f"{calibration.geometry}, {calibration.workers} zones", *blocks), path)
+    except OSError as error:
+        raise EldrError(f"page {path}: {reason_of(error)}") from None
+
+
+def calibration_blocks(calibration: Calibration) -> list[Html]:
+    """The sections of that page."""
+    from eldr.report.html import figure, paragraph, row, section, table
     from eldr.report.plots import bars, scatter
 
     picture, workers = calibration.picture, calibration.workers
@@ -82,16 +95,12 @@ def calibration_page(calibration: Calibration, path: Path) -> None:
     order = np.argsort(picture.zones, kind="stable")  # legends name zones in order
     by_zone = [zones[zone] for zone in picture.zones[order].tolist()]
     by_kind = [_printable(kind) or "no label" for kind in picture.labels[order].tolist()]
-    with rc_context({"text.parse_math": False}):  # a kind may hold dollar signs
-        plots = [
-            figure(scatter(picture.points[order], labels, picture.centroids, numbers), caption)
-            for labels, caption in ((by_zone, "by zone"), (by_kind, "by kind"))
-            if len(set(labels)) <= MAX_COLOURED
-        ]
-    title = f"Calibration of {_model(calibration)}"
-    document = page(
-        title,
-        f"{calibration.geometry}, {workers} zones",
+    plots = [
+        figure(scatter(picture.points[order], labels, picture.centroids, numbers), caption)
+        for labels, caption in ((by_zone, "by zone"), (by_kind, "by kind"))
+        if len(set(labels)) <= MAX_COLOURED
+    ]
+    return [
         section("What it holds", table(("", ""), _facts(calibration), text=True)),
         section("Calibration requests", paragraph(PICTURE_NOTE), row(*plots)),
         section(
@@ -102,11 +111,7 @@ def calibration_page(calibration: Calibration, path: Path) -> None:
             ),
             paragraph(RHO_NOTE),
         ),
-    )
-    try:
-        write_page(document, path)
-    except OSError as error:
-        raise EldrError(f"page {path}: {reason_of(error)}") from None
+    ]
 
 
 def _facts(calibration: Calibration) -> list[tuple[str, str]]:

@@ -28,9 +28,9 @@ h2 { font-size: 1.2rem; margin: 0 0 .4rem; }
 p { margin: 0 0 .8rem; color: var(--soft); max-width: 100ch; }
 section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 section { padding: 1.25rem 1.4rem; margin-top: 1.1rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 1.1rem; margin-top: 1.4rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 1.1rem; margin-top: 1.4rem; }
 .tile { padding: 1rem 1.2rem; }
-.tile b { display: block; font-size: 2.1rem; line-height: 1.25; font-weight: 650; white-space: nowrap; }
+.tile b { display: block; font-size: 1.8rem; line-height: 1.3; font-weight: 650; white-space: nowrap; }
 .tile span { color: var(--soft); font-size: .9rem; }
 .good { color: var(--good); } .bad { color: var(--bad); } .accent { color: var(--accent); }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 1.4rem; align-items: start; }
@@ -44,6 +44,13 @@ tr:last-child td { border-bottom: 0; }
 td:first-child { white-space: nowrap; }
 th:first-child, td:first-child, table.text th, table.text td { text-align: left; }
 table.text td { font-size: .88rem; overflow-wrap: anywhere; }
+details { margin-top: .8rem; } summary { cursor: pointer; color: var(--accent); font-size: .9rem; }
+details table { font-size: .82rem; } details td, details th { padding: .2rem .6rem; }
+.badge { display: inline-block; margin-left: .6rem; padding: .05rem .6rem; border: 1px solid var(--line);
+  border-radius: 1rem; color: var(--soft); font-size: .75rem; font-weight: 500; vertical-align: middle; }
+h1.part { margin-top: 2.6rem; font-size: 1.45rem; }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1rem 0 0; font-size: .92rem; }
+a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 .note { border-left: 3px solid var(--accent); padding-left: .8rem; }
 """
 
@@ -69,8 +76,27 @@ def tiles(items: Sequence[Tile]) -> Html:
     return Html(f'<div class="tiles">{"".join(cells)}</div>')
 
 
-def section(title: str, *blocks: Html) -> Html:
-    return Html(f"<section><h2>{escape(title)}</h2>{''.join(blocks)}</section>")
+def section(title: str, *blocks: Html, badge: str = "", anchor: str = "") -> Html:
+    """A card. badge: a word beside the title. anchor: what a link within the page goes to."""
+    beside = f'<span class="badge">{escape(badge)}</span>' if badge else ""
+    name = f' id="{escape(anchor)}"' if anchor else ""
+    return Html(f"<section{name}><h2>{escape(title)}{beside}</h2>{''.join(blocks)}</section>")
+
+
+def part(title: str, text: str, anchor: str) -> Html:
+    """The heading of several sections."""
+    return Html(f'<h1 class="part" id="{escape(anchor)}">{escape(title)}</h1><p>{escape(text)}</p>')
+
+
+def links(targets: Sequence[tuple[str, str]]) -> Html:
+    """Links within the page: (text, anchor)."""
+    items = [f'<a href="#{escape(to)}">{escape(text)}</a>' for text, to in targets]
+    return Html(f"<nav>{''.join(items)}</nav>")
+
+
+def details(summary: str, *blocks: Html) -> Html:
+    """Blocks that are folded away until they are asked for."""
+    return Html(f"<details><summary>{escape(summary)}</summary>{''.join(blocks)}</details>")
 
 
 def paragraph(text: str, *, note: bool = False) -> Html:

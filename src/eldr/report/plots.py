@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from eldr.report.html import Html
+from eldr.report.style import INK, as_svg, make_panels, style
 
 # Distinguishable with the common colour blindnesses and on light and dark ground.
 COLOURS = ("#e08a00", "#2b8ae0", "#12a37a", "#c567a8", "#8a73d6", "#d6552e", "#7d8794", "#b5a300")
-# Stands for the page's text colour until the SVG is written: matplotlib knows no such thing.
-_INK = "#0a0b0c"
 
 
 def distributions(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str) -> Html:
@@ -27,8 +21,8 @@ def distributions(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str
 
     panels: quantity -> series -> values, in `unit`. The axis ends at the 99.5th percentile of all values.
     """
-    with _style():
-        figure, axes = _panels(len(panels), width=3.7, height=2.9)
+    with style():
+        figure, axes = make_panels(len(panels), width=3.7, height=2.9)
         for axis, (quantity, series) in zip(axes, panels.items(), strict=True):
             for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
                 if len(values):
@@ -42,13 +36,13 @@ def distributions(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str
         axes[0].set_ylabel("share of all")
         if axes[0].get_legend_handles_labels()[0]:
             axes[0].legend(loc="lower right")
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def heat_map(counts: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequence[str], colour: str) -> Html:
     """A matrix of counts, each cell as strong as its share of its row."""
-    with _style():
-        figure, (axis,) = _panels(1, width=0.62 * len(columns) + 1.6, height=0.4 * len(rows) + 0.5)
+    with style():
+        figure, (axis,) = make_panels(1, width=0.62 * len(columns) + 1.6, height=0.4 * len(rows) + 0.5)
         for y, cells in enumerate(counts):
             for x, count in enumerate(cells):
                 share = count / max(1, sum(cells))
@@ -61,13 +55,13 @@ def heat_map(counts: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequ
         axis.xaxis.tick_top()
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def bars(series: Mapping[str, Sequence[float]], groups: Sequence[str], label: str) -> Html:
     """Grouped bars: one group per name in `groups`, one bar per series in it, values written on top."""
-    with _style():
-        figure, (axis,) = _panels(1, width=max(5.0, 0.7 * len(groups) + 1.5), height=3.4)
+    with style():
+        figure, (axis,) = make_panels(1, width=max(5.0, 0.7 * len(groups) + 1.5), height=3.4)
         width = 0.8 / max(1, len(series))
         for number, (name, values) in enumerate(series.items()):
             left = np.arange(len(groups)) - 0.4 + (number + 0.5) * width
@@ -80,13 +74,13 @@ def bars(series: Mapping[str, Sequence[float]], groups: Sequence[str], label: st
         axis.set_axisbelow(True)
         axis.tick_params(axis="x", length=0)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=max(1, len(series)))
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def scatter(points: NDArray[Any], labels: Sequence[str], centres: NDArray[Any], centre_names: Sequence[str]) -> Html:
     """Points in the plane coloured by label, and named centres. points: [n, 2]. centres: [K, 2]."""
-    with _style():
-        figure, (axis,) = _panels(1, width=5.0, height=3.4)
+    with style():
+        figure, (axis,) = make_panels(1, width=5.0, height=3.4)
         kinds = list(dict.fromkeys(labels))
         for number, kind in enumerate(kinds):
             chosen = points[np.asarray(labels) == kind]
@@ -99,7 +93,7 @@ def scatter(points: NDArray[Any], labels: Sequence[str], centres: NDArray[Any], 
                 color=COLOURS[number % len(COLOURS)],
                 label=kind,
             )
-        axis.scatter(centres[:, 0], centres[:, 1], s=110, marker="P", color=_INK)
+        axis.scatter(centres[:, 0], centres[:, 1], s=110, marker="P", color=INK)
         for centre, name in zip(centres, centre_names, strict=True):
             axis.annotate(name, centre, xytext=(6, 6), textcoords="offset points", weight="bold")
         axis.set_xticks([])
@@ -107,43 +101,4 @@ def scatter(points: NDArray[Any], labels: Sequence[str], centres: NDArray[Any], 
         axis.spines[:].set_visible(False)
         axis.margins(0.1)
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1), handletextpad=0.2)
-        return _svg(figure)
-
-
-def _style() -> AbstractContextManager[None]:
-    return mpl.rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "eldr",
-            "font.family": "sans-serif",
-            "font.size": 10,
-            "text.color": _INK,
-            "axes.edgecolor": _INK,
-            "axes.labelcolor": _INK,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.linewidth": 0.6,
-            "axes.titlesize": 11,
-            "xtick.color": _INK,
-            "ytick.color": _INK,
-            "legend.frameon": False,
-            "grid.color": _INK,
-            "grid.alpha": 0.12,
-            "grid.linewidth": 0.6,
-        }
-    )
-
-
-def _panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels side by side, each `width` x `height` inches."""
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
-
-
-def _svg(figure: Figure) -> Html:
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    )
-    text = buffer.getvalue()
-    return Html(text[text.index("<svg") :].replace(_INK, "currentColor"))
+        return as_svg(figure)

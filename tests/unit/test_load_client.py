@@ -1,4 +1,4 @@
-"""The demo's client against a server that says what each test needs."""
+"""The load client against a server that says what each test needs."""
 
 import asyncio
 import json
@@ -6,9 +6,8 @@ import json
 import pytest
 from aiohttp import web
 
-from eldr.demo.load import Request, Target, run_load
 from eldr.demo.outputs import top_two_gaps
-from eldr.demo.prompts import Prompt
+from eldr.load.client import Prompt, Request, Target, run_closed
 
 
 def event(text, tokens):
@@ -52,7 +51,7 @@ def streaming(lines):
 async def load(url, count=1, in_flight=1, max_tokens=4):
     requests = [Request(number, Prompt("greek", f"prompt {number}"), max_tokens) for number in range(count)]
     outcomes = []
-    await run_load(Target(url, "the-model", in_flight, "the-run"), requests, outcomes.append)
+    await run_closed(Target(url, "the-model", "the-run"), requests, in_flight, outcomes.append)
     return outcomes
 
 
@@ -94,7 +93,8 @@ async def test_what_is_asked(serve):
         ([GOOD[0], "data: [DONE]\n\n"], "1 tokens instead of 4"),
         ([GOOD[0], 'data: {"error": {"message": "out of cache"}}\n\n'], "out of cache"),
         (["data: {\n\n"], "cannot be read"),
-        (['data: {"choices": [{"text": "no tokens"}]}\n\n'], "cannot be read"),
+        (['data: {"choices": [{"no": "text"}]}\n\n'], "cannot be read"),
+        (['data: {"choices": [{"text": "one token"}]}\n\n', GOOD[-1]], "1 tokens instead of 4"),
         (["data: 7\n\n"], "cannot be read"),
     ],
 )

@@ -1,0 +1,102 @@
+"""What each step of the paper's method is worth: locality-band with one of them changed at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr.calibration import Calibration, fit_calibration
+from eldr.evaluate.bench import MAIN_BATCH, Bench, Experiment, Part, Row, run_cell
+from eldr.policies.locality_band import LocalityBand
+from eldr.replay.engine import RunResult
+from eldr.replay.experiment import BASELINES, Cell
+from eldr.replay.output import as_object, tpot_ms
+from eldr.replay.split import take_requests
+from eldr.replay.statistics import paired_change
+from eldr.signature import DEFAULT_TRANSFORM, SignatureModel, rho
+from eldr.trace import Trace
+from eldr.zones import balanced_kmeans
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Locality-band with at most one step changed. name: what is changed, "the paper's method" for nothing."""
+
+    ablation: str
+    name: str
+    transform: str = DEFAULT_TRANSFORM
+    all_layers: bool = False
+    balanced: bool = True
+    tau: float = 0.1
+    two_nearest: bool = True
+
+    def calibrate(self, part: Trace, workers: int, seed: int) -> Calibration:
+        """Fitted to the requests of `part`."""
+        fitted = fit_calibration(part, workers, seed=seed, transform=self.transform, compare=False)
+        if not self.all_layers and self.balanced:
+            return fitted
+        signature = fitted.signature
+        if self.all_layers:
+            signature = dataclasses.replace(signature, layer_mask=np.ones_like(signature.layer_mask))
+        points = signature.transform(part.prefill_counts)
+        zones = balanced_kmeans(points, workers, seed=seed, cap=None if self.balanced else len(points))
+        return dataclasses.replace(fitted, signature=signature, centroids=zones.centroids, zone_sizes=zones.sizes)
+
+
+REFERENCE = "the paper's method"
+VARIANTS = (
+    Variant("reference", REFERENCE),
+    Variant("transform", "counts, no IDF", transform="count"),
+    Variant("transform", "square root of counts", transform="sqrt_count"),
+    Variant("transform", "binary", transform="binary"),
+    Variant("layers", "all layers", all_layers=True),
+    Variant("balance", "zones of any size", balanced=False),
+    Variant("tau", "tau 0", tau=0.0),
+    Variant("two-nearest", "no two-nearest rule", two_nearest=False),
+)
+
+
+def _run(bench: Bench, part: Part) -> list[Row]:
+    """One row a variant: rho on requests not fitted on, TPOT, and its changes against the unchanged method."""
+    laboratory, workers, seeds = bench.laboratory, bench.workers, bench.seeds
+    rate = laboratory.rate_for_batch(MAIN_BATCH, workers)
+    baselines = [run_cell(laboratory, name, workers, rate, MAIN_BATCH, seeds) for name in BASELINES]
+    profiles = bench.trace.decode_profiles()
+    cells: dict[str, Cell] = {}
+    rows = []
+    for variant in VARIANTS:
+        runs: list[RunResult] = []
+        held_out, largest = [], []
+        for seed in range(seeds):
+            split = laboratory.split(seed)
+            fitted = variant.calibrate(take_requests(bench.trace, split.calibrate), workers, seed)
+            held_out.append(_rho(fitted.signature, bench.trace.prefill_counts[split.serve], profiles[split.serve]))
+            largest.append(float(fitted.zone_sizes.max() / fitted.zone_sizes.mean()))
+            policy = LocalityBand(fitted, tau=variant.tau, two_nearest=variant.two_nearest, seed=seed)
+            runs.append(laboratory.run_policy(policy, workers, rate, MAIN_BATCH, seed))
+        cell = cells[variant.name] = Cell("locality-band", workers, rate, runs)
+        row = {"ablation": variant.ablation, "variant": variant.name, "batch_target": MAIN_BATCH}
+        row |= {"rho_held_out": float(np.mean(held_out)), "largest_zone": float(np.mean(largest))}
+        rows.append(row | as_object(cell, [*baselines, cell], "step") | _against(cell, cells[REFERENCE]))
+    return rows
+
+
+def _rho(signature: SignatureModel, counts: NDArray[np.uint32], profiles: NDArray[np.float32]) -> float:
+    return rho(signature.transform(counts), profiles)
+
+
+def _against(cell: Cell, reference: Cell) -> Row:
+    measures: dict[str, Callable[[RunResult], float]] = {"p50": tpot_ms(50), "p99": tpot_ms(99), "mean": tpot_ms(None)}
+    row: Row = {}
+    for name, measure in measures.items():
+        change = paired_change(cell.per_seed(measure), reference.per_seed(measure))
+        key = f"vs_paper_{name}"
+        row |= {key: change.percent, f"{key}_lo": change.low, f"{key}_hi": change.high}
+    return row
+
+
+ABLATION = Experiment("ablations", lambda bench: [{}], _run)

@@ -1,0 +1,173 @@
+"""Runs the experiments in a few processes and keeps every finished part, so that an evaluation can be continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import eldr
+from eldr.errors import EldrError
+from eldr.evaluate import ablations, comparisons, drift, overhead, predictors, recordings
+from eldr.evaluate.bench import Bench, EvaluationError, Experiment, Part, Row
+from eldr.evaluate.results import Results, TraceResults, rounded
+from eldr.fileio import write_atomically
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        comparisons.MAIN,
+        comparisons.LOAD,
+        comparisons.GOODPUT,
+        comparisons.KNOB,
+        comparisons.POOL,
+        ablations.ABLATION,
+        drift.DRIFT,
+        recordings.CORRELATION,
+        recordings.KINDS,
+        recordings.SIGNATURES,
+        predictors.PREDICTORS,
+        overhead.DECISIONS_TIME,
+        overhead.MEMORY,
+        overhead.CAPTURE,
+    )
+}
+# A kept part is good for as long as the code that made it: everything but what only shows results.
+CODE_LEFT_OUT = ("report", "router", "demo", "engines", "workloads", "load")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to evaluate. only: names of experiments, empty for all. keep: folder of finished parts."""
+
+    traces: tuple[Path, ...]
+    keep: Path
+    only: tuple[str, ...] = ()
+    seeds: int = 10
+    requests: int = 2000
+    processes: int = 2
+    torch_python: Path | None = None
+
+    def bench(self, trace: Path) -> Bench:
+        return Bench(trace, self.seeds, self.requests, self.torch_python)
+
+    def wants(self, name: str) -> bool:
+        return not self.only or name in self.only
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    trace: Path
+    experiment: str
+    part: Part
+    kept: Path
+
+
+def evaluate(plan: Plan, progress: Callable[[int, int, str], None]) -> Results:
+    """Run what is not kept yet, and gather everything. progress: parts done, of how many, and which was the last.
+
+    Raises EvaluationError for an experiment that there is not, TraceError for an unusable trace.
+    """
+    for name in plan.only:
+        if name not in EXPERIMENTS:
+            raise EvaluationError(f"there is no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+    benches = {trace: plan.bench(trace) for trace in plan.traces}
+    work = list(_work(plan, benches))
+    missing = [item for item in work if not item.kept.exists()]
+    done = len(work) - len(missing)
+    progress(done, len(work), "")
+    # The longest parts first, so that no process ends up alone with one of them.
+    with ProcessPoolExecutor(plan.processes, initializer=_one_thread) as pool:
+        running = {pool.submit(_run, plan, item): item for item in missing}
+        for future in as_completed(running):
+            future.result()
+            done += 1
+            progress(done, len(work), f"{running[future].experiment}, {running[future].trace.name}")
+    return _gather(plan, benches, work)
+
+
+def _one_thread() -> None:
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
+
+
+def _work(plan: Plan, benches: dict[Path, Bench]) -> Iterable[_Work]:
+    code = _code_digest()
+    for number, (trace, bench) in enumerate(benches.items()):
+        for name, experiment in EXPERIMENTS.items():
+            if not plan.wants(name) or (experiment.once and number):
+                continue
+            for part in experiment.parts(bench):
+                setting = [bench.trace.sha256, name, part, plan.seeds, plan.requests, str(plan.torch_python), code]
+                digest = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:16]
+                yield _Work(trace, name, part, plan.keep / f"{name}-{digest}.json")
+
+
+def _code_digest() -> str:
+    root = Path(eldr.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] not in CODE_LEFT_OUT and not path.name.endswith("cli.py"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# Benches of this process: a trace is read, packed and fitted once, not once a part.
+_benches: dict[Path, Bench] = {}
+
+
+def _run(plan: Plan, work: _Work) -> None:
+    if work.trace not in _benches:
+        _benches[work.trace] = plan.bench(work.trace)
+    kept: dict[str, Any] = {"rows": [], "skipped": None}
+    try:
+        kept["rows"] = rounded(EXPERIMENTS[work.experiment].run(_benches[work.trace], work.part))
+    except EldrError as error:  # this trace does not allow it: the report says so
+        kept["skipped"] = str(error)
+    work.kept.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(work.kept, lambda file: file.write(json.dumps(kept).encode()))
+
+
+def _gather(plan: Plan, benches: dict[Path, Bench], work: list[_Work]) -> Results:
+    traces = {trace: TraceResults(about(bench), {}, {}) for trace, bench in benches.items()}
+    common: dict[str, list[Row]] = {}
+    for item in work:
+        kept = json.loads(item.kept.read_bytes())
+        rows = common if EXPERIMENTS[item.experiment].once else traces[item.trace].experiments
+        rows.setdefault(item.experiment, []).extend(kept["rows"])
+        if kept["skipped"]:
+            traces[item.trace].skipped[item.experiment] = kept["skipped"]
+    made = {"seeds": plan.seeds, "requests": plan.requests}
+    return Results(made, list(traces.values()), common)
+
+
+def about(bench: Bench) -> dict[str, Any]:
+    """What a trace is."""
+    trace = bench.trace
+    steps = np.diff(trace.decode_offsets)
+    kinds, counts = np.unique(trace.label, return_counts=True)
+    order = np.argsort(-counts)
+    cost = bench.laboratory.settings.options.cost
+    return {
+        "name": bench.path.stem,
+        "model": trace.meta.model,
+        "layers": trace.meta.layers,
+        "experts": trace.meta.experts,
+        "top_k": trace.meta.top_k,
+        "requests": trace.requests,
+        "kinds": {str(kinds[at]) or "no label": int(counts[at]) for at in order},
+        "prompt_tokens_p50": float(np.median(trace.prompt_tokens)),
+        "decode_steps_p50": float(np.median(steps)),
+        "note": trace.meta.note,
+        "sha256": trace.sha256,
+        "cost": cost.name,
+        "cost_source": cost.source,
+        "in_flight_at_most": bench.capacity,
+    }

@@ -1,0 +1,1 @@
+"""The load client: streams completions against a server and measures what a user would see."""

@@ -1,0 +1,37 @@
+"""`eldr report`: arguments and the files that it takes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "turn result files into one HTML page"
+EXAMPLES = """examples:
+  eldr report replay.json -o report.html
+  eldr report docs/evaluation/results.json qwen3.cost.json calibration.eldr.npz build/demo/summary.json -o report.html
+
+What a file is, is told by its content: results of `eldr evaluate`, of `eldr replay --json`, of `eldr load --json`, a
+cost file, a calibration, or the summary of a demo. Sections come in the order of the files.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `eldr report`."""
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html")
+    parser.add_argument("--title", default="eldr: results", help="title of the page")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `eldr report`; returns the exit code."""
+    from eldr.report.inputs import ReportError, blocks_of
+    from eldr.report.html import page, write_page
+
+    blocks = [block for path in arguments.files for block in blocks_of(path)]
+    names = ", ".join(path.name for path in arguments.files)
+    try:
+        write_page(page(arguments.title, names, *blocks), arguments.output)
+    except OSError as error:
+        raise ReportError(f"{arguments.output}: cannot be written: {error.strerror or error}") from None
+    print(f"{arguments.output}: written")
+    return 0

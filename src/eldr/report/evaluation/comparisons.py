@@ -1,0 +1,307 @@
+"""Policies against each other, over load, knobs and pool sizes; goodput."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from eldr.report.evaluation.section import (
+    REPLAYED,
+    Numbers,
+    Picture,
+    Row,
+    Rows,
+    Section,
+    change_dots,
+    number,
+    of,
+    policy_line,
+    shown,
+    tpot_columns,
+    values,
+    words,
+)
+from eldr.report.style import INK, legend_below, make_panels, policy_order, policy_style
+
+BALANCERS = ("rr", "random", "p2c", "jsq")
+STATISTICS = {"p50": "median TPOT", "p99": "p99 TPOT", "mean": "mean TPOT"}
+POLICY = {"policy": lambda row: shown(row["policy"])}
+BEST = "Change in percent against the best of the four load balancers, 95 % interval over paired seeds."
+
+
+def main_section(rows: Rows, prefix: str) -> Section:
+    """The main comparison, with the oracles."""
+    step = of(rows, cost_scope="step")
+    pictures = [
+        Picture(
+            f"{prefix}-main-{workers}-workers",
+            f"{workers} decode workers, mean batch {of(step, workers=workers)[0]['batch_target']:g} under jsq, whole "
+            f"decode step. {BEST}",
+            lambda workers=workers: changes_figure(of(step, workers=workers)),  # type: ignore[misc]
+        )
+        for workers in values(step, "workers")
+    ]
+    numbers = [
+        Numbers(
+            POLICY | tpot_columns(),
+            of(rows, workers=workers, cost_scope=scope),
+            f"{workers} workers, {_scope(scope)}",
+        )
+        for scope in ("step", "moe")
+        for workers in values(of(rows, cost_scope=scope), "workers")
+    ]
+    text = (
+        f"{_oracle_share(step)}The headline scope is the whole decode step (attention, dense layers and output head, "
+        "which no routing changes, included); the table also has the MoE layers alone, where the same saving is a "
+        "larger share. Policies in purple and pink know what no router can know: true decode profiles, and every "
+        "future step of all running requests (greedy, so no upper bound)."
+    )
+    return Section("Who is faster", f"{prefix}-main", REPLAYED, text, tuple(pictures), tuple(numbers))
+
+
+def _scope(scope: str) -> str:
+    return "whole decode step" if scope == "step" else "MoE layers alone"
+
+
+def oracle_share(rows: Rows) -> float | None:
+    """Mean TPOT reduction of expected-union over that with true profiles, percent; None where there is no gain."""
+    by_name = {row["policy"]: row for row in rows}
+    if not {"expected-union", "expected-union-true"} <= by_name.keys():
+        return None
+    bound = float(by_name["expected-union-true"]["vs_best_baseline_mean"])
+    return 100 * float(by_name["expected-union"]["vs_best_baseline_mean"]) / bound if bound < -1 else None
+
+
+def _oracle_share(step: Rows) -> str:
+    parts = []
+    for workers in values(step, "workers"):
+        share = oracle_share(of(step, workers=workers))
+        if share is not None:
+            parts.append(f"{share:.0f} % at {workers} workers")
+    if not parts:
+        return ""
+    return f"Expected-union keeps {' and '.join(parts)} of the mean gain that true decode profiles would give. "
+
+
+def changes_figure(rows: Rows) -> Figure:
+    """Changes of median, p99 and mean against the best load balancer, a line a policy."""
+    routed = [row for name in policy_order({row["policy"] for row in rows}) for row in of(rows, policy=name)]
+    routed = [row for row in routed if row["policy"] not in BALANCERS]
+    names = [shown(row["policy"]) for row in routed]
+    colours = [policy_style(row["policy"]).colour for row in routed]
+    figure, axes = make_panels(3, width=3.6, height=0.45 * len(names) + 1.0, share_y=True)
+    for axis, (statistic, title) in zip(axes, STATISTICS.items(), strict=True):
+        change_dots(axis, names, routed, f"vs_best_baseline_{statistic}", colours)
+        axis.set_title(title)
+        axis.set_xlabel("change, %")
+    return figure
+
+
+def load_section(rows: Rows, prefix: str) -> Section:
+    workers = rows[0]["workers"]
+    picture = Picture(
+        f"{prefix}-load",
+        f"{workers} decode workers. Left and middle: TPOT; right: change of the median against the best load balancer.",
+        lambda: _load(rows),
+    )
+    text = (
+        "The same arrivals for every policy at each rate. Where decode steps get shorter, requests leave earlier and "
+        "batches shrink; so the gain of a policy that saves experts grows on itself."
+    )
+    columns = {"rate /s": number("rate", 1), **POLICY, **tpot_columns()}
+    return Section("TPOT against load", f"{prefix}-load", REPLAYED, text, (picture,), (Numbers(columns, rows),))
+
+
+def _load(rows: Rows) -> Figure:
+    figure, axes = make_panels(3, width=3.7, height=3.5)
+    for policy in policy_order({row["policy"] for row in rows}):
+        line = sorted(of(rows, policy=policy), key=lambda row: float(row["rate"]))
+        rate = [row["rate"] for row in line]
+        for axis, key in zip(axes, ("tpot_p50_ms", "tpot_p99_ms", "vs_best_baseline_p50"), strict=True):
+            policy_line(axis, policy, rate, [row[key] for row in line])
+    for axis, title, unit in zip(
+        axes, ("median TPOT", "p99 TPOT", "change of median TPOT"), ("ms", "ms", "%"), strict=True
+    ):
+        axis.set_title(title)
+        axis.set_xlabel("requests a second, whole fleet")
+        axis.set_ylabel(unit)
+        axis.grid(visible=True)
+    axes[2].axhline(0, color=INK, linewidth=0.8)
+    low = min(row["vs_best_baseline_p50"] for row in rows)
+    axes[2].set_ylim(low - 2, 12)  # random's far worse values would flatten the rest
+    legend_below(figure, axes[0], 4)
+    return figure
+
+
+def goodput_section(rows: Rows, prefix: str) -> Section:
+    workers = rows[0]["workers"]
+    picture = Picture(
+        f"{prefix}-goodput",
+        f"{workers} decode workers. The highest rate at which p99 TPOT stays within the limit, by bisection to 1 %.",
+        lambda: _goodput(rows),
+    )
+    cut = [row for row in rows if not row["reached"]]
+    note = (
+        f" {len(cut)} of {len(rows)} searches ended at the length of the recording and not at the limit, so their "
+        "rates are lower bounds (marked with an arrow)."
+        if cut
+        else ""
+    )
+    text = (
+        "What an operator buys: how many requests a second the fleet takes under a promise on the tail. "
+        f"Limits are {', '.join(f'{row:g}' for row in values(rows, 'relative_limit'))} times the p99 of jsq at mean "
+        f"batch 7.{note}"
+    )
+    columns = {
+        "limit ms": number("limit_ms"),
+        **POLICY,
+        "rate /s": number("rate", 1),
+        "vs best balancer %": number("vs_best_baseline", 1),
+        "batch": number("batch_mean"),
+        "limit reached": words("reached"),
+    }
+    return Section("Goodput", f"{prefix}-goodput", REPLAYED, text, (picture,), (Numbers(columns, rows),))
+
+
+def _goodput(rows: Rows) -> Figure:
+    limits = values(rows, "limit_ms")
+    policies = [name for name in policy_order({row["policy"] for row in rows}) if name not in ("rr", "random", "p2c")]
+    figure, (axis,) = make_panels(1, width=10.8, height=3.4)
+    width = 0.8 / len(policies)
+    for number_, policy in enumerate(policies):
+        look = policy_style(policy)
+        for group, limit in enumerate(limits):
+            (row,) = of(rows, policy=policy, limit_ms=limit)
+            x = group - 0.4 + (number_ + 0.5) * width
+            rate = row["rate"] or 0.0
+            axis.bar(x, rate, width * 0.92, color=look.colour, label=look.shown if not group else None)
+            change = "" if row["vs_best_baseline"] is None else f"{row['vs_best_baseline']:+.0f} %"
+            arrow = "" if row["reached"] else " ↑"
+            axis.annotate(
+                f"{rate:.0f}/s\n{change}{arrow}",
+                (x, rate),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+    axis.set_xticks(range(len(limits)), [f"p99 TPOT ≤ {limit:.1f} ms" for limit in limits])
+    axis.tick_params(axis="x", length=0)
+    axis.set_ylabel("requests a second")
+    axis.margins(y=0.16)
+    axis.grid(visible=True, axis="y")
+    legend_below(figure, axis, len(policies))
+    return figure
+
+
+KNOB_LOOKS = {  # knob -> (what it is called, policy, marker)
+    "tail_guard": ("tail guard of expected-union", "expected-union", "^"),
+    "others_weight": ("weight on others of expected-union", "expected-union-true", "o"),
+    "anchor": ("anchor of expected-union", "clairvoyant", "D"),
+    "tau": ("tau of locality-band", "locality-band", "s"),
+}
+
+
+def knobs_section(rows: Rows, prefix: str) -> Section:
+    workers = rows[0]["workers"]
+    picture = Picture(
+        f"{prefix}-frontier",
+        f"{workers} decode workers, mean batch 7 under jsq. Lower left is better; rings mark the defaults. Points "
+        "carry the value of the knob (∞: none).",
+        lambda: _frontier(rows),
+    )
+    text = (
+        "Each curve turns one knob and leaves the others at their defaults. Median against tail: a wider band, a "
+        "tighter guard or no anchor trade one for the other."
+    )
+    columns = {"knob": words("knob"), "value": _value, "default": words("default"), **tpot_columns()}
+    return Section(
+        "Median against tail: the knobs", f"{prefix}-knobs", REPLAYED, text, (picture,), (Numbers(columns, rows),)
+    )
+
+
+def _value(row: Row) -> str:
+    return "∞" if row["value"] is None else f"{row['value']:g}"
+
+
+def _frontier(rows: Rows) -> Figure:
+    known = [knob for knob in KNOB_LOOKS if of(rows, knob=knob)]
+    ours = [knob for knob in known if knob != "tau"]
+    figure, axes = make_panels(2, width=5.2, height=4.2)
+    for axis, chosen, title in ((axes[0], known, "all knobs"), (axes[1], ours, "expected-union alone")):
+        for knob in chosen:
+            name, policy, marker = KNOB_LOOKS[knob]
+            colour = policy_style(policy).colour
+            line = of(rows, knob=knob)
+            x = [row["vs_best_baseline_p50"] for row in line]
+            y = [row["vs_best_baseline_p99"] for row in line]
+            axis.plot(x, y, "-", color=colour, marker=marker, markersize=5, linewidth=1.4, label=name)
+            for row in of(line, default=True):
+                point = (row["vs_best_baseline_p50"], row["vs_best_baseline_p99"])
+                axis.plot(*point, "o", markersize=13, markerfacecolor="none", markeredgecolor=colour, linewidth=1.5)
+            if knob in ("tau", "tail_guard") or axis is axes[1]:  # the others lie close together: their ends alone
+                _label_points(axis, line if knob in ("tau", "tail_guard") else [line[0], line[-1]], colour)
+        axis.set_title(title)
+        axis.set_xlabel("change of median TPOT, %")
+        axis.set_ylabel("change of p99 TPOT, %")
+        axis.grid(visible=True)
+        axis.margins(0.12)
+    axes[0].axhline(0, color=INK, linewidth=0.8)
+    legend_below(figure, axes[0], 2)
+    return figure
+
+
+def _label_points(axis: object, line: Sequence[Row], colour: str) -> None:
+    for place, row in enumerate(line):
+        axis.annotate(  # type: ignore[attr-defined]
+            _value(row),
+            (row["vs_best_baseline_p50"], row["vs_best_baseline_p99"]),
+            xytext=(5, 5 if place % 2 else -11),
+            textcoords="offset points",
+            fontsize=8,
+            color=colour,
+        )
+
+
+def pools_section(rows: Rows, prefix: str, in_flight_at_most: int) -> Section:
+    batches = values(rows, "batch_target")
+    picture = Picture(
+        f"{prefix}-pools",
+        "Change of TPOT against the best load balancer, by decode workers. " + BEST.split(",")[1].strip().capitalize(),
+        lambda: _pools(rows),
+    )
+    text = (
+        "No request of the recording is ever in flight twice, because a copy would share all its experts with its "
+        f"original. This recording carries at most {in_flight_at_most} requests in flight, so 40 workers cannot be "
+        f"replayed at batch 7, which takes 280. All sizes are shown at mean batch {batches[0]:g}"
+        + (f", those that can also at {batches[-1]:g}." if len(batches) > 1 else ".")
+    )
+    columns = {"batch under jsq": number("batch_target", 1), "workers": words("workers"), **POLICY, **tpot_columns()}
+    return Section("Size of the pool", f"{prefix}-pools", REPLAYED, text, (picture,), (Numbers(columns, rows),))
+
+
+def _pools(rows: Rows) -> Figure:
+    batches = values(rows, "batch_target")
+    figure, axes = make_panels(2 * len(batches), width=2.9, height=3.3, share_y=True)
+    order = [name for name in policy_order({row["policy"] for row in rows}) if name not in BALANCERS]
+    for place, axis in enumerate(axes):
+        batch, statistic = batches[place // 2], ("p50", "p99")[place % 2]
+        at_batch = of(rows, batch_target=batch)
+        sizes = values(at_batch, "workers")
+        for policy in order:
+            line = sorted(of(at_batch, policy=policy), key=lambda row: int(row["workers"]))
+            key = f"vs_best_baseline_{statistic}"
+            x = [sizes.index(row["workers"]) for row in line]
+            policy_line(axis, policy, x, [row[key] for row in line])
+            if line[0].get(f"{key}_lo") is not None:
+                low, high = [row[f"{key}_lo"] for row in line], [row[f"{key}_hi"] for row in line]
+                axis.fill_between(x, low, high, color=policy_style(policy).colour, alpha=0.12, linewidth=0)
+        axis.axhline(0, color=INK, linewidth=0.8)
+        axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        axis.set_title(f"{STATISTICS[statistic]}, batch {batch:g}")
+        axis.set_xlabel("decode workers")
+        axis.grid(visible=True)
+    axes[0].set_ylabel("change, %")
+    legend_below(figure, axes[0], len(order))
+    return figure

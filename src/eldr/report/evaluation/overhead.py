@@ -1,0 +1,110 @@
+"""What routing on experts costs: memory, capture, decisions."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from eldr.report.evaluation.section import (
+    COMPUTED,
+    MEASURED,
+    Numbers,
+    Picture,
+    Rows,
+    Section,
+    number,
+    of,
+    values,
+    words,
+)
+from eldr.report.plots import COLOURS
+from eldr.report.style import make_panels, policy_style
+
+
+def memory_section(rows: Rows) -> Section:
+    picture = Picture(
+        "memory",
+        "Memory of the counts, one byte a (layer, expert) and KV block, relative to the KV cache in bfloat16.",
+        lambda: _memory(rows),
+    )
+    text = (
+        "A row of counts belongs to each KV-cache block and lives as long as its content. Larger blocks share one row "
+        "between more tokens."
+    )
+    columns = {
+        "model": words("model"),
+        "tokens a block": words("block_tokens"),
+        "row, bytes": words("row_bytes"),
+        "KV block, bytes": words("kv_block_bytes"),
+        "share %": number("share_percent", 3),
+    }
+    return Section("Memory of the signature cache", "memory", COMPUTED, text, (picture,), (Numbers(columns, rows),))
+
+
+def _memory(rows: Rows) -> Figure:
+    figure, (axis,) = make_panels(1, width=10.8, height=3.0)
+    for place, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        line = of(rows, model=model)
+        axis.plot(
+            [row["block_tokens"] for row in line],
+            [row["share_percent"] for row in line],
+            "o-",
+            color=COLOURS[place],
+            label=model,
+        )
+    axis.set_xscale("log", base=2)
+    blocks = values(rows, "block_tokens")
+    axis.set_xticks(blocks, [str(block) for block in blocks])
+    axis.set_xlabel("tokens in a KV block")
+    axis.set_ylabel("% of KV memory")
+    axis.set_ylim(bottom=0)
+    axis.grid(visible=True)
+    axis.legend()
+    return figure
+
+
+def capture_section(rows: Rows) -> Section:
+    text = (
+        "The connector's own operations at 48 layers x 128 experts, top-8, on one core of this machine's CPU. On a GPU "
+        "they are queued kernels beside the forward pass; that cost has not been measured here."
+    )
+    columns = {"operation": words("what"), "prompt tokens": words("prompt_tokens"), "median us": number("p50_us", 0)}
+    return Section("Capture", "capture", MEASURED, text, (), (Numbers(columns, rows),))
+
+
+def decisions_section(rows: Rows, prefix: str) -> Section:
+    picture = Picture(
+        f"{prefix}-decisions",
+        f"Time of the router's steps for one request, {rows[0]['workers']} decode workers, this recording's prompts. "
+        "Bars: median; numbers: median / p99.",
+        lambda: _decisions(rows),
+    )
+    text = "CPU time of one Python thread: what else the machine did is not in it. A request takes each step once."
+    columns = {
+        "step": words("what"),
+        "calls": words("calls"),
+        "p50 us": number("p50_us", 1),
+        "p99 us": number("p99_us", 1),
+    }
+    return Section("Time of a decision", f"{prefix}-decisions", MEASURED, text, (picture,), (Numbers(columns, rows),))
+
+
+def _decisions(rows: Rows) -> Figure:
+    shown = [row for row in rows if row["p50_us"] >= 0.5]
+    figure, (axis,) = make_panels(1, width=10.8, height=0.33 * len(shown) + 0.8)
+    for line, row in enumerate(shown):
+        axis.barh(line, row["p50_us"], 0.7, color=policy_style(row["what"].partition(":")[0]).colour)
+        axis.annotate(
+            f"{row['p50_us']:.0f} / {row['p99_us']:.0f}",
+            (row["p50_us"], line),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+        )
+    axis.set_yticks(range(len(shown)), [row["what"] for row in shown])
+    axis.set_ylim(len(shown) - 0.5, -0.5)
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel("microseconds")
+    axis.margins(x=0.15)
+    axis.grid(visible=True, axis="x")
+    return figure

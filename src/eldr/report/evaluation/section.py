@@ -1,0 +1,141 @@
+"""A section of an evaluation: what is said, the pictures, and the numbers behind them; and small drawing helpers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eldr.report.style import INK, policy_style
+
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+
+# Where numbers come from; a section says one of them beside its title.
+REPLAYED = "replayed: recorded experts, modelled step time"
+RECORDED = "computed from the recording"
+MEASURED = "measured on the machine that made this page"
+COMPUTED = "computed from published model shapes"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """name: of its file, without suffix. draw: called under the project's plot style."""
+
+    name: str
+    caption: str
+    draw: Callable[[], Figure]
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A table: shown head -> how a row's cell reads."""
+
+    columns: Mapping[str, Callable[[Row], str]]
+    rows: Rows
+    caption: str = ""
+
+    def cells(self) -> list[list[str]]:
+        return [[read(row) for read in self.columns.values()] for row in self.rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """origin: one of the constants above."""
+
+    title: str
+    anchor: str
+    origin: str
+    text: str
+    pictures: tuple[Picture, ...] = ()
+    numbers: tuple[Numbers, ...] = ()
+
+
+def words(key: str) -> Callable[[Row], str]:
+    return lambda row: "–" if row.get(key) is None else str(row[key])
+
+
+def number(key: str, digits: int = 2) -> Callable[[Row], str]:
+    return lambda row: "–" if row.get(key) is None else f"{row[key]:.{digits}f}"
+
+
+def change(key: str) -> Callable[[Row], str]:
+    """A signed percent with half of its 95 % interval, where it has one."""
+
+    def read(row: Row) -> str:
+        if row.get(key) is None:
+            return "–"
+        low, high = row.get(f"{key}_lo"), row.get(f"{key}_hi")
+        half = "" if low is None or high is None else f" ± {(high - low) / 2:.1f}"
+        return f"{row[key]:+.1f}{half}"
+
+    return read
+
+
+def tpot_columns(against: str = "vs_best_baseline") -> dict[str, Callable[[Row], str]]:
+    """Columns that every comparison of TPOT has."""
+    return {
+        "p50 ms": number("tpot_p50_ms"),
+        "p95 ms": number("tpot_p95_ms"),
+        "p99 ms": number("tpot_p99_ms"),
+        "mean ms": number("tpot_mean_ms"),
+        "p50 %": change(f"{against}_p50"),
+        "p99 %": change(f"{against}_p99"),
+        "mean %": change(f"{against}_mean"),
+        "MoE mean %": change("moe_vs_best_baseline_mean"),
+        "active experts": number("active_experts_mean"),
+        "batch": number("batch_mean"),
+    }
+
+
+def shown(policy: str) -> str:
+    return policy_style(policy).shown
+
+
+def of(rows: Rows, **wanted: Any) -> list[Row]:
+    """The rows that have all these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def values(rows: Iterable[Row], key: str) -> list[Any]:
+    """Different values of a column, ascending."""
+    return sorted({row[key] for row in rows})
+
+
+def policy_line(axes: Axes, policy: str, x: Sequence[float], y: Sequence[float], **options: Any) -> None:
+    """A policy's curve in its colour, dash and marker."""
+    look = policy_style(policy)
+    quiet = policy in ("rr", "random", "p2c")
+    axes.plot(
+        x,
+        y,
+        look.dash,
+        color=look.colour,
+        marker=look.marker,
+        markersize=4.5,
+        linewidth=1.0 if quiet else 1.8,
+        label=look.shown,
+        **options,
+    )
+
+
+def change_dots(axes: Axes, names: Sequence[str], rows: Sequence[Row], key: str, colours: Sequence[str]) -> None:
+    """Signed changes as dots with their 95 % intervals, one a line, names at the left, zero marked."""
+    for line, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+        value, low, high = row[key], row.get(f"{key}_lo"), row.get(f"{key}_hi")
+        if low is not None and high is not None:
+            axes.plot([low, high], [line, line], color=colour, linewidth=3.5, alpha=0.35, solid_capstyle="round")
+        axes.plot(value, line, "o", color=colour, markersize=6)
+        axes.annotate(
+            f"{value:+.1f}", (value, line), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8.5
+        )
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.7)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=True, axis="x")
+    axes.margins(x=0.12)
