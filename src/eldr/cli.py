@@ -90,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         _add_inspect,
         _add_replay,
         _add_decisions,
-        _add_evaluate, _add_report, _add_workload, _add_load,
+        _add_evaluate,
+        _add_report,
+        _add_workload,
+        _add_load,
         _add_calibrate_cost,
         _add_demo,
     ):

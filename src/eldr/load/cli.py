@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eldr.load.client import Prompt, Request, Target
+    from eldr.load.client import Prompt, Target
     from eldr.load.outcome import Outcome
     from eldr.workloads.presets import WorkloadPreset
 

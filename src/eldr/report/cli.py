@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `eldr report`; returns the exit code."""
-    from eldr.report.inputs import ReportError, blocks_of
     from eldr.report.html import page, write_page
+    from eldr.report.inputs import ReportError, blocks_of
 
     blocks = [block for path in arguments.files for block in blocks_of(path)]
     names = ", ".join(path.name for path in arguments.files)

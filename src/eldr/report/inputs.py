@@ -130,10 +130,7 @@ def _cost(wire: Any, path: Path) -> list[Html]:
     facts = [
         ("device", model.device),
         ("source", model.source),
-        (
-            "one MoE layer",
-            f"{layer.base_us:.3g} + {layer.per_expert_us:.4g} x experts + {layer.per_token_us:.3g} x tokens us",
-        ),
+        ("one MoE layer", f"{terms} microseconds"),
         ("R2 of the fit", "–" if layer.r2 is None else f"{layer.r2:.4f}"),
         ("rest of a step", "not measured" if model.rest is None else "in the file"),
     ]

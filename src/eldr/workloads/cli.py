@@ -47,7 +47,7 @@ def _list(arguments: argparse.Namespace) -> int:
         title = f"{preset.name}: {preset.summary}; {preset.output_tokens} generated tokens"
         table = Table(title=title, title_justify="left")
         for column in ("kind", "share", "prompt tokens, median", "10 % to 90 %", "labels in traces and prompt files"):
-            table.add_column(column, justify="left" if column in ("kind",) or "labels" in column else "right")
+            table.add_column(column, justify="left" if column == "kind" or "labels" in column else "right")
         for kind in preset.kinds:
             low, high = kind.prompt_tokens_at(0.1), kind.prompt_tokens_at(0.9)
             labels = ", ".join((kind.name, *kind.labels))
