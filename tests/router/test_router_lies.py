@@ -269,7 +269,7 @@ def named(behaviour_of):
 @on_uvloop
 async def test_an_answer_to_somebody_else_is_not_passed_on(stream):
     async with running(decode=2, policy=Scripted()) as s:
-        assert (await s.post()).status == 200  # the fleet names its answers
+        assert (await s.post({**ASK, "stream": stream})).status == 200  # the fleet names its answers
         s.decode[0].behaviour = named(lambda name: "of-somebody-else")
         answer = await s.post({**ASK, "stream": stream})
         assert text_of(answer, stream) == "abcd"
@@ -395,9 +395,10 @@ async def test_a_stream_that_falls_silent_is_broken_off():
 @on_uvloop
 async def test_chat_is_checked_as_completions_are():
     async with running(decode=2, policy=Scripted()) as s:
-        assert (await s.chat()).status == 200
-        s.decode[0].behaviour = named(lambda name: "of-somebody-else")
         for stream in (False, True):
+            s.decode[0].behaviour = None
+            assert (await s.chat({**CHAT, "stream": stream})).status == 200
+            s.decode[0].behaviour = named(lambda name: "of-somebody-else")
             answer = await s.chat({**CHAT, "stream": stream})
             assert answer.status == 200
             assert b"somebody" not in answer.body

@@ -255,7 +255,7 @@ class Flow:
             await connection.finish(answer)
             if not answer.begun:
                 legs.check_answered(services, worker, answer, self._pulled_from(handoff))
-                check_completion(answer, leg_id, services.answer_names["decode"])
+                check_completion(answer, leg_id, services.answer_names["decode", job.path, job.stream])
         except ExchangeError as error:
             services.metrics.timeouts["first_byte" if job.stream else "answer"] += error.timed_out
             raise legs.blame(services, worker, error.reason, error, self._pulled_from(handoff)) from None
@@ -273,7 +273,7 @@ class Flow:
             self._response_headers(),
             self._request.received_s,
             leg_id,
-            services.answer_names["decode"],
+            services.answer_names["decode", job.path, job.stream],
             wants_stream=job.stream,
             wants_usage=openai.wants_usage(job.body),
             # A worker's trial shall not last as long as a stream: the first event will do.

@@ -68,7 +68,7 @@ async def prefill(services: Services, job: Job, worker: Worker, leg_id: str, bod
         connection.start(answer, request_bytes(pool, job, leg_id, body), services.config.prefill_timeout_s)
         await connection.finish(answer)
         check_answered(services, worker, answer)
-        handoff = _handoff(services, worker, answer, leg_id, sent_s)
+        handoff = _handoff(services, job, worker, answer, leg_id, sent_s)
     except ExchangeError as error:
         services.metrics.timeouts["prefill"] += error.timed_out
         raise blame(services, worker, error.reason, error) from None
@@ -80,9 +80,11 @@ async def prefill(services: Services, job: Job, worker: Worker, leg_id: str, bod
     return handoff
 
 
-def _handoff(services: Services, worker: Worker, answer: Answer, leg_id: str, sent_s: float) -> HandOff | None:
+def _handoff(
+    services: Services, job: Job, worker: Worker, answer: Answer, leg_id: str, sent_s: float
+) -> HandOff | None:
     """Raises ExchangeError."""
-    fields = check_completion(answer, leg_id, services.answer_names["prefill"])
+    fields = check_completion(answer, leg_id, services.answer_names["prefill", job.path, False])
     handoff = read_handoff(fields, sent_s)
     if handoff is None:
         if services.throttle.due("no_handoff"):

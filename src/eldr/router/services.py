@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from eldr.fleet import Fleet, Role, Worker
@@ -24,8 +25,8 @@ log = logging.getLogger("eldr.router")
 class Services:
     """The parts of one router.
 
-    pools: the connections to each worker. answer_names, handoff_names: by role and for hand-offs, whether
-    answers bear their request's name.
+    pools: the connections to each worker. answer_names, handoff_names: whether answers bear their
+    request's name, by role, path and stream, and whether hand-offs do.
     """
 
     config: RouterConfig
@@ -40,7 +41,9 @@ class Services:
     throttle: Throttle
     admin_key: bytes | None
     client_header: bytes | None
-    answer_names: dict[Role, Names] = field(default_factory=lambda: {"prefill": Names(), "decode": Names()})
+    answer_names: defaultdict[tuple[Role, bytes, bool | None], Names] = field(
+        default_factory=lambda: defaultdict(Names)
+    )
     handoff_names: Names = field(default_factory=Names)
 
     def refused(self, worker: Worker, error: ConnectError) -> None:

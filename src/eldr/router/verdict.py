@@ -2,7 +2,7 @@
 
 An answer with status 200 may hold an error, no JSON, or another request's result. Another request's hand-off is the
 worst: its blocks would be read as this prompt's. vLLM names what it answers after the X-Request-Id it got, so the
-name is checked, for all workers of a role from the first answer on that bears one; other servers need not do so.
+name is checked, for all workers and one kind of answer from the first on that bears one; other servers need not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class WrongAnswerError(ExchangeError):
 
 
 class Names:
-    """Whether the workers of a role name their answers after the request."""
+    """Whether the workers name answers of one kind after the request."""
 
     def __init__(self) -> None:
         self._named = False
