@@ -147,7 +147,7 @@ def _add_serve(commands: Any) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from eldr.router.app import serve
+    from eldr.router.process import serve
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "extra", "config")}
     serve(arguments.config, given)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
-import resource
-import signal
-import sys
+import socket
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import uvloop
 
 from eldr.errors import EldrError
 from eldr.fleet import Fleet
@@ -22,7 +18,7 @@ from eldr.policies.logged import LoggedPolicy
 from eldr.router import logs, openai
 from eldr.router.admin import AdminApi
 from eldr.router.admission import Admission, Limits
-from eldr.router.config import ConfigError, RouterConfig, host_and_port, read_key
+from eldr.router.config import ROLES, ConfigError, RouterConfig, host_and_port, read_key
 from eldr.router.decision_log import DecisionLog, log_header
 from eldr.router.discovery.base import Source
 from eldr.router.discovery.dns import DnsSource
@@ -31,6 +27,7 @@ from eldr.router.discovery.static import StaticSource
 from eldr.router.errors import ApiError
 from eldr.router.flow import Flow
 from eldr.router.http import ClientConnection, Handler, Request
+from eldr.router.intake import RETRY_AFTER_S
 from eldr.router.keys import ADMIN, ApiKeys, is_admin
 from eldr.router.limits import ClientLimits, ConnectionWatch
 from eldr.router.membership import Membership
@@ -48,6 +45,18 @@ log = logging.getLogger("eldr.router")
 
 BACKLOG = 4096
 CLOSE_POLL_S = 0.02
+# How long a stopping router leaves connections open on which nothing runs. A client may just be sending on one, and a
+# request that meets a close is lost; so each gets to send one more, and is told then that the connection closes.
+# Clients forget idle connections after some seconds themselves (httpx after 5).
+IDLE_LINGER_S = 5.0
+# For what was cut off to be told so.
+END_S = 1.0
+# What a new configuration changes at once; the workers besides.
+LIVE_SETTINGS = frozenset((
+    "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s", "prefill_timeout_s",
+    "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s", "request_timeout_s",
+    "drain_timeout_s", "grace_s", "log_level",
+))  # fmt: skip
 # What may be asked without an API key: load balancers probe it.
 OPEN_PATHS = frozenset((b"/health", b"/ready"))
 
@@ -56,16 +65,23 @@ class Router:
     """A running router. `start` it inside an event loop, `stop` it in the same.
 
     config_file: the file to watch, and how to read it again; None if there is none.
+    inherited: sockets that listen already, for clients and for the admin API; what is missing is opened.
     """
 
     def __init__(
-        self, config: RouterConfig, policy: Policy, config_file: tuple[Path, Callable[[], RouterConfig]] | None = None
+        self,
+        config: RouterConfig,
+        policy: Policy,
+        config_file: tuple[Path, Callable[[], RouterConfig]] | None = None,
+        inherited: Sequence[socket.socket] = (),
     ) -> None:
         self._config = config
+        self._inherited = inherited
+        self._file: FileSource | None = None
         self._config_file = config_file
         self.connections: set[ClientConnection] = set()
         self.closing = False
-        self._flows: set[asyncio.Task[None]] = set()
+        self._flows: dict[asyncio.Task[None], Flow | ModelsFlow] = {}
         self._background: list[asyncio.Task[None]] = []
         self._server: asyncio.Server | None = None
         self._admin_server: asyncio.Server | None = None
@@ -131,21 +147,23 @@ class Router:
                 loop.create_task(ConnectionWatch(self.connections).run()),
                 loop.create_task(ConnectionWatch(self.admin.connections).run()),
             ]
-            self._server = await self._listen(self, self._config.host, self._config.port)
+            self._server = await self._listen(self, self._config.host, self._config.port, self._inherited[:1])
             if self._config.admin_listen is not None:
                 host, port = host_and_port("admin_listen", self._config.admin_listen)
-                self._admin_server = await self._listen(self.admin, host, port)
+                self._admin_server = await self._listen(self.admin, host, port, self._inherited[1:2])
         except EldrError:
             await self.stop(0)
             raise
 
-    async def _listen(self, handler: Handler, host: str, port: int) -> asyncio.Server:
+    async def _listen(
+        self, handler: Handler, host: str, port: int, inherited: Sequence[socket.socket]
+    ) -> asyncio.Server:
         tls = self._tls
+        where: dict[str, Any] = {"sock": inherited[0]} if inherited else {"host": host, "port": port}
         try:
             return await asyncio.get_running_loop().create_server(
                 lambda: ClientConnection(handler, self._limits),
-                host,
-                port,
+                **where,
                 backlog=BACKLOG,
                 ssl=None if tls is None else tls.context,
                 ssl_handshake_timeout=None if tls is None else HANDSHAKE_TIMEOUT_S,
@@ -162,9 +180,6 @@ class Router:
         self._file = FileSource(path, config, load, self._reloaded)
         return [self._file, *named]
 
-    def _reloaded(self, config: RouterConfig) -> None:
-        pass
-
     @property
     def port(self) -> int:
         """The port it listens on, which the system chose if the configured one is 0."""
@@ -177,6 +192,24 @@ class Router:
         assert self._admin_server is not None
         return int(self._admin_server.sockets[0].getsockname()[1])
 
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """The listening sockets, in the order of `inherited`."""
+        servers = (self._server, self._admin_server)
+        return [sock for server in servers if server is not None for sock in server.sockets[:1]]
+
+    def reload(self) -> None:
+        """Read keys, certificate and configuration file again; running requests go on. What cannot be used stays as
+        it was, which the log says."""
+        for read in (self.reload_secrets, self._reload_admin_key):
+            try:
+                read()
+            except ConfigError as error:
+                log.error("what was read before stays in use: %s", error)
+        self.reopen_decision_log()
+        if self._file is not None:
+            self._file.look()
+
     def reload_secrets(self) -> None:
         """Read API keys, certificate and its key again; running requests go on. Raises ConfigError and keeps what it
         had of a file that cannot be used."""
@@ -185,17 +218,37 @@ class Router:
         if self._tls is not None:
             self._tls.reload()
 
+    def _reload_admin_key(self) -> None:
+        if self._config.admin_key_file is not None:
+            self.services.admin_key = read_key(self._config.admin_key_file)
+
+    def _reloaded(self, new: RouterConfig) -> None:
+        """Take over of a new configuration what can change while the router runs; name what cannot."""
+        config = self._config
+        changed = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(new, f.name)]
+        for name in changed:
+            if name in LIVE_SETTINGS:
+                setattr(config, name, getattr(new, name))
+        fixed = [name for name in changed if name not in LIVE_SETTINGS and name not in ROLES]
+        if fixed:
+            log.warning("only a new process takes over the new %s", ", ".join(fixed))
+        log.setLevel(config.log_level.upper())
+        self.services.admission.set_limits(admission_limits(config))
+        self.membership.set_max_inflight(config.max_inflight)
+
     async def stop(self, grace_s: float) -> None:
         """Take no more requests, let those that run finish within `grace_s` seconds, cut off the rest."""
         self.closing = True
         for server in (self._server, self._admin_server):
             if server is not None:
                 server.close()
-        for connection in list(self.connections):
-            connection.close_if_idle()
         deadline_s = time.monotonic() + grace_s
-        while self._flows and (left_s := deadline_s - time.monotonic()) > 0:
-            await asyncio.wait(self._flows, timeout=left_s)
+        await self._finish(deadline_s)
+        await asyncio.sleep(0)  # a task that never ran could tell its client nothing
+        for flow in list(self._flows.values()):
+            flow.end_now(ApiError(503, "the router stops", retry_after_s=RETRY_AFTER_S))
+        if self._flows:
+            await asyncio.wait(self._flows, timeout=END_S)
         for task in (*self._flows, *self._background):
             task.cancel()
         await asyncio.gather(*self._flows, *self._background, return_exceptions=True)
@@ -217,6 +270,15 @@ class Router:
         """Go on in a new file after the old one was renamed."""
         if self._decision_log is not None:
             self._decision_log.reopen()
+
+    async def _finish(self, deadline_s: float) -> None:
+        """Let running requests end, and clients with an open connection send one more."""
+        idle_until_s = min(deadline_s, time.monotonic() + IDLE_LINGER_S)
+        while (self._flows or self.connections) and (now_s := time.monotonic()) < deadline_s:
+            if now_s >= idle_until_s:
+                for connection in list(self.connections):
+                    connection.close_if_idle()
+            await asyncio.sleep(CLOSE_POLL_S)
 
     def _build_membership(self) -> Membership:
         config, services = self._config, self.services
@@ -263,15 +325,16 @@ class Router:
         self.services.metrics.requests["other", error.status] += 1
 
     def _completion(self, request: Request, connection: ClientConnection) -> None:
-        self._run(Flow(self.services, connection, request).start())
+        self._run(Flow(self.services, connection, request))
 
     def _models(self, request: Request, connection: ClientConnection) -> None:
-        self._run(ModelsFlow(self.services, connection, request).start())
+        self._run(ModelsFlow(self.services, connection, request))
 
-    def _run(self, task: asyncio.Task[None] | None) -> None:
+    def _run(self, flow: Flow | ModelsFlow) -> None:
+        task = flow.start()
         if task is not None:
-            self._flows.add(task)
-            task.add_done_callback(self._flows.discard)
+            self._flows[task] = flow
+            task.add_done_callback(self._flows.pop)
 
     def _health(self, request: Request, connection: ClientConnection) -> None:
         connection.respond(200, b"{}")
@@ -292,40 +355,6 @@ class Router:
         connection.respond(200, body, content_type.encode())
 
 
-def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
-    """Run a router until SIGTERM or SIGINT; a second signal does not wait for running requests.
-
-    path: configuration file, if there is one; flags override it. Raises EldrError for a configuration, calibration or
-    policy that cannot be used, before anything starts.
-    """
-    load = partial(RouterConfig.load, path, flags)
-    config = load()
-    logs.set_up(config.log_level)
-    _raise_file_limit()
-    uvloop.run(_serve(Router(config, build_policy(config), None if path is None else (path, load)), config))
-
-
-async def _serve(router: Router, config: RouterConfig) -> None:
-    loop = asyncio.get_running_loop()
-    signals: asyncio.Queue[None] = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, None)
-    loop.add_signal_handler(signal.SIGHUP, router.reopen_decision_log)
-    await router.start()
-    scheme = "http" if config.tls_cert is None else "https"
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {config.policy}", file=sys.stderr, flush=True)
-    await signals.get()
-    stopping = loop.create_task(router.stop(config.grace_s))
-    again = loop.create_task(signals.get())
-    await asyncio.wait((stopping, again), return_when=asyncio.FIRST_COMPLETED)
-    if not stopping.done():
-        stopping.cancel()
-        await asyncio.gather(stopping, return_exceptions=True)
-        await router.stop(0)
-    again.cancel()
-
-
 def admission_limits(config: RouterConfig) -> Limits:
     return Limits(config.max_streams, config.max_queued, config.queue_timeout_s)
 
@@ -337,9 +366,3 @@ def build_policy(config: RouterConfig) -> Policy:
 
     calibration = None if config.calibration is None else load_calibration(config.calibration)
     return make_policy(config.policy, config.policy_options(), calibration=calibration, seed=config.seed)
-
-
-def _raise_file_limit() -> None:
-    """Take as many open files as the system grants: a stream has two sockets, and the usual 1,024 are 500 streams."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

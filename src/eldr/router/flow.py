@@ -44,6 +44,7 @@ class Flow:
         self._timer: asyncio.TimerHandle | None = None
         self._running = False
         self._late = False
+        self._ended: ApiError | None = None
         self._upstream: WorkerConnection | None = None
         self._answer: DecodeAnswer | None = None
         self._prefills = 0
@@ -74,15 +75,24 @@ class Flow:
         answer = self._answer
         if not self._running:  # a cancelled task that never ran would answer nobody
             self._timer = asyncio.get_running_loop().call_later(0.001, self._on_deadline, deadlines)
-        elif answer is None or not answer.begun:
-            self._late = True
-            cast("asyncio.Task[None]", self._task).cancel()
-        elif (left_s := deadlines.total_s - time.monotonic()) > 0:
+        elif answer is not None and answer.begun and (left_s := deadlines.total_s - time.monotonic()) > 0:
             self._timer = asyncio.get_running_loop().call_later(left_s, self._on_deadline, deadlines)
-        elif not answer.finished.done():
+        elif answer is None or not answer.finished.done():
             self._late = True
+            self._end(SilenceError("the request took too long"), _too_late())
+
+    def end_now(self, error: ApiError) -> None:
+        """The router stops: the client hears `error`, within the stream if it has begun."""
+        self._end(ExchangeError("the router stops"), error)
+
+    def _end(self, why: ExchangeError, error: ApiError) -> None:
+        answer = self._answer
+        if answer is None or not answer.begun:
+            self._ended = error
+            cast("asyncio.Task[None]", self._task).cancel()
+        elif not answer.finished.done():
             cast(WorkerConnection, self._upstream).abort()
-            answer.break_off(SilenceError("the request took too long"), _too_late())
+            answer.break_off(why, error)
 
     # The client.
 
@@ -113,8 +123,8 @@ class Flow:
         except RelayedError as error:
             self._relay(error.answer)
         except asyncio.CancelledError:
-            if self._late:
-                self._respond_error(_too_late())
+            if self._ended is not None:
+                self._respond_error(self._ended)
             else:
                 self._notes["status"] = "cancelled"
         except orjson.JSONEncodeError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import time
 from collections import deque
 from email.utils import formatdate
@@ -24,6 +25,8 @@ MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 128
 # Unsent bytes to a client above which its worker is no longer read from.
 WRITE_HIGH_BYTES = 64 * 1024
+# The same within the kernel, which else takes megabytes for a client that does not read.
+KERNEL_HIGH_BYTES = 64 * 1024
 # How long a refused client may go on sending before the connection is reset; closing at once could destroy the
 # answer before the client has read it.
 LINGER_S = 2.0
@@ -161,6 +164,9 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, KERNEL_HIGH_BYTES)
         connections = self._handler.connections
         connections.add(self)
         if len(connections) > self._limits.max_connections:

@@ -199,6 +199,15 @@ class Membership:
         self._outcomes.fleet_changed()
         log.info("%s worker %s has left", worker.role, worker.url)
 
+    def set_max_inflight(self, most: int) -> None:
+        """Another configured limit of the decode workers, under which theirs are learned."""
+        for member in self._members.values():
+            if member.worker.role == "decode":
+                member.load.capacity.most = most
+                if member.worker.load is None:
+                    self._fleet.set_limit(member.worker, most)
+        self._outcomes.fleet_changed()
+
     # Within.
 
     def _find(self, endpoint: Endpoint) -> Worker | None:

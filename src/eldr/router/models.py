@@ -28,6 +28,12 @@ class ModelsFlow:
         self._task = asyncio.get_running_loop().create_task(self._run())
         return self._task
 
+    def end_now(self, error: ApiError) -> None:
+        """Answer with an error, whatever is under way."""
+        self._connection.respond_error(error)
+        self._count(error.status)
+        self.on_client_gone()
+
     def on_client_gone(self) -> None:
         if self._task is not None:
             self._task.cancel()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import socket
 import ssl
 import time
 from typing import cast
@@ -24,6 +25,9 @@ log = logging.getLogger("eldr.router")
 # vLLM closes a connection after 5 s without a request (VLLM_HTTP_TIMEOUT_KEEP_ALIVE). One that is nearly that old is
 # not used again: the request could cross the worker's close on the wire and count as sent.
 KEEP_IDLE_S = 3.0
+# The kernel's buffer for one worker connection. Left to itself it grows to megabytes for every client that does not
+# read, and those are memory too.
+RECEIVE_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 # Largest answer that is held in memory: a long completion with logprobs takes a few MiB.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
@@ -145,6 +149,9 @@ class WorkerConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)

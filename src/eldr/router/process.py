@@ -1,0 +1,79 @@
+"""The router as a process: start, signals, graceful end, handover to a successor."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import signal
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from eldr.router import logs
+from eldr.router.app import Router, build_policy
+from eldr.router.config import RouterConfig
+from eldr.router.handover import inherited_sockets, start_successor, tell_predecessor
+
+log = logging.getLogger("eldr.router")
+
+ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
+def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
+    """Run a router until SIGTERM or SIGINT; a second one does not wait for running requests.
+
+    SIGHUP reads configuration file and keys again; SIGUSR2 starts the program anew on the same sockets, and ends this
+    process gracefully once that serves. path: configuration file, if there is one; flags override it. Raises EldrError
+    for a configuration, calibration or policy that cannot be used, before anything starts.
+    """
+    load = partial(RouterConfig.load, path, flags)
+    config = load()
+    logs.set_up(config.log_level)
+    _raise_file_limit()
+    router = Router(config, build_policy(config), None if path is None else (path, load), inherited_sockets())
+    uvloop.run(_serve(router, config))
+
+
+async def _serve(router: Router, config: RouterConfig) -> None:
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (*ENDING, signal.SIGHUP, signal.SIGUSR2):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    await router.start()
+    tell_predecessor()
+    scheme = "http" if config.tls_cert is None else "https"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {config.policy}", file=sys.stderr, flush=True)
+    await _until_end(router, signals)
+    stopping = loop.create_task(router.stop(config.grace_s))
+    again = loop.create_task(_ending(signals))
+    await asyncio.wait((stopping, again), return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
+        await router.stop(0)
+    again.cancel()
+
+
+async def _until_end(router: Router, signals: asyncio.Queue[int]) -> None:
+    while (number := await signals.get()) not in ENDING:
+        if number == signal.SIGHUP:
+            router.reload()
+        elif await start_successor(router.sockets):
+            return
+
+
+async def _ending(signals: asyncio.Queue[int]) -> None:
+    while await signals.get() not in ENDING:
+        pass
+
+
+def _raise_file_limit() -> None:
+    """Take as many open files as the system grants: a stream has two sockets, and the usual 1,024 are 500 streams."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
