@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ Part = dict[str, Any]
 
 # Share of the served requests that may be in flight: above it draws have no choice left, and policies would no longer
 # see the same requests.
-MOST_IN_FLIGHT = 0.85
+MOST_IN_FLIGHT = 0.8
 MAIN_BATCH = 7.0
 MAIN_WORKERS = (16, 8, 4, 2)
 POLICIES = ("locality-band", "expected-union", "expected-union-own")
@@ -37,7 +37,6 @@ class Bench:
     seeds: int = 10
     requests: int = 2000
     torch_python: Path | None = None
-    _laboratories: dict[str, Laboratory] = field(default_factory=dict)
 
     @cached_property
     def trace(self) -> Trace:

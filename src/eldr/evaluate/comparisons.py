@@ -65,6 +65,10 @@ def _pool_parts(bench: Bench) -> list[Part]:
     ]
 
 
+def _pool(bench: Bench, part: Part) -> list[Row]:
+    return compare_at(bench.laboratory, POLICIES, part["workers"], part["batch"], bench.seeds)
+
+
 def _knob_parts(bench: Bench) -> list[Part]:
     return [{"knob": knob} for knob in KNOBS]
 
@@ -117,6 +121,6 @@ def _goodput(bench: Bench, part: Part) -> list[Row]:
 
 MAIN = Experiment("main", _main_parts, _main)
 LOAD = Experiment("load", _load_parts, _load)
-POOL = Experiment("pools", _pool_parts, _load)
+POOL = Experiment("pools", _pool_parts, _pool)
 KNOB = Experiment("knobs", _knob_parts, _knobs)
 GOODPUT = Experiment("goodput", _goodput_parts, _goodput)
