@@ -29,6 +29,9 @@ RANKS = (0, 4, 8, 16)
 # How strongly the diagonal's slopes are pulled to their common value, in requests of mean spread.
 SLOPE_PRIOR_REQUESTS = 20.0
 
+# Rows that a request must have for its profile to say what one of its tokens activates, and requests looked at.
+WINDOWED_ROWS, WINDOWED_REQUESTS = 32, 64
+
 Floats = NDArray[np.float32]
 
 
@@ -192,6 +195,60 @@ def _cross_validate(
     best_row, best_column = np.unravel_index(int(errors.argmin()), errors.shape)
     r2 = 1 - float(errors.min()) / spread if spread > 0 else 0.0
     return strengths[int(best_row)], ranks[int(best_column)], r2
+
+
+def busiest_rank_experts(active: NDArray[Any], layers: int, ranks: int) -> NDArray[Any]:
+    """[...]: experts that a step waits for, of probabilities [..., D] that an expert is active (or of 0 and 1).
+
+    With expert parallelism rank r of R holds the experts r * E / R up to (r + 1) * E / R of every layer, and a layer
+    is done when its busiest rank is: the sum over layers of the most active experts on one rank. The expectation of
+    a maximum is above the maximum of expectations, by about as much for every batch; this is the latter.
+    """
+    return np.asarray(active.reshape(*active.shape[:-1], layers, ranks, -1).sum(axis=-1).max(axis=-1).sum(axis=-1))
+
+
+def of_a_step(profile: Floats, step_tokens: float) -> Floats:
+    """float32 [D]: probability that a step activates each expert, from that of one token.
+
+    A step of m tokens of a request (speculative decoding) counts as `step_tokens` = alpha * m independent ones:
+    tokens beside each other share experts, so that alpha is below 1 (`effective_tokens` measures it).
+    """
+    return profile if step_tokens == 1 else -np.expm1(np.float32(step_tokens) * np.log1p(-np.minimum(profile, MOST)))
+
+
+def effective_tokens(
+    decode_experts: NDArray[np.unsignedinteger[Any]],
+    decode_offsets: NDArray[np.int64],
+    profiles: Floats,
+    tokens: int,
+) -> float:
+    """Independent tokens that count as `tokens` adjacent ones of a request: alpha * m of `of_a_step`.
+
+    decode_experts: [T, L, k]; decode_offsets: [N + 1]; profiles: [N, L, E], as `Trace.decode_profiles` gives them. The
+    experts of windows of adjacent rows are counted, and the exponent found, by bisection, with which the profiles
+    give as many. nan where no request has enough rows to have a profile.
+    """
+    layers, experts = profiles.shape[1:]
+    distinct, windows, survival = 0, [], []
+    for request in np.flatnonzero(np.diff(decode_offsets) >= WINDOWED_ROWS)[:WINDOWED_REQUESTS].tolist():
+        count = int(decode_offsets[request + 1] - decode_offsets[request]) // tokens
+        start = int(decode_offsets[request])
+        rows = decode_experts[start : start + count * tokens].astype(np.int64)
+        ids = rows + np.arange(layers)[:, None] * experts
+        active = np.zeros((count, layers * experts), dtype=bool)
+        np.put_along_axis(active, ids.reshape(count, -1), True, axis=1)
+        distinct += int(active.sum())
+        windows.append(count)
+        survival.append(np.log1p(-np.minimum(profiles[request].reshape(-1), MOST)))
+    if not windows:
+        return float("nan")
+    low, high = 0.0, float(tokens) * 2
+    logs, weights = np.array(survival), np.array(windows)
+    for _ in range(24):
+        middle = (low + high) / 2
+        found = float(weights @ -np.expm1(middle * logs).sum(axis=1))
+        low, high = (middle, high) if found < distinct else (low, middle)
+    return (low + high) / 2
 
 
 def expected_union(profiles: NDArray[Any], layers: int) -> float:

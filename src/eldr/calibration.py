@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.activation import ActivationError, ActivationModel
+from eldr.activation import ActivationError, ActivationModel, effective_tokens
 from eldr.counts import MAX_EXPERTS, MAX_LAYERS
 from eldr.errors import EldrError
 from eldr.fileio import ArraySpec, NpzError, parse_meta, read_npz, reason_of, write_npz
@@ -31,6 +31,8 @@ FORMAT = "eldr-calibration-v1"
 ROUTABLE = tuple(name for name, known in TRANSFORMS.items() if known.source == "counts")
 # Requests in the picture: enough to see the zones, small beside the centroids.
 PICTURE_REQUESTS = 1000
+# Tokens of a decode step with speculative decoding for which a calibration tells how many independent ones they are.
+STEP_TOKENS = (2, 3, 4)
 
 SPECS: Mapping[str, ArraySpec] = {
     "idf": ArraySpec(("f4",), 2),
@@ -214,7 +216,18 @@ def _provenance(trace: Trace, seed: int) -> dict[str, Any]:
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "trace_sha256": trace.sha256,
         "versions": versions,
+        "step_tokens": _step_tokens(trace),
     }
+
+
+def _step_tokens(trace: Trace) -> dict[str, float]:
+    """Independent tokens that steps of several tokens count as, by their number of tokens; empty if unknown."""
+    profiles = trace.decode_profiles()
+    found = {
+        str(tokens): effective_tokens(trace.decode_experts, trace.decode_offsets, profiles, tokens)
+        for tokens in STEP_TOKENS
+    }
+    return {tokens: round(value, 3) for tokens, value in found.items() if np.isfinite(value)}
 
 
 def _picture(

@@ -13,7 +13,10 @@ from eldr.activation import (
     MOST,
     ActivationError,
     ActivationModel,
+    busiest_rank_experts,
+    effective_tokens,
     expected_union,
+    of_a_step,
     own_frequencies,
     to_probabilities,
 )
@@ -151,3 +154,37 @@ def test_a_damaged_predictor_is_refused(trace, tmp_path, case):
     write_npz(tmp_path / "c.npz", {name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(CalibrationError, match=message):
         load_calibration(tmp_path / "c.npz")
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 4, 2), (3, 12, 3), (2, 6, 6), (4, 8, 1)]))
+def test_the_busiest_rank_is_the_one_with_most_active_experts(seed, geometry):
+    layers, experts, ranks = geometry
+    active = np.random.default_rng(seed).random((5, layers, experts)) < 0.4
+    share = experts // ranks
+    expected = [
+        sum(max(sum(layer[rank * share : (rank + 1) * share]) for rank in range(ranks)) for layer in step)
+        for step in active.tolist()
+    ]
+    assert busiest_rank_experts(active.reshape(5, -1), layers, ranks).tolist() == expected
+
+
+def test_a_step_of_several_tokens_activates_what_any_of_them_does():
+    """Against the frequency in drawn steps of three independent tokens."""
+    rng = np.random.default_rng(2)
+    token = np.array([0.02, 0.2, 0.5, 0.9], dtype=np.float32)
+    drawn = (rng.random((200_000, 3, 4)) < token).any(axis=1).mean(axis=0)
+    assert of_a_step(token, 3.0) == pytest.approx(drawn, abs=0.005)
+    assert of_a_step(token, 1.0) is token
+
+
+def test_effective_tokens_of_independent_and_of_equal_neighbours():
+    rng = np.random.default_rng(3)
+    layers, experts, top_k, rows = 4, 16, 2, 4000
+    independent = rng.random((rows, layers, experts)).argsort(axis=2)[..., :top_k].astype(np.uint8)
+    pairs = np.repeat(independent[: rows // 2], 2, axis=0)
+    offsets = np.array([0, rows], dtype=np.int64)
+    profile = np.full((1, layers, experts), top_k / experts, dtype=np.float32)
+    # Two of 16 experts without replacement: 2 - 2 * 2 / 16 = 1.75 distinct ones a pair of draws and expert.
+    assert effective_tokens(independent, offsets, profile, 2) == pytest.approx(2, abs=0.05)
+    assert effective_tokens(pairs, offsets, profile, 2) == pytest.approx(1, abs=0.02)
+    assert np.isnan(effective_tokens(independent[:9], np.array([0, 9]), profile, 2))

@@ -11,7 +11,8 @@ from eldr.cost import CostError, CostModel, MoeLayerCost, RestCost
 from eldr.counts import ExpertCounts
 from eldr.policies import PolicyError, PolicyOptions
 from eldr.policies.base import DecodeRequest
-from eldr.policies.expected_union import ExpectedUnion, encode_profile
+from eldr.policies.expected_union import GUARD_EXPERT_SHARE, ExpectedUnion
+from eldr.policies.unions import Geometry, RandomBatches, encode_profile
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 MOE_ONLY = CostModel("test", "none", "made up", MoeLayerCost(100.0, 10.0, 1.0))
@@ -103,6 +104,98 @@ def test_the_anchor_draws_a_request_to_where_its_kind_went():
     for _ in range(5):  # without the anchor two idle workers tie, and the first wins
         assert policy.choose(request(41, counts_of_kind(1)), {"a": 0, "b": 0}).worker == "b"
         assert policy.choose(request(40, counts_of_kind(0)), {"a": 0, "b": 0}).worker == "a"
+
+
+def test_the_tail_guard_is_the_one_of_its_definition():
+    """Steps longer than the mean by more than guard * (what locality saves + a share of expert time) are left out."""
+    rng = np.random.default_rng(1)
+    profiles = rng.uniform(0.02, 0.4, (12, LAYERS * EXPERTS)).astype(np.float32)
+    profiles[:6, : LAYERS * EXPERTS // 2] *= 2  # requests of two kinds
+    placed = {"a": [0, 1, 2], "b": [6, 7], "c": [8, 9, 10]}
+    load = {worker: len(rows) for worker, rows in placed.items()}
+    left_out = []
+    for guard in (0.0, 0.5, 1.0, 5.0):
+        policy = Given(profiles, anchor=0, tail_guard=guard)
+        for worker, rows in placed.items():
+            policy.joined(worker)
+            for row in rows:
+                policy.started(request(row), worker)
+        policy._random.set_mean(policy._mean_profile)  # as of the last start, not of one a while ago
+        mean = policy._mean_profile.astype(np.float64)
+        longer_us, experts, at_random = [], [], []
+        for rows in placed.values():
+            with_it = (1 - np.prod(1 - profiles[[*rows, 11]].astype(np.float64), axis=0)).sum()
+            experts.append(with_it)
+            longer_us.append(LAYERS * (100 + len(rows) + 1) + 10 * with_it)
+            at_random.append((1 - (1 - mean) ** (len(rows) + 1)).sum())
+        saved_us = 10 * max(0.0, np.mean(at_random) - np.mean(experts))
+        limit_us = np.mean(longer_us) + guard * (saved_us + GUARD_EXPERT_SHARE * 10 * np.mean(experts))
+        policy.choose(request(11), load)
+        found = policy._placement_cost(policy._latest, np.array(list(load.values()), dtype=float), slice(None))
+        left_out.append(np.isinf(found).tolist())
+        assert left_out[-1] == (np.array(longer_us) > limit_us).tolist()
+    assert left_out[0] != left_out[-1]
+
+
+def test_experts_of_random_batches():
+    """Against the mean union of batches drawn at random."""
+    rng = np.random.default_rng(6)
+    profiles = rng.uniform(0.0, 0.6, (400, LAYERS * EXPERTS))
+    random_batches = RandomBatches(Geometry(LAYERS, EXPERTS))
+    random_batches.set_mean(profiles.mean(axis=0).astype(np.float32))
+    for batch in (3, 1, 6):
+        drawn = profiles[rng.integers(0, 400, (20_000, batch))]
+        union = (1 - np.prod(1 - drawn, axis=1)).sum(axis=1).mean()
+        assert random_batches.experts(np.array([batch, 0.0])) == pytest.approx([union, 0.0], rel=2e-3)
+
+
+def test_with_expert_parallelism_the_busiest_rank_counts():
+    """a's requests use rank 0 of every layer, b's both ranks alike; the newcomer uses rank 0."""
+    rng = np.random.default_rng(7)
+    profiles = rng.uniform(0.02, 0.7, (6, LAYERS * EXPERTS)).astype(np.float32)
+    policy = Given(profiles, anchor=0, ranks=2, tail_guard=np.inf)
+    placed = {"a": [0, 1], "b": [2, 3, 4]}
+    for worker, rows in placed.items():
+        policy.joined(worker)
+        for row in rows:
+            policy.started(request(row), worker)
+
+    def busiest(rows):
+        active = 1 - np.prod(1 - profiles[rows].astype(np.float64), axis=0)
+        return active.reshape(LAYERS, 2, EXPERTS // 2).sum(axis=2).max(axis=1).sum()
+
+    policy.choose(request(5), {"a": 2, "b": 3})
+    found = policy._placement_cost(policy._latest, np.array([2.0, 3.0]), slice(None))
+    expected = []
+    for rows in placed.values():
+        step_us = LAYERS * (100 + len(rows)) + 10 * busiest(rows)
+        added_us = LAYERS + 10 * (busiest([*rows, 5]) - busiest(rows))
+        expected.append((step_us + added_us + len(rows) * added_us) * 1e-6)
+    assert found == pytest.approx(expected, rel=5e-3)
+    for row in (0, 1):
+        policy.finished(request(row), "a")
+    assert policy._unions.union[policy._row["a"]] == 0
+
+
+def test_ranks_that_do_not_divide_the_experts():
+    policy = Given(one_hot_profiles(), ranks=3)
+    policy.joined("a")
+    assert policy.choose(request(0), {"a": 0}).reason == "wrong_geometry"
+    trace = make_trace(requests=40, layers=LAYERS, experts=EXPERTS)
+    model = ActivationModel.fit(trace.prefill_counts, trace.prompt_tokens, trace.decode_profiles(), TOP_K)
+    with pytest.raises(ValueError, match="8 experts cannot be divided over 3 ranks"):
+        ExpectedUnion(model, ranks=3)
+
+
+def test_steps_of_several_tokens():
+    """Twice the tokens of a step: probabilities of activating an expert in either, and twice the token's cost."""
+    one, two = ExpectedUnion(cost=MOE_ONLY, scope="moe"), ExpectedUnion(cost=MOE_ONLY, scope="moe", step_tokens=2.0)
+    for policy in (one, two):
+        policy.joined("a")
+        policy.choose(request(0), {"a": 0})
+    profile = one._latest.profile
+    assert two._latest.profile == pytest.approx(1 - (1 - profile) ** 2, abs=1e-6)
+    assert two._costs[2] == pytest.approx(2 * one._costs[2])
 
 
 def test_the_tail_guard_leaves_out_a_worker_whose_steps_are_long():

@@ -12,7 +12,7 @@ from synthetic import make_trace
 from eldr.cost import StepCost
 from eldr.policies import make_policy
 from eldr.policies.base import Decision, Policy
-from eldr.replay.engine import Engine, FleetSpec, WorkerLimits, union_sizes
+from eldr.replay.engine import Engine, FleetSpec, WorkerLimits, union_rows
 from eldr.replay.errors import ReplayError
 from eldr.replay.packed import pack_rows, pack_trace
 from eldr.replay.workload import Workload
@@ -216,14 +216,35 @@ def test_a_request_larger_than_the_kv_cache_is_refused():
 
 
 @pytest.mark.parametrize(("layers", "experts", "top_k"), [(1, 3, 1), (3, 40, 4), (5, 64, 8), (2, 300, 7)])
-def test_union_sizes_count_distinct_experts(layers, experts, top_k):
+def test_unions_hold_distinct_experts(layers, experts, top_k):
     rng = np.random.default_rng(layers)
     ids = rng.random((50, layers, experts)).argsort(axis=2)[..., :top_k].astype(np.uint16)
     words = pack_rows(ids, experts)
-    sizes = union_sizes(words, [0, 20, 33], 9)
+    sizes = np.bitwise_count(union_rows(words, [0, 20, 33], 9)).sum(axis=1)
     expected = [
         sum(len({int(e) for start in (0, 20, 33) for e in ids[start + step, layer]}) for layer in range(layers))
         for step in range(9)
     ]
     assert sizes.tolist() == expected
-    assert union_sizes(words, [7], 2).tolist() == [layers * top_k] * 2
+    assert np.bitwise_count(union_rows(words, [7], 2)).sum(axis=1).tolist() == [layers * top_k] * 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_a_step_waits_for_the_busiest_rank(ranks):
+    trace = make_trace(requests=4, layers=3, experts=40, seed=1, steps=9)
+    packed = pack_trace(trace, ranks=ranks)
+    rows = [int(row) for row in trace.decode_offsets[:3]]
+    share = 40 // ranks
+    expected = []
+    for step in range(4):
+        slowest = 0
+        for layer in range(3):
+            union = {int(expert) for row in rows for expert in trace.decode_experts[row + step, layer]}
+            slowest += max(sum(expert // share == rank for expert in union) for rank in range(ranks))
+        expected.append(slowest)
+    assert packed.active_experts(union_rows(packed.words, rows, 4)).tolist() == expected
+
+
+def test_ranks_that_do_not_divide_the_experts_are_refused():
+    with pytest.raises(ReplayError, match="40 experts cannot be divided over 3 ranks"):
+        pack_trace(make_trace(requests=4, layers=3, experts=40, seed=1, steps=9), ranks=3)

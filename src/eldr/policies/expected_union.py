@@ -11,11 +11,13 @@ Least added time now is not the whole of it, and two terms look further:
   the direction in which the expert frequencies of its requests differ from the fleet's mean, and a request pays for
   its distance to the nearest one. Workers so find their own zones, with no fit, and the zones follow the traffic.
 - The *tail guard* leaves out workers whose step would become longer than the mean of what it would become elsewhere,
-  by more than a margin. Locality may fill a worker with its kind of request; the tail of TPOT is made there.
+  by more than locality saves on that mean. Locality may fill a worker with its kind of request; the tail of TPOT is
+  made there. What it saves is known: the mean profile says how many experts batches drawn at random would activate.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,37 +25,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.activation import LEAST, MOST, ActivationModel, own_frequencies, to_probabilities
+from eldr.activation import ActivationModel, of_a_step, own_frequencies, to_probabilities
 from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, StepCost
 from eldr.counts import ExpertCounts
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import least_loaded
+from eldr.policies.unions import Geometry, Profile, RandomBatches, Unions, encode_profile
 
 # Weight of the self-anchor, in expert time of a mean worker's whole batch per unit of cosine similarity.
 ANCHOR = 0.1
-# How much longer than the mean a step may become, in expert time of a mean worker.
-TAIL_GUARD = 0.04
+# How much longer than the mean a step may become, in units of what locality saves on the mean step, and on top of it
+# this share of expert time: where there is nothing to save, steps differ that much by chance.
+TAIL_GUARD = 1.0
+GUARD_EXPERT_SHARE = 0.02
 # The anchor looks at so many (layer, expert) entries at most, of layers evenly spaced: layers agree on what a request
 # is about, and a fleet of a thousand workers is a matter of memory bandwidth.
 ANCHOR_ENTRIES = 2048
-# Requests that a worker's direction remembers.
-ANCHOR_REQUESTS = 20
 # Requests that the fleet's mean frequencies and profile remember.
 MEAN_REQUESTS = 500
-
-# A request's probabilities are kept as one byte each, p = (code / 255)^2, finest where most probabilities are. The
-# logarithm of 1 - p is a whole number of 2^-32 from a table, so that adding a request and removing it cancel exactly.
-_SCALE = 2.0**32
-_CODE_PROBABILITY = np.clip((np.arange(256) / 255) ** 2, LEAST, MOST)
-_LOG_SURVIVAL = np.rint(np.log1p(-_CODE_PROBABILITY) * _SCALE).astype(np.int64)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Profile:
-    """What is remembered of a request while it runs. codes: uint8 [D]. context_tokens: of its prompt."""
-
-    codes: NDArray[np.uint8]
-    context_tokens: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,82 +58,6 @@ class _Arrival:
     direction: NDArray[np.float32] | None
 
 
-class _Unions:
-    """What each worker's running requests activate together, one row a worker. Rows in use come first.
-
-    log_survival: int64 [C, D], sum of log(1 - p) of the running requests, in units of 1 / _SCALE. survival: float32
-    [C, D], its exponential. union: float64 [C], expected distinct experts of a step, summed over layers. context:
-    float64 [C], tokens of running prompts. direction: float32 [C, A], where lately started requests point; length:
-    float32 [C], of it.
-    """
-
-    def __init__(self, dimension: int, anchor_dimension: int) -> None:
-        self.count = 0
-        self._log_survival = np.zeros((0, dimension), dtype=np.int64)
-        self._survival = np.ones((0, dimension), dtype=np.float32)
-        self._direction = np.zeros((0, anchor_dimension), dtype=np.float32)
-        self._length = np.zeros(0, dtype=np.float32)
-        self._union = np.zeros(0)
-        self._context = np.zeros(0)
-
-    @property
-    def union(self) -> NDArray[np.float64]:
-        return self._union[: self.count]
-
-    @property
-    def context(self) -> NDArray[np.float64]:
-        return self._context[: self.count]
-
-    def append(self) -> None:
-        """A row for one more worker; capacity doubles, so that a large fleet may join one by one."""
-        if self.count == len(self._union):
-            more = max(8, self.count)
-            for name in ("_log_survival", "_survival", "_direction", "_length", "_union", "_context"):
-                old = getattr(self, name)
-                setattr(self, name, np.concatenate((old, np.zeros((more, *old.shape[1:]), dtype=old.dtype))))
-        row = self.count
-        self.count += 1
-        self._log_survival[row] = 0
-        self._survival[row] = 1
-        self._direction[row] = 0
-        self._length[row] = self._union[row] = self._context[row] = 0
-
-    def remove(self, row: int) -> None:
-        """Forget a worker; the last row takes its place."""
-        self.count -= 1
-        for array in (
-            self._log_survival, self._survival, self._direction, self._length, self._union, self._context
-        ):  # fmt: skip
-            array[row] = array[self.count]
-
-    def add(self, row: int, profile: _Profile, sign: int) -> None:
-        """Add (sign 1) or remove (sign -1) a running request. Whole numbers: what was added cancels exactly."""
-        if sign > 0:
-            self._log_survival[row] += _LOG_SURVIVAL[profile.codes]
-        else:
-            self._log_survival[row] -= _LOG_SURVIVAL[profile.codes]
-        self._context[row] += sign * profile.context_tokens
-        survival = self._survival[row]
-        np.multiply(self._log_survival[row], 1 / _SCALE, out=survival, casting="same_kind")
-        np.exp(survival, out=survival)
-        self._union[row] = len(survival) - float(survival.sum())
-
-    def turn(self, row: int, unit_direction: NDArray[np.float32]) -> None:
-        """Move a worker's direction towards that of a request."""
-        own = self._direction[row]
-        own += (unit_direction - own) / np.float32(ANCHOR_REQUESTS)
-        self._length[row] = np.sqrt(own @ own)
-
-    def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
-        """float64 [W]: distinct experts that a request adds to each worker's steps."""
-        return _row_products(self._survival[: self.count], profile).astype(np.float64)
-
-    def similarity(self, unit_direction: NDArray[np.float32]) -> NDArray[np.float64]:
-        """float64 [W]: cosine of a request's direction and each worker's; 0 for a worker that has none yet."""
-        products = _row_products(self._direction[: self.count], unit_direction)
-        return (products / np.maximum(self._length[: self.count], np.float32(1e-6))).astype(np.float64)
-
-
 class ExpectedUnion(Policy):
     """Sends each request where it adds the least decode time.
 
@@ -153,7 +66,11 @@ class ExpectedUnion(Policy):
     others_weight: weight of what the newcomer adds to the requests already there. 1 is their true share in steady
         state; 0.5 favours the tail of TPOT, 2 its median, little while there is a tail guard.
     anchor: weight of the self-anchor, 0 for none.
-    tail_guard: margin of the tail guard. Larger favours the median, smaller the tail; infinity for no guard.
+    tail_guard: margin of the tail guard, in units of what locality saves. At 1 about no step becomes longer than the
+        mean of a fleet routed by load; larger favours the median, smaller the tail; infinity for no guard.
+    step_tokens: independent tokens that a step takes a request further, more than 1 with speculative decoding
+        (`eldr.activation.of_a_step`). ranks: of expert parallelism in every worker; a step then waits for the rank
+        with the most active experts (`eldr.activation.busiest_rank_experts`).
 
     A request without usable counts goes where the fleet's mean profile adds least. The state is exact: after any
     number of starts and finishes it depends on the running requests alone.
@@ -171,40 +88,50 @@ class ExpectedUnion(Policy):
         others_weight: float = 1.0,
         anchor: float = ANCHOR,
         tail_guard: float = TAIL_GUARD,
+        step_tokens: float = 1.0,
+        ranks: int = 1,
         seed: int = 0,
     ) -> None:
         self._predictor = predictor
         self._cost, self._scope = cost, scope
         self._worker_costs = dict(worker_costs or {})
         self._others_weight, self._anchor, self._tail_guard = others_weight, anchor, tail_guard
+        self._step_tokens, self._ranks = step_tokens, ranks
         self._rng = random.Random(seed)
         self._workers: list[str] = []
         self._row: dict[str, int] = {}
-        self._running: dict[tuple[str, str], _Profile] = {}
+        self._running: dict[tuple[str, str], Profile] = {}
         self._geometry: tuple[int, int, int] | None = None
         self._latest: _Arrival | None = None
         if predictor is not None:
             experts = len(predictor.mean_profile) // predictor.layers
+            if experts % ranks:
+                raise ValueError(f"{experts} experts cannot be divided over {ranks} ranks")
             self._set_geometry(predictor.layers, experts, predictor.top_k)
             self._mean_frequency = predictor.mean_frequency.astype(np.float32)
-            self._mean_profile = predictor.mean_profile.astype(np.float32)
+            self._mean_profile = of_a_step(predictor.mean_profile.astype(np.float32), step_tokens)
             self._mean_requests = MEAN_REQUESTS
+            self._random.set_mean(self._mean_profile)
 
     def _set_geometry(self, layers: int, experts: int, top_k: int) -> None:
         self._geometry = (layers, experts, top_k)
         dimension = layers * experts
         self._mean_frequency = np.full(dimension, top_k / experts, dtype=np.float32)
-        self._mean_profile = self._mean_frequency.copy()
+        self._mean_profile = of_a_step(self._mean_frequency.copy(), self._step_tokens)
         self._mean_requests = 0
         self._anchor_layers = slice(None, None, -(-dimension // ANCHOR_ENTRIES))
-        self._unions = _Unions(dimension, len(range(layers)[self._anchor_layers]) * experts)
+        divided = Geometry(layers, experts, self._ranks)
+        self._unions = Unions(divided, len(range(layers)[self._anchor_layers]) * experts)
+        self._random = RandomBatches(divided)
+        self._random.set_mean(self._mean_profile)
         for _ in self._workers:
             self._unions.append()
         self._costs = _cost_columns([self._step_cost(worker) for worker in self._workers])
 
     def _step_cost(self, worker: str) -> StepCost:
         assert self._geometry is not None
-        return self._worker_costs.get(worker, self._cost).step_cost(self._geometry[0], self._scope)
+        cost = self._worker_costs.get(worker, self._cost).step_cost(self._geometry[0], self._scope)
+        return dataclasses.replace(cost, per_token_s=cost.per_token_s * self._step_tokens)
 
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
         reason = self._unusable(request.counts)
@@ -234,7 +161,9 @@ class ExpectedUnion(Policy):
         if arrival.direction is not None and self._anchor > 0:
             similarity = self._unions.similarity(arrival.direction)[rows]
             cost += self._anchor * (float(load.sum()) / workers + 1) * expert_time_s * (similarity.max() - similarity)
-        cost[longer_s > float(longer_s.sum()) / workers + self._tail_guard * expert_time_s + 1e-12] = np.inf
+        saved_s = max(float(expert_s @ (self._random.experts(load + 1) - union - added)) / workers, 0.0)
+        margin_s = self._tail_guard * (saved_s + GUARD_EXPERT_SHARE * expert_time_s) + 1e-12
+        cost[longer_s > float(longer_s.sum()) / workers + margin_s] = np.inf
         return np.asarray(cost)
 
     def _unusable(self, counts: ExpertCounts | None) -> str | None:
@@ -242,7 +171,7 @@ class ExpectedUnion(Policy):
         if counts is None:
             return "no_signature"
         geometry = (counts.layers, counts.experts, counts.top_k)
-        if self._geometry is None:
+        if self._geometry is None and counts.experts % self._ranks == 0:
             self._set_geometry(*geometry)
         return None if geometry == self._geometry else "wrong_geometry"
 
@@ -263,8 +192,10 @@ class ExpectedUnion(Policy):
     def predict(self, request: DecodeRequest, counts: ExpertCounts) -> NDArray[np.float32]:
         """float32 [D]: probability that one decode step of `request` activates each expert."""
         if self._predictor is not None:
-            return self._predictor.predict(counts)
-        return to_probabilities(own_frequencies(counts, self._mean_frequency), counts.layers, counts.top_k)
+            token = self._predictor.predict(counts)
+        else:
+            token = to_probabilities(own_frequencies(counts, self._mean_frequency), counts.layers, counts.top_k)
+        return of_a_step(token, self._step_tokens)
 
     def _direction_of(self, frequency: NDArray[np.float32], layers: int) -> NDArray[np.float32] | None:
         anchored = self._anchor_layers
@@ -281,7 +212,7 @@ class ExpectedUnion(Policy):
         if arrival is None or arrival.request_id != request.request_id:
             arrival = self._look_at(request)
         row = self._row[worker]
-        entry = _Profile(encode_profile(arrival.profile), arrival.context_tokens)
+        entry = Profile(encode_profile(arrival.profile), arrival.context_tokens)
         self._running[request.request_id, worker] = entry
         self._unions.add(row, entry, 1)
         if arrival.direction is not None:
@@ -299,6 +230,7 @@ class ExpectedUnion(Policy):
         share = np.float32(1 / self._mean_requests)
         self._mean_frequency += (frequency - self._mean_frequency) * share
         self._mean_profile += (profile - self._mean_profile) * share
+        self._random.started(self._mean_profile)
 
     def joined(self, worker: str) -> None:
         self._row[worker] = len(self._workers)
@@ -318,20 +250,6 @@ class ExpectedUnion(Policy):
             self._unions.remove(row)
             self._costs[:, row] = self._costs[:, -1]
             self._costs = self._costs[:, :-1]
-
-
-def encode_profile(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """uint8 [D]: probabilities 0..1 as codes, p = (code / 255)^2."""
-    return np.asarray(np.sqrt(profile) * np.float32(255) + np.float32(0.5), dtype=np.uint8)
-
-
-def _row_products(rows: NDArray[np.float32], vector: NDArray[np.float32]) -> NDArray[np.float32]:
-    """float32 [W]: scalar product of each row [W, D] with the vector.
-
-    As W products of 1 x D and D x 1 numpy calls BLAS for each row alone, which it does not spread over threads: on
-    busy cores threads take milliseconds to meet for a product this small.
-    """
-    return np.asarray(np.matmul(rows[:, None, :], vector[:, None]).reshape(len(rows)))
 
 
 def _cost_columns(costs: list[StepCost]) -> NDArray[np.float64]:

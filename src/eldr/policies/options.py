@@ -27,7 +27,9 @@ class PolicyOptions:
         whole decode steps, "moe" for the MoE layers alone, which is all that a measured file may have.
     others_weight: weight of what a placement adds to the requests already there.
     anchor: weight of the self-anchor, 0 for none.
-    tail_guard: margin of the tail guard; infinity for no guard.
+    tail_guard: margin of the tail guard, in units of what locality saves; infinity for no guard.
+    step_tokens: independent tokens that a step takes a request further, more than 1 with speculative decoding.
+    expert_parallel: ranks that the experts of a decode worker are divided over.
     """
 
     tau: float = 0.1
@@ -38,6 +40,8 @@ class PolicyOptions:
     others_weight: float = 1.0
     anchor: float = ANCHOR
     tail_guard: float = TAIL_GUARD
+    step_tokens: float = 1.0
+    expert_parallel: int = 1
 
     def __post_init__(self) -> None:
         for name in ("tau", "others_weight", "anchor"):
@@ -46,6 +50,10 @@ class PolicyOptions:
                 raise PolicyError(f"{name} is {value}, expected a number from 0")
         if not self.tail_guard >= 0:
             raise PolicyError(f"tail_guard is {self.tail_guard}, expected a number from 0, or inf for none")
+        if not 1 <= self.step_tokens < float("inf"):
+            raise PolicyError(f"step_tokens is {self.step_tokens}, expected a number from 1")
+        if type(self.expert_parallel) is not int or self.expert_parallel < 1:
+            raise PolicyError(f"expert_parallel is {self.expert_parallel!r}, expected a whole number from 1")
         for model in (self.cost, *self.worker_costs.values()):
             model.step_cost(1, self.cost_scope)
 
@@ -58,6 +66,8 @@ class PolicyOptions:
             "others_weight": self.others_weight,
             "anchor": self.anchor,
             "tail_guard": self.tail_guard,
+            "step_tokens": self.step_tokens,
+            "ranks": self.expert_parallel,
         }
 
     def to_wire(self) -> dict[str, Any]:

@@ -241,7 +241,8 @@ class Engine:
         if not batch:
             return
         steps = min(min(entry.end_row - entry.row for entry in batch), MAX_RUN_STEPS)
-        worker.experts = union_sizes(self.trace.words, [entry.row for entry in batch], steps)
+        union = union_rows(self.trace.words, [entry.row for entry in batch], steps)
+        worker.experts = self.trace.active_experts(union)
         context = sum(
             self.trace.prompt_tokens[entry.trace_index] + entry.row - self.trace.first_row[entry.trace_index]
             for entry in batch
@@ -306,11 +307,11 @@ class Engine:
         )
 
 
-def union_sizes(words: NDArray[np.uint64], rows: list[int], steps: int) -> NDArray[np.int64]:
-    """int64 [steps]: distinct (layer, expert) pairs of step s, the union over the rows `row + s`."""
+def union_rows(words: NDArray[np.uint64], rows: list[int], steps: int) -> NDArray[np.uint64]:
+    """uint64 [steps, words]: the experts of step s, the union over the rows `row + s`."""
     union = words[rows[0] : rows[0] + steps]
     if len(rows) > 1:
         union = union | words[rows[1] : rows[1] + steps]
         for row in rows[2:]:
             np.bitwise_or(union, words[row : row + steps], out=union)
-    return np.asarray(np.bitwise_count(union).sum(axis=1, dtype=np.int64))
+    return union

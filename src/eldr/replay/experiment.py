@@ -66,7 +66,7 @@ class Laboratory:
     def __init__(self, trace: Trace, settings: Settings, calibration: Calibration | None = None) -> None:
         self.trace = trace
         self.settings = settings
-        self.packed: PackedTrace = pack_trace(trace, settings.max_output)
+        self.packed: PackedTrace = pack_trace(trace, settings.max_output, settings.options.expert_parallel)
         self._steps = np.array([self.packed.steps(index) for index in range(self.packed.requests)])
         self._given = calibration
         self._fitted: dict[int, Calibration] = {}

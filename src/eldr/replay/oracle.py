@@ -75,8 +75,8 @@ class Clairvoyant(Policy):
             shared = min(other_end - other_row, len(mine))
             union[:shared] |= trace.words[other_row : other_row + shared]
             running[:shared] += 1
-        there = np.bitwise_count(union).sum(axis=1, dtype=np.int64)
-        added = np.bitwise_count(union | mine).sum(axis=1, dtype=np.int64) - there
+        there = trace.active_experts(union)
+        added = trace.active_experts(union | mine) - there
         cost = self._engine.workers[position].cost
         step_s = cost.base_s + cost.per_expert_s * there + cost.per_token_s * running
         added_s = cost.per_expert_s * added + cost.per_token_s

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eldr.activation import busiest_rank_experts
 from eldr.counts import ExpertCounts
 from eldr.replay.errors import ReplayError
 from eldr.trace import Trace
@@ -23,6 +24,7 @@ class PackedTrace:
     words: uint64 [T, ceil(L * E / 64)], bit l * E + e is set where the step activates expert e in layer l.
     first_row, end_row: int [N], rows of each request. prompt_tokens: int [N]. label: str [N].
     counts: expert counts of each prompt, as the router would hear them.
+    ranks: of expert parallelism; a step then waits for the rank with the most active experts of each layer.
     """
 
     words: NDArray[np.uint64]
@@ -34,6 +36,7 @@ class PackedTrace:
     layers: int
     experts: int
     top_k: int
+    ranks: int = 1
 
     @property
     def requests(self) -> int:
@@ -43,13 +46,22 @@ class PackedTrace:
         """Decode steps of one request: its generated tokens less one."""
         return self.end_row[request] - self.first_row[request]
 
+    def active_experts(self, union: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """int64 [steps]: experts that each step waits for, summed over layers, of unions of rows [steps, words]."""
+        if self.ranks == 1:
+            return np.asarray(np.bitwise_count(union).sum(axis=1, dtype=np.int64))
+        bits = np.unpackbits(union.view(np.uint8), axis=1, bitorder="little")[:, : self.layers * self.experts]
+        return busiest_rank_experts(bits, self.layers, self.ranks).astype(np.int64)
 
-def pack_trace(trace: Trace, max_output: int | None = None) -> PackedTrace:
+
+def pack_trace(trace: Trace, max_output: int | None = None, ranks: int = 1) -> PackedTrace:
     """Bit sets of `trace`, each request cut after `max_output` generated tokens.
 
-    Raises ReplayError where no request has a decode step left.
+    Raises ReplayError where no request has a decode step left, or where `ranks` do not divide the experts.
     """
     meta = trace.meta
+    if meta.experts % ranks:
+        raise ReplayError(f"{meta.experts} experts cannot be divided over {ranks} ranks of expert parallelism")
     first_row = trace.decode_offsets[:-1]
     steps = np.diff(trace.decode_offsets)
     if max_output is not None:
@@ -69,6 +81,7 @@ def pack_trace(trace: Trace, max_output: int | None = None) -> PackedTrace:
         layers=meta.layers,
         experts=meta.experts,
         top_k=meta.top_k,
+        ranks=ranks,
     )
 
 

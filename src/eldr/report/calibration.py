@@ -134,6 +134,9 @@ def _facts(calibration: Calibration) -> list[tuple[str, str]]:
         if isinstance(versions, dict)
         else None,
     }
+    steps = provenance.get("step_tokens")
+    if isinstance(steps, dict):
+        facts["independent tokens"] = ", ".join(f"{value} in a step of {tokens}" for tokens, value in steps.items())
     return [(name, _printable(str(value))) for name, value in facts.items() if value not in (None, "")]
 
 

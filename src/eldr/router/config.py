@@ -47,8 +47,8 @@ class RouterConfig:
         #dp=N after a URL for its N data-parallel engines.
     model: name that every worker must serve; by default a worker must share a name with those already there.
     policy: name of the decode policy; calibration: file written by `eldr fit`, needed by locality-band.
-    tau ... tail_guard: as in eldr.policies.options.PolicyOptions; cost is a preset or a file, worker_costs the same of
-        single decode workers, URL -> preset or file.
+    tau ... expert_parallel: as in eldr.policies.options.PolicyOptions; cost is a preset or a file, worker_costs the
+        same of single decode workers, URL -> preset or file.
     max_inflight: most requests in flight at each decode worker; less where the worker says that requests wait in it.
         What exceeds it queues in the router.
     max_streams: most requests past the queue at once. max_queued: most waiting requests of each priority.
@@ -100,6 +100,8 @@ class RouterConfig:
     others_weight: float = 1.0
     anchor: float = ANCHOR
     tail_guard: float = TAIL_GUARD
+    step_tokens: float = 1.0
+    expert_parallel: int = 1
     seed: int = 0
     host: str = "127.0.0.1"
     port: int = 8000
@@ -167,6 +169,8 @@ class RouterConfig:
             _number(key, getattr(self, key), 0.0)
         if self.tail_guard != float("inf"):
             _number("tail_guard", self.tail_guard, 0.0)
+        _number("step_tokens", self.step_tokens, 1.0)
+        _whole("expert_parallel", self.expert_parallel, 1, 1024)
         for key in ("cost", "cost_scope"):
             _text(key, getattr(self, key))
         static = self.admin_listen is None and not any(url.startswith(DNS) for url in self.decode)

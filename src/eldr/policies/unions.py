@@ -1,0 +1,180 @@
+"""What decode workers' running requests activate together, kept exact under starts and finishes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr.activation import LEAST, MOST, busiest_rank_experts
+
+# Requests that a worker's direction remembers.
+DIRECTION_REQUESTS = 20
+# Starts after which the experts of random batches are computed anew; sooner while there were few.
+RANDOM_BATCH_STARTS = 64
+
+# A request's probabilities are kept as one byte each, p = (code / 255)^2, finest where most probabilities are. The
+# logarithm of 1 - p is a whole number of 2^-32 from a table, so that adding a request and removing it cancel exactly.
+_SCALE = 2.0**32
+_CODE_PROBABILITY = np.clip((np.arange(256) / 255) ** 2, LEAST, MOST)
+_LOG_SURVIVAL = np.rint(np.log1p(-_CODE_PROBABILITY) * _SCALE).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Profile:
+    """What is remembered of a request while it runs. codes: uint8 [D]. context_tokens: of its prompt."""
+
+    codes: NDArray[np.uint8]
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """L MoE layers of E experts, divided over `ranks` of expert parallelism; D = L * E, layer by layer."""
+
+    layers: int
+    experts: int
+    ranks: int = 1
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.layers * self.experts
+
+    def active(self, survival: NDArray[np.float32]) -> float:
+        """Distinct experts that a step waits for, of [D] probabilities that nobody activates an expert."""
+        if self.ranks == 1:
+            return len(survival) - float(survival.sum())
+        return float(busiest_rank_experts(1 - survival, self.layers, self.ranks))
+
+
+class Unions:
+    """One row a worker; rows in use come first.
+
+    log_survival: int64 [C, D], sum of log(1 - p) of the running requests, in units of 1 / _SCALE. survival: float32
+    [C, D], its exponential. union: float64 [C], expected distinct experts that a step waits for, summed over layers:
+    all of them, with expert parallelism those of the busiest rank (`busiest_rank_experts`). context: float64 [C],
+    tokens of running prompts. direction: float32 [C, A], where lately started requests point; length: float32 [C].
+    """
+
+    def __init__(self, geometry: Geometry, anchor_dimension: int) -> None:
+        self.count = 0
+        self._geometry = geometry
+        self._log_survival = np.zeros((0, geometry.dimension), dtype=np.int64)
+        self._survival = np.ones((0, geometry.dimension), dtype=np.float32)
+        self._direction = np.zeros((0, anchor_dimension), dtype=np.float32)
+        self._length = np.zeros(0, dtype=np.float32)
+        self._union = np.zeros(0)
+        self._context = np.zeros(0)
+
+    @property
+    def union(self) -> NDArray[np.float64]:
+        return self._union[: self.count]
+
+    @property
+    def context(self) -> NDArray[np.float64]:
+        return self._context[: self.count]
+
+    def append(self) -> None:
+        """A row for one more worker; capacity doubles, so that a large fleet may join one by one."""
+        if self.count == len(self._union):
+            more = max(8, self.count)
+            for name in ("_log_survival", "_survival", "_direction", "_length", "_union", "_context"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate((old, np.zeros((more, *old.shape[1:]), dtype=old.dtype))))
+        row = self.count
+        self.count += 1
+        self._log_survival[row] = 0
+        self._survival[row] = 1
+        self._direction[row] = 0
+        self._length[row] = self._union[row] = self._context[row] = 0
+
+    def remove(self, row: int) -> None:
+        """Forget a worker; the last row takes its place."""
+        self.count -= 1
+        for array in (
+            self._log_survival, self._survival, self._direction, self._length, self._union, self._context
+        ):  # fmt: skip
+            array[row] = array[self.count]
+
+    def add(self, row: int, profile: Profile, sign: int) -> None:
+        """Add (sign 1) or remove (sign -1) a running request. Whole numbers: what was added cancels exactly."""
+        if sign > 0:
+            self._log_survival[row] += _LOG_SURVIVAL[profile.codes]
+        else:
+            self._log_survival[row] -= _LOG_SURVIVAL[profile.codes]
+        self._context[row] += sign * profile.context_tokens
+        survival = self._survival[row]
+        np.multiply(self._log_survival[row], 1 / _SCALE, out=survival, casting="same_kind")
+        np.exp(survival, out=survival)
+        self._union[row] = self._geometry.active(survival)
+
+    def turn(self, row: int, unit_direction: NDArray[np.float32]) -> None:
+        """Move a worker's direction towards that of a request."""
+        own = self._direction[row]
+        own += (unit_direction - own) / np.float32(DIRECTION_REQUESTS)
+        self._length[row] = np.sqrt(own @ own)
+
+    def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
+        """float64 [W]: distinct experts that a request adds to what each worker's steps wait for."""
+        survival = self._survival[: self.count]
+        geometry = self._geometry
+        if geometry.ranks == 1:
+            return _row_products(survival, profile).astype(np.float64)
+        active = 1 - survival * (1 - profile)
+        return busiest_rank_experts(active, geometry.layers, geometry.ranks) - self.union
+
+    def similarity(self, unit_direction: NDArray[np.float32]) -> NDArray[np.float64]:
+        """float64 [W]: cosine of a request's direction and each worker's; 0 for a worker that has none yet."""
+        products = _row_products(self._direction[: self.count], unit_direction)
+        return (products / np.maximum(self._length[: self.count], np.float32(1e-6))).astype(np.float64)
+
+
+class RandomBatches:
+    """Distinct experts that a step of requests drawn at random waits for: what routing by load alone gives.
+
+    With m the fleet's mean profile, B independent requests activate an expert with probability 1 - (1 - m)^B.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._starts = self._next = 0
+        self._survival = np.ones(geometry.dimension, dtype=np.float32)
+        self._product = self._survival.copy()
+        self._experts = [0.0]
+
+    def started(self, mean_profile: NDArray[np.float32]) -> None:
+        """One more request has started; mean_profile: float32 [D], looked at now and then."""
+        self._starts += 1
+        if self._starts >= self._next:
+            self._next = self._starts + min(self._starts, RANDOM_BATCH_STARTS)
+            self.set_mean(mean_profile)
+
+    def set_mean(self, mean_profile: NDArray[np.float32]) -> None:
+        """Use this mean from now on. float32 [D]."""
+        self._survival = 1 - np.clip(mean_profile, LEAST, MOST)
+        self._product = np.ones_like(self._survival)
+        self._experts = [0.0]
+
+    def experts(self, batch: NDArray[np.float64]) -> NDArray[np.float64]:
+        """float64 [W], of batches of `batch` requests, whole numbers."""
+        wanted = batch.astype(np.int64)
+        for _ in range(len(self._experts), int(wanted.max()) + 1):
+            self._product *= self._survival
+            self._experts.append(self._geometry.active(self._product))
+        return np.array(self._experts)[wanted]
+
+
+def encode_profile(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """uint8 [D]: probabilities 0..1 as codes, p = (code / 255)^2."""
+    return np.asarray(np.sqrt(profile) * np.float32(255) + np.float32(0.5), dtype=np.uint8)
+
+
+def _row_products(rows: NDArray[np.float32], vector: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 [W]: scalar product of each row [W, D] with the vector.
+
+    As W products of 1 x D and D x 1 numpy calls BLAS for each row alone, which it does not spread over threads: on
+    busy cores threads take milliseconds to meet for a product this small.
+    """
+    return np.asarray(np.matmul(rows[:, None, :], vector[:, None]).reshape(len(rows)))
