@@ -277,6 +277,27 @@ async def test_a_client_that_goes_away_in_mid_stream_cancels_its_worker():
 
 
 @on_uvloop
+async def test_a_client_that_closes_at_done_has_been_answered():
+    async def end_late(worker, seen, reader, writer):
+        await begin_stream(writer)
+        for event in worker.events(seen, ["a"], False):
+            await chunk(writer, event)
+        await asyncio.sleep(3600)
+
+    async with running() as s:
+        s.decode[0].behaviour = end_late
+        async with s.session.post(s.url + "/v1/completions", json={**ASK, "stream": True}) as answer:
+            await answer.content.readuntil(b"[DONE]\n\n")
+            answer.close()
+        await until(lambda: not s.router._flows, "the request ends")
+        assert await s.metric("eldr_request_total", endpoint="/v1/completions", status="200") == 1
+        assert await s.metric("eldr_client_disconnects_total") == 0
+        assert await s.metric("eldr_inflight") == 0
+        s.decode[0].behaviour = None
+        assert (await s.post()).status == 200
+
+
+@on_uvloop
 async def test_a_stalled_reader_stops_its_worker_and_holds_little():
     sent = 0
 

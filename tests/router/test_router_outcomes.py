@@ -8,6 +8,8 @@ import pytest
 from fake_worker import reply
 from harness import ASK, Scripted, on_uvloop, running, until
 
+from eldr.router.upstream import ConnectError
+
 EJECTING = {"eject_failures": 2, "eject_base_s": 0.5, "eject_max_s": 2.0}
 
 
@@ -168,8 +170,9 @@ async def test_a_dying_fleet_is_not_hammered():
         assert (await s.post()).status == 200
 
 
+@pytest.mark.parametrize("refused_first", [False, True])
 @on_uvloop
-async def test_requests_leave_a_worker_that_stops_answering_its_probes():
+async def test_requests_leave_a_worker_that_stops_answering_its_probes(refused_first):
     """As a stopped process does: it takes connections and bytes, and says nothing."""
     policy = Scripted()
     async with running(decode=2, policy=policy, health_timeout_s=0.2) as s:
@@ -179,6 +182,9 @@ async def test_requests_leave_a_worker_that_stops_answering_its_probes():
         tasks = [asyncio.create_task(s.post({**ASK, "stream": n % 2 == 0})) for n in range(6)]
         await until(lambda: len(stopped.generated) == 6, "they wait there")
         stopped.silent = True
+        if refused_first:  # as when its queue of connections is full
+            services = s.router.services
+            services.refused(services.fleet.workers("decode")[stopped.url], ConnectError("full"))
         answers = await asyncio.gather(*tasks)
         assert [answer.status for answer in answers] == [200] * 6
         assert len(other.generated) == 6

@@ -112,17 +112,26 @@ class DecodeAnswer(Answer):
         held, self._held = self._held, b""
         return held
 
+    @property
+    def complete(self) -> bool:
+        """Whether all of a stream's events were passed on."""
+        return self._done or self._tail.rstrip().endswith(b"[DONE]")
+
     def on_done(self) -> None:
         if self._is_stream:
             if not self.begun:
                 super().on_failed(WrongAnswerError("a stream without an event"))
                 return
-            if not self._done and not self._tail.rstrip().endswith(b"[DONE]"):
+            if not self.complete:
                 self.on_failed(ExchangeError("the stream ended without [DONE]"))
                 return
             if self._tail.startswith(ERROR_EVENT):
                 self.broken = ExchangeError("the worker reported an error within the stream")
             self._client.end_stream()
+        super().on_done()
+
+    def settle(self) -> None:
+        """The client left with all that it waited for, before the end of the body."""
         super().on_done()
 
     def on_failed(self, error: ExchangeError) -> None:

@@ -97,9 +97,12 @@ class Flow:
     # The client.
 
     def on_client_gone(self) -> None:
-        self._services.metrics.disconnects += 1
         if self._upstream is not None:
             self._upstream.abort()
+        if self._answer is not None and self._answer.complete:
+            self._answer.settle()
+            return
+        self._services.metrics.disconnects += 1
         if self._task is not None and self._timer is not None:
             self._timer.cancel()
             self._task.cancel()

@@ -81,7 +81,8 @@ class HealthProbe:
     def _report(self, healthy: bool, reason: str) -> None:
         worker = self._worker
         worker.problem = reason
-        if worker.healthy != healthy:
+        # A refused connection may have taken the worker out before the probe did.
+        if worker.healthy != healthy or self._reported != healthy:
             self._fleet.set_healthy(worker, healthy)
             self._changed()
         if self._reported != healthy:
