@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eldr import kernels
 from eldr.counts import ExpertCounts
 from eldr.errors import EldrError
 
@@ -41,20 +42,23 @@ class ActivationError(EldrError):
 
 def own_frequencies(counts: ExpertCounts, mean: Floats, prior_tokens: float = PRIOR_TOKENS) -> Floats:
     """float32 [D]: (counts + prior_tokens * mean) / (prompt tokens + prior_tokens); `mean` is float32 [D]."""
-    frequencies = counts.counts.reshape(-1).astype(np.float32)  # uint32 times float32 would be float64
-    frequencies += np.float32(prior_tokens) * mean
-    frequencies *= np.float32(1 / (counts.prompt_tokens + prior_tokens))
+    frequencies = np.empty(counts.counts.size, dtype=np.float32)
+    scale = 1 / (counts.prompt_tokens + prior_tokens)
+    numbers = np.ascontiguousarray(counts.counts, dtype=np.uint32)
+    kernels.own_frequencies(numbers, np.ascontiguousarray(mean, dtype=np.float32), prior_tokens, scale, frequencies)
     return frequencies
 
 
 def to_probabilities(scores: Floats, layers: int, top_k: int) -> Floats:
     """float32 [..., D] within LEAST..MOST whose layers sum to `top_k`, from scores near that. One step activates
-    exactly top_k experts a layer, so the probabilities of a layer sum to it."""
-    rows = np.clip(scores, LEAST, MOST).reshape(*scores.shape[:-1], layers, -1)
-    target = min(top_k, MOST * rows.shape[-1])
-    rows *= target / rows.sum(axis=-1, keepdims=True)
-    np.clip(rows, LEAST, MOST, out=rows)  # what the scaling pushed out: an error of second order in the sum
-    return rows.reshape(scores.shape)
+    exactly top_k experts a layer, so the probabilities of a layer sum to it; what the scaling pushes out of the range
+    is an error of second order in the sum."""
+    probabilities = np.array(scores, dtype=np.float32, order="C")
+    experts = probabilities.shape[-1] // layers
+    kernels.scale_to_probabilities(
+        probabilities, probabilities.size // experts, LEAST, MOST, min(top_k, MOST * experts)
+    )
+    return probabilities
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,16 +8,22 @@ all second bytes, ...), so that the nearly empty high planes cost almost nothing
 
 from __future__ import annotations
 
-import base64
 import binascii
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eldr import kernels
 from eldr.errors import EldrError
+
+try:  # of the router's extra: the same functions, in half the time and in a tenth
+    import pybase64 as base64
+    from zlib_ng import zlib_ng as zlib
+except ImportError:
+    import base64  # type: ignore[no-redef]
+    import zlib  # type: ignore[no-redef]
 
 WIRE_VERSION = 1
 COUNTS_KEYS = ("v", "layers", "experts", "top_k", "prompt_tokens", "planes", "data")
@@ -115,14 +121,13 @@ def decode_counts(wire: object) -> ExpertCounts:
     try:
         inflate = zlib.decompressobj(-15)
         raw = inflate.decompress(base64.b64decode(data, validate=True), size + 1)
-    except (binascii.Error, ValueError, zlib.error) as error:
+    except (binascii.Error, ValueError, zlib.error) as error:  # type: ignore[misc]
         raise CountsError("malformed", f"expert counts cannot be decoded: {error}") from None
     if len(raw) != size or not inflate.eof or inflate.unused_data:
         raise CountsError("malformed", f"expert counts are not {planes} planes of {layers} x {experts}")
-    flat = np.zeros((layers * experts, 4), dtype=np.uint8)
-    flat[:, :planes] = np.frombuffer(raw, dtype=np.uint8).reshape(planes, -1).T
-    counts = ExpertCounts(flat.view("<u4").reshape(layers, experts).astype(np.uint32, copy=False), prompt_tokens, top_k)
-    counts.check()
+    counts = ExpertCounts(np.empty((layers, experts), dtype=np.uint32), prompt_tokens, top_k)
+    if not kernels.unpack_counts(raw, planes, layers, experts, prompt_tokens * top_k, prompt_tokens, counts.counts):
+        counts.check()  # says what is wrong
     return counts
 
 

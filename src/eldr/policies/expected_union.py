@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from eldr import kernels
 from eldr.activation import ActivationModel, of_a_step, own_frequencies, to_probabilities
 from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, StepCost
 from eldr.counts import ExpertCounts
@@ -227,9 +228,8 @@ class ExpectedUnion(Policy):
 
     def _move_means(self, frequency: NDArray[np.float32], profile: NDArray[np.float32]) -> None:
         self._mean_requests = min(self._mean_requests + 1, MEAN_REQUESTS)
-        share = np.float32(1 / self._mean_requests)
-        self._mean_frequency += (frequency - self._mean_frequency) * share
-        self._mean_profile += (profile - self._mean_profile) * share
+        kernels.move_towards(self._mean_frequency, frequency, 1 / self._mean_requests)
+        kernels.move_towards(self._mean_profile, profile, 1 / self._mean_requests)
         self._random.started(self._mean_profile)
 
     def joined(self, worker: str) -> None:

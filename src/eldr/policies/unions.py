@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from eldr import kernels
 from eldr.activation import LEAST, MOST, busiest_rank_experts
 
 # Requests that a worker's direction remembers.
@@ -100,20 +101,17 @@ class Unions:
 
     def add(self, row: int, profile: Profile, sign: int) -> None:
         """Add (sign 1) or remove (sign -1) a running request. Whole numbers: what was added cancels exactly."""
-        if sign > 0:
-            self._log_survival[row] += _LOG_SURVIVAL[profile.codes]
-        else:
-            self._log_survival[row] -= _LOG_SURVIVAL[profile.codes]
         self._context[row] += sign * profile.context_tokens
         survival = self._survival[row]
-        np.multiply(self._log_survival[row], 1 / _SCALE, out=survival, casting="same_kind")
-        np.exp(survival, out=survival)
-        self._union[row] = self._geometry.active(survival)
+        union = kernels.shift_survival(
+            _LOG_SURVIVAL, profile.codes, sign, 1 / _SCALE, self._log_survival[row], survival
+        )
+        self._union[row] = union if self._geometry.ranks == 1 else self._geometry.active(survival)
 
     def turn(self, row: int, unit_direction: NDArray[np.float32]) -> None:
         """Move a worker's direction towards that of a request."""
         own = self._direction[row]
-        own += (unit_direction - own) / np.float32(DIRECTION_REQUESTS)
+        kernels.move_towards(own, unit_direction, 1 / DIRECTION_REQUESTS)
         self._length[row] = np.sqrt(own @ own)
 
     def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -168,7 +166,9 @@ class RandomBatches:
 
 def encode_profile(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
     """uint8 [D]: probabilities 0..1 as codes, p = (code / 255)^2."""
-    return np.asarray(np.sqrt(profile) * np.float32(255) + np.float32(0.5), dtype=np.uint8)
+    codes = np.empty(len(profile), dtype=np.uint8)
+    kernels.encode_profile(np.ascontiguousarray(profile, dtype=np.float32), codes)
+    return codes
 
 
 def _row_products(rows: NDArray[np.float32], vector: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,0 +1,85 @@
+"""The inner loops of expert counts and expected-union: in C where the installation could compile them, else in numpy.
+
+A request's 6,144 probabilities (48 x 128) pass through some thirty numpy calls, each a walk over memory and an
+allocation; in C they take a fourth of the time. Both give the same integers; floats agree to a few units in the last
+place. Every array is C-contiguous. `COMPILED` says which are in use.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Counts = NDArray[np.uint32]
+Floats = NDArray[np.float32]
+
+try:
+    import eldr._kernels as _kernels
+except ImportError:
+    _kernels = None  # type: ignore[assignment]
+
+COMPILED = _kernels is not None
+
+
+def unpack_counts(planes: bytes, used: int, layers: int, experts: int, total: int, most: int, out: Counts) -> bool:
+    """Byte planes (`used` times layers * experts bytes, lowest first) as numbers into `out`, uint32 [L, E].
+
+    Whether every layer sums to `total` and no number exceeds `most`.
+    """
+    parts = np.frombuffer(planes, dtype=np.uint8).reshape(used, layers, experts)
+    out[:] = parts[0]
+    for plane in range(1, used):
+        out |= parts[plane].astype(np.uint32) << np.uint32(8 * plane)
+    return bool((out.sum(axis=1, dtype=np.uint64) == total).all()) and int(out.max()) <= most
+
+
+def own_frequencies(counts: Counts, mean: Floats, prior: float, scale: float, out: Floats) -> None:
+    """(counts + prior * mean) * scale into `out`; all [D]. counts: below 2^31."""
+    out[:] = counts.reshape(-1)
+    out += np.float32(prior) * mean
+    out *= np.float32(scale)
+
+
+def scale_to_probabilities(scores: Floats, layers: int, least: float, most: float, target: float) -> None:
+    """Clip `scores` [layers * E] to least..most, scale every layer to the sum `target`, clip again; in place."""
+    rows = scores.reshape(layers, -1)
+    np.clip(rows, np.float32(least), np.float32(most), out=rows)
+    rows *= np.float32(target) / rows.sum(axis=-1, keepdims=True)
+    np.clip(rows, np.float32(least), np.float32(most), out=rows)
+
+
+def encode_profile(profile: Floats, out: NDArray[np.uint8]) -> None:
+    """Probabilities 0..1 as codes, p = (code / 255)^2, into `out`; both [D]."""
+    out[:] = np.sqrt(profile) * np.float32(255) + np.float32(0.5)
+
+
+def shift_survival(
+    table: NDArray[np.int64],
+    codes: NDArray[np.uint8],
+    sign: int,
+    unit: float,
+    log_survival: NDArray[np.int64],
+    survival: Floats,
+) -> float:
+    """Add (sign 1) or subtract (sign -1) table[codes] to `log_survival`, and set `survival` = exp(log_survival * unit).
+
+    table: [256], the others [D]. Returns D - sum(survival).
+    """
+    log_survival += sign * table[codes]
+    np.multiply(log_survival, unit, out=survival, casting="same_kind")
+    np.exp(survival, out=survival)
+    return len(survival) - float(survival.sum(dtype=np.float64))
+
+
+def move_towards(own: Floats, target: Floats, share: float) -> None:
+    """own += (target - own) * share; both [D]."""
+    own += (target - own) * np.float32(share)
+
+
+if _kernels is not None:
+    unpack_counts = _kernels.unpack_counts
+    own_frequencies = _kernels.own_frequencies
+    scale_to_probabilities = _kernels.scale_to_probabilities
+    encode_profile = _kernels.encode_profile
+    shift_survival = _kernels.shift_survival
+    move_towards = _kernels.move_towards

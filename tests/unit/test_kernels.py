@@ -1,0 +1,145 @@
+"""The compiled loops and the numpy ones: both against plain arithmetic, and what is called wrongly is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eldr.kernels
+
+
+def without_compiled():
+    """kernels.py as it is where nothing could be compiled."""
+    compiled = sys.modules.get("eldr._kernels")
+    sys.modules["eldr._kernels"] = None
+    try:
+        spec = importlib.util.spec_from_file_location("numpy_kernels", Path(eldr.kernels.__file__))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["eldr._kernels"]
+        if compiled is not None:
+            sys.modules["eldr._kernels"] = compiled
+    assert not module.COMPILED
+    return module
+
+
+NUMPY = without_compiled()
+needs_compiler = pytest.mark.skipif(not eldr.kernels.COMPILED, reason="this installation could not compile the kernels")
+BOTH = [
+    pytest.param(NUMPY, id="numpy"),
+    pytest.param(eldr.kernels, id="compiled", marks=needs_compiler),
+]
+
+
+@pytest.fixture(params=BOTH)
+def kernels(request):
+    return request.param
+
+
+def shapes():
+    return st.tuples(st.integers(1, 5), st.sampled_from((1, 3, 16, 33, 128)), st.integers(0, 2**32 - 1))
+
+
+@given(shapes(), st.integers(1, 4))
+@settings(max_examples=30)
+@pytest.mark.parametrize("kernels", BOTH)
+def test_planes_become_the_numbers_they_are_of(kernels, shape, used):
+    layers, experts, seed = shape
+    wanted = np.random.default_rng(seed).integers(0, 256**used, (layers, experts), dtype=np.uint32)
+    planes = b"".join(((wanted >> (8 * plane)) & 255).astype(np.uint8).tobytes() for plane in range(used))
+    out = np.full((layers, experts), 7, dtype=np.uint32)
+    sums = {sum(map(int, row)) for row in wanted}
+    same = len(sums) == 1
+    total, most = sums.pop(), int(wanted.max())
+    assert kernels.unpack_counts(planes, used, layers, experts, total, most, out) is same
+    assert np.array_equal(out, wanted)
+    assert not kernels.unpack_counts(planes, used, layers, experts, total + 1, most, out)
+    if most:
+        assert not kernels.unpack_counts(planes, used, layers, experts, total, most - 1, out)
+
+
+def test_frequencies(kernels):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 500, 384, dtype=np.uint32)
+    mean = rng.random(384, dtype=np.float32)
+    out = np.empty(384, dtype=np.float32)
+    kernels.own_frequencies(counts, mean, 4.0, 1 / 504, out)
+    assert out == pytest.approx([(int(c) + 4 * float(m)) / 504 for c, m in zip(counts, mean, strict=True)], rel=1e-6)
+
+
+@given(shapes())
+@settings(max_examples=30)
+@pytest.mark.parametrize("kernels", BOTH)
+def test_probabilities_of_a_layer(kernels, shape):
+    layers, experts, seed = shape
+    scores = np.random.default_rng(seed).normal(0.1, 0.3, layers * experts).astype(np.float32)
+    target = min(8.0, 0.5 * experts)
+    expected = []
+    for row in scores.reshape(layers, experts).tolist():
+        clipped = [min(max(value, 1e-4), 0.98) for value in row]
+        expected += [min(max(value * target / sum(clipped), 1e-4), 0.98) for value in clipped]
+    kernels.scale_to_probabilities(scores, layers, 1e-4, 0.98, target)
+    assert scores.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_code_survives(kernels):
+    profile = ((np.arange(256) / 255) ** 2).astype(np.float32)
+    out = np.zeros(256, dtype=np.uint8)
+    kernels.encode_profile(profile, out)
+    assert out.tolist() == list(range(256))
+
+
+def test_survival_follows_its_logarithm_and_cancels(kernels):
+    rng = np.random.default_rng(1)
+    table = rng.integers(-(2**34), 0, 256)
+    log_survival = np.zeros(1000, dtype=np.int64)
+    survival = np.empty(1000, dtype=np.float32)
+    added = [rng.integers(0, 256, 1000, dtype=np.uint8) for _ in range(40)]
+    for codes in added:
+        union = kernels.shift_survival(table, codes, 1, 2.0**-32, log_survival, survival)
+    exact = sum(table[codes] for codes in added)
+    assert np.array_equal(log_survival, exact)
+    expected = np.exp(exact / 2**32)
+    assert survival == pytest.approx(expected, rel=1e-5, abs=1e-37)
+    assert union == pytest.approx(1000 - expected.sum(), rel=1e-6)
+    for codes in added:
+        union = kernels.shift_survival(table, codes, -1, 2.0**-32, log_survival, survival)
+    assert not log_survival.any()
+    assert (survival == 1).all()
+    assert union == 0
+
+
+def test_moving_towards(kernels):
+    own = np.array([0, 1, 2], dtype=np.float32)
+    kernels.move_towards(own, np.array([4, 1, 0], dtype=np.float32), 0.25)
+    assert own.tolist() == [1, 1, 1.5]
+
+
+@needs_compiler
+def test_arrays_that_do_not_fit_are_refused():
+    from eldr import _kernels
+
+    floats, codes, wide = np.zeros(8, np.float32), np.zeros(8, np.uint8), np.zeros(8, np.int64)
+    table = np.zeros(256, np.int64)
+    for call in (
+        lambda: _kernels.unpack_counts(b"12345", 1, 2, 3, 0, 0, np.zeros(6, np.uint32)),
+        lambda: _kernels.unpack_counts(b"123456", 1, 2, 3, 0, 0, np.zeros(5, np.uint32)),
+        lambda: _kernels.unpack_counts(b"", 5, 0, 3, 0, 0, np.zeros(0, np.uint32)),
+        lambda: _kernels.unpack_counts(b"", 1, 2**40, 2**40, 0, 0, np.zeros(0, np.uint32)),
+        lambda: _kernels.own_frequencies(np.zeros(7, np.uint32), floats, 1.0, 1.0, floats),
+        lambda: _kernels.scale_to_probabilities(floats, 3, 0.1, 0.9, 1.0),
+        lambda: _kernels.scale_to_probabilities(floats, 0, 0.1, 0.9, 1.0),
+        lambda: _kernels.encode_profile(floats, codes[:7]),
+        lambda: _kernels.shift_survival(table[:255], codes, 1, 1.0, wide, floats),
+        lambda: _kernels.shift_survival(table, codes, 1, 1.0, wide[:7], floats),
+        lambda: _kernels.move_towards(floats, floats[:7], 1.0),
+    ):
+        with pytest.raises(ValueError):
+            call()
