@@ -162,6 +162,12 @@ def _unit_centroids(sums: NDArray[np.float64], previous: NDArray[np.float32]) ->
     return np.where(norms > 1e-4, sums / np.maximum(norms, 1e-4), previous).astype(np.float32)
 
 
+def align_zones(old: NDArray[np.float32], new: NDArray[np.float32]) -> NDArray[np.int64]:
+    """int64 [K]: the new centroid that takes the place of each old one, both [K, D] unit vectors, at the least total
+    cosine distance."""
+    return BalancedAssignment(len(old), len(new), cap=1).solve(_costs(old, new))[0]
+
+
 class BalancedAssignment:
     """Least-cost assignments of N points to K clusters of at most `cap` points; keeps its prices between solves.
 

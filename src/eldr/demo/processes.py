@@ -17,8 +17,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from eldr.demo.workers import Role, WorkerError, WorkerProcess, WorkerSpec, die_with, log_tail
+from eldr.demo.workers import Role, WorkerError, WorkerProcess, WorkerSpec, log_tail
 from eldr.errors import EldrError
+from eldr.lifeline import die_with
 
 MODEL_NAME = "eldr-demo"
 # Below the range that Linux takes the ports of outgoing connections from.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import http.client
 import json
 import os
@@ -18,12 +17,13 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from eldr.errors import EldrError
+from eldr.lifeline import die_with
 
 Role = Literal["prefill", "decode", "plain"]
 
@@ -31,8 +31,6 @@ CONNECTOR = "EldrConnector"
 CONNECTOR_MODULE = "eldr.engines.vllm.connector"
 LOG_TAIL_LINES = 25
 _KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
 # The last line of a traceback, behind the prefix of vLLM's log lines.
 _EXCEPTION = re.compile(r"(?:^|\]:? )([\w.]*(?:Error|Exception): .+)")
 
@@ -261,17 +259,6 @@ def _watch(group: int) -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         process_group=0,
     )
-
-
-def die_with(parent_pid: int) -> Callable[[], None]:
-    """What a child process must call before exec to be killed as soon as the thread that started it ends."""
-
-    def before_exec() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:  # the parent died before the line above
-            os._exit(1)
-
-    return before_exec
 
 
 _live: set[WorkerProcess] = set()

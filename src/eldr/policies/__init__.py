@@ -11,6 +11,7 @@ from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.load import PowerOfTwo, Random, RoundRobin, ShortestQueue
 from eldr.policies.locality_band import LocalityBand
 from eldr.policies.options import PolicyError, PolicyOptions
+from eldr.policies.refit import CAPACITY
 
 if TYPE_CHECKING:
     from eldr.calibration import Calibration
@@ -23,7 +24,8 @@ _Maker = Callable[["Calibration | None", PolicyOptions, int], Policy]
 def _locality_band(calibration: Calibration | None, options: PolicyOptions, seed: int) -> Policy:
     if calibration is None:
         raise PolicyError("policy locality-band needs a calibration file (eldr record, then eldr fit)")
-    return LocalityBand(calibration, tau=options.tau, two_nearest=options.two_nearest, seed=seed)
+    remember = CAPACITY if options.refits else 0
+    return LocalityBand(calibration, tau=options.tau, two_nearest=options.two_nearest, remember=remember, seed=seed)
 
 
 def _expected_union(calibration: Calibration | None, options: PolicyOptions, seed: int) -> Policy:

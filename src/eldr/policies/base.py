@@ -9,9 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eldr.counts import ExpertCounts
+
+if TYPE_CHECKING:
+    from eldr.policies.refit import Refit, RefitTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,19 @@ class Policy(ABC):
         in_flight: eligible worker -> its decode requests in flight; never empty. Workers at capacity, unhealthy or
         draining are not in it, so a policy can never choose them.
         """
+
+    # Background refitting (`eldr.policies.refit`); a policy that fits nothing needs none of these.
+    @property
+    def signatures_seen(self) -> int:
+        """Signatures of requests seen so far."""
+        return 0
+
+    def refit_task(self, newest: int) -> RefitTask | None:
+        """A fit to the `newest` signatures seen, to be run anywhere; None where nothing can be fitted."""
+        return None
+
+    def refitted(self, refit: Refit) -> None:  # noqa: B027
+        """Take the outcome of a fit over, at once and whole. The fleet may have changed since its task was made."""
 
     # Hooks of policies that keep state; a policy that only looks at the load needs none of them.
     def started(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from eldr.counts import ExpertCounts
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import least_loaded
+from eldr.policies.refit import LEAST_PER_ZONE, WANTED_PER_ZONE, Refit, RefitTask, SignatureWindow
 from eldr.signature import TRANSFORMS
 
 if TYPE_CHECKING:
@@ -25,26 +26,43 @@ class LocalityBand(Policy):
         negative, so that 1 does already).
     two_nearest: with tau > 0, a band of one worker is widened by the second-nearest (by all that tie for it).
 
+    remember: signatures to keep for refitting, 0 for zones that stay as they were fitted.
+
     Zones belong to workers: a worker that joins takes the zone with the fewest owners, the first of those; several
-    workers may share a zone. The zone of a worker that left is nobody's until another joins.
+    workers may share a zone. The zone of a worker that left is nobody's until another joins. A refit gives every worker
+    a zone of its own.
     """
 
     name = "locality-band"
 
-    def __init__(self, calibration: Calibration, *, tau: float = 0.1, two_nearest: bool = True, seed: int = 0) -> None:
+    def __init__(
+        self,
+        calibration: Calibration,
+        *,
+        tau: float = 0.1,
+        two_nearest: bool = True,
+        remember: int = 0,
+        seed: int = 0,
+    ) -> None:
         signature = calibration.signature
         self._geometry = calibration.geometry
         self._tau = tau
         self._two_nearest = two_nearest
+        self._seed = seed
         self._rng = random.Random(seed)
         self._zone: dict[str, int] = {}
         self._owners = [0] * calibration.workers
         mask = signature.layer_mask
         self._layers = slice(None) if mask.all() else np.flatnonzero(mask)
         self._entries = TRANSFORMS[signature.transform_name].entries
-        # centroid . (entries * idf) = (centroid * idf) . entries: one matrix-vector product scores all zones.
         self._idf = signature.idf[mask].reshape(-1)
-        self._weights = np.ascontiguousarray(calibration.centroids * self._idf)
+        self._set_centroids(calibration.centroids)
+        self._recent = SignatureWindow(len(self._idf), remember) if remember else None
+
+    def _set_centroids(self, centroids: NDArray[np.float32]) -> None:
+        self._centroids = centroids
+        # centroid . (entries * idf) = (centroid * idf) . entries: one matrix-vector product scores all zones.
+        self._weights = np.ascontiguousarray(centroids * self._idf)
 
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
         counts = request.counts
@@ -69,6 +87,8 @@ class LocalityBand(Policy):
         norm = np.sqrt(np.einsum("d,d->", weighted, weighted))
         if norm == 0:
             return None
+        if self._recent is not None:
+            self._recent.add(weighted / norm)
         return np.asarray(np.einsum("kd,d->k", self._weights, entries) / norm, dtype=np.float32)
 
     def _band(self, nearness: Mapping[str, float]) -> list[str]:
@@ -78,6 +98,32 @@ class LocalityBand(Policy):
             second = max(value for worker, value in nearness.items() if worker != band[0])
             band += [worker for worker, value in nearness.items() if value == second]
         return band
+
+    @property
+    def signatures_seen(self) -> int:
+        return 0 if self._recent is None else self._recent.seen
+
+    def refit_task(self, newest: int) -> RefitTask | None:
+        workers = tuple(self._zone)
+        if self._recent is None or len(workers) < 2:
+            return None
+        codes = self._recent.newest(max(newest, WANTED_PER_ZONE * len(workers)))
+        if len(codes) < LEAST_PER_ZONE * len(workers):
+            return None
+        return RefitTask(workers, self._centroids[list(self._zone.values())], codes, self._seed)
+
+    def refitted(self, refit: Refit) -> None:
+        if refit.centroids.shape[1] != len(self._idf):
+            raise ValueError(f"zones have {refit.centroids.shape[1]} entries, signatures {len(self._idf)}")
+        self._set_centroids(refit.centroids.astype(np.float32))
+        zone_of = {worker: zone for zone, worker in enumerate(refit.workers)}
+        joined_since = [worker for worker in self._zone if worker not in zone_of]
+        self._zone = {worker: zone_of[worker] for worker in self._zone if worker in zone_of}
+        self._owners = [0] * len(refit.workers)
+        for zone in self._zone.values():
+            self._owners[zone] += 1
+        for worker in joined_since:
+            self.joined(worker)
 
     def joined(self, worker: str) -> None:
         zone = self._owners.index(min(self._owners))

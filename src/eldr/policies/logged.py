@@ -14,6 +14,7 @@ from typing import Any
 from eldr.counts import COUNTS_KEYS, decode_counts, encode_counts
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.options import PolicyOptions
+from eldr.policies.refit import Refit, RefitTask
 
 LOG_VERSION = 1
 
@@ -89,6 +90,17 @@ class LoggedPolicy(Policy):
         finally:
             self._write(event)
         return decision
+
+    @property
+    def signatures_seen(self) -> int:
+        return self._policy.signatures_seen
+
+    def refit_task(self, newest: int) -> RefitTask | None:
+        return self._policy.refit_task(newest)
+
+    def refitted(self, refit: Refit) -> None:
+        self._policy.refitted(refit)
+        self._write({"event": "refit", **refit.to_wire()})
 
     def started(self, request: DecodeRequest, worker: str) -> None:
         self._write({"event": "started", "id": request.request_id, "worker": worker})

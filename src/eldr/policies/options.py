@@ -10,6 +10,9 @@ from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, cost_from_wire, find_c
 from eldr.errors import EldrError
 from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
 
+REFIT_WINDOW_S = 10.0
+REFIT_LEAST_INTERVAL_S = 0.1
+
 
 class PolicyError(EldrError):
     """A policy that does not exist or cannot be made from what was given."""
@@ -21,6 +24,9 @@ class PolicyOptions:
 
     Of locality-band:
     tau: width of the band in cosine similarity. two_nearest: whether a band of one takes the second-nearest worker in.
+
+    refit_interval_s: time between two refits of the zones to recent requests, infinity for none. refit_window_s: how
+        long ago recent is.
 
     Of expected-union:
     cost: step-time model of every decode worker; worker_costs: of single ones, worker -> model. cost_scope: "step" for
@@ -34,6 +40,8 @@ class PolicyOptions:
 
     tau: float = 0.1
     two_nearest: bool = True
+    refit_interval_s: float = float("inf")
+    refit_window_s: float = REFIT_WINDOW_S
     cost: CostModel = PRESETS[DEFAULT_PRESET]
     cost_scope: str = "step"
     worker_costs: Mapping[str, CostModel] = field(default_factory=dict)
@@ -54,8 +62,19 @@ class PolicyOptions:
             raise PolicyError(f"step_tokens is {self.step_tokens}, expected a number from 1")
         if type(self.expert_parallel) is not int or self.expert_parallel < 1:
             raise PolicyError(f"expert_parallel is {self.expert_parallel!r}, expected a whole number from 1")
+        if not self.refit_interval_s >= REFIT_LEAST_INTERVAL_S:
+            raise PolicyError(
+                f"refit_interval_s is {self.refit_interval_s}, expected seconds from {REFIT_LEAST_INTERVAL_S:g} "
+                "or inf for none"
+            )
+        if not 0 < self.refit_window_s < float("inf"):
+            raise PolicyError(f"refit_window_s is {self.refit_window_s}, expected seconds above 0")
         for model in (self.cost, *self.worker_costs.values()):
             model.step_cost(1, self.cost_scope)
+
+    @property
+    def refits(self) -> bool:
+        return self.refit_interval_s < float("inf")
 
     def of_expected_union(self) -> dict[str, Any]:
         """Keyword arguments of ExpectedUnion."""

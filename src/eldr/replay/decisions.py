@@ -14,6 +14,7 @@ from typing import Any
 from eldr.errors import EldrError
 from eldr.policies.base import DecodeRequest, Policy
 from eldr.policies.logged import LogHeader, request_of
+from eldr.policies.refit import Refit
 from eldr.replay.errors import ReplayError
 
 
@@ -154,10 +155,15 @@ class _Repeater:
         self._workers, self._requests = [], {}
 
     def _repeat(self, event: dict[str, Any], line: Line, policy: Policy) -> None:
-        kind, worker = event["event"], event["worker"]
+        kind = event["event"]
         if kind == "choose":
             self._choose(event, line, policy)
-        elif kind == "joined":
+            return
+        if kind == "refit":
+            policy.refitted(Refit.from_wire(event))
+            return
+        worker = event["worker"]
+        if kind == "joined":
             self._workers.append(worker)
             policy.joined(worker)
         elif kind == "left":

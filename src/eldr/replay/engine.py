@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from eldr.cost import StepCost
 from eldr.policies.base import DecodeRequest, Policy
+from eldr.policies.refit import RefitSchedule
 from eldr.replay.errors import ReplayError
 from eldr.replay.packed import PackedTrace
+from eldr.replay.refits import SimulatedRefits
 from eldr.replay.workload import Draws, Workload
 
 # Steps computed at once: bounds the memory of a run, and the work that an arrival throws away.
@@ -117,9 +119,17 @@ class RunResult:
 class Engine:
     """One run of one policy. Make a new one for every run."""
 
-    def __init__(self, trace: PackedTrace, workload: Workload, fleet: FleetSpec, policy: Policy) -> None:
+    def __init__(
+        self,
+        trace: PackedTrace,
+        workload: Workload,
+        fleet: FleetSpec,
+        policy: Policy,
+        refits: RefitSchedule | None = None,
+    ) -> None:
         self.trace = trace
         self.policy = policy
+        self._refits = None if refits is None else SimulatedRefits(policy, refits)
         self.workers = [
             _Worker(index, cost, moe_cost)
             for index, (cost, moe_cost) in enumerate(zip(fleet.costs, fleet.moe_costs, strict=True))
@@ -154,6 +164,8 @@ class Engine:
         told = 0
         for arrival, now_s in enumerate(self._workload.arrival_s.tolist()):
             self._advance(now_s)
+            if self._refits is not None:
+                self._refits.advance(now_s)
             self._arrive(arrival, now_s)
             if progress is not None and arrival - told >= 64:
                 progress(arrival - told)

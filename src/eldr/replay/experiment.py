@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from eldr.calibration import Calibration, fit_calibration
 from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Policy
+from eldr.policies.refit import RefitSchedule
 from eldr.replay.engine import Engine, FleetSpec, RunResult, WorkerLimits, worker_name
 from eldr.replay.errors import ReplayError
 from eldr.replay.oracle import Clairvoyant, TrueProfiles
@@ -33,8 +34,10 @@ from eldr.zones import balanced_kmeans
 
 BASELINES = ("rr", "random", "p2c", "jsq")
 # Of the laboratory alone: expected-union without calibration, with true profiles, and greedy with full knowledge.
-LAB_POLICIES = ("expected-union-own", "expected-union-true", "clairvoyant")
-CALIBRATED = ("locality-band", "expected-union", "expected-union-true")
+# locality-band-refit is locality-band with background refits, whether or not an interval is given.
+LAB_POLICIES = ("locality-band-refit", "expected-union-own", "expected-union-true", "clairvoyant")
+CALIBRATED = ("locality-band", "locality-band-refit", "expected-union", "expected-union-true")
+REFIT_INTERVAL_S = 2.5
 # Requests that warm the fleet up and that keep it loaded at the end, in multiples of the expected number in flight.
 WARM_UP, COOL_DOWN = 2.0, 1.25
 RATE_TOLERANCE = 0.01
@@ -128,8 +131,14 @@ class Laboratory:
                 **settings.options.of_expected_union(),
                 seed=seed,
             )
-        plain = name.removesuffix("-own") if name in LAB_POLICIES else name
-        return make_policy(plain, settings.options, calibration=calibration, seed=seed)
+        plain = name.removesuffix("-own").removesuffix("-refit") if name in LAB_POLICIES else name
+        return make_policy(plain, self._options(name), calibration=calibration, seed=seed)
+
+    def _options(self, name: str) -> PolicyOptions:
+        options = self.settings.options
+        if name == "locality-band-refit" and not options.refits:
+            return dataclasses.replace(options, refit_interval_s=REFIT_INTERVAL_S)
+        return options
 
     def _true_profiles(self) -> NDArray[np.float32]:
         if self._profiles is None:
@@ -204,7 +213,10 @@ class Laboratory:
     ) -> RunResult:
         """The same for a policy made elsewhere; it must be a fresh one."""
         workload = self.workload(rate, workers * batch, seed, requests)
-        engine = Engine(self.packed, workload, self.fleet(workers), policy)
+        options = self.settings.options
+        interval_s = options.refit_interval_s if options.refits else REFIT_INTERVAL_S
+        refits = RefitSchedule(interval_s, options.refit_window_s)  # of no effect on a policy that remembers nothing
+        engine = Engine(self.packed, workload, self.fleet(workers), policy, refits)
         if isinstance(policy, Clairvoyant):
             policy.attach(engine)
         return engine.run(progress)

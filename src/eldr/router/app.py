@@ -15,6 +15,7 @@ from eldr.errors import EldrError
 from eldr.fleet import Fleet
 from eldr.policies.base import Policy
 from eldr.policies.logged import LoggedPolicy
+from eldr.policies.refit import RefitSchedule
 from eldr.router import logs, openai
 from eldr.router.admin import AdminApi
 from eldr.router.admission import Admission, Limits
@@ -36,6 +37,7 @@ from eldr.router.models import ModelsFlow
 from eldr.router.outcomes import Outcomes
 from eldr.router.placement import Placements
 from eldr.router.prefix import PrefillRing
+from eldr.router.refits import ZoneRefits
 from eldr.router.retries import RetryBudget
 from eldr.router.services import Services
 from eldr.router.sweep import sweep
@@ -104,6 +106,7 @@ class Router:
             self._decision_log = DecisionLog(config.decision_log, metrics)
             self._decision_log.write(log_header(config).to_wire())
             policy = LoggedPolicy(policy, self._decision_log.write)
+        self._refits = _zone_refits(policy, config, metrics)
         admission = Admission(fleet, admission_limits(config))
         outcomes = Outcomes(fleet, admission, metrics, config)
         self.services = Services(
@@ -147,6 +150,8 @@ class Router:
                 loop.create_task(ConnectionWatch(self.connections).run()),
                 loop.create_task(ConnectionWatch(self.admin.connections).run()),
             ]
+            if self._refits is not None:
+                self._background.append(loop.create_task(self._refits.run()))
             self._server = await self._listen(self, self._config.host, self._config.port, self._inherited[:1])
             if self._config.admin_listen is not None:
                 host, port = host_and_port("admin_listen", self._config.admin_listen)
@@ -357,6 +362,13 @@ class Router:
 
 def admission_limits(config: RouterConfig) -> Limits:
     return Limits(config.max_streams, config.max_queued, config.queue_timeout_s)
+
+
+def _zone_refits(policy: Policy, config: RouterConfig, metrics: Metrics) -> ZoneRefits | None:
+    options = config.policy_options()
+    if not options.refits:
+        return None
+    return ZoneRefits(policy, RefitSchedule(options.refit_interval_s, options.refit_window_s), metrics)
 
 
 def build_policy(config: RouterConfig) -> Policy:

@@ -14,7 +14,7 @@ from eldr.errors import EldrError
 from eldr.fleet import Role
 from eldr.policies import PolicyOptions
 from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
-from eldr.policies.options import OPTION_NAMES
+from eldr.policies.options import OPTION_NAMES, REFIT_WINDOW_S
 from eldr.router.discovery.base import Endpoint, Endpoints
 from eldr.router.urls import UrlError, worker_urls
 
@@ -94,6 +94,8 @@ class RouterConfig:
     calibration: Path | None = None
     tau: float = 0.1
     two_nearest: bool = True
+    refit_interval_s: float = float("inf")
+    refit_window_s: float = REFIT_WINDOW_S
     cost: str = DEFAULT_PRESET
     cost_scope: str = "step"
     worker_costs: Mapping[str, str] = field(default_factory=dict)
@@ -167,10 +169,12 @@ class RouterConfig:
             raise ConfigError("tls_cert and tls_key go together: give both or neither")
         for key in ("tau", "others_weight", "anchor"):
             _number(key, getattr(self, key), 0.0)
-        if self.tail_guard != float("inf"):
-            _number("tail_guard", self.tail_guard, 0.0)
         _number("step_tokens", self.step_tokens, 1.0)
         _whole("expert_parallel", self.expert_parallel, 1, 1024)
+        for key in ("tail_guard", "refit_interval_s"):
+            if getattr(self, key) != float("inf"):
+                _number(key, getattr(self, key), 0.0)
+        _number("refit_window_s", self.refit_window_s, 0.0)
         for key in ("cost", "cost_scope"):
             _text(key, getattr(self, key))
         static = self.admin_listen is None and not any(url.startswith(DNS) for url in self.decode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,11 @@ class Metrics:
         self.stream_events = 0
         self.decision_log_lines = 0
         self.decision_log_dropped = 0
+        self.refits: defaultdict[str, int] = defaultdict(int)
+        self.zones_moved = 0
+        self.refit_shift = 0.0
+        self.refit_duration_s = 0.0
+        self.last_refit_s: float | None = None
         self.ttft = Histogram(TTFT_BOUNDS_S)
         self.tpot = Histogram(TPOT_BOUNDS_S)
         self.prefill = Histogram(TTFT_BOUNDS_S)
@@ -120,6 +126,7 @@ class RouterCollector(Collector):
             (),
             {(): m.decision_log_dropped},
         )
+        yield from self._refit_families()
         yield m.ttft.family("eldr_time_to_first_token_seconds", "Streams: request received to first token sent on.")
         yield m.tpot.family("eldr_time_per_output_token_seconds", "Streams: mean time between tokens of a request.")
         yield m.prefill.family("eldr_prefill_seconds", "Prefill request sent to hand-off received.")
@@ -134,6 +141,22 @@ class RouterCollector(Collector):
         yield GaugeMetricFamily("eldr_tasks", "Tasks of the event loop: one a request, some a worker.", value=tasks)
         yield GaugeMetricFamily("eldr_admitted", "Requests past the queue.", value=self._admission.admitted)
         yield from self._worker_families()
+
+    def _refit_families(self) -> Iterator[Metric]:
+        m = self._metrics
+        yield _counter("eldr_zone_refits", "Background refits of zones.", ("outcome",), m.refits)
+        yield _counter(
+            "eldr_zones_moved", "Zones that a refit put nearer to another's old place.", (), {(): m.zones_moved}
+        )
+        if m.last_refit_s is not None:
+            age_s = time.monotonic() - m.last_refit_s
+            yield GaugeMetricFamily("eldr_zone_refit_age_seconds", "Time since zones were last refitted.", value=age_s)
+            yield GaugeMetricFamily(
+                "eldr_zone_refit_duration_seconds", "What the last refit took.", value=m.refit_duration_s
+            )
+            yield GaugeMetricFamily(
+                "eldr_zone_refit_shift", "Mean cosine distance that the last refit moved zones by.", value=m.refit_shift
+            )
 
     def _worker_families(self) -> Iterator[Metric]:
         labels = ("role", "worker")

@@ -1,0 +1,34 @@
+"""Background refits of a policy's zones in simulated time."""
+
+from __future__ import annotations
+
+from eldr.policies.base import Policy
+from eldr.policies.refit import Refit, RefitSchedule
+
+# How long a fit takes in the router's second process, so that zones are as old here as there.
+FIT_S = 0.5
+
+
+class SimulatedRefits:
+    """Fits when the schedule says so and hands the policy what came of it FIT_S seconds later."""
+
+    def __init__(self, policy: Policy, schedule: RefitSchedule) -> None:
+        self._policy = policy
+        self._schedule = schedule
+        self._due_s = schedule.interval_s
+        self._fitted: tuple[float, Refit] | None = None
+
+    def advance(self, now_s: float) -> None:
+        """To be called before every choice: between two of them refits change nothing that could be seen."""
+        self._apply(now_s)
+        if now_s < self._due_s or self._fitted is not None:
+            return
+        self._due_s = now_s + self._schedule.interval_s
+        task = self._policy.refit_task(self._schedule.newest(now_s, self._policy.signatures_seen))
+        if task is not None:
+            self._fitted = now_s + FIT_S, task.run()
+
+    def _apply(self, now_s: float) -> None:
+        if self._fitted is not None and now_s >= self._fitted[0]:
+            self._policy.refitted(self._fitted[1])
+            self._fitted = None
