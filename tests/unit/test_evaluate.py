@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 
 import numpy as np
 import pytest
@@ -12,10 +11,13 @@ from scipy import stats
 from synthetic import make_trace
 
 from eldr.cli import main
-from eldr.evaluate import ablations, comparisons, drift, overhead, predictors, recordings
+from eldr.evaluate import ablations, comparisons, drift, overhead
 from eldr.evaluate.bench import Bench, EvaluationError
 from eldr.evaluate.results import Results, TraceResults, parse_results, rounded, write_results
-from eldr.evaluate.run import EXPERIMENTS, Plan, evaluate
+from eldr.evaluate.run import EXPERIMENTS, Plan, about, evaluate
+from eldr.report.evaluation import write_evaluation
+from eldr.report.evaluation.comparisons import pools_section
+from eldr.report.style import style
 from eldr.trace import write_trace
 
 
@@ -24,6 +26,19 @@ def bench(tmp_path_factory):
     path = tmp_path_factory.mktemp("traces") / "small.npz"
     write_trace(make_trace(requests=90, layers=3, experts=16, kinds=3, steps=25, seed=3), path)
     return Bench(path, seeds=2, requests=80)
+
+
+@pytest.fixture(scope="module")
+def rows_of(bench):
+    """Rows of an experiment, made once for all tests."""
+    made = {}
+
+    def rows(name):
+        if name not in made:
+            made[name] = [row for part in EXPERIMENTS[name].parts(bench) for row in EXPERIMENTS[name].run(bench, part)]
+        return made[name]
+
+    return rows
 
 
 def test_a_load_never_takes_more_requests_than_may_be_in_flight(bench):
@@ -41,8 +56,8 @@ def test_too_few_requests_are_refused(tmp_path):
         _ = Bench(tmp_path / "few.npz").workers
 
 
-def test_the_main_comparison_has_every_policy_in_both_scopes(bench):
-    rows = [row for part in comparisons.MAIN.parts(bench) for row in comparisons.MAIN.run(bench, part)]
+def test_the_main_comparison_has_every_policy_in_both_scopes(rows_of):
+    rows = rows_of("main")
     wanted = {"rr", "random", "p2c", "jsq", "locality-band", "expected-union", "expected-union-own"}
     wanted |= {"expected-union-true", "clairvoyant"}
     cells = {(row["policy"], row["workers"], row["cost_scope"]) for row in rows}
@@ -56,20 +71,20 @@ def test_the_main_comparison_has_every_policy_in_both_scopes(bench):
         assert 0 < part["step", policy] < part["moe", policy] < 1
 
 
-def test_goodput_keeps_its_limit_and_compares_with_the_balancer(bench):
-    rows = comparisons.GOODPUT.run(bench, {"relative_limit": 1.0})
+def test_goodput_keeps_its_limit_and_compares_with_the_balancer(rows_of):
+    rows = [row for row in rows_of("goodput") if row["relative_limit"] == 1.0]
     by_name = {row["policy"]: row for row in rows}
     assert by_name["jsq"]["vs_best_baseline"] == 0
     for row in rows:
         assert row["vs_best_baseline"] == pytest.approx(100 * (row["rate"] / by_name["jsq"]["rate"] - 1))
 
 
-def test_a_knob_has_its_default_once_and_infinity_as_none(bench):
-    rows = comparisons.KNOB.run(bench, {"knob": "tail_guard"})
+def test_a_knob_has_its_default_once_and_infinity_as_none(rows_of):
+    rows = [row for row in rows_of("knobs") if row["knob"] == "tail_guard"]
     assert [row["value"] for row in rows if row["default"]] == [0.04]
     assert rows[-1]["value"] is None
     assert {row["policy"] for row in rows} == {"expected-union"}
-    assert {row["policy"] for row in comparisons.KNOB.run(bench, {"knob": "tau"})} == {"locality-band"}
+    assert {row["policy"] for row in rows_of("knobs") if row["knob"] == "tau"} == {"locality-band"}
 
 
 def test_zones_of_any_size_are_less_even_than_balanced_ones(bench):
@@ -95,8 +110,8 @@ def test_each_ablation_changes_one_thing():
         assert len(changed) == 1
 
 
-def test_ablations_are_judged_against_the_unchanged_method(bench):
-    rows = ablations.ABLATION.run(bench, {})
+def test_ablations_are_judged_against_the_unchanged_method(rows_of):
+    rows = rows_of("ablations")
     reference = rows[0]
     assert (reference["vs_paper_p50"], reference["vs_paper_p99_hi"]) == (0, 0)
     for row in rows[1:]:
@@ -118,8 +133,8 @@ def test_the_mix_changes_between_requests_that_differ(bench):
         drift.by_labels(same)
 
 
-def test_the_timeline_covers_the_run_and_the_phases_are_its_parts(bench):
-    rows = drift.DRIFT.run(bench, {"grouping": "axis"})
+def test_the_timeline_covers_the_run_and_the_phases_are_its_parts(rows_of):
+    rows = [row for row in rows_of("drift") if row["grouping"] == "axis"]
     for policy in drift.POLICIES:
         line = [row for row in rows if row["sort"] == "timeline" and row["policy"] == policy]
         times = [row["since_switch_s"] for row in line]
@@ -136,8 +151,8 @@ def test_the_timeline_covers_the_run_and_the_phases_are_its_parts(bench):
         assert mean == pytest.approx(np.mean([row["tpot_mean_ms"] for row in line]), rel=0.05)
 
 
-def test_correlation_is_pearsons(bench):
-    rows = recordings.CORRELATION.run(bench, {})
+def test_correlation_is_pearsons(bench, rows_of):
+    rows = rows_of("correlation")
     trace = bench.trace
     profiles = np.stack([trace.decode_profile(request) for request in range(trace.requests)])
     for layer in range(3):
@@ -153,8 +168,8 @@ def test_correlation_is_pearsons(bench):
     assert sum(row["share"] for row in rows if row["sort"] == "histogram") == pytest.approx(1)
 
 
-def test_active_experts_of_batches(bench):
-    rows = recordings.KINDS.run(bench, {})
+def test_active_experts_of_batches(bench, rows_of):
+    rows = rows_of("kinds")
     at = {(row["batch"], row["requests"]): row for row in rows}
     assert at[1, "mixed"]["active_experts"] == pytest.approx(2)  # top-2
     # Independent requests of known mean profile: an expert is missed by all of them.
@@ -166,16 +181,16 @@ def test_active_experts_of_batches(bench):
     assert at[4, "alike"]["vs_mixed"] < -20
 
 
-def test_signatures_have_one_point_a_request(bench):
-    rows = recordings.SIGNATURES.run(bench, {})
+def test_signatures_have_one_point_a_request(rows_of):
+    rows = rows_of("signatures")
     assert sum(row["sort"] == "request" for row in rows) == 90
     sizes = [row["requests"] for row in rows if row["sort"] == "centroid"]
     assert sum(sizes) == 90
     assert len(sizes) == 4
 
 
-def test_predictors_are_judged_on_requests_that_they_were_not_fitted_on(bench):
-    rows = predictors.PREDICTORS.run(bench, {})
+def test_predictors_are_judged_on_requests_that_they_were_not_fitted_on(bench, rows_of):
+    rows = rows_of("predictors")
     judged = [row for row in rows if row["sort"] == "judgement"]
     assert {row["predictor"] for row in judged} == {"fitted", "own frequencies"}
     assert all(row["r2"] < 1 for row in judged)
@@ -187,15 +202,15 @@ def test_predictors_are_judged_on_requests_that_they_were_not_fitted_on(bench):
     assert not set(split.serve.tolist()) & set(split.calibrate.tolist())
 
 
-def test_memory_of_the_cache_is_the_documented_share(bench):
-    rows = {(row["model"], row["block_tokens"]): row["share_percent"] for row in overhead.MEMORY.run(bench, {})}
+def test_memory_of_the_cache_is_the_documented_share(rows_of):
+    rows = {(row["model"], row["block_tokens"]): row["share_percent"] for row in rows_of("memory")}
     assert rows["Qwen3-30B-A3B", 16] == pytest.approx(0.39, abs=0.005)  # docs/vllm.md, from vLLM's own cache
     assert rows["GPT-OSS-120B", 16] == pytest.approx(0.78, abs=0.005)
     assert rows["Qwen3-30B-A3B", 64] == pytest.approx(rows["Qwen3-30B-A3B", 16] / 4)
 
 
-def test_decisions_are_timed_for_every_policy(bench):
-    rows = overhead.DECISIONS_TIME.run(bench, {})
+def test_decisions_are_timed_for_every_policy(rows_of):
+    rows = rows_of("decisions")
     assert {row["what"].partition(":")[0] for row in rows} == {
         "counts", "jsq", "locality-band", "expected-union", "expected-union-own"
     }  # fmt: skip
@@ -257,23 +272,51 @@ def test_an_evaluation_goes_on_where_it_stopped(bench, tmp_path):
         evaluate(dataclasses.replace(plan, only=("speed",)), lambda done, total, last: None)
 
 
-def test_the_command_writes_page_pictures_and_every_number(bench, tmp_path, capsys):
-    begin = time.time()
+def test_the_command_writes_a_folder(bench, tmp_path):
     out = tmp_path / "out"
     command = ["evaluate", str(bench.path), "-o", str(out), "--keep", str(tmp_path / "keep"), "--seeds", "2"]
-    assert main([*command, "--requests", "30"]) == 0
-    page, readme = (out / "report.html").read_text(), (out / "README.md").read_text()
+    assert main([*command, "--only", "memory,signatures"]) == 0
     results = parse_results(json.loads((out / "results.json").read_text()), out)
-    (trace,) = results.traces
-    missing = set(EXPERIMENTS) - set(trace.experiments) - set(results.common)
-    assert missing == {"pools"}  # 45 served requests are too few for 8 workers at batch 7
-    for title in ("Who is faster", "TPOT against load", "Goodput", "Ablations", "When the mix changes", "Signatures"):
-        assert title in page
+    assert set(results.common) == {"memory"}
+    assert set(results.traces[0].experiments) == {"signatures"}
+    assert {path.name for path in out.iterdir()} == {"report.html", "README.md", "results.json", "pictures"}
+    assert main([*command, "--only", "speed"]) == 2
+
+
+def test_page_and_readme_have_every_section_picture_and_number(bench, rows_of, tmp_path):
+    experiments = {name: rounded(rows_of(name)) for name in EXPERIMENTS}
+    common = {"memory": experiments.pop("memory"), "capture": [{"what": "add", "prompt_tokens": 9, "p50_us": 123.4}]}
+    results = Results({"seeds": 2, "requests": 80}, [TraceResults(about(bench), experiments, {"pools": "few"})], common)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "old-trace.png").write_bytes(b"")
+    write_evaluation(results, tmp_path)
+    page, readme = (tmp_path / "report.html").read_text(), (tmp_path / "README.md").read_text()
+    titles = ["Who is faster", "TPOT against load", "Goodput", "Active experts against batch", "When the mix changes"]
+    titles += ["Median against tail: the knobs", "Ablations", "Prefill against decode", "How reliable the predictor is"]
+    titles += ["Signatures and zones", "Time of a decision", "Memory of the signature cache", "Capture"]
+    for title in titles:
+        assert f"<h2>{title}" in page
         assert f"### {title}" in readme
-    pictures = {path.name for path in (out / "pictures").iterdir()}
+    assert "Size of the pool" not in page  # 45 served requests are too few for 8 workers at batch 7,
+    assert "Left out, pools: few" in readme  # which is said
+    pictures = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert "old-trace.png" not in pictures
     assert all(f"pictures/{name}" in readme for name in pictures)
     assert readme.count("![") == len(pictures) == page.count("<figure>")
-    assert all((out / "pictures" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
-    for row in trace.experiments["load"]:
-        assert f"{row['tpot_p99_ms']:.2f}" in readme
-    assert min(path.stat().st_mtime for path in out.iterdir()) >= begin - 1
+    assert all((tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    for name in ("main", "load", "knobs", "ablations", "drift"):
+        for row in experiments[name]:
+            assert f"{row['tpot_p99_ms']:.2f}" in readme
+    for row in experiments["goodput"]:
+        assert f"{row['rate']:.1f}" in readme
+
+
+def test_a_pool_that_can_be_replayed_is_shown(bench, tmp_path):
+    rows = [row for workers in (2, 4) for row in comparisons.POOL.run(bench, {"workers": workers, "batch": 3.0})]
+    section = pools_section(rounded(rows), "small", bench.capacity)
+    assert f"at most {bench.capacity} requests in flight" in section.text
+    assert len(section.numbers[0].cells()) == 14
+    (picture,) = section.pictures
+    with style():
+        figure = picture.draw()
+    assert [axis.get_title() for axis in figure.axes] == ["median TPOT, batch 3", "p99 TPOT, batch 3"]
