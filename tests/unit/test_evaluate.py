@@ -15,6 +15,7 @@ from eldr.evaluate import ablations, comparisons, drift, overhead
 from eldr.evaluate.bench import Bench, EvaluationError
 from eldr.evaluate.results import Results, TraceResults, parse_results, rounded, write_results
 from eldr.evaluate.run import EXPERIMENTS, Plan, about, evaluate
+from eldr.policies.expected_union import TAIL_GUARD
 from eldr.report.evaluation import write_evaluation
 from eldr.report.evaluation.comparisons import pools_section
 from eldr.report.style import style
@@ -81,7 +82,7 @@ def test_goodput_keeps_its_limit_and_compares_with_the_balancer(rows_of):
 
 def test_a_knob_has_its_default_once_and_infinity_as_none(rows_of):
     rows = [row for row in rows_of("knobs") if row["knob"] == "tail_guard"]
-    assert [row["value"] for row in rows if row["default"]] == [0.04]
+    assert [row["value"] for row in rows if row["default"]] == [TAIL_GUARD]
     assert rows[-1]["value"] is None
     assert {row["policy"] for row in rows} == {"expected-union"}
     assert {row["policy"] for row in rows_of("knobs") if row["knob"] == "tau"} == {"locality-band"}

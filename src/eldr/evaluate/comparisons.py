@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from eldr.evaluate.bench import MAIN_BATCH, POLICIES, Bench, Experiment, Part, Row, compare_at, run_cell
+from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
 from eldr.replay.errors import ReplayError
 from eldr.replay.experiment import BASELINES, Laboratory
 from eldr.replay.goodput import goodput
@@ -20,8 +21,8 @@ POOLS = (8, 16, 24, 40)
 # Settings of the policies, as the replay names them; infinity is no tail guard.
 KNOBS: dict[str, tuple[str, tuple[float, ...]]] = {
     "others_weight": ("expected-union", (0.25, 0.5, 1.0, 2.0, 4.0)),
-    "tail_guard": ("expected-union", (0.0, 0.02, 0.04, 0.08, 0.16, math.inf)),
-    "anchor": ("expected-union", (0.0, 0.05, 0.1, 0.2)),
+    "tail_guard": ("expected-union", (*(factor * TAIL_GUARD for factor in (0.0, 0.5, 1.0, 2.0, 4.0)), math.inf)),
+    "anchor": ("expected-union", tuple(factor * ANCHOR for factor in (0.0, 0.5, 1.0, 2.0))),
     "tau": ("locality-band", (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)),
 }
 # Limits of p99 TPOT, relative to that of jsq at the main batch.
