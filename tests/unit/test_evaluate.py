@@ -60,7 +60,7 @@ def test_too_few_requests_are_refused(tmp_path):
 def test_the_main_comparison_has_every_policy_in_both_scopes(rows_of):
     rows = rows_of("main")
     wanted = {"rr", "random", "p2c", "jsq", "locality-band", "expected-union", "expected-union-own"}
-    wanted |= {"expected-union-true", "clairvoyant"}
+    wanted |= {"locality-band-refit", "expected-union-true", "clairvoyant"}
     cells = {(row["policy"], row["workers"], row["cost_scope"]) for row in rows}
     assert cells == {(policy, workers, scope) for policy in wanted for workers in (2, 4) for scope in ("step", "moe")}
     for row in rows:

@@ -14,7 +14,7 @@ from eldr.replay.experiment import BASELINES, Laboratory
 from eldr.replay.goodput import goodput
 from eldr.replay.output import as_object
 
-LABORATORY = ("expected-union-true", "clairvoyant")
+LABORATORY = ("locality-band-refit", "expected-union-true", "clairvoyant")
 LOADS = (1.0, 2.0, 4.0, 7.0, 10.0, 14.0, 18.0)
 LOAD_WORKERS = 8
 POOLS = (8, 16, 24, 40)

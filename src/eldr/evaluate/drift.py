@@ -18,7 +18,7 @@ BEFORE, AFTER = "before", "after"
 SWITCH_AT = 0.4
 BUCKETS = 30
 REQUESTS = 4000
-POLICIES = ("jsq", "locality-band", "expected-union", "expected-union-own")
+POLICIES = ("jsq", "locality-band", "locality-band-refit", "expected-union", "expected-union-own")
 
 
 def by_labels(trace: Trace) -> NDArray[np.str_]:

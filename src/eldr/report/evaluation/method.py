@@ -92,7 +92,7 @@ def drift_section(rows: Rows, prefix: str) -> Section:
     named = "".join(f" {row['phase'].capitalize()} the switch: {row['kinds']}." for row in kinds if row.get("kinds"))
     text = (
         "Everything is calibrated on the requests served before the switch; then others come, of which nothing was "
-        "calibrated. By labels: whole kinds of the recording."
+        "calibrated. Refitted zones follow the last seconds of traffic. By labels: whole kinds of the recording."
         + named
         + " By main axis: requests on either side of the "
         "median of the main axis of expert use, the strongest change that the recording allows; no real traffic is "
