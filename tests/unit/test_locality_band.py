@@ -100,6 +100,13 @@ class Fleet(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from(sorted(self.zone)))
         del self.zone[worker], self.load[worker]
         self.policy.left(worker)
+        owners = Counter(dict.fromkeys(range(self.calibration.workers), 0))
+        owners.update(self.zone.values())
+        # The newest of the zone with most owners moves to the one with fewest, if that is two fewer.
+        crowded = min(owners, key=lambda zone: (-owners[zone], zone))
+        lonely = min(owners, key=lambda zone: (owners[zone], zone))
+        if owners[crowded] > owners[lonely] + 1:
+            self.zone[[name for name, zone in self.zone.items() if zone == crowded][-1]] = lonely
 
     @precondition(lambda self: self.zone)
     @rule(data=st.data(), counts=counts_strategy)
@@ -202,6 +209,16 @@ def test_a_joiner_takes_the_zone_of_the_one_that_left():
     assert policy.choose(request, {"b": 0, "c": 0, "d": 5}).worker == "d"
     policy.joined("e")  # all zones have an owner again: the first gets a second one
     assert policy.choose(request, {"b": 0, "c": 0, "d": 5, "e": 4}).worker == "e"
+
+
+def test_a_zone_with_two_owners_gives_one_to_a_zone_that_lost_its_own():
+    policy, request = narrow(0, False)
+    policy.joined("d")  # beside a
+    policy.joined("e")  # beside b
+    policy.left("a")
+    assert policy.choose(request, {"b": 0, "c": 0, "d": 5, "e": 0}).worker == "d"
+    policy.left("d")  # the zone is nobody's: e moves there
+    assert policy.choose(request, {"b": 0, "c": 0, "e": 5}).worker == "e"
 
 
 def test_another_top_k_is_another_geometry():

@@ -29,8 +29,9 @@ class LocalityBand(Policy):
     remember: signatures to keep for refitting, 0 for zones that stay as they were fitted.
 
     Zones belong to workers: a worker that joins takes the zone with the fewest owners, the first of those; several
-    workers may share a zone. The zone of a worker that left is nobody's until another joins. A refit gives every worker
-    a zone of its own.
+    workers may share a zone. When one leaves, its zone gets one of the owners of a zone that has two more; without
+    such a zone it is nobody's until another worker joins, and its neighbours serve it. A refit gives every
+    worker a zone of its own.
     """
 
     name = "locality-band"
@@ -132,3 +133,10 @@ class LocalityBand(Policy):
 
     def left(self, worker: str) -> None:
         self._owners[self._zone.pop(worker)] -= 1
+        most, fewest = max(self._owners), min(self._owners)
+        if most - fewest > 1:
+            crowded, lonely = self._owners.index(most), self._owners.index(fewest)
+            newest = [worker for worker, zone in self._zone.items() if zone == crowded][-1]
+            self._zone[newest] = lonely
+            self._owners[crowded] -= 1
+            self._owners[lonely] += 1

@@ -15,6 +15,7 @@ from eldr.policies.flags import add_option_flags, given_options
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from eldr.replay.changes import FleetChange
     from eldr.replay.experiment import Cell, Laboratory
     from eldr.replay.workload import ServedKind
 
@@ -24,6 +25,7 @@ EXAMPLES = """examples:
   eldr replay trace.npz --policies locality-band,expected-union --workers 16 --rate 60 --seeds 10 --json results.json
   eldr replay trace.npz --workers 4 --batch 12 --calibrate-labels code,math --serve-labels medical,legal
   eldr replay trace.npz --workers 16 --goodput 30
+  eldr replay trace.npz --workers 8 --fleet-change 0.3:-1,0.6:+1 --json -
   eldr replay trace.npz --workload task --kind math=gsm8k,mgsm --workers 16 --batch 5
 
 The four load balancers rr, random, p2c and jsq always run, because changes are given against the best of them.
@@ -56,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
          help="with --workload: which of the trace's labels are of this kind (repeatable)")  # fmt: skip
     flag("--switch-at", type=float, metavar="SHARE",
          help="serve the calibrated kinds until this share of the run, then the served ones")  # fmt: skip
+    flag("--fleet-change", type=_changes, default=(), metavar="SHARE:+N[,SHARE:-N...]",
+         help="at this share of the run N workers join, or drain and leave")  # fmt: skip
     flag("--calibration", type=Path, metavar="FILE", help="use this file instead of calibrating on the trace")
     flag("--arrivals", default="poisson", metavar="poisson|trace|FILE",
          help="a Poisson process, or arrivals stretched to the rate: the trace's own, a .csv or .jsonl")  # fmt: skip
@@ -115,6 +119,7 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
             arguments.switch_at,
         ),
         kinds=kinds,
+        fleet_changes=arguments.fleet_change,
         limits=WorkerLimits(arguments.max_num_seqs, arguments.kv_tokens),
         recorded_arrivals_s=recorded,
         options=PolicyOptions.from_settings(given_options(arguments)),
@@ -144,7 +149,7 @@ def _compare(
     laboratory: Laboratory, workers: int, arguments: argparse.Namespace, advance: Callable[[int, int], None]
 ) -> list[dict[str, Any]]:
     from eldr.replay.experiment import BASELINES, compare
-    from eldr.replay.output import as_object, timeline_ms
+    from eldr.replay.output import as_object, recoveries_s, timeline_ms
 
     if arguments.rate is not None:
         rate = arguments.rate
@@ -159,9 +164,11 @@ def _compare(
         laboratory, arguments.policies, workers, rate, batch, arguments.seeds, lambda done: advance(done, 0)
     )
     objects = [as_object(cell, cells, laboratory.settings.options.cost_scope) for cell in cells]
-    if arguments.switch_at is not None:
+    if arguments.switch_at is not None or arguments.fleet_change:
         for entry, cell in zip(objects, cells, strict=True):
             entry["timeline_tpot_mean_ms"] = timeline_ms(cell)
+            if arguments.fleet_change:
+                entry["recovery_s"] = recoveries_s(cell, arguments.fleet_change)
     return objects
 
 
@@ -228,6 +235,16 @@ def _words(text: str) -> tuple[str, ...]:
     if not words:
         raise argparse.ArgumentTypeError(f"{text!r} names nothing")
     return words
+
+
+def _changes(text: str) -> tuple[FleetChange, ...]:
+    from eldr.replay.changes import parse_changes
+    from eldr.replay.errors import ReplayError
+
+    try:
+        return parse_changes(text)
+    except ReplayError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _whole(text: str) -> int:

@@ -134,7 +134,8 @@ class Engine:
             _Worker(index, cost, moe_cost)
             for index, (cost, moe_cost) in enumerate(zip(fleet.costs, fleet.moe_costs, strict=True))
         ]
-        self._names = fleet.names
+        self._names = list(fleet.names)
+        self._draining: dict[str, int] = {}  # worker -> requests that it still has
         self._index_of = {name: index for index, name in enumerate(self._names)}
         self._limits = fleet.limits
         self._workload = workload
@@ -166,6 +167,8 @@ class Engine:
             self._advance(now_s)
             if self._refits is not None:
                 self._refits.advance(now_s)
+            if arrival in self._workload.fleet_changes:
+                self._change_fleet(self._workload.fleet_changes[arrival])
             self._arrive(arrival, now_s)
             if progress is not None and arrival - told >= 64:
                 progress(arrival - told)
@@ -184,6 +187,27 @@ class Engine:
             if version == worker.version:
                 self._complete_run(worker, now_s)
                 self._begin_run(worker, now_s)
+
+    def _change_fleet(self, workers: int) -> None:
+        """Let workers join, as fast as the first; or drain those that have been there longest."""
+        for _ in range(workers):
+            name = f"w{len(self.workers)}"
+            first = self.workers[0]
+            self._index_of[name] = len(self.workers)
+            self._names.append(name)
+            self.workers.append(_Worker(len(self.workers), first.cost, first.moe_cost))
+            self._in_flight[name] = 0
+            self.policy.joined(name)
+        if -workers >= len(self._in_flight):
+            raise ReplayError(f"{-workers} workers cannot leave a fleet of {len(self._in_flight)}")
+        for name in list(self._in_flight)[: max(0, -workers)]:
+            self._draining[name] = self._in_flight.pop(name)
+            self._leave_if_idle(name)
+
+    def _leave_if_idle(self, name: str) -> None:
+        if self._draining.get(name) == 0:
+            del self._draining[name]
+            self.policy.left(name)
 
     def _arrive(self, arrival: int, now_s: float) -> None:
         trace = self.trace
@@ -281,9 +305,11 @@ class Engine:
             self._moe_s[entry.arrival] = worker.moe_s - entry.moe_at_start_s
             worker.reserved_tokens -= entry.reserved_tokens
             name = self._names[worker.index]
-            self._in_flight[name] -= 1
+            load = self._draining if name in self._draining else self._in_flight
+            load[name] -= 1
             self._draws.release(entry.trace_index)
             self.policy.finished(entry.request, name)
+            self._leave_if_idle(name)
         worker.batch = still
 
     def _account(self, worker: _Worker, steps: int) -> None:

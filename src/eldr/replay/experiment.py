@@ -16,6 +16,7 @@ from eldr.calibration import Calibration, fit_calibration
 from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Policy
 from eldr.policies.refit import RefitSchedule
+from eldr.replay.changes import FleetChange
 from eldr.replay.engine import Engine, FleetSpec, RunResult, WorkerLimits, worker_name
 from eldr.replay.errors import ReplayError
 from eldr.replay.oracle import Clairvoyant, TrueProfiles
@@ -51,7 +52,7 @@ class Settings:
     requests: measured requests of a run, those of warm-up and cool-down come on top. recorded_arrivals_s: float64
     [n], arrival times whose rhythm is used in place of a Poisson process. options: of the policies; their costs are
     also those of the simulated workers w0, w1, ... kinds: shares of the kinds of requests in what is served; none
-    draws from all served requests alike.
+    draws from all served requests alike. fleet_changes: workers that join or leave during the measured run.
     """
 
     requests: int = 2000
@@ -61,6 +62,7 @@ class Settings:
     recorded_arrivals_s: NDArray[np.float64] | None = None
     options: PolicyOptions = field(default_factory=PolicyOptions)
     kinds: tuple[ServedKind, ...] = ()
+    fleet_changes: tuple[FleetChange, ...] = ()
 
 
 class Laboratory:
@@ -165,7 +167,12 @@ class Laboratory:
                     self._draw(split.serve, count - before, in_flight, rng),
                 )
             )
-        return Workload(arrival_s, request, range(warm_up, warm_up + measured), settings.max_output)
+        changes: dict[int, int] = {}
+        for change in settings.fleet_changes if requests is None else ():
+            arrival = warm_up + round(change.at * measured)
+            changes[arrival] = changes.get(arrival, 0) + change.workers
+        window = range(warm_up, warm_up + measured)
+        return Workload(arrival_s, request, window, settings.max_output, fleet_changes=changes)
 
     def _draw(
         self, pool: NDArray[np.int64], count: int, in_flight: float, rng: np.random.Generator

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from eldr.replay.changes import FleetChange, recovery_s
 from eldr.replay.engine import RunResult
 from eldr.replay.experiment import BASELINES, Cell
 from eldr.replay.statistics import Change, paired_change
@@ -85,6 +86,17 @@ def timeline_ms(cell: Cell) -> list[float]:
     """Mean TPOT in ms of each twentieth of the measured arrivals, in order of arrival, over all seeds."""
     parts = [np.array_split(run.tpot_s, TIMELINE_BINS) for run in cell.runs]
     return [1e3 * float(np.concatenate([run[at] for run in parts]).mean()) for at in range(TIMELINE_BINS)]
+
+
+def recoveries_s(cell: Cell, changes: Sequence[FleetChange]) -> list[float | None]:
+    """Mean seconds over the seeds from each change of the fleet until TPOT was at its later level; None if it never
+    was in one of them."""
+    ends = [change.at for change in changes[1:]] + [1.0]
+    means = (
+        float(cell.per_seed(lambda run, change=change, end=end: recovery_s(run, change, end)).mean())  # type: ignore[misc]
+        for change, end in zip(changes, ends, strict=True)
+    )
+    return [_known(mean) for mean in means]
 
 
 def as_table(objects: Sequence[dict[str, Any]], title: str) -> Table:

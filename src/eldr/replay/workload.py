@@ -7,8 +7,8 @@ same draw. Only a draw that would put a request in flight twice is swapped with 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ class Workload:
 
     measured: arrivals whose requests count; those before warm the fleet up, those after keep it loaded.
     max_tokens: the limit every request states, None for none. with_counts: whether the policy sees expert counts.
+    fleet_changes: arrival -> workers that join before it (positive), or that drain from it on (negative).
     """
 
     arrival_s: NDArray[np.float64]
@@ -38,6 +39,7 @@ class Workload:
     measured: range
     max_tokens: int | None = None
     with_counts: bool = True
+    fleet_changes: Mapping[int, int] = field(default_factory=dict)
 
 
 def poisson_arrivals(rate_per_s: float, count: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -1,0 +1,54 @@
+"""A fleet that changes during a replay: workers that join, workers that drain and leave, and how TPOT takes it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from eldr.replay.engine import RunResult
+from eldr.replay.errors import ReplayError
+
+# Within this much of its later level TPOT has recovered.
+RECOVERED = 1.1
+BIN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetChange:
+    """At a share 0..1 of the measured run, so many workers join (positive) or drain and leave (negative)."""
+
+    at: float
+    workers: int
+
+
+def parse_changes(text: str) -> tuple[FleetChange, ...]:
+    """Changes such as 0.3:+2,0.7:-1. Raises ReplayError."""
+    changes = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(0?\.\d+|0|1):([+-][1-9]\d*)", part.strip())
+        if not found:
+            raise ReplayError(f"{part!r} is no change of the fleet, expected SHARE:+N or SHARE:-N, such as 0.5:-1")
+        changes.append(FleetChange(float(found[1]), int(found[2])))
+    return tuple(sorted(changes, key=lambda change: change.at))
+
+
+def recovery_s(run: RunResult, change: FleetChange, until: float) -> float:
+    """Seconds after a change from which on mean TPOT stays at its later level, NaN if that is never reached.
+
+    The level is the mean over requests that arrive in the second half of what follows the change, up to the share
+    `until` of the run; it is reached when the mean of two seconds of arrivals is within a tenth of it.
+    """
+    count = len(run.tpot_s)
+    first, last = round(change.at * count), round(until * count)
+    if last - first < 4:
+        return float("nan")
+    since_s = run.arrival_s[first:last] - run.arrival_s[first]
+    tpot_s = run.tpot_s[first:last]
+    level_s = tpot_s[len(tpot_s) // 2 :].mean()
+    for start_s in np.arange(0.0, float(since_s[-1]), BIN_S):
+        window = tpot_s[(since_s >= start_s) & (since_s < start_s + 2 * BIN_S)]
+        if len(window) and window.mean() <= RECOVERED * level_s:
+            return float(start_s)
+    return float("nan")
