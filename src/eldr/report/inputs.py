@@ -17,9 +17,19 @@ from eldr.report import html
 from eldr.report.calibration import calibration_blocks
 from eldr.report.evaluation import evaluation_blocks
 from eldr.report.evaluation.comparisons import POLICY, changes_figure
-from eldr.report.evaluation.section import MEASURED, REPLAYED, Numbers, Row, Rows, number, of, tpot_columns, values
+from eldr.report.evaluation.section import (
+    MEASURED,
+    REPLAYED,
+    Numbers,
+    Row,
+    Rows,
+    horizontal_bars,
+    number,
+    of,
+    tpot_columns,
+    values,
+)
 from eldr.report.html import Html
-from eldr.report.plots import bars
 from eldr.report.style import as_svg, legend_below, make_panels, policy_style, style
 
 MAX_FILE_BYTES = 2**27
@@ -108,18 +118,25 @@ def _timeline(rows: Rows) -> Html:
 
 def _goodput(rows: Rows, path: Path) -> list[Html]:
     columns: dict[str, Callable[[Row], str]] = {
-        "workers": lambda row: str(row["workers"]),
         **POLICY,
+        "workers": lambda row: str(row["workers"]),
         "limit of p99 TPOT, ms": number("goodput_limit_ms"),
         "requests a second": number("rate", 1),
         "against the best load balancer, %": number("goodput_vs_best_baseline", 1),
         "limit reached": lambda row: "yes" if row["goodput_reached"] else "no, the trace is too short",
     }
-    series = {
-        f"{workers} workers": [row["rate"] for row in of(rows, workers=workers)] for workers in values(rows, "workers")
-    }
-    names = list(dict.fromkeys(policy_style(row["policy"]).shown for row in rows))
-    picture = html.figure(bars(series, names, "requests a second"))
+    with style():
+        picture = html.figure(
+            as_svg(
+                horizontal_bars(
+                    [f"{policy_style(row['policy']).shown}, {row['workers']} workers" for row in rows],
+                    [row["rate"] for row in rows],
+                    [f"{row['rate']:.1f}" for row in rows],
+                    [policy_style(row["policy"]).colour for row in rows],
+                    "requests a second",
+                )
+            )
+        )
     return [html.section(f"Goodput, {path.name}", picture, _table(Numbers(columns, rows)), badge=REPLAYED)]
 
 
@@ -175,8 +192,14 @@ def _demo(wire: Mapping[str, Any], path: Path) -> list[Html]:
         f"{wire['outputs_equal']} of {wire['outputs_total']} outputs are those of one plain worker. Engines that share "
         "one machine's CPU: active experts mean something, times do not."
     )
-    series = {"active experts": [float(row["active_experts_mean"] or 0) for row in rows]}
-    picture = html.figure(bars(series, [policy_style(name).shown for name in policies], "distinct experts"))
+    with style():
+        experts = [float(row["active_experts_mean"] or 0) for row in rows]
+        colours = [policy_style(name).colour for name in policies]
+        names = [policy_style(name).shown for name in policies]
+        notes = [f"{value:.2f}" for value in experts]
+        picture = html.figure(
+            as_svg(horizontal_bars(names, experts, notes, colours, "distinct experts a step and layer"))
+        )
     return [
         html.section(
             f"Demo, {path.name}", html.paragraph(text), picture, _table(Numbers(columns, rows)), badge=MEASURED

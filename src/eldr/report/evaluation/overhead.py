@@ -11,6 +11,7 @@ from eldr.report.evaluation.section import (
     Picture,
     Rows,
     Section,
+    horizontal_bars,
     number,
     of,
     values,
@@ -89,22 +90,11 @@ def decisions_section(rows: Rows, prefix: str) -> Section:
 
 
 def _decisions(rows: Rows) -> Figure:
-    shown = [row for row in rows if row["p50_us"] >= 0.5]
-    figure, (axis,) = make_panels(1, width=10.8, height=0.33 * len(shown) + 0.8)
-    for line, row in enumerate(shown):
-        axis.barh(line, row["p50_us"], 0.7, color=policy_style(row["what"].partition(":")[0]).colour)
-        axis.annotate(
-            f"{row['p50_us']:.0f} / {row['p99_us']:.0f}",
-            (row["p50_us"], line),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-        )
-    axis.set_yticks(range(len(shown)), [row["what"] for row in shown])
-    axis.set_ylim(len(shown) - 0.5, -0.5)
-    axis.tick_params(axis="y", length=0)
-    axis.set_xlabel("microseconds")
-    axis.margins(x=0.15)
-    axis.grid(visible=True, axis="x")
-    return figure
+    long = [row for row in rows if row["p50_us"] >= 0.5]
+    return horizontal_bars(
+        [row["what"] for row in long],
+        [row["p50_us"] for row in long],
+        [f"{row['p50_us']:.0f} / {row['p99_us']:.0f}" for row in long],
+        [policy_style(row["what"].partition(":")[0]).colour for row in long],
+        "microseconds",
+    )

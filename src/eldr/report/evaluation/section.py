@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eldr.report.style import INK, policy_style
+from eldr.report.style import INK, make_panels, policy_style
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -69,7 +69,7 @@ def change(key: str) -> Callable[[Row], str]:
         if row.get(key) is None:
             return "–"
         low, high = row.get(f"{key}_lo"), row.get(f"{key}_hi")
-        half = "" if low is None or high is None else f" ± {(high - low) / 2:.1f}"
+        half = "" if low is None or high is None else f"\u00a0±\u00a0{(high - low) / 2:.1f}"
         return f"{row[key]:+.1f}{half}"
 
     return read
@@ -139,3 +139,20 @@ def change_dots(axes: Axes, names: Sequence[str], rows: Sequence[Row], key: str,
     axes.spines["left"].set_visible(False)
     axes.grid(visible=True, axis="x")
     axes.margins(x=0.12)
+
+
+def horizontal_bars(
+    names: Sequence[str], lengths: Sequence[float], notes: Sequence[str], colours: Sequence[str], unit: str
+) -> Figure:
+    """A figure of one bar a line, its name at the left and its note behind it."""
+    figure, (axes,) = make_panels(1, width=10.8, height=0.33 * len(names) + 0.8)
+    for line, (length, note, colour) in enumerate(zip(lengths, notes, colours, strict=True)):
+        axes.barh(line, length, 0.7, color=colour)
+        axes.annotate(note, (length, line), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(unit)
+    axes.margins(x=0.12)
+    axes.grid(visible=True, axis="x")
+    return figure
