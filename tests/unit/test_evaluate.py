@@ -62,13 +62,14 @@ def test_the_main_comparison_has_every_policy_in_both_scopes(rows_of):
     wanted = {"rr", "random", "p2c", "jsq", "locality-band", "expected-union", "expected-union-own"}
     wanted |= {"locality-band-refit", "expected-union-true", "clairvoyant"}
     cells = {(row["policy"], row["workers"], row["cost_scope"]) for row in rows}
-    assert cells == {(policy, workers, scope) for policy in wanted for workers in (2, 4) for scope in ("step", "moe")}
+    expected = {(policy, workers, scope) for policy in wanted for workers in (2, 4) for scope in ("step", "moe")}
+    assert cells == expected - {("clairvoyant", workers, "moe") for workers in (2, 4)}
     for row in rows:
         if row["policy"] == "jsq":
             assert row["vs_jsq_p99"] == pytest.approx(0)
     # The MoE layers are a part of the step; where the scope is theirs only waiting for the next step remains.
     part = {(row["cost_scope"], row["policy"]): row["moe_tpot_mean_ms"] / row["tpot_mean_ms"] for row in rows}
-    for policy in wanted:
+    for policy in wanted - {"clairvoyant"}:
         assert 0 < part["step", policy] < part["moe", policy] < 1
 
 
