@@ -130,6 +130,7 @@ def _add_serve(commands: Any) -> None:
         help="decode policy: rr, random, p2c, jsq, domain, locality-band, expected-union",
     )
     flag("--calibration", type=Path, default=unset, metavar="FILE", help="file made by `eldr fit`")
+    flag("--seed", type=int, default=unset, help="of random choices and ties (0)")
     flag("--decision-log", type=Path, default=unset, metavar="FILE",
          help="append every decision to this file, for `eldr decisions`; reopened on SIGHUP")  # fmt: skip
     flag("--host", default=unset, help="address to listen on (127.0.0.1)")

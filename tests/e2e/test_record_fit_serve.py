@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -86,6 +89,48 @@ def test_locality_band_serves_the_same_text_and_separates_kinds(calibration, sta
                 assert client.completions.create(**ask).choices[0].text == expected
         assert metric(router.url, "eldr_decisions_total", policy="locality-band") == 8
         assert metric(router.url, "eldr_decisions_total", reason="no_signature") == 0
+
+
+def test_a_decision_log_repeats_every_choice(calibration, start_router, tmp_path):
+    """Through concurrent requests, refits, a rotation of the file, a killed router, and another start."""
+    log, rotated = tmp_path / "decisions.jsonl", tmp_path / "decisions.jsonl.1"
+    logged = ("--calibration", str(calibration), "--decision-log", str(log))
+
+    def send(url, first):
+        client = client_of(url)
+        prompts = [text.format(n=n) * 2 for n in range(first, first + 5) for text in KINDS.values()]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda it: client.completions.create(model=MODEL, prompt=it, max_tokens=8), prompts))
+
+    with start_router("--policy", "locality-band", "--refit-interval", "0.2", *logged) as router:
+        send(router.url, 10)
+        wait_for(lambda: metric(router.url, "eldr_zone_refits_total", outcome="applied") > 0)
+        log.rename(rotated)
+        router.process.send_signal(signal.SIGHUP)
+        wait_for(log.exists)
+        send(router.url, 20)
+        wait_for(lambda: metric(router.url, "eldr_inflight") == 0)
+    with start_router("--policy", "expected-union", *logged) as router:
+        send(router.url, 30)
+        router.process.kill()
+    with start_router("--policy", "random", "--seed", "3", *logged) as router:
+        send(router.url, 40)
+    done = eldr("decisions", str(rotated), str(log), "--json")
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["differing"], result["gaps"]) == (0, 0, []), done.stderr
+    assert result["decisions"] > 60
+    assert [start["policy"] for start in result["starts"]] == ["locality-band", "expected-union", "random"]
+    assert '"event":"refit"' in rotated.read_text()
+    assert json.loads(eldr("decisions", str(rotated), str(log), "--policy", "jsq", "--json").stdout)["differing"] > 0
+    for text in KINDS.values():
+        assert text.format(n=12)[:12] not in rotated.read_text() + log.read_text()
+
+
+def wait_for(condition):
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
 
 
 def test_inspect_shows_the_file(calibration):

@@ -125,6 +125,18 @@ def test_every_start_of_the_router_begins_anew(trace, calibration):
     assert repetition.decisions == 200 + sum('"choose"' in line for line in first[:100])
 
 
+def test_two_routers_may_write_to_one_file(trace, calibration):
+    """As while a new process takes over from the old one."""
+    old, new = (
+        [json.dumps({**json.loads(line), "run": name}) for line in record(make(policy, calibration), trace)]
+        for name, policy in (("old", "random"), ("new", "expected-union"))
+    )
+    mixed = old[:40] + [line for pair in zip(new, old[40:], strict=False) for line in pair]
+    repetition = repeat(mixed, lambda header: make(header.policy, calibration))
+    assert repetition.equal
+    assert repetition.decisions == sum('"choose"' in line for line in mixed) > 300
+
+
 # Damage.
 
 

@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eldr.errors import EldrError
 from eldr.policies.base import DecodeRequest, Policy
 from eldr.policies.logged import LogHeader, request_of
 from eldr.policies.refit import Refit
 from eldr.replay.errors import ReplayError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,73 +117,74 @@ def _no_event(line: Line, error: Exception) -> ReplayError:
 
 
 class _Repeater:
-    """The state between two lines: the policy, numbers of workers, and running requests."""
+    """Sends every line to the run of the router that wrote it: at an upgrade two routers write to one file."""
 
     def __init__(self, make: Callable[[LogHeader], Policy]) -> None:
         self.result = Repetition()
         self._make = make
-        self._policy: Policy | None = None
+        self._runs: dict[str | None, _Run] = {}
+
+    def hear(self, event: dict[str, Any], line: Line) -> None:
+        name = event.get("run")
+        if event["event"] == "log":
+            header = _parsed(line, lambda: LogHeader.from_wire(event))
+            self.result.headers.append(header)
+            self._runs[name] = _Run(self.result, self._make(header))
+        elif name in self._runs:
+            _parsed(line, lambda: self._runs[name].hear(event, line))
+        else:
+            raise ReplayError(
+                f"decision log {line.where}: begins without a header; give the older parts of the log first"
+            )
+
+
+def _parsed(line: Line, parse: Callable[[], T]) -> T:
+    try:
+        return parse()
+    except (ValueError, KeyError, TypeError, IndexError, EldrError) as error:
+        raise _no_event(line, error) from None
+
+
+class _Run:
+    """One start of the router: its policy, numbers of workers, and running requests."""
+
+    def __init__(self, result: Repetition, policy: Policy) -> None:
+        self._result = result
+        self._policy = policy
         self._behind_gap = False
         self._workers: list[str] = []
         self._requests: dict[str, DecodeRequest] = {}
 
     def hear(self, event: dict[str, Any], line: Line) -> None:
-        if event["event"] == "log":
-            self._begin(event, line)
-            return
-        if self._policy is None:
-            raise ReplayError(
-                f"decision log {line.where}: begins without a header; give the older parts of the log first"
-            )
-        if event["event"] == "gap":
-            self.result.gaps.append(f"{line.where}: {event.get('lines')} lines were lost")
+        kind, policy = event["event"], self._policy
+        if kind == "gap":
+            self._result.gaps.append(f"{line.where}: {event['lines']} lines were lost")
             self._behind_gap = True
         elif self._behind_gap:
-            self.result.skipped += event["event"] == "choose"
-        else:
-            try:
-                self._repeat(event, line, self._policy)
-            except (ValueError, KeyError, TypeError, IndexError, EldrError) as error:
-                raise _no_event(line, error) from None
-
-    def _begin(self, event: dict[str, Any], line: Line) -> None:
-        try:
-            header = LogHeader.from_wire(event)
-        except (ValueError, KeyError, TypeError, EldrError) as error:
-            raise _no_event(line, error) from None
-        self.result.headers.append(header)
-        self._policy = self._make(header)
-        self._behind_gap = False
-        self._workers, self._requests = [], {}
-
-    def _repeat(self, event: dict[str, Any], line: Line, policy: Policy) -> None:
-        kind = event["event"]
-        if kind == "choose":
-            self._choose(event, line, policy)
-            return
-        if kind == "refit":
+            self._result.skipped += kind == "choose"
+        elif kind == "choose":
+            self._choose(event, line)
+        elif kind == "refit":
             policy.refitted(Refit.from_wire(event))
-            return
-        worker = event["worker"]
-        if kind == "joined":
-            self._workers.append(worker)
-            policy.joined(worker)
+        elif kind == "joined":
+            self._workers.append(event["worker"])
+            policy.joined(event["worker"])
         elif kind == "left":
-            policy.left(worker)
+            policy.left(event["worker"])
         elif kind == "started":
-            _tell(policy.started, self._requests[event["id"]], worker)
+            _tell(policy.started, self._requests[event["id"]], event["worker"])
         elif kind == "finished":
-            _tell(policy.finished, self._requests.pop(event["id"]), worker)
+            _tell(policy.finished, self._requests.pop(event["id"]), event["worker"])
         else:
             raise KeyError(kind)
 
-    def _choose(self, event: dict[str, Any], line: Line, policy: Policy) -> None:
+    def _choose(self, event: dict[str, Any], line: Line) -> None:
         request = request_of(event)
         eligible = [self._workers[number] for number in event["eligible"]]
         in_flight = dict(zip(eligible, event["load"], strict=True))
         self._requests[request.request_id] = request
-        logged, chosen = event["worker"], _worker_of(policy, request, in_flight)
-        result = self.result
+        logged, chosen = event["worker"], _worker_of(self._policy, request, in_flight)
+        result = self._result
         result.decisions += 1
         if logged is not None:
             result.logged[logged] += 1

@@ -50,6 +50,8 @@ class DecisionLog:
 
     def __init__(self, path: Path, metrics: Metrics, buffer_bytes: int = BUFFER_BYTES) -> None:
         self._path = path
+        # While one router replaces another both append to the file.
+        self._run_name = os.urandom(4).hex()
         self._metrics = metrics
         self._limit_bytes = buffer_bytes
         self._lines: deque[bytes] = deque()
@@ -73,9 +75,8 @@ class DecisionLog:
     # On the event loop.
 
     def write(self, event: dict[str, Any]) -> None:
-        """Take an event; the time is added. Never waits and never raises for the disk's sake."""
-        event["unix_s"] = round(time.time(), 3)
-        line = orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE)
+        """Take an event; time and run are added. Never waits and never raises for the disk's sake."""
+        line = self._line(event)
         waiting_bytes = self._added_bytes - self._taken_bytes
         if waiting_bytes + len(line) > self._limit_bytes:
             self._metrics.decision_log_dropped += 1
@@ -92,8 +93,13 @@ class DecisionLog:
         self._lines.append(line)
 
     def _add_gap(self) -> None:
-        self._add(orjson.dumps({"event": "gap", "lines": self._gap}, option=orjson.OPT_APPEND_NEWLINE))
+        self._add(self._line({"event": "gap", "lines": self._gap}))
         self._gap = 0
+
+    def _line(self, event: dict[str, Any]) -> bytes:
+        event["unix_s"] = round(time.time(), 3)
+        event["run"] = self._run_name
+        return orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE)
 
     def reopen(self) -> None:
         """Write what is buffered and go on in a new file at the path, after the old one was renamed."""
