@@ -93,13 +93,16 @@ class Heard(Exchange):
         self.status = 0
         self.headers = {}
         self.body = b""
+        self.framed = 0
         self.ended = []
 
     def on_head(self, status, headers):
         self.status, self.headers = status, headers
 
-    def on_body(self, data):
+    def on_body(self, data, framed=None):
+        assert framed is None or framed == b"%x\r\n%b\r\n" % (len(data), data)
         self.body += data
+        self.framed += framed is not None
 
     def on_done(self):
         self.ended.append("done")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import hear, split
@@ -28,6 +29,40 @@ def test_however_an_answer_is_split_it_is_heard_the_same(answer, cuts):
     assert (heard.body, heard.ended, kept) == (body, ["done"], True)
     assert heard.status == int(raw.rsplit(b"HTTP/1.1 ", 1)[1][:3])
     assert heard.headers[b"server"] == b"uvicorn"
+
+
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.binary(min_size=1, max_size=40) | st.just(b"3\r\nabc\r\n") | st.just(b"x" * 5000), max_size=8),
+    st.lists(st.booleans(), min_size=8, max_size=8),
+    st.sampled_from([b"%x", b"%X", b"0%x", b"%x;a=b"]),
+)
+def test_chunks_that_come_whole_are_heard_like_others(chunks, alone, form):
+    """Whole chunks pass by the parser: what it sees of the others must still be the message."""
+    pieces = [STREAM_HEAD]
+    for chunk, by_itself in zip(chunks, alone, strict=False):
+        framed = b"%b\r\n%b\r\n" % (form % len(chunk), chunk)
+        if by_itself:
+            pieces.append(framed)
+        else:
+            pieces[-1] += framed
+    heard, kept = hear([*pieces, b"0\r\n\r\n"])
+    assert (heard.body, heard.ended, kept) == (b"".join(chunks), ["done"], True)
+
+
+def test_a_chunk_that_comes_whole_is_handed_on_with_its_frame():
+    heard, _ = hear([STREAM_HEAD + b"1\r\na\r\n", b"1\r\nb\r\n", b"2\r\ncd\r\n", b"0\r\n\r\n"])
+    assert (heard.body, heard.framed) == (b"abcd", 2)
+
+
+@pytest.mark.parametrize("size", [b"+1", b"0x1", b"-1", b" 1", b"1_0", b"\xb2", b"g", b""])
+def test_a_size_that_is_none_ends_the_exchange(size):
+    heard, _ = hear([STREAM_HEAD + b"1\r\na\r\n", size + b"\r\nb\r\n", b"0\r\n\r\n"], lost=True)
+    assert heard.ended == ["failed"]
+    assert not heard.framed
 
 
 @settings(max_examples=200, deadline=None)

@@ -75,11 +75,12 @@ class DecodeAnswer(Answer):
         if status == 200 and self._wants_stream is (not self._is_stream):
             raise WrongAnswerError("a stream that nobody asked for" if self._is_stream else "no stream")
 
-    def on_body(self, data: bytes) -> None:
+    def on_body(self, data: bytes, framed: bytes | None = None) -> None:
         if not self._is_stream:
             super().on_body(data)
             return
         if not self.begun:
+            framed = None
             data = self._first_event(data)
             if not data:
                 return
@@ -93,7 +94,7 @@ class DecodeAnswer(Answer):
             self._tail = data if len(data) >= DONE_BYTES else (self._tail + data)[-DONE_BYTES:]
         if self._wants_usage and USAGE_MARK in data:
             self._usage = data
-        self._client.write(data)
+        self._client.write(data, framed)
 
     def _first_event(self, data: bytes) -> bytes:
         """All that came so far, once the first event in it is complete and fit for the client; else nothing."""

@@ -421,12 +421,12 @@ class ClientConnection(asyncio.Protocol):
             extra += b"transfer-encoding: chunked\r\n"
         self._transport.write(_head(200, content_type, None, extra))
 
-    def write(self, data: bytes) -> None:
-        """A piece, not empty, of the answer that `begin_stream` started."""
+    def write(self, data: bytes, framed: bytes | None = None) -> None:
+        """A piece, not empty, of the answer that `begin_stream` started. framed: the same as a chunk, if it is one."""
         if self._active.http_1_0:  # type: ignore[union-attr]
             self._transport.write(data)
         else:
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            self._transport.write(framed or b"%x\r\n%b\r\n" % (len(data), data))
 
     def end_stream(self) -> None:
         if not cast(Request, self._active).http_1_0:

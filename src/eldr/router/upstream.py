@@ -31,6 +31,9 @@ RECEIVE_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 # Largest answer that is held in memory: a long completion with logprobs takes a few MiB.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
+# Sizes of chunks up to 4 KiB, as the router itself writes them, and where their line ends at the latest.
+CHUNK_SIZES = {b"%x" % size: size for size in range(1, 4096)}
+SIZE_LINE_BYTES = 5
 
 
 class UpstreamError(Exception):
@@ -78,7 +81,9 @@ class Exchange:
     def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
         raise NotImplementedError
 
-    def on_body(self, data: bytes) -> None:
+    def on_body(self, data: bytes, framed: bytes | None = None) -> None:
+        """A piece of the body. framed: the same as the chunk that it came as, if it is exactly one, for whoever passes
+        it on in chunks."""
         raise NotImplementedError
 
     def on_done(self) -> None:
@@ -106,7 +111,7 @@ class Answer(Exchange):
         self.status = status
         self.headers = headers
 
-    def on_body(self, data: bytes) -> None:
+    def on_body(self, data: bytes, framed: bytes | None = None) -> None:
         self._bytes += len(data)
         if self._bytes > MAX_ANSWER_BYTES:
             raise ExchangeError(f"the answer exceeds {MAX_ANSWER_BYTES} bytes")
@@ -140,6 +145,7 @@ class WorkerConnection(asyncio.Protocol):
         self._answer_by_s = 0.0
         self._idle_limit_s = 0.0
         self._in_head = True
+        self._between_chunks = False
         self._complete = False
         self._keep = False
         self._paused = False
@@ -239,7 +245,15 @@ class WorkerConnection(asyncio.Protocol):
         if self._in_head:
             self._head_bytes += len(data)
         try:
+            if self._between_chunks:
+                # Nearly every token comes as one chunk: a whole one needs no parser, which stays where it is.
+                size_end = data.find(b"\r\n", 0, SIZE_LINE_BYTES)
+                if CHUNK_SIZES.get(data[:size_end]) == len(data) - size_end - 4 and data.endswith(b"\r\n"):
+                    self._exchange.on_body(data[size_end + 2 : -2], data)
+                    return
             self._parser.feed_data(data)
+            if self._between_chunks and not data.endswith(b"\r\n"):
+                self._between_chunks = False  # in the middle of the next one's size
             if self._in_head and self._head_bytes > MAX_HEAD_BYTES:  # a line without an end is held by the parser
                 raise ExchangeError(f"headers exceed {MAX_HEAD_BYTES} bytes")
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, ExchangeError) as error:
@@ -256,6 +270,7 @@ class WorkerConnection(asyncio.Protocol):
         exchange, self._exchange = self._exchange, None
         self._complete = False
         self._in_head = True
+        self._between_chunks = False
         self._head_bytes = 0
         self._pool.active.discard(self)
         if self._paused:
@@ -291,6 +306,12 @@ class WorkerConnection(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         if self._exchange is not None:
             self._exchange.on_body(data)
+
+    def on_chunk_header(self) -> None:
+        self._between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._between_chunks = True
 
     def on_message_complete(self) -> None:
         if self._parser.get_status_code() >= 200:
