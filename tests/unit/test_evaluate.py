@@ -11,13 +11,13 @@ from scipy import stats
 from synthetic import make_trace
 
 from eldr.cli import main
-from eldr.evaluate import ablations, comparisons, drift, overhead
+from eldr.evaluate import ablations, comparisons, drift, named, overhead
 from eldr.evaluate.bench import Bench, EvaluationError
 from eldr.evaluate.results import Results, TraceResults, parse_results, rounded, write_results
 from eldr.evaluate.run import EXPERIMENTS, Plan, about, evaluate
 from eldr.policies.expected_union import TAIL_GUARD
 from eldr.report.evaluation import write_evaluation
-from eldr.report.evaluation.comparisons import pools_section
+from eldr.report.evaluation.comparisons import pools_section, workloads_section
 from eldr.report.style import style
 from eldr.trace import write_trace
 
@@ -87,6 +87,23 @@ def test_a_knob_has_its_default_once_and_infinity_as_none(rows_of):
     assert rows[-1]["value"] is None
     assert {row["policy"] for row in rows} == {"expected-union"}
     assert {row["policy"] for row in rows_of("knobs") if row["knob"] == "tau"} == {"locality-band"}
+
+
+def test_a_named_workload_is_run_where_the_trace_has_its_kinds(bench, tmp_path):
+    assert named.NAMED.parts(bench) == []  # "kind 0" is no kind of any workload
+    names = np.array(["code", "Mathematics", "medicine", "law"])
+    trace = dataclasses.replace(bench.trace, label=names[np.arange(90) % 4])
+    write_trace(trace, tmp_path / "task.npz")
+    task = Bench(tmp_path / "task.npz", seeds=2, requests=60)
+    (part,) = named.NAMED.parts(task)
+    assert part["labels"]["math"] == ["Mathematics"]
+    rows = rounded(named.NAMED.run(task, part))
+    assert {row["workload"] for row in rows} == {"task"}
+    # Each kind has 11 or 12 of the 45 served requests: a quarter of what is in flight may be 0.7 of them.
+    assert rows[0]["workers"] * rows[0]["batch_target"] <= 0.7 * 11 * 4 + 1e-9
+    section = workloads_section(rows, "small")
+    assert "code 25%, math 25%" in section.text
+    assert len(section.numbers[0].cells()) == 8
 
 
 def test_zones_of_any_size_are_less_even_than_balanced_ones(bench):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -15,7 +17,7 @@ import numpy as np
 
 import eldr
 from eldr.errors import EldrError
-from eldr.evaluate import ablations, comparisons, drift, overhead, predictors, recordings
+from eldr.evaluate import ablations, comparisons, drift, named, overhead, predictors, recordings
 from eldr.evaluate.bench import Bench, EvaluationError, Experiment, Part, Row
 from eldr.evaluate.results import Results, TraceResults, rounded
 from eldr.fileio import write_atomically
@@ -30,6 +32,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         comparisons.POOL,
         ablations.ABLATION,
         drift.DRIFT,
+        named.NAMED,
         recordings.CORRELATION,
         recordings.KINDS,
         recordings.SIGNATURES,
@@ -39,8 +42,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         overhead.CAPTURE,
     )
 }
-# A kept part is good for as long as the code that made it: everything but what only shows results.
-CODE_LEFT_OUT = ("report", "router", "demo", "engines", "workloads", "load")
+# A kept part is good for as long as the code that made it: its experiment's own, and everything that experiments run.
+CODE_LEFT_OUT = ("report", "router", "demo", "engines", "load", "evaluate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,24 +102,33 @@ def _one_thread() -> None:
 
 
 def _work(plan: Plan, benches: dict[Path, Bench]) -> Iterable[_Work]:
-    code = _code_digest()
     for number, (trace, bench) in enumerate(benches.items()):
         for name, experiment in EXPERIMENTS.items():
             if not plan.wants(name) or (experiment.once and number):
                 continue
+            code = _code_digest(experiment)
             for part in experiment.parts(bench):
                 setting = [bench.trace.sha256, name, part, plan.seeds, plan.requests, str(plan.torch_python), code]
                 digest = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:16]
                 yield _Work(trace, name, part, plan.keep / f"{name}-{digest}.json")
 
 
-def _code_digest() -> str:
+def _code_digest(experiment: Experiment) -> str:
+    own = {inspect.getsourcefile(experiment.run), inspect.getsourcefile(Bench)}
+    digest = hashlib.sha256(_common_code())
+    for path in sorted(path for path in own if path is not None):
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _common_code() -> bytes:
     root = Path(eldr.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         if path.relative_to(root).parts[0] not in CODE_LEFT_OUT and not path.name.endswith("cli.py"):
             digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return digest.digest()
 
 
 # Benches of this process: a trace is read, packed and fitted once, not once a part.

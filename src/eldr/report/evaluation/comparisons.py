@@ -99,6 +99,25 @@ def changes_figure(rows: Rows) -> Figure:
     return figure
 
 
+def workloads_section(rows: Rows, prefix: str) -> Section:
+    names = values(rows, "workload")
+    pictures = tuple(
+        Picture(
+            f"{prefix}-workload-{name}",
+            f"{of(rows, workload=name)[0]['workers']} decode workers, mean batch "
+            f"{of(rows, workload=name)[0]['batch_target']:.2g} under jsq. {BEST}",
+            lambda name=name: changes_figure(of(rows, workload=name)),  # type: ignore[misc]
+        )
+        for name in names
+    )
+    mixes = "; ".join(f"{name}: {of(rows, workload=name)[0]['kinds']}" for name in names)
+    text = (
+        f"The mixes of the paper's workloads, from the requests of these kinds in this recording: {mixes}."
+    )
+    columns = {"workload": words("workload"), **POLICY, **tpot_columns()}
+    return Section("Named workloads", f"{prefix}-workloads", REPLAYED, text, pictures, (Numbers(columns, rows),))
+
+
 def load_section(rows: Rows, prefix: str) -> Section:
     workers = rows[0]["workers"]
     picture = Picture(

@@ -69,6 +69,8 @@ def _of_trace(trace: TraceResults) -> Iterable[Section]:
     main = rows.get("main", [])
     if main:
         yield comparisons.main_section(main, prefix)
+    if rows.get("workloads"):
+        yield comparisons.workloads_section(rows["workloads"], prefix)
     if rows.get("load"):
         yield comparisons.load_section(rows["load"], prefix)
     if rows.get("goodput"):
