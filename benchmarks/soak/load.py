@@ -24,13 +24,14 @@ class Outcomes:
 
     ended: outcome -> requests. Outcomes: complete; left (by the client, on purpose); error_event; status_NNN; refused
     (no connection to the router); and, never to be seen: truncated, wrong, hung. broken: (monotonic time, worker's
-    port) of streams that ended with an error event.
+    port) of streams that ended with an error event. errors: message of a refusal -> requests.
     """
 
     sent: int = 0
     tokens: int = 0
     ended: Counter[str] = field(default_factory=Counter)
     broken: list[tuple[float, int]] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
 
@@ -71,7 +72,8 @@ class Load:
         try:
             async with session.post(self._url + "/v1/completions", json=body, headers=headers) as answer:
                 if answer.status != 200:
-                    await answer.read()
+                    message = (await answer.json())["error"]["message"]
+                    self.outcomes.errors[f"{answer.status}: {message}"] += 1
                     return f"status_{answer.status}"
                 if not stream:
                     text = (await answer.json())["choices"][0]["text"]

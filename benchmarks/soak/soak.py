@@ -101,13 +101,13 @@ async def soak(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         samples = await _run(args, fleet, load, chaos)
         after = await _settle(fleet, before)
         told = await metrics(fleet.url)
-        workers = (await fleet.admin("GET", "/admin/workers"))["workers"]
+        whole = await _is_whole(fleet)
         code = fleet.end()
     except BaseException:
         fleet.end()
         raise
     checks = _checks(fleet, load.outcomes, samples, before, after, told) | {
-        "the fleet is what it was": len(workers) == PREFILL + DECODE and all(w["state"] == "up" for w in workers),
+        "the fleet is what it was": whole,
         "the router ended by itself": code == 0,
     }
     return {
@@ -118,6 +118,7 @@ async def soak(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "requests": load.outcomes.sent,
         "tokens": load.outcomes.tokens,
         "ended": dict(sorted(load.outcomes.ended.items())),
+        "errors": dict(sorted(load.outcomes.errors.items())),
         "done_to_the_fleet": dict(sorted(chaos.done.items())),
         "router": {
             name: told.get(f"eldr_{name}_total", 0.0)
@@ -162,10 +163,15 @@ async def _settle(fleet: SoakFleet, before: dict[str, float]) -> dict[str, float
     while True:
         await asyncio.sleep(SAMPLE_S)
         after = await sample(fleet, time.monotonic())
-        if time.monotonic() > deadline_s or (
-            after["eldr_tasks"] == before["eldr_tasks"] and after["fds"] <= before["fds"]
-        ):
+        quiet = after["eldr_tasks"] == before["eldr_tasks"] and after["fds"] <= before["fds"]
+        if time.monotonic() > deadline_s or (quiet and await _is_whole(fleet)):
             return after
+
+
+async def _is_whole(fleet: SoakFleet) -> bool:
+    """Whether the router has as many workers as at first, and all are up."""
+    workers = (await fleet.admin("GET", "/admin/workers"))["workers"]
+    return len(workers) == PREFILL + DECODE and all(worker["state"] == "up" for worker in workers)
 
 
 def _flatness(samples: list[dict[str, float]]) -> dict[str, float]:
