@@ -50,8 +50,9 @@ format: $(DEV)/.installed  ## let ruff repair what it can
 	$(DEV)/bin/ruff check --fix .
 	$(DEV)/bin/ruff format .
 
-bench: $(DEV)/.installed  ## time and memory of signatures, zones and decisions
+bench: $(DEV)/.installed  ## time and memory of signatures, zones, decisions and replay
 	$(DEV)/bin/python benchmarks/numerics.py
+	$(DEV)/bin/python benchmarks/replay.py
 
 evaluate: $(DEV)/.installed  ## every experiment of docs/evaluation on TRACES: page, pictures, tables; 10 to 15 minutes
 	@$(if $(strip $(TRACES)),,echo 'No trace found: name some, make evaluate TRACES="a.npz b.npz"' >&2; exit 2)

@@ -16,7 +16,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from eldr.demo.processes import free_ports
+from eldr.demo.ports import free_ports
 from eldr.demo.workers import WorkerProcess, WorkerSpec
 
 MODEL = "tiny"

@@ -6,7 +6,8 @@ import socket
 
 import pytest
 
-from eldr.demo.processes import free_ports, running_workers
+from eldr.demo.ports import free_ports
+from eldr.demo.processes import running_workers
 from eldr.demo.workers import WorkerError
 
 HANG_S = 60  # a guard, not a measurement

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ports import side_channel_port
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
 from eldr.counts import decode_counts
+from eldr.demo.ports import free_ports
 from eldr.expert_rows import decode_rows
 
 BLOCK_SIZE = 32
@@ -120,7 +120,7 @@ def running(
     **arguments: Any,
 ) -> Iterator[Engine]:
     """An engine of the model, gone when the block ends. `arguments` are vLLM's."""
-    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(side_channel_port())
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_ports(1)[0])
     if connector:
         arguments["kv_transfer_config"] = {
             "kv_connector": "EldrConnector",

@@ -16,9 +16,9 @@ import pytest
 from conftest import Model, Models
 from engine import BLOCK_SIZE, RECORD
 from fleet import MODEL_NAME, Fleet, cache_arguments, complete, hand_off, in_background, metric, sleep_until
-from ports import http_port, side_channel_port
 
 from eldr.counts import decode_counts
+from eldr.demo.ports import free_ports
 from eldr.demo.workers import WorkerProcess, WorkerSpec
 from eldr.expert_rows import decode_rows
 
@@ -37,8 +37,8 @@ def fleets(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     for name, blocks in BLOCKS.items():
         spec = WorkerSpec(
             role="prefill",
-            port=http_port(),
-            side_channel_port=side_channel_port(),
+            port=free_ports(1)[0],
+            side_channel_port=free_ports(1)[0],
             model_dir=models(name).path,
             served_name=MODEL_NAME,
             python=Path(sys.executable),
@@ -49,8 +49,8 @@ def fleets(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         decode = replace(
             spec,
             role="decode",
-            port=http_port(),
-            side_channel_port=side_channel_port(),
+            port=free_ports(1)[0],
+            side_channel_port=free_ports(1)[0],
             log_path=logs / f"{name}-decode.log",
         )
         started[name] = Fleet(WorkerProcess(spec), WorkerProcess(decode))

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ports import http_port, side_channel_port
 
+from eldr.demo.ports import free_ports
 from eldr.demo.workers import WorkerError, WorkerProcess, WorkerSpec
 
 # Ignores the module it is asked to run; answers /health and has a child, as an API server has its engine.
@@ -48,8 +48,8 @@ def stand_in(folder: Path, program: str) -> Path:
 def spec(folder: Path, program: str) -> WorkerSpec:
     return WorkerSpec(
         role="decode",
-        port=http_port(),
-        side_channel_port=side_channel_port(),
+        port=free_ports(1)[0],
+        side_channel_port=free_ports(1)[0],
         model_dir=folder,
         served_name="m",
         python=stand_in(folder, program),

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,13 +15,12 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from eldr.demo.ports import free_ports
 from eldr.demo.workers import Role, WorkerError, WorkerProcess, WorkerSpec, log_tail
 from eldr.errors import EldrError
 from eldr.lifeline import die_with
 
 MODEL_NAME = "eldr-demo"
-# Below the range that Linux takes the ports of outgoing connections from.
-FIRST_PORT, END_PORT = 24000, 32000
 # The smallest that vLLM's CPU attention takes: the openings that prompts share fill a few blocks.
 BLOCK_SIZE_TOKENS = 32
 # A minute on two idle cores; far more where others use them too.
@@ -154,22 +151,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.kill()
         process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    """`count` different ports of 127.0.0.1 that nobody listens on at this moment, drawn at random.
-
-    A worker takes its port half a minute later: drawn in order, two demos started together would get the same ones.
-    """
-    ports: list[int] = []
-    for port in random.sample(range(FIRST_PORT, END_PORT), END_PORT - FIRST_PORT):
-        if len(ports) == count:
-            break
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                ports.append(port)
-    if len(ports) < count:
-        raise EldrError(f"fewer than {count} free ports between {FIRST_PORT} and {END_PORT}")
-    return ports
