@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import signal
 from collections import Counter
@@ -32,7 +33,10 @@ class Chaos:
     async def run(self, stop: asyncio.Event) -> None:
         acts = {"kill": 4, "stall": 4, "add": 3, "drain": 3, "take_out": 1, "reload": 1}
         while not stop.is_set():
-            await asyncio.sleep(self._rng.expovariate(1 / self._period_s))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._rng.expovariate(1 / self._period_s)):
+                    await stop.wait()
+                break
             act = self._rng.choices(list(acts), list(acts.values()))[0]
             task = asyncio.create_task(self._do(act, self._rng.choice(("prefill", "decode", "decode"))))
             self._under_way.add(task)

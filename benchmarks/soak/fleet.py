@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+
+from eldr.lifeline import die_with
 
 WORKER = Path(__file__).with_name("worker.py")
 ADMIN_KEY = "soak-admin-key"
@@ -98,6 +101,7 @@ class SoakFleet:
                 ],
                 stderr=log,
                 process_group=0,
+                preexec_fn=die_with(os.getpid()),
             )  # fmt: skip
         await self.until_ready()
 
@@ -116,7 +120,9 @@ class SoakFleet:
 
     def launch(self, member: Member) -> None:
         member.process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(member.port), str(self.used)], process_group=0
+            [sys.executable, str(WORKER), str(member.port), str(self.used)],
+            process_group=0,
+            preexec_fn=die_with(os.getpid()),
         )
         member.stopped = False
 

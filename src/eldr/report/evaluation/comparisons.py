@@ -111,9 +111,7 @@ def workloads_section(rows: Rows, prefix: str) -> Section:
         for name in names
     )
     mixes = "; ".join(f"{name}: {of(rows, workload=name)[0]['kinds']}" for name in names)
-    text = (
-        f"The mixes of the paper's workloads, from the requests of these kinds in this recording: {mixes}."
-    )
+    text = f"The mixes of the paper's workloads, from the requests of these kinds in this recording: {mixes}."
     columns = {"workload": words("workload"), **POLICY, **tpot_columns()}
     return Section("Named workloads", f"{prefix}-workloads", REPLAYED, text, pictures, (Numbers(columns, rows),))
 
