@@ -10,14 +10,15 @@
 
 /* The compiler makes one version of a loop for each of these instruction sets; the processor's best is taken. */
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), optimize("O3")))
+#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EACH_CPU
 #endif
 
-/* e^x for x <= 0, to two units in the last place; 0 below -87. Branch-free, so that it can be vectorised. */
-static inline float exp_of_negative(float x) {
-    const float clipped = x < -87.0f ? -87.0f : x;
+/* e^x for x <= 0, to two units in the last place, and e^-87 (1.6e-38) below -87. Free of branches, so that loops of it
+   are vectorised. */
+static inline float exp_of_negative(double x) {
+    const float clipped = (float)(0.5 * ((x - 87.0) + fabs(x + 87.0))); /* the larger of x and -87 */
     const float scaled = clipped * 1.44269504f;
     const int32_t whole = (int32_t)(scaled - 0.5f);
     const float rest = clipped - (float)whole * 0.693359375f + (float)whole * 2.12194440e-4f;
@@ -32,7 +33,7 @@ static inline float exp_of_negative(float x) {
         int32_t bits;
         float value;
     } power = {.bits = (whole + 127) << 23};
-    return x < -87.0f ? 0.0f : sum * power.value;
+    return sum * power.value;
 }
 
 FOR_EACH_CPU
@@ -99,7 +100,7 @@ static void subtract(const int64_t *table, const uint8_t *of, Py_ssize_t size, i
 FOR_EACH_CPU
 static double survive(const int64_t *log_survival, double unit, Py_ssize_t size, float *survival) {
     double sum = 0;
-    for (Py_ssize_t i = 0; i < size; i++) survival[i] = exp_of_negative((float)((double)log_survival[i] * unit));
+    for (Py_ssize_t i = 0; i < size; i++) survival[i] = exp_of_negative((double)log_survival[i] * unit);
 #pragma omp simd reduction(+ : sum)
     for (Py_ssize_t i = 0; i < size; i++) sum += survival[i];
     return sum;
@@ -108,6 +109,49 @@ static double survive(const int64_t *log_survival, double unit, Py_ssize_t size,
 FOR_EACH_CPU
 static void move(float *own, const float *target, float share, Py_ssize_t size) {
     for (Py_ssize_t i = 0; i < size; i++) own[i] += (target[i] - own[i]) * share;
+}
+
+/* dot products of each row [rows, size] with the vector [size] */
+FOR_EACH_CPU
+static void products(const float *rows, const float *vector, Py_ssize_t count, Py_ssize_t size, double *out) {
+    for (Py_ssize_t row = 0; row < count; row++, rows += size) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (Py_ssize_t i = 0; i < size; i++) sum += rows[i] * vector[i];
+        out[row] = sum;
+    }
+}
+
+struct placement {
+    double context_tokens, others_weight, anchor, tail_guard, guard_share;
+};
+
+/* columns: base, per expert, per token and per context token, each [workers]; of: union, added, context,
+   similarity, at_random and load, each [workers]. */
+static void place(const double *columns, const double *const *of, Py_ssize_t workers, const struct placement *p,
+                  double *cost) {
+    const double *base_s = columns, *expert_s = base_s + workers, *token_s = expert_s + workers;
+    const double *context_s = token_s + workers;
+    const double *unions = of[0], *added = of[1], *context = of[2], *similarity = of[3], *random = of[4], *load = of[5];
+    double experts = 0, saved = 0, longer = 0, loads = 0, nearest = -INFINITY;
+    for (Py_ssize_t w = 0; w < workers; w++) {
+        const double step_s = base_s[w] + expert_s[w] * unions[w] + token_s[w] * load[w] + context_s[w] * context[w];
+        experts += expert_s[w] * (unions[w] + added[w]);
+        saved += expert_s[w] * (random[w] - unions[w] - added[w]);
+        loads += load[w];
+        nearest = similarity[w] > nearest ? similarity[w] : nearest;
+        cost[w] = step_s + expert_s[w] * added[w] + token_s[w] + context_s[w] * p->context_tokens;
+        longer += cost[w];
+    }
+    experts /= (double)workers;
+    saved = saved > 0 ? saved / (double)workers : 0;
+    const double limit = longer / (double)workers + p->tail_guard * (saved + p->guard_share * experts) + 1e-12;
+    const double distance_s = p->anchor * (loads / (double)workers + 1) * experts;
+    for (Py_ssize_t w = 0; w < workers; w++) {
+        const double added_s = expert_s[w] * added[w] + token_s[w] + context_s[w] * p->context_tokens;
+        const double total = cost[w] + p->others_weight * load[w] * added_s + distance_s * (nearest - similarity[w]);
+        cost[w] = cost[w] > limit ? INFINITY : total;
+    }
 }
 
 /* Whether a buffer holds `size` items of `item` bytes. */
@@ -191,6 +235,35 @@ static PyObject *move_towards(PyObject *self, PyObject *args) {
     return finish(b, 2, Py_NewRef(Py_None));
 }
 
+static PyObject *row_products(PyObject *self, PyObject *args) {
+    Py_buffer b[3];
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*y*w*", &b[0], &b[1], &b[2])) return NULL;
+    const Py_ssize_t size = b[1].len / 4, rows = b[2].len / 8;
+    if (!holds(&b[0], rows * size, 4) || !holds(&b[1], size, 4) || !holds(&b[2], rows, 8)) return finish(b, 3, NULL);
+    products(b[0].buf, b[1].buf, rows, size, b[2].buf);
+    return finish(b, 3, Py_NewRef(Py_None));
+}
+
+static PyObject *placement_cost(PyObject *self, PyObject *args) {
+    Py_buffer b[8];
+    struct placement p;
+    const double *of[6];
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*y*dddddw*", &b[0], &b[1], &b[2], &b[3], &b[4], &b[5], &b[6],
+                          &p.context_tokens, &p.others_weight, &p.anchor, &p.tail_guard, &p.guard_share, &b[7]))
+        return NULL;
+    const Py_ssize_t workers = b[7].len / 8;
+    int fits = workers > 0 && holds(&b[0], 4 * workers, 8) && holds(&b[7], workers, 8);
+    for (int i = 0; i < 6; i++) {
+        fits = fits && holds(&b[i + 1], workers, 8);
+        of[i] = b[i + 1].buf;
+    }
+    if (!fits) return finish(b, 8, NULL);
+    place(b[0].buf, of, workers, &p, b[7].buf);
+    return finish(b, 8, Py_NewRef(Py_None));
+}
+
 static PyMethodDef methods[] = {
     {"unpack_counts", unpack_counts, METH_VARARGS, NULL},
     {"own_frequencies", own_frequencies, METH_VARARGS, NULL},
@@ -198,6 +271,8 @@ static PyMethodDef methods[] = {
     {"encode_profile", encode_profile, METH_VARARGS, NULL},
     {"shift_survival", shift_survival, METH_VARARGS, NULL},
     {"move_towards", move_towards, METH_VARARGS, NULL},
+    {"row_products", row_products, METH_VARARGS, NULL},
+    {"placement_cost", placement_cost, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

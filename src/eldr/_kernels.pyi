@@ -7,3 +7,19 @@ def scale_to_probabilities(scores: Any, layers: int, least: float, most: float, 
 def encode_profile(profile: Any, out: Any) -> None: ...
 def shift_survival(table: Any, codes: Any, sign: int, unit: float, log_survival: Any, survival: Any) -> float: ...
 def move_towards(own: Any, target: Any, share: float) -> None: ...
+def row_products(rows: Any, vector: Any, out: Any) -> None: ...
+def placement_cost(
+    columns: Any,
+    union: Any,
+    added: Any,
+    context: Any,
+    similarity: Any,
+    at_random: Any,
+    load: Any,
+    context_tokens: float,
+    others_weight: float,
+    anchor: float,
+    tail_guard: float,
+    guard_share: float,
+    out: Any,
+) -> None: ...

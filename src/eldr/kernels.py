@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 Counts = NDArray[np.uint32]
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 try:
     import eldr._kernels as _kernels
@@ -76,7 +77,50 @@ def move_towards(own: Floats, target: Floats, share: float) -> None:
     own += (target - own) * np.float32(share)
 
 
+def row_products(rows: Floats, vector: Floats, out: NDArray[np.float64]) -> None:
+    """Scalar product of each row [W, D] with the vector [D] into `out`, [W].
+
+    As W products of 1 x D and D x 1 numpy calls BLAS for each row alone, which it does not spread over threads: on
+    busy cores threads take milliseconds to meet for a product this small.
+    """
+    out[:] = np.matmul(rows[:, None, :], vector[:, None]).reshape(len(rows))
+
+
+def placement_cost(
+    columns: Doubles,
+    union: Doubles,
+    added: Doubles,
+    context: Doubles,
+    similarity: Doubles,
+    at_random: Doubles,
+    load: Doubles,
+    context_tokens: float,
+    others_weight: float,
+    anchor: float,
+    tail_guard: float,
+    guard_share: float,
+    out: Doubles,
+) -> None:
+    """What expected-union minimises, into `out`, [W]: seconds per step, infinity behind the tail guard.
+
+    columns: [4, W], a step's base, per expert, per token and per context token, seconds. The others: [W].
+    """
+    base_s, expert_s, token_s, context_s = columns
+    workers = len(load)
+    added_s = expert_s * added + token_s + context_s * context_tokens
+    longer_s = base_s + expert_s * union + token_s * load + context_s * context + added_s
+    expert_time_s = float((expert_s * (union + added)).sum()) / workers
+    distance = similarity.max() - similarity
+    out[:] = longer_s + others_weight * load * added_s
+    out += anchor * (float(load.sum()) / workers + 1) * expert_time_s * distance
+    saved_s = max(float((expert_s * (at_random - union - added)).sum()) / workers, 0.0)
+    margin_s = tail_guard * (saved_s + guard_share * expert_time_s) + 1e-12
+    out[longer_s > float(longer_s.sum()) / workers + margin_s] = np.inf
+
+
 if _kernels is not None:
+    row_products = _kernels.row_products
+    placement_cost = _kernels.placement_cost
     unpack_counts = _kernels.unpack_counts
     own_frequencies = _kernels.own_frequencies
     scale_to_probabilities = _kernels.scale_to_probabilities

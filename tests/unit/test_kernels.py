@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -122,6 +123,51 @@ def test_moving_towards(kernels):
     assert own.tolist() == [1, 1, 1.5]
 
 
+def test_row_products(kernels):
+    rng = np.random.default_rng(2)
+    rows, vector = rng.random((5, 77), dtype=np.float32), rng.random(77, dtype=np.float32)
+    out = np.empty(5)
+    kernels.row_products(rows, vector, out)
+    assert out == pytest.approx([sum(float(a) * float(b) for a, b in zip(row, vector, strict=True)) for row in rows])
+
+
+def plain_placement_cost(columns, workers, context_tokens, others_weight, anchor, tail_guard, guard_share):
+    base, expert, token, context = columns.tolist()
+    count = len(base)
+    longer, cost, experts, saved = [], [], 0.0, 0.0
+    for w, (union, added, held, _, at_random, load) in enumerate(workers):
+        added_s = expert[w] * added + token[w] + context[w] * context_tokens
+        step_s = base[w] + expert[w] * union + token[w] * load + context[w] * held
+        longer.append(step_s + added_s)
+        cost.append(step_s + added_s + others_weight * load * added_s)
+        experts += expert[w] * (union + added) / count
+        saved += expert[w] * (at_random - union - added) / count
+    mean_load = sum(worker[5] for worker in workers) / count
+    nearest = max(worker[3] for worker in workers)
+    limit = sum(longer) / count + tail_guard * (max(saved, 0) + guard_share * experts) + 1e-12
+    return [
+        math.inf if longer[w] > limit else cost[w] + anchor * (mean_load + 1) * experts * (nearest - workers[w][3])
+        for w in range(count)
+    ]
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from((0.0, 0.3, math.inf)), st.booleans())
+@settings(max_examples=40)
+@pytest.mark.parametrize("kernels", BOTH)
+def test_placement_cost(kernels, count, seed, tail_guard, dense):
+    rng = np.random.default_rng(seed)
+    columns = rng.random((4, count)) * [[1e-3], [1e-5], [1e-5], [1e-9]]
+    union, context = rng.random(count) * 3000, rng.random(count) * 1e5
+    added, at_random = rng.random(count) * 100, rng.random(count) * (200 if dense else 6000)
+    similarity, load = rng.random(count), rng.integers(0, 64, count).astype(float)
+    of = (union, added, context, similarity, at_random, load)
+    options = (500, 1.0, 0.1, tail_guard, 0.02)
+    out = np.empty(count)
+    kernels.placement_cost(columns, *of, *options, out)
+    assert out.tolist() == pytest.approx(plain_placement_cost(columns, list(zip(*of, strict=True)), *options), rel=1e-9)
+    assert np.isfinite(out).any()
+
+
 @needs_compiler
 def test_arrays_that_do_not_fit_are_refused():
     from eldr import _kernels
@@ -140,6 +186,9 @@ def test_arrays_that_do_not_fit_are_refused():
         lambda: _kernels.shift_survival(table[:255], codes, 1, 1.0, wide, floats),
         lambda: _kernels.shift_survival(table, codes, 1, 1.0, wide[:7], floats),
         lambda: _kernels.move_towards(floats, floats[:7], 1.0),
+        lambda: _kernels.row_products(np.zeros((2, 7), np.float32), floats, np.zeros(2)),
+        lambda: _kernels.placement_cost(*[np.zeros(8)] * 7, 1, 1, 1, 1, 1, np.zeros(8)),
+        lambda: _kernels.placement_cost(np.zeros(32), *[np.zeros(8)] * 5, np.zeros(7), 1, 1, 1, 1, 1, np.zeros(8)),
     ):
         with pytest.raises(ValueError):
             call()

@@ -150,22 +150,25 @@ class ExpectedUnion(Policy):
     ) -> NDArray[np.float64]:
         """float64 [eligible workers]: seconds of decode time per step that the placement costs, anchor included;
         infinity behind the tail guard, which always lets the least step time through."""
-        base_s, expert_s, token_s, context_s = self._costs[:, rows]
-        union = self._unions.union[rows]
-        added = self._unions.added(arrival.profile)[rows]
-        step_s = base_s + expert_s * union + token_s * load + context_s * self._unions.context[rows]
-        added_s = expert_s * added + token_s + context_s * arrival.context_tokens
-        longer_s = step_s + added_s
-        cost = longer_s + self._others_weight * load * added_s
-        workers = len(load)
-        expert_time_s = float(expert_s @ (union + added)) / workers
-        if arrival.direction is not None and self._anchor > 0:
-            similarity = self._unions.similarity(arrival.direction)[rows]
-            cost += self._anchor * (float(load.sum()) / workers + 1) * expert_time_s * (similarity.max() - similarity)
-        saved_s = max(float(expert_s @ (self._random.experts(load + 1) - union - added)) / workers, 0.0)
-        margin_s = self._tail_guard * (saved_s + GUARD_EXPERT_SHARE * expert_time_s) + 1e-12
-        cost[longer_s > float(longer_s.sum()) / workers + margin_s] = np.inf
-        return np.asarray(cost)
+        unions = self._unions
+        direction = arrival.direction if self._anchor > 0 else None
+        cost = np.empty(len(load))
+        kernels.placement_cost(
+            np.ascontiguousarray(self._costs[:, rows]),
+            unions.union[rows],
+            unions.added(arrival.profile)[rows],
+            unions.context[rows],
+            np.zeros(len(load)) if direction is None else unions.similarity(direction)[rows],
+            self._random.experts(load + 1),
+            load,
+            arrival.context_tokens,
+            self._others_weight,
+            self._anchor,
+            self._tail_guard,
+            GUARD_EXPERT_SHARE,
+            cost,
+        )
+        return cost
 
     def _unusable(self, counts: ExpertCounts | None) -> str | None:
         """Why counts cannot be used, None if they can. The first usable counts set the geometry."""

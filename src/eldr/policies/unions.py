@@ -119,14 +119,14 @@ class Unions:
         survival = self._survival[: self.count]
         geometry = self._geometry
         if geometry.ranks == 1:
-            return _row_products(survival, profile).astype(np.float64)
+            return _row_products(survival, profile)
         active = 1 - survival * (1 - profile)
         return busiest_rank_experts(active, geometry.layers, geometry.ranks) - self.union
 
     def similarity(self, unit_direction: NDArray[np.float32]) -> NDArray[np.float64]:
         """float64 [W]: cosine of a request's direction and each worker's; 0 for a worker that has none yet."""
         products = _row_products(self._direction[: self.count], unit_direction)
-        return (products / np.maximum(self._length[: self.count], np.float32(1e-6))).astype(np.float64)
+        return np.asarray(products / np.maximum(self._length[: self.count], np.float32(1e-6)))
 
 
 class RandomBatches:
@@ -140,7 +140,7 @@ class RandomBatches:
         self._starts = self._next = 0
         self._survival = np.ones(geometry.dimension, dtype=np.float32)
         self._product = self._survival.copy()
-        self._experts = [0.0]
+        self._experts = np.zeros(1)
 
     def started(self, mean_profile: NDArray[np.float32]) -> None:
         """One more request has started; mean_profile: float32 [D], looked at now and then."""
@@ -153,15 +153,19 @@ class RandomBatches:
         """Use this mean from now on. float32 [D]."""
         self._survival = 1 - np.clip(mean_profile, LEAST, MOST)
         self._product = np.ones_like(self._survival)
-        self._experts = [0.0]
+        self._experts = np.zeros(1)
 
     def experts(self, batch: NDArray[np.float64]) -> NDArray[np.float64]:
         """float64 [W], of batches of `batch` requests, whole numbers."""
         wanted = batch.astype(np.int64)
-        for _ in range(len(self._experts), int(wanted.max()) + 1):
-            self._product *= self._survival
-            self._experts.append(self._geometry.active(self._product))
-        return np.array(self._experts)[wanted]
+        largest = int(wanted.max())
+        if largest >= len(self._experts):
+            more = []
+            for _ in range(len(self._experts), largest + 1):
+                self._product *= self._survival
+                more.append(self._geometry.active(self._product))
+            self._experts = np.append(self._experts, more)
+        return self._experts[wanted]
 
 
 def encode_profile(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -171,10 +175,8 @@ def encode_profile(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
     return codes
 
 
-def _row_products(rows: NDArray[np.float32], vector: NDArray[np.float32]) -> NDArray[np.float32]:
-    """float32 [W]: scalar product of each row [W, D] with the vector.
-
-    As W products of 1 x D and D x 1 numpy calls BLAS for each row alone, which it does not spread over threads: on
-    busy cores threads take milliseconds to meet for a product this small.
-    """
-    return np.asarray(np.matmul(rows[:, None, :], vector[:, None]).reshape(len(rows)))
+def _row_products(rows: NDArray[np.float32], vector: NDArray[np.float32]) -> NDArray[np.float64]:
+    """float64 [W]: scalar product of each row [W, D] with the vector."""
+    products = np.empty(len(rows))
+    kernels.row_products(rows, vector, products)
+    return products
