@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from typing import get_args
 
@@ -29,7 +30,10 @@ class Outcomes:
             max_s=config.eject_max_s,
             share=config.eject_share,
         )
-        self._ejections: dict[Role, Ejections] = {role: Ejections(rules, config.seed) for role in get_args(Role)}
+        # Not the configured seed: routers of one configuration would send their trials at the same moments.
+        self._ejections: dict[Role, Ejections] = {
+            role: Ejections(rules, random.getrandbits(64)) for role in get_args(Role)
+        }
 
     def began(self, worker: Worker) -> None:
         """A leg goes to `worker`: its trial, if it is on trial."""

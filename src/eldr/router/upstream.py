@@ -242,8 +242,7 @@ class WorkerConnection(asyncio.Protocol):
             self._transport.abort()
             return
         self.last_heard_s = time.monotonic()
-        if self._in_head:
-            self._head_bytes += len(data)
+        began_in_head = self._in_head
         try:
             if self._between_chunks:
                 # Nearly every token comes as one chunk: a whole one needs no parser, which stays where it is.
@@ -254,7 +253,7 @@ class WorkerConnection(asyncio.Protocol):
             self._parser.feed_data(data)
             if self._between_chunks and not data.endswith(b"\r\n"):
                 self._between_chunks = False  # in the middle of the next one's size
-            if self._in_head and self._head_bytes > MAX_HEAD_BYTES:  # a line without an end is held by the parser
+            if began_in_head and self._too_long_a_head(len(data)):
                 raise ExchangeError(f"headers exceed {MAX_HEAD_BYTES} bytes")
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, ExchangeError) as error:
             if not self._complete:
@@ -265,6 +264,11 @@ class WorkerConnection(asyncio.Protocol):
             self._keep = False  # garbage after the answer
         if self._complete:
             self._finish()
+
+    def _too_long_a_head(self, new_bytes: int) -> bool:
+        """Whether the parser holds too much of a head; it would keep a line without an end for ever."""
+        self._head_bytes += new_bytes
+        return self._in_head and self._head_bytes > MAX_HEAD_BYTES
 
     def _finish(self) -> None:
         exchange, self._exchange = self._exchange, None
