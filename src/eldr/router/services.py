@@ -63,4 +63,4 @@ class Services:
         if any(self.fleet.available(worker.role)):
             moved = self.pools[worker].give_up_waiting("the worker answers no probes", int(self.budget.left))
             if moved:
-                log.warning("%d requests leave %s worker %s", moved, worker.role, worker.url)
+                log.warning("%d waiting exchanges leave %s worker %s", moved, worker.role, worker.url)
