@@ -242,7 +242,6 @@ class WorkerConnection(asyncio.Protocol):
             self._transport.abort()
             return
         self.last_heard_s = time.monotonic()
-        began_in_head = self._in_head
         try:
             if self._between_chunks:
                 # Nearly every token comes as one chunk: a whole one needs no parser, which stays where it is.
@@ -250,6 +249,7 @@ class WorkerConnection(asyncio.Protocol):
                 if CHUNK_SIZES.get(data[:size_end]) == len(data) - size_end - 4 and data.endswith(b"\r\n"):
                     self._exchange.on_body(data[size_end + 2 : -2], data)
                     return
+            began_in_head = self._in_head
             self._parser.feed_data(data)
             if self._between_chunks and not data.endswith(b"\r\n"):
                 self._between_chunks = False  # in the middle of the next one's size
