@@ -331,7 +331,7 @@ class Silent:
     def begin_stream(self, content_type, extra):
         pass
 
-    def write(self, data):
+    def write(self, data, framed=None):
         pass
 
     def end_stream(self):
