@@ -108,7 +108,15 @@ def _work(plan: Plan, benches: dict[Path, Bench]) -> Iterable[_Work]:
                 continue
             code = _code_digest(experiment)
             for part in experiment.parts(bench):
-                setting = [bench.trace.sha256, name, part, plan.seeds, plan.requests, str(plan.torch_python), code]
+                setting = [
+                    bench.trace.sha256,
+                    name,
+                    part,
+                    plan.seeds,
+                    plan.requests,
+                    plan.torch_python is not None,
+                    code,
+                ]
                 digest = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:16]
                 yield _Work(trace, name, part, plan.keep / f"{name}-{digest}.json")
 
