@@ -10,6 +10,9 @@ from eldr.errors import EldrError
 
 Role = Literal["prefill", "decode"]
 
+# Streams that a worker's own time per output token remembers.
+RECENT_STREAMS = 10
+
 
 class FleetError(EldrError):
     """A worker that cannot be added to the fleet, or that the fleet does not know."""
@@ -29,6 +32,8 @@ class Worker:
     on_trial: was ejected and gets one request to prove itself.
     models: names that it serves, None while unknown.
     load: what the engine said last: requests waiting in it, share of its KV cache in use; None while unknown.
+    active_experts: distinct experts of a decode step in a layer, the mean over the last while; None while unknown.
+    tpot_s: time per output token, the mean of its last streams; None before the first.
     clock_skew_s: its clock minus ours, as its last answer showed it, to a second; None while unknown.
     """
 
@@ -44,7 +49,12 @@ class Worker:
     on_trial: bool = False
     models: frozenset[str] | None = None
     load: tuple[int, float] | None = None
+    active_experts: float | None = None
+    tpot_s: float | None = None
     clock_skew_s: float | None = None
+
+    def observe_tpot(self, tpot_s: float) -> None:
+        self.tpot_s = tpot_s if self.tpot_s is None else self.tpot_s + (tpot_s - self.tpot_s) / RECENT_STREAMS
 
     @property
     def up(self) -> bool:

@@ -44,6 +44,19 @@ class Decision:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What a policy knows of its workers, one row a worker, for people to look at.
+
+    kind: "expected_union", the expected distinct experts of a decode step, a column a layer; or "zones", the cosine of
+    the worker's zone and each worker's, in the same order. most: the largest value that a cell can have.
+    """
+
+    kind: str
+    rows: Mapping[str, list[float]]
+    most: float
+
+
 class Policy(ABC):
     """Chooses a decode worker for each request and hears what happens in the fleet.
 
@@ -87,3 +100,7 @@ class Policy(ABC):
 
     def left(self, worker: str) -> None:  # noqa: B027
         """`worker` is no longer part of the fleet."""
+
+    def picture(self) -> Picture | None:
+        """What is to be seen of its state; None if there is nothing. Not asked while a request waits for it."""
+        return None

@@ -29,7 +29,7 @@ from eldr import kernels
 from eldr.activation import ActivationModel, of_a_step, own_frequencies, to_probabilities
 from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, StepCost
 from eldr.counts import ExpertCounts
-from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
 from eldr.policies.load import least_loaded
 from eldr.policies.unions import Geometry, Profile, RandomBatches, Unions, encode_profile
 
@@ -253,6 +253,13 @@ class ExpectedUnion(Policy):
             self._unions.remove(row)
             self._costs[:, row] = self._costs[:, -1]
             self._costs = self._costs[:, :-1]
+
+    def picture(self) -> Picture | None:
+        if self._geometry is None:
+            return None
+        _, experts, _ = self._geometry
+        rows = self._unions.by_layer().tolist()
+        return Picture("expected_union", dict(zip(self._workers, rows, strict=True)), experts)
 
 
 def _cost_columns(costs: list[StepCost]) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr.counts import ExpertCounts
-from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
 from eldr.policies.load import least_loaded
 from eldr.policies.refit import LEAST_PER_ZONE, WANTED_PER_ZONE, Refit, RefitTask, SignatureWindow
 from eldr.signature import TRANSFORMS
@@ -62,6 +62,7 @@ class LocalityBand(Policy):
 
     def _set_centroids(self, centroids: NDArray[np.float32]) -> None:
         self._centroids = centroids
+        self._alike = centroids @ centroids.T
         # centroid . (entries * idf) = (centroid * idf) . entries: one matrix-vector product scores all zones.
         self._weights = np.ascontiguousarray(centroids * self._idf)
 
@@ -140,3 +141,7 @@ class LocalityBand(Policy):
             self._zone[newest] = lonely
             self._owners[crowded] -= 1
             self._owners[lonely] += 1
+
+    def picture(self) -> Picture | None:
+        zones = list(self._zone.values())
+        return Picture("zones", dict(zip(self._zone, self._alike[zones][:, zones].tolist(), strict=True)), 1.0)

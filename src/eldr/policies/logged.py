@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eldr.counts import COUNTS_KEYS, decode_counts, encode_counts
-from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
 from eldr.policies.options import PolicyOptions
 from eldr.policies.refit import Refit, RefitTask
 
@@ -120,6 +120,9 @@ class LoggedPolicy(Policy):
         self._numbers.pop(worker, None)
         self._write({"event": "left", "worker": worker})
         self._policy.left(worker)
+
+    def picture(self) -> Picture | None:
+        return self._policy.picture()
 
 
 def _counts_wire(request: DecodeRequest) -> dict[str, Any] | None:

@@ -77,6 +77,11 @@ class Unions:
     def context(self) -> NDArray[np.float64]:
         return self._context[: self.count]
 
+    def by_layer(self) -> NDArray[np.float64]:
+        """float64 [W, L]: expected distinct experts of a step in each layer."""
+        survival = self._survival[: self.count].reshape(self.count, self._geometry.layers, self._geometry.experts)
+        return np.asarray(self._geometry.experts - survival.sum(axis=2, dtype=np.float64))
+
     def append(self) -> None:
         """A row for one more worker; capacity doubles, so that a large fleet may join one by one."""
         if self.count == len(self._union):

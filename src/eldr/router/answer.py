@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 
 from eldr.router.errors import ApiError
 from eldr.router.forwarding import content_type
 from eldr.router.http import ClientConnection
-from eldr.router.metrics import Metrics
+from eldr.router.metrics import ITL_BOUNDS_S, Metrics
 from eldr.router.upstream import Answer, ExchangeError
 from eldr.router.verdict import ERROR_EVENT, Names, WrongAnswerError, check_first_event, check_status
 
@@ -57,6 +58,7 @@ class DecodeAnswer(Answer):
         self._done = False
         self._client = client
         self._metrics = metrics
+        self._gaps = metrics.itl.counts
         self._response_headers = response_headers
         self._received_s = received_s
         self._wants_usage = wants_usage
@@ -90,7 +92,10 @@ class DecodeAnswer(Answer):
         if events == 1 and data == DONE_EVENT:
             self._done = True
         else:
-            self.last_s = time.monotonic()
+            now_s = time.monotonic()
+            if self.last_s:
+                self._gaps[bisect_left(ITL_BOUNDS_S, now_s - self.last_s)] += 1
+            self.last_s = now_s
             self._tail = data if len(data) >= DONE_BYTES else (self._tail + data)[-DONE_BYTES:]
         if self._wants_usage and USAGE_MARK in data:
             self._usage = data
@@ -148,14 +153,19 @@ class DecodeAnswer(Answer):
         self._client.break_stream()
         super().on_done()
 
-    def observe_tpot(self, extra_events: int) -> None:
-        """Count the mean time between tokens.
+    def observe_tpot(self, extra_events: int) -> float | None:
+        """Count the mean time between tokens, and give it; None if there is none.
 
         The usage says how many there were, where the client asked for it. Otherwise every event counts as one, less
         `extra_events` and the usage; a worker that falls behind puts several into one event, which is then slower.
         """
         self._metrics.stream_events += self.events
+        if self.last_s:
+            self._metrics.itl.sum += self.last_s - self.first_s
         found = COMPLETION_TOKENS.search(self._usage)
         tokens = int(found[1]) if found else self.events - extra_events - self._wants_usage
-        if tokens > 1 and self.broken is None:
-            self._metrics.tpot.observe((self.last_s - self.first_s) / (tokens - 1))
+        if tokens < 2 or self.broken is not None:
+            return None
+        tpot_s = (self.last_s - self.first_s) / (tokens - 1)
+        self._metrics.tpot.observe(tpot_s)
+        return tpot_s

@@ -125,7 +125,7 @@ class Router:
         )
         self.membership = self._build_membership()
         self.admin = AdminApi(self.membership, lambda: self.services.admin_key)
-        self._collector = RouterCollector(metrics, fleet, admission)
+        self._collector = RouterCollector(metrics, fleet, admission, self.services.placements.picture)
         self._routes = {
             openai.COMPLETIONS: (b"POST", self._completion),
             openai.CHAT: (b"POST", self._completion),

@@ -342,7 +342,9 @@ class Flow:
             self._relay(answer, recorded=job.record, handoff=handoff)
             return
         # Beside the tokens: [DONE] and the chat stream's opening event.
-        answer.observe_tpot(1 + (self._request.path == openai.CHAT))
+        tpot_s = answer.observe_tpot(1 + (self._request.path == openai.CHAT))
+        if tpot_s is not None:
+            worker.observe_tpot(tpot_s)
         self._count(200)
 
     def _relay(self, answer: Answer, recorded: bool = False, handoff: HandOff | None = None) -> None:

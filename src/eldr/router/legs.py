@@ -91,6 +91,7 @@ def _handoff(
             log.warning("prefill worker %s hands nothing off; its requests run whole", worker.url)
         return None
     check_handoff(handoff.request_name, leg_id, services.handoff_names)
+    services.metrics.handoffs += 1
     if handoff.counts_error is not None:
         reason = handoff.counts_error.reason
         services.metrics.counts_errors[reason] += 1

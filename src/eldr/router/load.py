@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import re
 from collections import defaultdict
@@ -27,6 +28,8 @@ _LINE = re.compile(
     rb"\{([^\n]*)\} ([0-9.eE+-]+)$",
     re.MULTILINE,
 )
+# From eldr's connector: distinct experts of a decode step in one MoE layer, over all steps and layers so far.
+_ACTIVE = re.compile(rb"^vllm:eldr_active_experts_(sum|count)\{([^\n]*)\} ([0-9.eE+-]+)$", re.MULTILINE)
 _ENGINE = re.compile(rb'engine="([0-9]+)"')
 
 
@@ -61,6 +64,17 @@ def parse_load(text: bytes) -> dict[int, EngineLoad]:
         )
         for engine, values in found.items()
     }
+
+
+def parse_active_experts(text: bytes, engine: int) -> tuple[float, float] | None:
+    """Sum and count of one engine's active experts, from the same exposition; None if it holds none."""
+    found: dict[bytes, float] = {}
+    for name, labels, value in _ACTIVE.findall(text):
+        named = _ENGINE.search(labels)
+        if named is None or int(named[1]) == engine:
+            with contextlib.suppress(ValueError):
+                found[name] = float(value)
+    return (found[b"sum"], found[b"count"]) if len(found) == 2 else None
 
 
 class Capacity:
@@ -98,6 +112,7 @@ class LoadWatch:
         self._interval_s = interval_s
         self._changed = changed
         self.capacity = Capacity(worker.max_inflight)
+        self._active = (0.0, 0.0)
 
     async def run(self) -> None:
         while True:
@@ -116,10 +131,23 @@ class LoadWatch:
         except (UpstreamError, TimeoutError):
             return {}
         engines = parse_load(answer.body) if answer.status == 200 else {}
-        load = engines.get(rank_of(self._worker.url) or 0)
+        rank = rank_of(self._worker.url) or 0
+        if self._worker.role == "decode":
+            self._note_active(parse_active_experts(answer.body, rank))
+        load = engines.get(rank)
         if load is not None:
             self._worker.load = (load.waiting, load.kv_usage)
             if self._worker.role == "decode":
                 self._fleet.set_limit(self._worker, self.capacity.heard(load, self._worker.in_flight))
                 self._changed()
         return engines
+
+    def _note_active(self, active: tuple[float, float] | None) -> None:
+        """Keep the mean since the last look; an engine that ran nothing since has none."""
+        if active is None:
+            self._worker.active_experts = None
+            return
+        total, steps = active[0] - self._active[0], active[1] - self._active[1]
+        self._active = active
+        # A restarted engine counts from zero again.
+        self._worker.active_experts = total / steps if steps > 0 and total >= 0 else None

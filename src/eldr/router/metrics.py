@@ -6,7 +6,7 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -16,6 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from eldr.fleet import Fleet
+from eldr.policies.base import Picture
 from eldr.router.admission import Admission
 
 # vLLM's own bucket bounds for the same quantities, so that both can be laid over each other.
@@ -23,32 +24,36 @@ TTFT_BOUNDS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
     160.0, 640.0, 2560.0,
 )  # fmt: skip
+# Finer than those of TPOT where decode steps are: what matters of the gap between two events is its tail.
+ITL_BOUNDS_S = (
+    0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0,
+)  # fmt: skip
 TPOT_BOUNDS_S = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )  # fmt: skip
 
 
 class Histogram:
-    """Counts of observations per bucket, and their sum."""
+    """Counts of observations per bucket, and their sum. What observes a million times a second counts by itself."""
 
-    __slots__ = ("_bounds", "_counts", "_sum")
+    __slots__ = ("bounds", "counts", "sum")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
 
     def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
 
     def family(self, name: str, text: str) -> HistogramMetricFamily:
         total = 0
         buckets: list[tuple[str, float]] = []
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
             total += count
             buckets.append((bound, total))
-        return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self._sum)
+        return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self.sum)
 
 
 class Metrics:
@@ -66,6 +71,7 @@ class Metrics:
         self.timeouts: defaultdict[str, int] = defaultdict(int)
         self.failures: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self.ejections: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self.handoffs = 0
         self.prefill_spills = 0
         self.broken_streams = 0
         self.stream_events = 0
@@ -77,6 +83,7 @@ class Metrics:
         self.refit_duration_s = 0.0
         self.last_refit_s: float | None = None
         self.ttft = Histogram(TTFT_BOUNDS_S)
+        self.itl = Histogram(ITL_BOUNDS_S)
         self.tpot = Histogram(TPOT_BOUNDS_S)
         self.prefill = Histogram(TTFT_BOUNDS_S)
         self.queue = Histogram(TTFT_BOUNDS_S)
@@ -85,7 +92,10 @@ class Metrics:
 class RouterCollector(Collector):
     """Turns the counters and the state of the fleet into metric families."""
 
-    def __init__(self, metrics: Metrics, fleet: Fleet, admission: Admission) -> None:
+    def __init__(
+        self, metrics: Metrics, fleet: Fleet, admission: Admission, picture: Callable[[], Picture | None]
+    ) -> None:
+        self._picture = picture
         self._metrics = metrics
         self._fleet = fleet
         self._admission = admission
@@ -106,6 +116,7 @@ class RouterCollector(Collector):
         )
         yield _counter("eldr_decisions", "Decode workers chosen.", ("policy", "reason"), m.decisions)
         yield _counter("eldr_policy_errors", "Failures of the policy, each covered by jsq.", (), {(): m.policy_errors})
+        yield _counter("eldr_handoffs", "Prefill answers with a hand-off.", (), {(): m.handoffs})
         yield _counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), m.counts_errors)
         yield _counter("eldr_passthrough", "Requests run whole on one decode worker.", ("reason",), m.passthrough)
         yield _counter("eldr_retries", "Legs tried again.", ("leg", "reason"), m.retries)
@@ -129,6 +140,7 @@ class RouterCollector(Collector):
         yield from self._refit_families()
         yield m.ttft.family("eldr_time_to_first_token_seconds", "Streams: request received to first token sent on.")
         yield m.tpot.family("eldr_time_per_output_token_seconds", "Streams: mean time between tokens of a request.")
+        yield m.itl.family("eldr_inter_token_latency_seconds", "Streams: time between two pieces passed on.")
         yield m.prefill.family("eldr_prefill_seconds", "Prefill request sent to hand-off received.")
         yield m.queue.family("eldr_queue_seconds", "Wait for a decode slot, of the requests that waited.")
         queued = GaugeMetricFamily("eldr_queued", "Requests waiting for a decode slot.", labels=("priority",))
@@ -169,6 +181,19 @@ class RouterCollector(Collector):
         )
         waiting = GaugeMetricFamily("eldr_worker_waiting", "Requests waiting inside the worker.", labels=labels)
         kv_usage = GaugeMetricFamily("eldr_worker_kv_usage_ratio", "KV cache in use at the worker.", labels=labels)
+        tpot = GaugeMetricFamily(
+            "eldr_worker_time_per_output_token_seconds", "Mean over the worker's last streams.", labels=labels
+        )
+        active = GaugeMetricFamily(
+            "eldr_active_experts",
+            "Distinct experts of a decode step in a layer, as the worker measured.",
+            labels=labels,
+        )
+        expected = GaugeMetricFamily(
+            "eldr_expected_active_experts", "The same, as the policy expects it of the next step.", labels=labels
+        )
+        for url, experts in expected_active_experts(self._picture()).items():
+            expected.add_metric(("decode", url), experts)
         for role in ("prefill", "decode"):
             for worker in self._fleet.workers("prefill" if role == "prefill" else "decode").values():
                 key = (role, worker.url)
@@ -180,9 +205,20 @@ class RouterCollector(Collector):
                 if worker.load is not None:
                     waiting.add_metric(key, worker.load[0])
                     kv_usage.add_metric(key, worker.load[1])
+                if worker.active_experts is not None:
+                    active.add_metric(key, worker.active_experts)
+                if worker.tpot_s is not None:
+                    tpot.add_metric(key, worker.tpot_s)
                 if worker.clock_skew_s is not None:
                     skew.add_metric(key, worker.clock_skew_s)
-        yield from (up, ejected, in_flight, limit, waiting, kv_usage, skew)
+        yield from (up, ejected, in_flight, limit, waiting, kv_usage, skew, tpot, active, expected)
+
+
+def expected_active_experts(picture: Picture | None) -> dict[str, float]:
+    """Decode worker -> expected distinct experts of a step, the mean over layers; empty if the policy expects none."""
+    if picture is None or picture.kind != "expected_union":
+        return {}
+    return {worker: sum(row) / len(row) for worker, row in picture.rows.items()}
 
 
 def _counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, int]) -> CounterMetricFamily:

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 from eldr.fleet import Fleet, Worker
-from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
 from eldr.policies.load import ShortestQueue
 from eldr.router.logs import Throttle
 from eldr.router.metrics import Metrics
 
 log = logging.getLogger("eldr.router")
+
+
+# Decisions that are kept to be looked at.
+KEPT = 100
+
+
+class Placed(NamedTuple):
+    """A decision to be looked at. in_flight: requests that the worker then ran besides."""
+
+    unix_s: float
+    request_id: str
+    prompt_tokens: int
+    label: str | None
+    worker: str
+    reason: str
+    in_flight: int
 
 
 class Placement:
@@ -41,6 +60,19 @@ class Placements:
         self._metrics = metrics
         self._fallback = ShortestQueue(seed)
         self._throttle = Throttle()
+        self.recent: deque[Placed] = deque(maxlen=KEPT)
+
+    @property
+    def policy_name(self) -> str:
+        return self._policy.name
+
+    def picture(self) -> Picture | None:
+        """What the policy shows of its state, nothing if it fails to."""
+        try:
+            return self._policy.picture()
+        except Exception:
+            self._failed("failed to show its state", exc_info=True)
+            return None
 
     def joined(self, worker: Worker) -> None:
         self._policy.joined(worker.url)
@@ -61,6 +93,17 @@ class Placements:
         decision = self._decide(request, eligible)
         self._metrics.decisions[self._policy.name, decision.reason] += 1
         worker = self._fleet.workers("decode")[decision.worker]
+        self.recent.append(
+            Placed(
+                time.time(),
+                request.request_id,
+                request.prompt_tokens,
+                request.label,
+                worker.url,
+                decision.reason,
+                worker.in_flight,
+            )
+        )
         self._fleet.started(worker)
         self._tell(self._policy.started, request, worker)
         return Placement(self, request, worker, decision)
