@@ -18,7 +18,7 @@ VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast check format fuzz test-matrix bench bench-router soak evaluate clean
+.PHONY: help demo test test-fast browser check format fuzz test-matrix bench bench-router soak evaluate clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -27,6 +27,11 @@ help:  ## list the tasks
 demo:  ## a whole fleet on this machine: 1 prefill and 4 decode workers, jsq against locality-band
 	@$(MAKE) --no-print-directory --jobs 2 $(DEV)/.installed $(VLLM)/.installed
 	@$(DEV)/bin/eldr demo --vllm-python $(VLLM)/bin/python
+
+browser:  ## install Chromium for the tests of the page, where there is none (Debian and Ubuntu, as root)
+	@for name in $$ELDR_CHROMIUM chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	  { apt-get -qq update && apt-get -qq install -y chromium; } \
+	  || { echo 'Install Chromium or Chrome yourself, or name its program in ELDR_CHROMIUM.' >&2; exit 1; }
 
 fuzz: $(DEV)/.installed  ## hostile input to every reader of bytes, for FUZZ_SECONDS in all (120)
 	$(DEV)/bin/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)

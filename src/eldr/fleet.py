@@ -53,6 +53,17 @@ class Worker:
     tpot_s: float | None = None
     clock_skew_s: float | None = None
 
+    @property
+    def state(self) -> str:
+        """Its state in a word."""
+        if self.draining:
+            return "draining"
+        if self.ejected:
+            return "ejected"
+        if self.healthy:
+            return "trial" if self.on_trial else "up"
+        return "joining" if self.models is None and not self.problem else "down"
+
     def observe_tpot(self, tpot_s: float) -> None:
         self.tpot_s = tpot_s if self.tpot_s is None else self.tpot_s + (tpot_s - self.tpot_s) / RECENT_STREAMS
 

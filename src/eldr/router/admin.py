@@ -14,18 +14,24 @@ from eldr.router.errors import ApiError
 from eldr.router.http import ClientConnection, Request
 from eldr.router.keys import ADMIN, is_admin
 from eldr.router.membership import Membership, MembershipError
+from eldr.router.ui.page import TYPE, page
+from eldr.router.ui.state import UiState
 from eldr.router.urls import UrlError, worker_url
 
 SOURCE = "admin"
+PAGE = b"/ui"
+STATE = b"/ui/state"
 
 
 class AdminApi:
-    """Answers admin requests; a handler of `ClientConnection`. Every request needs the admin key.
+    """Answers admin requests; a handler of `ClientConnection`. Every request but that for the page needs the admin key:
+    the page holds nothing of the fleet, and asks for the key to get it.
 
-    key: gives the key as it is now.
+    key: gives the key as it is now. ui: what the page shows.
     """
 
-    def __init__(self, membership: Membership, key: Callable[[], bytes | None]) -> None:
+    def __init__(self, membership: Membership, key: Callable[[], bytes | None], ui: UiState) -> None:
+        self._ui = ui
         self.connections: set[ClientConnection] = set()
         self.closing = False
         self._membership = membership
@@ -39,11 +45,18 @@ class AdminApi:
         """Nothing is counted here: the router's metrics are about its clients."""
 
     def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
-        if not is_admin(headers.get(b"authorization"), self._key()):
+        if path != PAGE and not is_admin(headers.get(b"authorization"), self._key()):
             raise ApiError(401, "the admin API needs its key as Authorization: Bearer KEY (see --admin-key-file)")
         return ADMIN
 
     def handle(self, request: Request, connection: ClientConnection) -> None:
+        if request.method == b"GET" and request.path == PAGE:
+            text, headers = page()
+            connection.respond(200, text, TYPE, headers)
+            return
+        if request.method == b"GET" and request.path == STATE:
+            connection.respond(200, self._ui.json(), extra=b"cache-control: no-store\r\n")
+            return
         try:
             status, answer = self._answer(request)
         except ApiError as error:
@@ -54,7 +67,7 @@ class AdminApi:
     def _answer(self, request: Request) -> tuple[int, object]:
         methods = self._routes.get(request.path)
         if methods is None:
-            raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, self._routes)))
+            raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, (PAGE, *self._routes))))
         act = methods.get(request.method)
         if act is None:
             raise ApiError(405, "Method Not Allowed: use " + ", ".join(map(bytes.decode, methods)))
@@ -102,16 +115,10 @@ class AdminApi:
 
 def describe(worker: Worker) -> dict[str, Any]:
     """A worker as the API shows it."""
-    if worker.draining:
-        state = "draining"
-    elif worker.healthy:
-        state = "up"
-    else:
-        state = "joining" if worker.models is None and not worker.problem else "down"
     return {
         "url": worker.url,
         "role": worker.role,
-        "state": state,
+        "state": worker.state,
         "problem": worker.problem,
         "source": worker.source,
         "in_flight": worker.in_flight,

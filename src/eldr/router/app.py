@@ -42,6 +42,7 @@ from eldr.router.retries import RetryBudget
 from eldr.router.services import Services
 from eldr.router.sweep import sweep
 from eldr.router.tls import HANDSHAKE_TIMEOUT_S, ServerTls, worker_context
+from eldr.router.ui.state import UiState
 
 log = logging.getLogger("eldr.router")
 
@@ -59,6 +60,8 @@ LIVE_SETTINGS = frozenset((
     "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s", "request_timeout_s",
     "drain_timeout_s", "grace_s", "log_level",
 ))  # fmt: skip
+# What a client may take the router's own address for.
+ADMIN_PATHS = frozenset((b"/ui", b"/admin/workers", b"/admin/drain"))
 # What may be asked without an API key: load balancers probe it.
 OPEN_PATHS = frozenset((b"/health", b"/ready"))
 
@@ -124,7 +127,7 @@ class Router:
             admin_key=None if config.admin_key_file is None else read_key(config.admin_key_file),
         )
         self.membership = self._build_membership()
-        self.admin = AdminApi(self.membership, lambda: self.services.admin_key)
+        self.admin = AdminApi(self.membership, lambda: self.services.admin_key, UiState(self.services))
         self._collector = RouterCollector(metrics, fleet, admission, self.services.placements.picture)
         self._routes = {
             openai.COMPLETIONS: (b"POST", self._completion),
@@ -315,6 +318,8 @@ class Router:
     def handle(self, request: Request, connection: ClientConnection) -> None:
         route = self._routes.get(request.path)
         try:
+            if route is None and request.path in ADMIN_PATHS:
+                raise ApiError(404, f"{request.path.decode()} is served at the address of --admin-listen alone")
             if route is None:
                 raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, self._routes)))
             method, answer = route

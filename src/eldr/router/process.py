@@ -59,6 +59,9 @@ async def _serve(router: Router, config: RouterConfig) -> None:
     tell_predecessor()
     scheme = "http" if config.tls_cert is None else "https"
     host = f"[{config.host}]" if ":" in config.host else config.host
+    if config.admin_listen is not None:
+        admin_host = config.admin_listen.rpartition(":")[0]
+        print(f"eldr: page and admin API on {scheme}://{admin_host}:{router.admin_port}/ui", file=sys.stderr)
     print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {config.policy}", file=sys.stderr, flush=True)
     await _until_end(router, signals)
     stopping = loop.create_task(router.stop(config.grace_s))

@@ -1,0 +1,1 @@
+"""The page that shows a running fleet, and what it asks for."""
