@@ -101,7 +101,7 @@ class _Client:
         assert b"\r" not in content_type
         assert b"\n" not in content_type
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes, framed: bytes | None = None) -> None:
         assert data
         self.sent += data
 
