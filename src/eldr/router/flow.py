@@ -252,7 +252,7 @@ class Flow:
             params = {"eldr_record": True} if job.record else None
         elif handoff.left_s(time.monotonic()) <= 0:
             pool.release(connection)
-            raise LegFailure("decode", "lease", "the lease ended before the request was sent", worker=worker.url)
+            raise LegFailure("decode", "lease", "the lease ended before the request was sent")
         else:
             params = handoff.spend(job.record)
         self._decodes += 1
@@ -318,7 +318,9 @@ class Flow:
         elif not services.budget.take():
             why_not = "budget"
         fields = {"id": self._id, "worker": failure.worker, "reason": reason, "retried": why_not is None}
-        log.warning("%s", failure, extra={"fields": fields})
+        # Of a fleet's failure one line each for a while; the rest is counted, and there for who asks for it.
+        level = logging.WARNING if services.throttle.due(f"{leg} {reason} {failure.worker}") else logging.DEBUG
+        log.log(level, "%s", failure, extra={"fields": fields})
         if why_not is None:
             self._retries += 1
             services.metrics.retries[leg, reason] += 1
