@@ -12,6 +12,7 @@ import numpy as np
 
 from eldr.counts import decode_counts, encode_counts
 from eldr.evaluate.bench import Bench, Experiment, Part, Row
+from eldr.kernels import COMPILED
 from eldr.policies import make_policy
 from eldr.policies.base import DecodeRequest
 
@@ -108,7 +109,8 @@ def _time_s(call: Callable[..., object], *arguments: object) -> float:
 
 def _row(what: str, times_s: list[float]) -> Row:
     p50, p99 = (1e6 * np.percentile(times_s, (50, 99))).tolist()
-    return {"what": what, "workers": WORKERS, "calls": len(times_s), "p50_us": p50, "p99_us": p99}
+    loops = "C" if COMPILED else "numpy"
+    return {"what": what, "loops": loops, "workers": WORKERS, "calls": len(times_s), "p50_us": p50, "p99_us": p99}
 
 
 MEMORY = Experiment("memory", lambda bench: [{}], _memory, once=True)
