@@ -79,8 +79,10 @@ def decisions_section(rows: Rows, prefix: str) -> Section:
         "Bars: median; numbers: median / p99.",
         lambda: _decisions(rows),
     )
-    text = "CPU time of one Python thread: what else the machine did is not in it. A request takes each step once. "
+    text = (
+        "CPU time of one Python thread: what else the machine did is not in it. A request takes each step once. "
         f"Inner loops ran in {rows[0]['loops']}."
+    )
     columns = {
         "step": words("what"),
         "calls": words("calls"),
