@@ -93,7 +93,7 @@ class Policy(ABC):
         """`request` was sent to `worker`."""
 
     def finished(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027
-        """`request` no longer runs on `worker`: completed, failed or cancelled."""
+        """`request`, whose counts may be gone by now, no longer runs on `worker`: completed, failed or cancelled."""
 
     def joined(self, worker: str) -> None:  # noqa: B027
         """`worker` is now part of the fleet."""

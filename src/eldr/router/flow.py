@@ -11,7 +11,6 @@ from typing import Any, cast
 import orjson
 
 from eldr.fleet import Role, Worker
-from eldr.policies.base import DecodeRequest
 from eldr.router import forwarding, intake, legs, openai
 from eldr.router.admission import NoWorkerError
 from eldr.router.answer import DecodeAnswer
@@ -213,9 +212,8 @@ class Flow:
         only way on is another prefill.
         """
         services = self._services
-        request = job.decode_request(handoff)
         while True:
-            placement = await self._place(request, handoff)
+            placement = await self._place(job, handoff)
             services.outcomes.began(placement.worker)
             try:
                 await self._decode_on(placement, job, handoff)
@@ -226,9 +224,10 @@ class Flow:
                 placement.end()
                 services.outcomes.ended(placement.worker)
 
-    async def _place(self, request: DecodeRequest, handoff: HandOff | None) -> Placement:
+    async def _place(self, job: Job, handoff: HandOff | None) -> Placement:
         """A worker that is eligible before the lease ends. Raises LegFailure, or ApiError if there is no worker."""
         services = self._services
+        request = job.decode_request(handoff)
         while True:
             placement = services.placements.place(request, self._tried["decode"])
             if placement is not None and placement.worker.url not in self._refused:
@@ -258,10 +257,14 @@ class Flow:
         self._decodes += 1
         leg_id = self._id if self._decodes == 1 else f"{self._id}-decode-{self._decodes}"
         answer = self._decode_answer(job, leg_id, worker)
-        request = legs.request_bytes(pool, job, leg_id, openai.decode_body(job.body, params))
         limit_s = config.decode_first_byte_timeout_s if job.stream else config.decode_answer_timeout_s
         self._upstream, self._answer = connection, answer
-        connection.start(answer, request, limit_s, config.decode_idle_timeout_s)
+        connection.start(
+            answer,
+            legs.request_bytes(pool, job, leg_id, openai.decode_body(job.body, params)),
+            limit_s,
+            config.decode_idle_timeout_s,
+        )
         if self._connection.stalled:
             connection.pause()
         try:

@@ -43,7 +43,8 @@ class HandOff:
     """One prefill's result.
 
     counts: expert counts of the prompt, None if there are none that can be used; counts_error then says why.
-    counts_wire: the counts as the worker sent them.
+    counts_wire: the counts as the worker sent them. Both are gone once the hand-off is spent, but for a recording's
+        counts_wire.
     prompt_tokens: as the prefill worker counted them, 0 if it did not say.
     request_name: what the prefill worker calls the request whose blocks these are.
     """
@@ -79,6 +80,10 @@ class HandOff:
         if self._spent:
             raise AssertionError("a hand-off was about to be sent twice")
         self._spent = True
+        # A thousand streams would hold 30 MB of what nobody will look at again.
+        self.counts = None
+        if not record:
+            self.counts_wire = None
         params = self._params
         if self.lease is not None:
             params["eldr_lease"] = {"left_s": self.lease.left_at(time.monotonic()), "unix_s": time.time()}

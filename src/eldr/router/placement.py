@@ -40,7 +40,10 @@ class Placement:
 
     def __init__(self, owner: Placements, request: DecodeRequest, worker: Worker, decision: Decision) -> None:
         self._owner: Placements | None = owner
-        self._request = request
+        # Not its counts: they take more memory than all the rest of a running stream.
+        self._request = DecodeRequest(
+            request.request_id, request.prompt_tokens, None, request.label, request.max_tokens
+        )
         self.worker = worker
         self.decision = decision
 
