@@ -27,7 +27,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("build/training"))
     args = parser.parse_args()
     text = json.loads((args.data / "corpus.json").read_text(encoding="utf-8"))
-    training = json.loads((args.data / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    log = [json.loads(line) for line in (args.data / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    training = log[-1]
+    # A run that was stopped and continued with another number of steps changed its learning rate on the way.
+    training["steps_by_plan"] = {str(entry["planned_steps"]): entry["steps"] for entry in log}
     PACKAGE.mkdir(parents=True, exist_ok=True)
     for path in (args.data / "model").iterdir():
         shutil.copyfile(path, PACKAGE / path.name)

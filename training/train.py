@@ -1,6 +1,6 @@
 """Train the small Mixture-of-Experts model on the text of corpus.py and export it in Hugging Face form.
 
-    python training/train.py --data build/training --steps 5000
+    python training/train.py --data build/training --steps 2000
 
 continues from build/training/checkpoint.pt if there is one, exports every --export-every steps, and appends a line of
 JSON to build/training/log.jsonl each time. README.md has run times and results.
@@ -32,6 +32,7 @@ COOL_DOWN = 0.4  # the last part of the steps, in which the rate falls to zero
 BALANCE_WEIGHT = 0.01
 LOG_EVERY = 50
 HELD_OUT_ROWS = 16
+ACTIVE_BATCH, ACTIVE_DRAWS = 8, 2000
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=Path("build/training"), help="folder of corpus.npz, and for results"
     )
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--information", type=float, default=0.05, help="weight of the reward for sequence information")
     parser.add_argument("--export-every", type=int, default=500)
     parser.add_argument("--threads", type=int, default=2)
@@ -101,7 +102,7 @@ class Run:
         return f"{self.running_loss:.3f} bits/byte, balance {balance:.2f}, information {information:.2f}"
 
     def save(self, figures: str) -> None:
-        """Export the model, write the checkpoint, log the held-out loss and the number of active experts."""
+        """Export the model, write the checkpoint, log what held-out text gives."""
         export(self.model, self.folder / "model")
         entry = {
             "steps": self.step,
@@ -113,7 +114,7 @@ class Run:
             "balance_weight": BALANCE_WEIGHT,
             "seconds": round(self.seconds),
             "figures": figures,
-            "held_out_bits_per_byte": self._held_out(),
+            "held_out": self._held_out(),
         }
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
@@ -140,14 +141,38 @@ class Run:
 
     @torch.no_grad()
     def _held_out(self) -> dict[str, Any]:
-        """Bits per byte of each kind."""
-        bits = {}
+        """On text that was not trained on: bits per byte of each kind, and the distinct experts, a layer, of batches of
+        tokens from mixed sequences and from sequences of one kind."""
+        bits, chosen = {}, []
         for kind, stream in np.load(self.folder / "heldout.npz").items():
             rows = torch.from_numpy(stream[: HELD_OUT_ROWS * (LENGTH + 1)].astype(np.int64)).view(HELD_OUT_ROWS, -1)
-            logits, _ = self.model(rows[:, :-1])
+            logits, routings = self.model(rows[:, :-1])
             loss = functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
             bits[kind] = round(loss.item() / math.log(2), 3)
-        return bits
+            chosen.append(torch.stack([routing.chosen for routing in routings], 2).numpy())
+        of_kind = np.stack(chosen)  # [kinds, rows, T, L, k]
+        mixed = of_kind.reshape(1, -1, *of_kind.shape[2:])
+        return {
+            "bits_per_byte": bits,
+            "active_experts_of_batch": ACTIVE_BATCH,
+            "active_experts_mixed": active_experts(mixed),
+            "active_experts_of_one_kind": active_experts(of_kind),
+        }
+
+
+def active_experts(chosen: np.ndarray) -> float:
+    """Mean distinct experts a layer of ACTIVE_BATCH tokens, each of another sequence of the same pool.
+
+    chosen: [pools, sequences, T, L, k].
+    """
+    rng = np.random.default_rng(0)
+    counts = []
+    for draw in range(ACTIVE_DRAWS):
+        sequences = chosen[draw % len(chosen)]
+        rows = rng.choice(len(sequences), ACTIVE_BATCH, replace=False)
+        tokens = sequences[rows, rng.integers(sequences.shape[1], size=ACTIVE_BATCH)]  # [batch, L, k]
+        counts.append(np.mean([len(np.unique(tokens[:, layer])) for layer in range(tokens.shape[1])]))
+    return round(float(np.mean(counts)), 2)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_provenance_is_that_of_the_weights(written, config, tensors, provenance)
     training = provenance["training"]
     assert training["steps"] > 0
     assert training["seed"] == 0
-    assert set(training["held_out_bits_per_byte"]) == set(provenance["text"]["training_bytes"])
+    assert set(training["held_out"]["bits_per_byte"]) == set(provenance["text"]["training_bytes"])
     for package in provenance["text"]["packages"]:
         assert package["licence"].split(" (")[0] in ALLOWED_LICENCES
         assert len(bytes.fromhex(package["sha256"])) == 32

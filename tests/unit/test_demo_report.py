@@ -13,8 +13,8 @@ from eldr.demo.prompts import KINDS, Prompt
 from eldr.demo.report import write_report
 from eldr.demo.result import DemoResult
 from eldr.demo.summary import summarise, write_summary
-from eldr.load.client import Request
 from eldr.load.outcome import Outcome
+from eldr.load.request import Request
 
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
 VOID = {"meta", "br", "hr", "img", "input", "link"}

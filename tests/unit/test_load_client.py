@@ -7,7 +7,8 @@ import pytest
 from aiohttp import web
 
 from eldr.demo.outputs import top_two_gaps
-from eldr.load.client import Prompt, Request, Target, run_closed
+from eldr.load.client import Target, run_closed
+from eldr.load.request import Prompt, Request
 
 
 def event(text, tokens):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from eldr.load.client import Prompt, Request
+from eldr.load.request import Prompt, Request
 
 MAX_TOKENS_RANGE = (96, 160)
 

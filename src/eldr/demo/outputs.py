@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 
 from eldr.demo.measure import PolicyRun
-from eldr.load.client import Request
 from eldr.load.outcome import Outcome
+from eldr.load.request import Request
 
 TIE_LOGIT_GAP = 1e-4
 

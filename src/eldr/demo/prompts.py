@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from string import Template
 
-from eldr.load.client import Prompt
+from eldr.load.request import Prompt
 
 MAX_PROMPT_BYTES = 400
 # The smallest number of distinct prompts any kind can give is far above this; a request for more is a mistake.

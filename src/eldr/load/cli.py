@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eldr.load.client import Prompt, Target
+    from eldr.load.client import Target
     from eldr.load.outcome import Outcome
+    from eldr.load.request import Prompt
     from eldr.workloads.presets import WorkloadPreset
 
 SUMMARY = "stream a named workload against a router or a worker and measure TTFT, TPOT and ITL"
@@ -56,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from eldr.load.client import Request, run_closed, run_open
+    from eldr.load.client import run_closed, run_open
+    from eldr.load.request import Request
     from eldr.load.summary import as_table, summarise
     from eldr.workloads.presets import arrivals, find_workload
 
@@ -113,7 +115,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _prompts(arguments: argparse.Namespace, preset: WorkloadPreset) -> list[Prompt]:
-    from eldr.load.client import Prompt
+    from eldr.load.request import Prompt
     from eldr.workloads.presets import kinds_of
     from eldr.workloads.prompts import built_in_prompts, prompts_from
 

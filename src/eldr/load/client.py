@@ -12,28 +12,12 @@ import aiohttp
 import orjson
 
 from eldr.load.outcome import Outcome
+from eldr.load.request import Request
 
 REQUEST_TIMEOUT_S = 120.0
 ERROR_CHARS = 300
 
 Heard = Callable[[Outcome], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt and its kind, which no policy is told."""
-
-    kind: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One request of the workload."""
-
-    number: int
-    prompt: Prompt
-    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
