@@ -143,6 +143,8 @@ def _add_serve(commands: Any) -> None:
     flag("--worker-api-key-file", type=Path, default=unset, metavar="FILE", help="API key of the workers")
     flag("--admin-key-file", type=Path, default=unset, metavar="FILE", help="key of recording and the admin API")
     flag("--admin-listen", default=unset, metavar="HOST:PORT", help="serve the admin API there; needs the admin key")
+    flag("--otel-endpoint", default=unset, metavar="URL", help="collector of traces, OTLP over HTTP (off)")
+    flag("--otel-sampling", type=float, default=unset, metavar="SHARE", help="share of requests traced (0.01)")
     flag("--log-level", default=unset, choices=["debug", "info", "warning", "error"])
     eldr.policies.flags.add_option_flags(parser)
 

@@ -42,6 +42,7 @@ from eldr.router.retries import RetryBudget
 from eldr.router.services import Services
 from eldr.router.sweep import sweep
 from eldr.router.tls import HANDSHAKE_TIMEOUT_S, ServerTls, worker_context
+from eldr.router.tracing import Tracing
 from eldr.router.ui.state import UiState
 
 log = logging.getLogger("eldr.router")
@@ -124,6 +125,7 @@ class Router:
             budget=RetryBudget(config.retry_ratio, config.retry_burst),
             throttle=logs.Throttle(),
             client_header=None if config.client_header is None else config.client_header.lower().encode(),
+            tracing=None if config.otel_endpoint is None else Tracing(config.otel_endpoint, config.otel_sampling),
             admin_key=None if config.admin_key_file is None else read_key(config.admin_key_file),
         )
         self.membership = self._build_membership()
@@ -273,6 +275,8 @@ class Router:
             pool.close()
         if self._decision_log is not None:
             self._decision_log.close()
+        if self.services.tracing is not None:
+            await asyncio.to_thread(self.services.tracing.close)
 
     def reopen_decision_log(self) -> None:
         """Go on in a new file after the old one was renamed."""

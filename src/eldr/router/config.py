@@ -85,6 +85,8 @@ class RouterConfig:
     eject_base_s, eject_max_s: duration of a first ejection, doubled by each further one, and of the longest.
     eject_share: largest share of a role's workers that is ejected at once; 0 ejects nobody.
     grace_s: how long running requests may finish after SIGTERM.
+    otel_endpoint: where the spans of sampled requests go, as OTLP over HTTP, such as http://collector:4318/v1/traces.
+    otel_sampling: share of the requests sampled that bring no trace context of their own.
     """
 
     prefill: tuple[str, ...] = ()
@@ -147,6 +149,8 @@ class RouterConfig:
     dns_interval_s: float = 10.0
     drain_timeout_s: float = 300.0
     grace_s: float = 30.0
+    otel_endpoint: str | None = None
+    otel_sampling: float = 0.01
     log_level: str = "warning"
 
     def __post_init__(self) -> None:
@@ -156,7 +160,7 @@ class RouterConfig:
                 raise ConfigError(f"{role} is empty: give at least one {role} worker, such as http://10.0.0.1:8000")
         for key in ("policy", "host"):
             _text(key, getattr(self, key))
-        for key in ("model", "admin_listen", "client_header"):
+        for key in ("model", "otel_endpoint", "admin_listen", "client_header"):
             if getattr(self, key) is not None:
                 _text(key, getattr(self, key))
         if self.admin_listen is not None:
@@ -198,6 +202,9 @@ class RouterConfig:
         _whole("eject_failures", self.eject_failures, 1, 2**31)
         if self.eject_share > 1:
             raise ConfigError(f"eject_share is {self.eject_share!r}, expected a share of at most 1")
+        _number("otel_sampling", self.otel_sampling, 0.0)
+        if self.otel_sampling > 1:
+            raise ConfigError(f"otel_sampling is {self.otel_sampling}, expected a share from 0 to 1")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}, expected one of {', '.join(LOG_LEVELS)}")
 

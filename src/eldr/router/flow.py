@@ -136,6 +136,8 @@ class Flow:
             self._respond_error(ApiError(500, "the router failed on this request"))
         cast(asyncio.TimerHandle, self._timer).cancel()
         self._services.metrics.timeouts["total"] += self._late
+        if job.trace is not None:
+            job.trace.end(self._notes)
         self._log()
 
     async def _serve(self, job: Job) -> None:
@@ -147,6 +149,8 @@ class Flow:
         except NoWorkerError:
             raise no_worker("decode") from None
         waited_s = time.monotonic() - entered_s
+        if job.trace is not None:
+            job.trace.leg("queue", entered_s)
         if waited_s > 0.0005:
             services.metrics.queue.observe(waited_s)
         try:
@@ -195,8 +199,13 @@ class Flow:
             worker, spilled = chosen
             services.metrics.prefill_spills += spilled
             self._prefills += 1
+            began_s = time.monotonic()
             try:
-                handoff = await legs.prefill(services, job, worker, f"{self._id}-prefill-{self._prefills}", body)
+                try:
+                    handoff = await legs.prefill(services, job, worker, f"{self._id}-prefill-{self._prefills}", body)
+                finally:
+                    if job.trace is not None:
+                        job.trace.leg("prefill", began_s, worker.url)
             except ConnectError as error:
                 self._on_refused(worker, error)
             except LegFailure as failure:
@@ -215,8 +224,13 @@ class Flow:
         while True:
             placement = await self._place(job, handoff)
             services.outcomes.began(placement.worker)
+            began_s = time.monotonic()
             try:
-                await self._decode_on(placement, job, handoff)
+                try:
+                    await self._decode_on(placement, job, handoff)
+                finally:
+                    if job.trace is not None:
+                        job.trace.leg("decode", began_s, placement.worker.url)
                 return
             except ConnectError as error:
                 self._on_refused(placement.worker, error)

@@ -17,6 +17,7 @@ from eldr.router.handoff import HandOff
 from eldr.router.http import Request
 from eldr.router.keys import is_admin
 from eldr.router.services import Services
+from eldr.router.tracing import RequestTrace
 
 RETRY_AFTER_S = 2
 MAX_ID_BYTES = 128
@@ -38,7 +39,7 @@ class Job:
     record: whether its experts are wanted. leg_headers: header lines for either leg. authorization: the client's own,
     for workers that have no key of the router's. deadlines: until when it must be answered.
     stream: whether the answer is to be streamed; None for what is no boolean, which a worker may read either way.
-    claim: on a turn in the queue.
+    claim: on a turn in the queue. trace: None unless it is sampled.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class Job:
     deadlines: Deadlines
     stream: bool | None
     claim: Claim
+    trace: RequestTrace | None
 
     def decode_request(self, handoff: HandOff | None) -> DecodeRequest:
         """What the policy may know. Clients may send an id twice at once, policies need unique ones."""
@@ -86,13 +88,16 @@ def take_in(request: Request, request_id: str, services: Services) -> Job:
         raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
     _check_fleet(body.get("model"), services)
     label = headers.get(b"x-eldr-label")
+    trace = None if services.tracing is None else services.tracing.begin(request, request_id, body.get("model"))
     return Job(
         request_id=request_id,
         path=request.path,
         body=body,
         why_whole=why_whole,
         record=record,
-        leg_headers=b"content-type: application/json\r\n" + trace_lines(*trace_context(request)),
+        leg_headers=b"content-type: application/json\r\n"
+        + (trace_lines(*trace_context(request)) if trace is None else trace.headers),
+        trace=trace,
         # The admin key is for this router alone.
         authorization=None if record else client_authorization(request),
         label=_visible(label, MAX_LABEL_BYTES) if label else None,

@@ -15,6 +15,7 @@ from eldr.router.outcomes import Outcomes
 from eldr.router.placement import Placements
 from eldr.router.prefix import PrefillRing
 from eldr.router.retries import RetryBudget
+from eldr.router.tracing import Tracing
 from eldr.router.upstream import ConnectError, WorkerPool
 from eldr.router.verdict import Names
 
@@ -41,6 +42,7 @@ class Services:
     throttle: Throttle
     admin_key: bytes | None
     client_header: bytes | None
+    tracing: Tracing | None
     answer_names: defaultdict[tuple[Role, bytes, bool | None], Names] = field(
         default_factory=lambda: defaultdict(Names)
     )
