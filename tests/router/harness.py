@@ -90,7 +90,7 @@ class Setup:
     async def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples of `name` whose labels include `labels`."""
         lines = (await self.get("/metrics")).body.decode().splitlines()
-        family = re.sub("_(total|count|sum)$", "", name)
+        family = re.sub("_(total|bucket|count|sum)$", "", name)
         assert any(line.startswith(f"# TYPE {family}") for line in lines), f"no metric {name}"
         chosen = (line for line in lines if line.startswith((name + "{", name + " ")))
         return sum(

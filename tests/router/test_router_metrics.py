@@ -1,0 +1,101 @@
+"""What the router counts, and that the dashboard asks for nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from fake_worker import counts_wire
+from harness import ASK, on_uvloop, running, until
+
+from eldr.policies.expected_union import ExpectedUnion
+from eldr.router.load import parse_active_experts
+
+DASHBOARD = Path(__file__).parents[2] / "dashboards" / "eldr.json"
+NAME = re.compile(r"\b(?:eldr|process)_[a-z0-9_]+")
+
+
+@on_uvloop
+async def test_gaps_between_the_pieces_of_a_stream_are_counted():
+    async with running() as s:
+        s.decode[0].token_gap_s = 0.06
+        await s.post({**ASK, "stream": True})  # four tokens: three gaps
+        name = "eldr_inter_token_latency_seconds"
+        assert await s.metric(name + "_count") == 3
+        assert await s.metric(name + "_bucket", le="0.05") == 0
+        assert 0.18 <= await s.metric(name + "_sum") < 5
+        tpot_s = await s.metric("eldr_worker_time_per_output_token_seconds", worker=s.decode[0].url)
+        assert tpot_s == pytest.approx(await s.metric(name + "_sum") / 3)
+
+
+@on_uvloop
+async def test_signature_coverage_can_be_told():
+    async with running() as s:
+        await s.post()
+        s.prefill[0].counts = None
+        await s.post()
+        await s.post()
+        assert await s.metric("eldr_handoffs_total") == 3
+        assert await s.metric("eldr_counts_errors_total") == 2
+
+
+def exposition(total: float, steps: float) -> str:
+    name = "vllm:eldr_active_experts"
+    lines = [f'{name}_bucket{{engine="0",le="+Inf"}} {steps}', f'{name}_sum{{engine="0",model_name="m"}} {total}']
+    return "\n".join([*lines, f'{name}_count{{engine="0",model_name="m"}} {steps}', ""])
+
+
+@on_uvloop
+async def test_measured_active_experts_are_the_mean_since_the_last_look():
+    async with running(load_interval_s=0.05) as s:
+        url, worker = s.decode[0].url, s.router.services.fleet.workers("decode")[s.decode[0].url]
+        s.decode[0].metrics = exposition(800.0, 100.0)
+        await until(lambda: worker.active_experts == 8.0, "the first look")
+        assert await s.metric("eldr_active_experts", worker=url) in (0.0, 8.0)  # none while nothing runs
+        s.decode[0].metrics = exposition(800.0 + 50 * 12.0, 150.0)
+        await until(lambda: worker.active_experts == 12.0, "the second look")
+        s.decode[0].metrics = exposition(30.0, 10.0)  # a new engine
+        await until(lambda: worker.active_experts is None, "nothing is told of two engines at once")
+        s.decode[0].metrics = exposition(30.0 + 20.0, 20.0)
+        await until(lambda: worker.active_experts == 2.0, "the new engine")
+
+
+@pytest.mark.parametrize("text", [b"", b"vllm:eldr_active_experts_sum{} 3\n", b"vllm:eldr_active_experts_count{} x\n"])
+def test_metrics_without_active_experts(text):
+    assert parse_active_experts(text, 0) is None
+
+
+@on_uvloop
+async def test_expected_active_experts_follow_the_running_requests():
+    async with running(policy=ExpectedUnion(), decode=1) as s:
+        s.prefill[0].counts = counts_wire(4)  # every token chose experts 0 and 1
+        seen = []
+
+        async def look(worker, request, reader, writer):
+            seen.append(await s.metric("eldr_expected_active_experts", worker=s.decode[0].url))
+            await worker.answer(request, writer)
+
+        s.decode[0].behaviour = look
+        await s.post()
+        assert seen == [pytest.approx(2.0, abs=0.05)]
+        assert await s.metric("eldr_expected_active_experts") == 0
+
+
+@on_uvloop
+async def test_every_metric_of_the_dashboard_exists():
+    dashboard = json.loads(DASHBOARD.read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    asked += [variable["definition"] for variable in dashboard["templating"]["list"]]
+    assert len(asked) > 20
+    async with running(policy=ExpectedUnion()) as s:
+        await s.post()
+        text = (await s.get("/metrics")).body.decode()
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
+    suffixes = {"histogram": ("_bucket", "_sum", "_count")}
+    exported = {name + suffix for name, kind in kinds.items() for suffix in suffixes.get(kind, ("",))}
+    for expression in asked:
+        assert set(NAME.findall(expression)) <= exported, expression
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
