@@ -75,7 +75,7 @@ def test_hundreds_of_concurrent_requests_are_repeated_exactly(policy, calibratio
             for worker in (*s.decode, more):
                 worker.token_gap_s = 0.01
             requests = [asyncio.create_task(one_request(s, number, rng)) for number in range(150)]
-            await until(lambda: s.decode[0].running > 3, "requests run")
+            await until(lambda: s.decode[0].most_running > 3, "requests run")
             s.router.membership.join(Endpoint(more.url, "decode"), "test")
             await until(lambda: more.url in s.router.services.fleet.eligible, "a worker joins")
             await s.decode[1].stop()  # refuses connections, and breaks those that it has

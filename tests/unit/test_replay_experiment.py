@@ -12,6 +12,7 @@ from scipy import stats
 from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
+from eldr.cost import CostModel, MoeLayerCost
 from eldr.policies import PolicyOptions
 from eldr.replay import cli
 from eldr.replay.arrivals import read_arrivals
@@ -250,6 +251,18 @@ def test_zones_of_another_fleet_size_are_those_of_a_fresh_fit(laboratory):
     fresh = fit_calibration(part, 4, seed=7)
     assert np.array_equal(again.centroids, fresh.centroids)
     assert again.rho["count_idf"] == fresh.rho["count_idf"]
+
+
+def test_unequal_workers_are_simulated_and_known_to_the_policy(trace):
+    """One worker takes four times as long for everything: it gets fewer requests than any other."""
+    fast = CostModel("fast", "none", "made up", MoeLayerCost(10.0, 5.0, 1.0))
+    slow = CostModel("slow", "none", "made up", MoeLayerCost(40.0, 20.0, 4.0))
+    options = PolicyOptions(cost=fast, cost_scope="moe", worker_costs={"w1": slow})
+    laboratory = Laboratory(trace, Settings(requests=400, options=options))
+    assert [cost.per_expert_s for cost in laboratory.fleet(3).costs] == pytest.approx([5e-6, 20e-6, 5e-6])
+    rate = 6 / (laboratory.served_steps(0) * 3e-4)
+    sent = np.bincount(laboratory.run("expected-union-own", 3, rate, 2.0, seed=0).worker, minlength=3)
+    assert sent[1] < 0.6 * min(sent[0], sent[2])
 
 
 def test_names_are_checked():

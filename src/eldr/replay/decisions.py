@@ -18,6 +18,8 @@ from eldr.policies.refit import Refit
 from eldr.replay.errors import ReplayError
 
 T = TypeVar("T")
+# Another policy may differ in most of millions of choices.
+KEPT_DIFFERENCES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +49,15 @@ class Difference:
 class Repetition:
     """What came of repeating a log.
 
-    headers: one for each start of the router. decisions: choices repeated. skipped: decisions behind a gap, which
-    cannot be repeated. gaps: where lines were lost. cut_off: incomplete last lines, as a crash leaves them.
-    logged, chosen: worker -> requests sent there.
+    headers: one for each start of the router. decisions: choices repeated. differing: those that came out otherwise;
+    differences: the first KEPT_DIFFERENCES of them. skipped: decisions behind a gap, which cannot be repeated. gaps:
+    where lines were lost. cut_off: incomplete last lines, as a crash leaves them. logged, chosen: worker -> requests
+    sent there.
     """
 
     headers: list[LogHeader] = field(default_factory=list)
     decisions: int = 0
+    differing: int = 0
     skipped: int = 0
     differences: list[Difference] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)
@@ -64,7 +68,7 @@ class Repetition:
     @property
     def equal(self) -> bool:
         """Whether every decision of the log could be repeated and came out the same."""
-        return not self.differences and not self.skipped and not self.gaps
+        return not self.differing and not self.skipped and not self.gaps
 
 
 def read_lines(paths: Iterable[Path]) -> Iterator[Line]:
@@ -191,7 +195,9 @@ class _Run:
         if chosen is not None:
             result.chosen[chosen] += 1
         if chosen != logged:
-            result.differences.append(Difference(line.where, request.request_id, logged, chosen))
+            result.differing += 1
+            if result.differing <= KEPT_DIFFERENCES:
+                result.differences.append(Difference(line.where, request.request_id, logged, chosen))
 
 
 def _tell(hook: Callable[[DecodeRequest, str], None], request: DecodeRequest, worker: str) -> None:

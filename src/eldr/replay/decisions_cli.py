@@ -128,7 +128,7 @@ def _as_json(repetition: Repetition) -> Mapping[str, Any]:
     return {
         "equal": repetition.equal,
         "decisions": repetition.decisions,
-        "differing": len(repetition.differences),
+        "differing": repetition.differing,
         "not_repeated": repetition.skipped,
         "gaps": repetition.gaps,
         "cut_off": repetition.cut_off,
@@ -146,7 +146,7 @@ def _as_text(repetition: Repetition, policy: str) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    differing = len(repetition.differences)
+    differing = repetition.differing
     share = 100 * (1 - differing / max(repetition.decisions, 1))
     lines = [f"{repetition.decisions} decisions repeated with {policy}, {differing} differ ({share:.1f} % equal)"]
     lines += [f"gap at {gap}" for gap in repetition.gaps]
@@ -159,5 +159,5 @@ def _as_text(repetition: Repetition, policy: str) -> RenderableType:
         for each in repetition.differences[:SHOWN]:
             table.add_row(each.where, each.request, each.logged or "(failed)", each.chosen or "(failed)")
         parts.append(table)
-        parts += [Text(f"and {differing - SHOWN} more; --json shows all")] if differing > SHOWN else []
+        parts += [Text(f"and {differing - SHOWN} more; --json shows more of them")] if differing > SHOWN else []
     return Group(*parts)
