@@ -31,6 +31,7 @@ class Worker:
     ejected: failed its requests and gets nothing new for a while (router/ejection.py).
     on_trial: was ejected and gets one request to prove itself.
     models: names that it serves, None while unknown.
+    lease_until_s: monotonic time until which decode workers may still pull blocks from it.
     load: what the engine said last: requests waiting in it, share of its KV cache in use; None while unknown.
     active_experts: distinct experts of a decode step in a layer, the mean over the last while; None while unknown.
     tpot_s: time per output token, the mean of its last streams; None before the first.
@@ -48,6 +49,7 @@ class Worker:
     ejected: bool = False
     on_trial: bool = False
     models: frozenset[str] | None = None
+    lease_until_s: float = 0.0
     load: tuple[int, float] | None = None
     active_experts: float | None = None
     tpot_s: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from functools import partial
 
 import pytest
@@ -184,6 +185,35 @@ async def test_what_does_not_finish_in_time_is_cut_off(admin, by):
         assert len(second.generated) == 1
         await until_state(s, "decode", first.url, "gone")
         assert s.router.services.admission.admitted == 0
+
+
+@on_uvloop
+async def test_a_prefill_worker_stays_until_nobody_may_pull_from_it(admin):
+    async with running(prefill=2, **admin) as s:
+        for worker in s.prefill:
+            worker.lease = {"left_s": 1.5}
+        while not all(worker.generated for worker in s.prefill):
+            assert (await s.post({**ASK, "prompt": str(len(s.decode[0].generated))})).status == 200
+        worker = s.prefill[0]
+        first_s = worker.generated[-1].at_s
+        await ask_admin(s, "POST", "/admin/drain", {"url": worker.url})
+        await until_state(s, "prefill", worker.url, "gone")
+        assert time.monotonic() - first_s > 1.4
+
+
+@on_uvloop
+async def test_a_worker_that_is_taken_back_while_it_is_cut_off_serves_again(admin):
+    async with running(**admin) as s:
+        worker = s.decode[0]
+        worker.tokens, worker.token_gap_s = ["x"] * 1000, 0.05
+        stream = asyncio.create_task(s.post({**ASK, "max_tokens": 1000, "stream": True}))
+        await until(lambda: worker.running == 1, "it runs")
+        await ask_admin(s, "DELETE", "/admin/workers", {"url": worker.url})
+        s.router.membership.join(Endpoint(worker.url, "decode"), "admin")
+        worker.tokens, worker.token_gap_s = ["a"], 0.0
+        await asyncio.wait([stream])
+        await until_state(s, "decode", worker.url, "up")
+        assert (await s.post()).status == 200
 
 
 @on_uvloop

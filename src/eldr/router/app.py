@@ -240,6 +240,8 @@ class Router:
             if name in LIVE_SETTINGS:
                 setattr(config, name, getattr(new, name))
         fixed = [name for name in changed if name not in LIVE_SETTINGS and name not in ROLES]
+        if new.dns_names != config.dns_names:
+            fixed.append("dns+ names")
         if fixed:
             log.warning("only a new process takes over the new %s", ", ".join(fixed))
         log.setLevel(config.log_level.upper())

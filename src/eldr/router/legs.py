@@ -76,7 +76,10 @@ async def prefill(services: Services, job: Job, worker: Worker, leg_id: str, bod
         services.fleet.finished(worker)
         services.outcomes.ended(worker)
     services.outcomes.succeeded(worker)
-    services.metrics.prefill.observe(time.monotonic() - sent_s)
+    now_s = time.monotonic()
+    services.metrics.prefill.observe(now_s - sent_s)
+    if handoff is not None:
+        worker.lease_until_s = max(worker.lease_until_s, now_s + handoff.left_s(now_s))
     return handoff
 
 

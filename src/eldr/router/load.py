@@ -14,7 +14,7 @@ from eldr.fleet import Fleet, Worker
 from eldr.router.upstream import Answer, UpstreamError, WorkerPool
 from eldr.router.urls import rank_of
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = 2.0
 # Routers that look together would go on doing so.
 JITTER = 0.2
 # One look may catch a request between its arrival and the next step; two in a row are a queue.

@@ -156,6 +156,7 @@ class Membership:
             member.leaving.cancel()
             member.leaving = None
         worker.source = source
+        self._pools[worker].reopen()  # it may have been cut off just now
         self._fleet.set_draining(worker, False)
         self._outcomes.fleet_changed()
         return worker
@@ -181,8 +182,9 @@ class Membership:
         self._remove(member)
 
     async def _until_idle(self, worker: Worker, timeout_s: float) -> None:
+        """Until nothing runs there, and nobody may pull blocks of a prefill worker any more."""
         deadline_s = time.monotonic() + timeout_s
-        while worker.in_flight and time.monotonic() < deadline_s:
+        while (worker.in_flight or time.monotonic() < worker.lease_until_s) and time.monotonic() < deadline_s:
             await asyncio.sleep(IDLE_POLL_S)
 
     def _remove(self, member: _Member) -> None:
@@ -256,8 +258,9 @@ class Membership:
 
     async def _check(self, member: _Member) -> None:
         """Raise ExchangeError, which keeps the worker out, unless it serves the fleet's model."""
-        engines = await member.load.look()
-        member.refusal = _wrong_rank(member.worker.url, len(engines))
+        if not member.fit:  # a worker that serves does not lose its place to slow metrics
+            engines = await member.load.look()
+            member.refusal = _wrong_rank(member.worker.url, len(engines))
         if member.refusal:
             raise ExchangeError(member.refusal)
         models = member.worker.models

@@ -425,6 +425,10 @@ class WorkerPool:
             given_up += given_up < most and connection.give_up_waiting(reason)
         return given_up
 
+    def reopen(self) -> None:
+        """Connect again after `cut`."""
+        self._closed = False
+
     def close(self) -> None:
         self._closed = True
         for connection in (*self._idle, *self.active):
