@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from synthetic import make_trace
 
+from eldr.calibration import fit_calibration
 from eldr.cli import main
 from eldr.evaluate import ablations, comparisons, drift, named, overhead
 from eldr.evaluate.bench import Bench, EvaluationError
 from eldr.evaluate.results import Results, TraceResults, parse_results, rounded, write_results
 from eldr.evaluate.run import EXPERIMENTS, Plan, about, evaluate
 from eldr.policies.expected_union import TAIL_GUARD
+from eldr.replay.split import take_requests
 from eldr.report.evaluation import write_evaluation
 from eldr.report.evaluation.comparisons import pools_section, workloads_section
 from eldr.report.style import style
@@ -110,9 +112,9 @@ def test_zones_of_any_size_are_less_even_than_balanced_ones(bench):
     # Two thirds of one kind: balanced zones must cut it up, others need not.
     trace = bench.trace
     chosen = np.flatnonzero((trace.label == "kind 0") | (np.arange(90) % 9 == 1) | (np.arange(90) % 9 == 2))
-    part = ablations.take_requests(trace, chosen)
-    even = ablations.VARIANTS[0].calibrate(part, 3, seed=0)
-    free = next(variant for variant in ablations.VARIANTS if not variant.balanced).calibrate(part, 3, seed=0)
+    part = take_requests(trace, chosen)
+    even = fit_calibration(part, 3, seed=0, compare=False)
+    free = next(variant for variant in ablations.VARIANTS if not variant.balanced).change(even, part, seed=0)
     assert even.zone_sizes.max() <= -(-len(chosen) // 3)
     assert free.zone_sizes.max() > even.zone_sizes.max()
     assert free.zone_sizes.sum() == len(chosen)

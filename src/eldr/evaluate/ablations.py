@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,16 +35,15 @@ class Variant:
     tau: float = 0.1
     two_nearest: bool = True
 
-    def calibrate(self, part: Trace, workers: int, seed: int) -> Calibration:
-        """Fitted to the requests of `part`."""
-        fitted = fit_calibration(part, workers, seed=seed, transform=self.transform, compare=False)
+    def change(self, fitted: Calibration, part: Trace, seed: int) -> Calibration:
+        """`fitted` with this variant's transform to the requests of `part`, its layers and zones changed."""
         if not self.all_layers and self.balanced:
             return fitted
         signature = fitted.signature
         if self.all_layers:
             signature = dataclasses.replace(signature, layer_mask=np.ones_like(signature.layer_mask))
         points = signature.transform(part.prefill_counts)
-        zones = balanced_kmeans(points, workers, seed=seed, cap=None if self.balanced else len(points))
+        zones = balanced_kmeans(points, fitted.workers, seed=seed, cap=None if self.balanced else len(points))
         return dataclasses.replace(fitted, signature=signature, centroids=zones.centroids, zone_sizes=zones.sizes)
 
 
@@ -67,14 +67,20 @@ def _run(bench: Bench, part: Part) -> list[Row]:
     baselines = [run_cell(laboratory, name, workers, rate, MAIN_BATCH, seeds) for name in BASELINES]
     profiles = bench.trace.decode_profiles()
     cells: dict[str, Cell] = {}
+
+    @functools.cache  # most variants share the fit
+    def fit(transform: str, seed: int) -> tuple[Calibration, Trace]:
+        part = take_requests(bench.trace, laboratory.split(seed).calibrate)
+        return fit_calibration(part, workers, seed=seed, transform=transform, compare=False), part
+
     rows = []
     for variant in VARIANTS:
         runs: list[RunResult] = []
         held_out, largest = [], []
         for seed in range(seeds):
-            split = laboratory.split(seed)
-            fitted = variant.calibrate(take_requests(bench.trace, split.calibrate), workers, seed)
-            held_out.append(_rho(fitted.signature, bench.trace.prefill_counts[split.serve], profiles[split.serve]))
+            served = laboratory.split(seed).serve
+            fitted = variant.change(*fit(variant.transform, seed), seed)
+            held_out.append(_rho(fitted.signature, bench.trace.prefill_counts[served], profiles[served]))
             largest.append(float(fitted.zone_sizes.max() / fitted.zone_sizes.mean()))
             policy = LocalityBand(fitted, tau=variant.tau, two_nearest=variant.two_nearest, seed=seed)
             runs.append(laboratory.run_policy(policy, workers, rate, MAIN_BATCH, seed))
