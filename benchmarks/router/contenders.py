@@ -51,13 +51,17 @@ class Contender:
 
 
 def _eldr(fleet: Fleet, folder: Path) -> list[str]:
-    (folder / "api.key").write_text(API_KEY + "\n")
+    key_file, decision_log = folder / "api.key", folder / "decisions.jsonl"
+    key_file.write_text(API_KEY + "\n")
+    decision_log.unlink(missing_ok=True)
     settings = {
         "port": fleet.router_port,
         "prefill": fleet.prefill_urls,
         "decode": fleet.decode_urls,
         "policy": "expected-union",
-        "worker_api_key_file": str(folder / "api.key"),
+        "api_key_file": str(key_file),
+        "worker_api_key_file": str(key_file),
+        "decision_log": str(decision_log),
     }
     config = folder / "eldr.toml"
     # A TOML value of these kinds is written as in JSON.
