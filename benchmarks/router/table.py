@@ -27,7 +27,7 @@ ROWS = (
     ("s1000_itl_added_p99_ms", "ITL added p99, 1,000 streams, ms", 2),
     ("s1000_transit_p50_ms", "worker to client p50, 1,000 streams, ms", 2),
     ("s1000_transit_p99_ms", "worker to client p99, 1,000 streams, ms", 2),
-    ("memory_mib", "peak resident memory, MiB", 0),
+    ("memory_mib", "peak memory, 1,000 streams, MiB", 0),
 )
 NO_ROUTER = ("cpu_ms", "cpu_s", "memory")
 
@@ -39,7 +39,7 @@ def summarise(rounds: list[dict[str, Figures]], saturated: float) -> dict[str, A
     medians = {name: {key: median(found) for key, found in of_name.items()} for name, of_name in values.items()}
     void = [
         f"{name} {key}" for name in names for key, value in medians[name].items()
-        if key.endswith("load_share") and value > saturated
+        if name != DIRECT and key.endswith("load_share") and value > saturated
     ]  # fmt: skip
     ratios = {
         name: {key: medians["eldr"][key] / value for key, value in medians[name].items() if value > 0}
