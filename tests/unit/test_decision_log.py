@@ -279,6 +279,19 @@ def test_the_command_finds_a_changed_choice(log, capsys):
     assert result["differences"][0]["where"] == f"{log[2]}, line {at + 1}"
 
 
+def test_the_command_says_when_other_software_made_the_log(log, capsys):
+    """Of a log that cannot be repeated."""
+    log[0].write_bytes(gzip.compress(gzip.decompress(log[0].read_bytes()).replace(b'"seed": 5', b'"seed": 6')))
+    assert main(["decisions", *map(str, log)]) == 1
+    assert "was made by" not in capsys.readouterr().out
+    text = gzip.decompress(log[0].read_bytes()).replace(np.__version__.encode(), b"0.9")
+    log[0].write_bytes(gzip.compress(text))
+    assert main(["decisions", *map(str, log)]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "numpy 0.9, compiled" in shown
+    assert f"numpy {np.__version__}" in shown
+
+
 def test_the_command_checks_the_calibration(log, calibration, tmp_path, capsys):
     moved = tmp_path / "moved.npz"
     (tmp_path / "c.npz").rename(moved)

@@ -7,11 +7,16 @@ router writes another.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+import eldr
 from eldr.counts import COUNTS_KEYS, decode_counts, encode_counts
+from eldr.kernels import COMPILED
 from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
 from eldr.policies.options import PolicyOptions
 from eldr.policies.refit import Refit, RefitTask
@@ -26,6 +31,7 @@ class LogHeader:
     """What a fresh policy needs to repeat a log.
 
     calibration, calibration_sha256: the file it was made with and that file's digest, None without one.
+    made_by: the software that chose; the last bits of sums may differ with it.
     """
 
     policy: str
@@ -33,6 +39,7 @@ class LogHeader:
     options: PolicyOptions
     calibration: str | None = None
     calibration_sha256: str | None = None
+    made_by: Mapping[str, Any] = field(default_factory=lambda: software())
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -43,6 +50,7 @@ class LogHeader:
             "options": self.options.to_wire(),
             "calibration": self.calibration,
             "calibration_sha256": self.calibration_sha256,
+            "made_by": dict(self.made_by),
         }
 
     @classmethod
@@ -51,7 +59,18 @@ class LogHeader:
         if wire["v"] != LOG_VERSION:
             raise ValueError(f"log version {wire['v']!r}; this eldr reads version {LOG_VERSION}")
         options = PolicyOptions.from_wire(wire["options"])
-        return cls(wire["policy"], wire["seed"], options, wire["calibration"], wire["calibration_sha256"])
+        found = (wire[name] for name in ("calibration", "calibration_sha256", "made_by"))
+        return cls(wire["policy"], wire["seed"], options, *found)
+
+
+def software() -> dict[str, Any]:
+    """What computes here."""
+    return {
+        "eldr": eldr.__version__,
+        "numpy": np.__version__,
+        "compiled": COMPILED,
+        "machine": platform.machine(),
+    }
 
 
 class LoggedPolicy(Policy):

@@ -146,6 +146,8 @@ def _as_text(repetition: Repetition, policy: str) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
+    from eldr.policies.logged import software
+
     differing = repetition.differing
     share = 100 * (1 - differing / max(repetition.decisions, 1))
     lines = [f"{repetition.decisions} decisions repeated with {policy}, {differing} differ ({share:.1f} % equal)"]
@@ -153,6 +155,9 @@ def _as_text(repetition: Repetition, policy: str) -> RenderableType:
     if repetition.skipped:
         lines.append(f"{repetition.skipped} decisions behind a gap could not be repeated")
     lines += [f"{where}: incomplete, as a crash leaves it" for where in repetition.cut_off]
+    made_by = repetition.headers[0].made_by
+    if differing and made_by != software():
+        lines.append(f"the log was made by {_named(made_by)}; this is {_named(software())}")
     parts: list[RenderableType] = [Text(line) for line in lines]
     if differing:
         table = Table("where", "request", "logged", "now")
@@ -161,3 +166,7 @@ def _as_text(repetition: Repetition, policy: str) -> RenderableType:
         parts.append(table)
         parts += [Text(f"and {differing - SHOWN} more; --json shows more of them")] if differing > SHOWN else []
     return Group(*parts)
+
+
+def _named(made_by: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in made_by.items())
