@@ -37,6 +37,7 @@ fuzz: $(DEV)/.installed  ## hostile input to every reader of bytes, for FUZZ_SEC
 	$(DEV)/bin/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
 
 test: $(DEV)/.installed $(VLLM)/.test-installed  ## every test, those on real vLLM 0.32 workers included
+	-@$(MAKE) --no-print-directory browser
 	$(VLLM)/bin/python -m pytest tests/vllm
 	ELDR_VLLM_PYTHON=$(VLLM)/bin/python $(DEV)/bin/python -m pytest tests --ignore tests/vllm
 
