@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -13,9 +14,9 @@ import aiohttp
 import pytest
 from certificates import certificate
 from fake_worker import begin_stream, chunk, reply
-from harness import ASK, CHAT, on_uvloop, running
+from harness import ASK, CHAT, on_uvloop, running, until
 from memory import LIMITS, MemoryTransport, Recorder
-from test_router_http import exchange, status_of
+from test_router_http import exchange, post, status_of
 
 from eldr.router import logs
 from eldr.router.config import ConfigError, RouterConfig
@@ -345,6 +346,32 @@ async def test_while_a_request_is_answered_no_limit_of_receiving_runs():
     c.send(GET + GET[:5])
     assert c.after(1000) == b""
     assert not c.transport.closed
+
+
+@pytest.mark.parametrize("sent", [b"GET /health HT", POST + b"content-length: 4\r\n\r\n{}"])
+@on_uvloop
+async def test_the_router_watches_its_connections(sent):
+    async with running(head_timeout_s=0.1, body_timeout_s=0.1) as s:
+        assert status_of(await exchange(s, sent)) == 408
+        assert await s.metric("eldr_request_total", endpoint="other", status="408") == 1
+
+
+@on_uvloop
+async def test_a_client_that_stops_reading_frees_its_worker():
+    async with running(stall_timeout_s=0.1) as s:
+
+        async def endless(worker, seen, reader, writer):
+            await begin_stream(writer)
+            while True:
+                await chunk(writer, b"data: {}\n\n" * 10_000)
+
+        s.decode[0].behaviour = endless
+        _, writer = await asyncio.open_connection("127.0.0.1", s.router.port, limit=1)
+        writer.write(post(json.dumps({**ASK, "stream": True}).encode()))
+        await until(lambda: s.decode[0].running == 1, "it runs")
+        await until(lambda: s.decode[0].running == 0, "it is let go")
+        await until(lambda: s.router.services.admission.admitted == 0, "its slot is free")
+        writer.close()
 
 
 async def test_framing_may_not_outweigh_the_body():
