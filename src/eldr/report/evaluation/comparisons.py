@@ -54,8 +54,7 @@ def main_section(rows: Rows, prefix: str) -> Section:
     text = (
         f"{_oracle_share(step)}The headline scope is the whole decode step (attention, dense layers and output head, "
         "which no routing changes, included); the table also has the MoE layers alone, where the same saving is a "
-        "larger share. Zones of locality-band are fitted once, or "
-        "again every few seconds (green). Policies in purple and pink know what no router can know: true decode "
+        "larger share. Policies in purple and pink know what no router can know: true decode "
         "profiles, and every future step of all running requests (greedy, so no upper bound)."
     )
     return Section("Who is faster", f"{prefix}-main", REPLAYED, text, tuple(pictures), tuple(numbers))
