@@ -19,7 +19,7 @@ from eldr.signature import SignatureModel
 from eldr.trace import Trace, read_trace
 
 BATCHES = (4, 8, 16)
-DRAWS = 4000
+DRAWS = 2000
 TASKS = ("code", "mathematics", "medicine", "law")
 
 Floats = NDArray[np.float64]
