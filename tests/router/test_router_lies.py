@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+from collections import Counter
 
+import aiohttp
 import pytest
 from fake_worker import begin_stream, chunk, end_stream, reply
 from harness import ASK, CHAT, Scripted, on_uvloop, running, until
@@ -331,14 +334,15 @@ async def head_only(worker, seen, reader, writer):
 async def drip_forever(worker, seen, reader, writer):
     if seen.body.get("stream"):
         await begin_stream(writer)
-        while True:
-            await chunk(writer, b":")
-            await asyncio.sleep(0.02)
-    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1000000\r\n\r\n")
-    while True:
-        writer.write(b" ")
+        drop = b"1\r\n:\r\n"
+    else:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1000000\r\n\r\n")
+        drop = b" "
+    while not writer.transport.is_closing():
+        writer.write(drop)
         await writer.drain()
         await asyncio.sleep(0.02)
+    await hang(worker, seen, reader, writer)  # until the fake notices
 
 
 LIMITS = {"prefill_timeout_s": 0.5, "decode_first_byte_timeout_s": 0.5, "decode_answer_timeout_s": 0.5}
@@ -402,3 +406,73 @@ async def test_chat_is_checked_as_completions_are():
             answer = await s.chat({**CHAT, "stream": stream})
             assert answer.status == 200
             assert b"somebody" not in answer.body
+
+
+async def stream_error(worker, seen, reader, writer):
+    await begin_stream(writer)
+    await chunk(writer, worker.events(seen, ["a"], seen.path.startswith("/v1/chat"))[0])
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize("seed", range(2))
+@on_uvloop
+async def test_all_of_it_at_once(seed):
+    """Whole and right, or an honest error: there is nothing in between, whatever workers and clients do."""
+    chance = random.Random(seed)
+    faults = [*ALWAYS, hang, drip_forever, stream_error, half_json]
+
+    async def sometimes(worker, seen, reader, writer):
+        if chance.random() < 0.4:
+            await chance.choice(faults)(worker, seen, reader, writer)
+        else:
+            await asyncio.sleep(chance.random() * 0.05)
+            await worker.answer(seen, writer)
+
+    async def one(s, number):
+        stream, chat = chance.random() < 0.5, chance.random() < 0.5
+        body = {**(CHAT if chat else ASK), "stream": stream}
+        if not chat:
+            body["prompt"] = f"prompt {number}"
+        request = asyncio.ensure_future((s.chat if chat else s.post)(body))
+        if chance.random() < 0.15:
+            await asyncio.sleep(chance.random() * 0.3)
+            request.cancel()
+        try:
+            answer = await request
+        except asyncio.CancelledError:
+            return "left"
+        except aiohttp.ClientPayloadError:
+            assert stream
+            return "broken"  # cut off, and the client knows
+        if answer.status != 200:
+            assert answer.status in (502, 503, 504)
+            assert answer.error["message"]
+            return "refused"
+        if not stream:
+            choice = answer.json()["choices"][0]
+            assert (choice["message"]["content"] if chat else choice["text"]) == "abcd"
+            return "right"
+        *events, done = answer.events
+        assert done == "data: [DONE]"
+        choices = [event["choices"][0] for event in events]
+        said = [c["delta"].get("content", "") if chat else c["text"] for c in choices]
+        assert "".join(said) == "abcd"
+        return "right"
+
+    settings = {**LIMITS, "decode_idle_timeout_s": 0.5, "eject_base_s": 0.2, "eject_max_s": 0.5, "retries": 3}
+    async with running(prefill=3, decode=4, **settings) as s:
+        for worker in (*s.prefill, *s.decode):
+            worker.behaviour = sometimes
+        ends = Counter(await asyncio.gather(*(one(s, number) for number in range(100))))
+        assert ends["right"] > 0
+        single_use(s)
+        for worker in (*s.prefill, *s.decode):
+            worker.behaviour = None
+        await until(lambda: not s.router._flows, "every request ends")
+        workers = s.router.services.fleet.workers
+        out = lambda: [w for role in ("prefill", "decode") for w in workers(role).values() if w.ejected or w.on_trial]  # noqa: E731
+        number = 0
+        while out():  # each comes back by a request of its own, prefill workers by one that belongs to them
+            assert (await s.post({**ASK, "prompt": f"prompt {(number := number + 1)}"})).status == 200
+        await assert_settled(s)
+        assert await s.metric("eldr_broken_streams_total") >= ends["broken"]

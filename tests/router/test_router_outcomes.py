@@ -74,6 +74,24 @@ async def test_a_prefill_worker_that_fails_is_ejected():
 
 
 @on_uvloop
+async def test_a_prefill_worker_comes_back_by_its_trial():
+    async with running(prefill=2, **EJECTING) as s:
+        assert (await s.post()).status == 200
+        home = next(worker for worker in s.prefill if worker.generated)
+        home.behaviour = fail
+        for _ in range(2):
+            assert (await s.post()).status == 200
+        home.behaviour = None
+        worker = s.router.services.fleet.workers("prefill")[home.url]
+        await until(lambda: worker.on_trial, "its trial")
+        before = len(home.generated)
+        for n in range(3):
+            assert (await s.post()).status == 200
+            assert len(home.generated) == before + n + 1
+        assert not worker.on_trial
+
+
+@on_uvloop
 async def test_a_trial_whose_client_leaves_is_no_verdict():
     policy = Scripted()
     async with running(decode=2, policy=policy, **EJECTING) as s:

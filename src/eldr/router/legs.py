@@ -69,13 +69,13 @@ async def prefill(services: Services, job: Job, worker: Worker, leg_id: str, bod
         await connection.finish(answer)
         check_answered(services, worker, answer)
         handoff = _handoff(services, job, worker, answer, leg_id, sent_s)
+        services.outcomes.succeeded(worker)
     except ExchangeError as error:
         services.metrics.timeouts["prefill"] += error.timed_out
         raise blame(services, worker, error.reason, error) from None
     finally:
         services.fleet.finished(worker)
         services.outcomes.ended(worker)
-    services.outcomes.succeeded(worker)
     now_s = time.monotonic()
     services.metrics.prefill.observe(now_s - sent_s)
     if handoff is not None:
