@@ -484,6 +484,21 @@ async def _every_kind_of_failure(s) -> None:
     logging.getLogger("eldr.router").warning("the log is open")
 
 
+def test_an_exception_is_logged_without_what_it_says(capfd):
+    logs.set_up("warning")
+    try:
+        int(PROMPT)
+    except ValueError:
+        logging.getLogger("eldr.router").exception("it failed")
+    (line,) = capfd.readouterr().err.splitlines()
+    fields = json.loads(line)
+    assert fields["message"] == "it failed"
+    assert fields["exception"].startswith("ValueError\n")
+    assert "test_router_security.py" in fields["exception"]
+    assert "int(PROMPT)" in fields["exception"]
+    assert PROMPT not in line
+
+
 @on_uvloop
 async def test_metrics_show_no_key_and_no_name_of_a_client(key_file):
     async with running(api_key_file=key_file) as s:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 
 import orjson
 
@@ -18,8 +19,10 @@ class JsonLines(logging.Formatter):
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
         }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+        if record.exc_info and record.exc_info[0] is not None:
+            # Its kind and where it was raised. What it says may quote a prompt, a key or an answer.
+            kind, _, where = record.exc_info
+            line["exception"] = f"{kind.__name__}\n" + "".join(traceback.format_tb(where))
         return orjson.dumps(line, default=str).decode()
 
 
@@ -42,7 +45,8 @@ def set_up(level: str) -> None:
     """Send the router's log to standard error from `level` on."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    logger = logging.getLogger("eldr.router")
-    logger.handlers = [handler]
-    logger.setLevel(level.upper())
-    logger.propagate = False
+    for name in ("eldr.router", "asyncio"):  # the event loop tells of what nobody caught
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level.upper())
+        logger.propagate = False
