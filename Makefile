@@ -60,7 +60,7 @@ bench: $(DEV)/.installed  ## time and memory of signatures, zones, decisions and
 	$(DEV)/bin/python benchmarks/numerics.py
 	$(DEV)/bin/python benchmarks/replay.py
 
-evaluate: $(DEV)/.installed  ## every experiment of docs/evaluation on TRACES: page, pictures, tables; 10 to 15 minutes
+evaluate: $(DEV)/.installed  ## every experiment of docs/evaluation on TRACES: page, pictures, tables; about 5 minutes a trace
 	@$(if $(strip $(TRACES)),,echo 'No trace found: name some, make evaluate TRACES="a.npz b.npz"' >&2; exit 2)
 	OPENBLAS_NUM_THREADS=1 $(DEV)/bin/eldr evaluate $(TRACES) -o docs/evaluation --torch-python $(VLLM)/bin/python
 

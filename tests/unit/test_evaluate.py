@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -320,6 +321,9 @@ def test_page_and_readme_have_every_section_picture_and_number(bench, rows_of, t
         assert f"### {title}" in readme
     assert "Size of the pool" not in page  # 45 served requests are too few for 8 workers at batch 7,
     assert "Left out, pools: few" in readme  # which is said
+    links = set(re.findall(r'href="([^"]*)"', page))
+    assert {link[1:] for link in links} <= set(re.findall(r'id="([^"]*)"', page))
+    assert not re.findall(r'(?:src|href)="(?!#)', page)
     pictures = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert "old-trace.png" not in pictures
     assert all(f"pictures/{name}" in readme for name in pictures)

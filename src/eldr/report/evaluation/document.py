@@ -107,7 +107,8 @@ def _shares(main: Rows) -> str:
 def evaluation_blocks(results: Results) -> list[Html]:
     """The body of a page."""
     parts, common = evaluation_sections(results)
-    blocks = [html.links([(part.title, part.anchor) for part in parts] + [("What it costs", "costs")])]
+    targets = [(part.title, part.anchor) for part in parts] + ([("What it costs", "costs")] if common else [])
+    blocks = [html.links(targets)]
     if results.traces:
         blocks.append(_tiles(results.traces[0]))
         cost = results.traces[0].about["cost_source"]
