@@ -19,7 +19,7 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
     band.add_argument("--refit-interval", dest="refit_interval_s", type=float, default=unset, metavar="SECONDS",
                       help="refit the zones to recent requests this often (inf: never)")  # fmt: skip
     band.add_argument("--refit-window", dest="refit_window_s", type=float, default=unset, metavar="SECONDS",
-                      help="how long ago recent is (10.0)")  # fmt: skip
+                      help="how long ago recent is (5.0)")  # fmt: skip
     union = parser.add_argument_group("expected-union")
     union.add_argument("--cost", default=unset, metavar="FILE|PRESET",
                        help="step-time model of decode workers, a file of `eldr calibrate-cost` or a preset "

@@ -10,7 +10,7 @@ from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, cost_from_wire, find_c
 from eldr.errors import EldrError
 from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
 
-REFIT_WINDOW_S = 10.0
+REFIT_WINDOW_S = 5.0
 REFIT_LEAST_INTERVAL_S = 0.1
 
 
