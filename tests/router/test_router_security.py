@@ -340,6 +340,25 @@ async def test_who_does_not_read_is_cut_off():
     assert not c.transport.closed
 
 
+async def test_last_bytes_that_nobody_takes_hold_no_connection():
+    class Unsent(MemoryTransport):
+        aborted = False
+
+        def abort(self):
+            self.aborted = True
+
+    for leave in (ClientConnection.close, ClientConnection.break_stream):
+        c = Connected()
+        c.transport = c.connection._transport = Unsent()
+        c.handler.handle = lambda request, connection: None
+        c.send(GET)
+        leave(c.connection)
+        c.after(LIMITS.stall_timeout_s - 1)
+        assert not c.transport.aborted
+        c.after(LIMITS.stall_timeout_s + 1)
+        assert c.transport.aborted
+
+
 async def test_while_a_request_is_answered_no_limit_of_receiving_runs():
     c = Connected()
     c.handler.handle = lambda request, connection: None

@@ -204,16 +204,20 @@ class ClientConnection(asyncio.Protocol):
         if self._stalled and now_s - self._stalled_since_s > limits.stall_timeout_s:
             self._handler.refused(ApiError(408, "the client does not read"))
             self._transport.abort()
-        elif self._active is not None or self._refusal is not None or self._transport.is_closing():
+        elif self._transport.is_closing():
+            if waited_s > limits.stall_timeout_s:  # the last bytes, too few to stall, that nobody takes
+                self._transport.abort()
+        elif self._active is not None or self._refusal is not None:
             return
         elif not self._receiving:
             if waited_s > limits.idle_timeout_s:
-                self._transport.close()
+                self.close()
         elif waited_s > (limits.head_timeout_s if self._in_head else limits.body_timeout_s):
             self._refuse(ApiError(408, "the request takes too long to arrive"))
 
     def close(self) -> None:
         """Close once everything written has been sent."""
+        self._since_s = time.monotonic()
         self._transport.close()
 
     def abort(self) -> None:
@@ -436,7 +440,7 @@ class ClientConnection(asyncio.Protocol):
     def break_stream(self) -> None:
         """Close without the end of the answer, so that nobody takes what was sent for all of it."""
         self.listener = None
-        self._transport.close()
+        self.close()
 
     def _finish(self) -> None:
         request = cast(Request, self._active)
