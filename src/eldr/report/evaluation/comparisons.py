@@ -257,8 +257,10 @@ def _frontier(rows: Rows) -> Figure:
             for row in of(line, default=True):
                 point = (row["vs_best_baseline_p50"], row["vs_best_baseline_p99"])
                 axis.plot(*point, "o", markersize=13, markerfacecolor="none", markeredgecolor=colour, linewidth=1.5)
-            if knob in ("tau", "tail_guard") or axis is axes[1]:  # the others lie close together: their ends alone
-                _label_points(axis, line if knob in ("tau", "tail_guard") else [line[0], line[-1]], colour)
+            if axis is axes[1] and knob != "tail_guard":  # these lie close together: their ends alone
+                _label_points(axis, [line[0], line[-1]], colour)
+            elif axis is axes[1] or knob == "tau":
+                _label_points(axis, line, colour)
         axis.set_title(title)
         axis.set_xlabel("change of median TPOT, %")
         axis.set_ylabel("change of p99 TPOT, %")

@@ -143,6 +143,7 @@ def _timeline(rows: Rows) -> Figure:
             line = of(rows, policy=policy)
             policy_line(axis, policy, [row["since_switch_s"] for row in line], [row[key] for row in line], markevery=3)
         axis.axvline(0, color=INK, linewidth=0.8)
+        axis.margins(y=0.12)  # room for the note above the curves
         axis.annotate(
             "the mix changes",
             (0, 1),
