@@ -8,7 +8,7 @@ these figures. Every round measures every router in turn, the order turning by o
 the rounds. Clients that talk to the decode workers directly stand beside the routers. A figure during which load or
 fleet took more than 90 % of their core is void.
 
-exit codes: 0 measured, 1 a router failed or a figure is void.
+exit codes: 0 measured (void figures are named), 1 a router failed.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def main() -> int:
         console.print(table(summary))
         if missing:
             console.print(f"not installed, not measured: {', '.join(missing)}")
-    return 1 if summary["void"] else 0
+    return 0
 
 
 if __name__ == "__main__":
