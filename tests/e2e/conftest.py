@@ -35,8 +35,8 @@ def start_router(fleet):
     """Context manager: a ready router with the given flags."""
 
     @contextmanager
-    def start(*flags: str, decode: list[str] | None = None):
-        router = Router(fleet, fleet.logs / f"router-{time.time_ns()}.log", list(flags), decode)
+    def start(*flags: str, decode: list[str] | None = None, prefill: list[str] | None = None):
+        router = Router(fleet, fleet.logs / f"router-{time.time_ns()}.log", list(flags), decode, prefill)
         try:
             router.wait_ready()
             yield router

@@ -53,11 +53,11 @@ class Fleet:
     decode: list[WorkerProcess]
     plain: WorkerProcess
 
-    def worker(self, role: str, number: int) -> WorkerProcess:
-        return new_worker(self.model_dir, self.logs, role, number)
+    def worker(self, role: str, number: int, *extra_args: str) -> WorkerProcess:
+        return new_worker(self.model_dir, self.logs, role, number, extra_args)
 
 
-def new_worker(model_dir: Path, logs: Path, role: str, number: int) -> WorkerProcess:
+def new_worker(model_dir: Path, logs: Path, role: str, number: int, extra_args: tuple[str, ...] = ()) -> WorkerProcess:
     python = os.environ.get("ELDR_VLLM_PYTHON")
     if not python:
         pytest.fail("tests/e2e start real vLLM workers: set ELDR_VLLM_PYTHON, or run `make test`")
@@ -72,6 +72,7 @@ def new_worker(model_dir: Path, logs: Path, role: str, number: int) -> WorkerPro
         python=Path(python).absolute(),
         log_path=logs / f"{role}{number}.log",
         kv_cache_bytes=64 * 2**20,
+        extra_args=extra_args,
         extra_config={} if role == "plain" else {"kv_lease_duration": LEASE_S},
     )
     return WorkerProcess(spec)
@@ -80,11 +81,19 @@ def new_worker(model_dir: Path, logs: Path, role: str, number: int) -> WorkerPro
 class Router:
     """`eldr serve` as its own process."""
 
-    def __init__(self, fleet: Fleet, log_path: Path, flags: list[str], decode: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        log_path: Path,
+        flags: list[str],
+        decode: list[str] | None = None,
+        prefill: list[str] | None = None,
+    ) -> None:
         self.url = f"http://127.0.0.1:{free_ports(1)[0]}"
         self.log_path = log_path
         command = [sys.executable, "-m", "eldr", "serve", "--port", self.url.rsplit(":", 1)[1]]
-        command += ["--prefill", fleet.prefill.url]
+        for url in prefill if prefill is not None else [fleet.prefill.url]:
+            command += ["--prefill", url]
         for url in decode if decode is not None else [worker.url for worker in fleet.decode]:
             command += ["--decode", url]
         with log_path.open("wb") as log:

@@ -1,0 +1,220 @@
+"""Workers killed, stopped and restarted under load, and hand-offs used late, never and under cache pressure.
+
+Every text that a client got in full is compared with a plain worker's, which has neither router nor hand-offs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from real_fleet import LEASE_S, MODEL, call, client_of, metric
+
+PROMPTS = [f"fn item_{n}(a: u{n}, b: u{n}) -> u{n} {{ let sum = a + {n} * b; return " for n in range(12)]
+TOKENS = 40
+# Blocks of the victims' caches. The longest context takes 16, so that a few requests at once fill them.
+FEW_BLOCKS = "40"
+
+
+def until(condition: Callable[[], object], what: str, timeout_s: float = 90.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"never happened: {what}"
+        time.sleep(0.05)
+
+
+def ask(client: openai.OpenAI, prompt: str, max_tokens: int = TOKENS) -> str:
+    answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=max_tokens, temperature=0)
+    return str(answer.choices[0].text)
+
+
+@pytest.fixture(scope="module")
+def expected(plain):
+    return {prompt: ask(plain, prompt) for prompt in PROMPTS}
+
+
+@pytest.fixture(scope="module")
+def victims(fleet):
+    """A prefill and a decode worker that may be killed; their caches are small."""
+    workers = [fleet.worker(role, 9, "--num-gpu-blocks-override", FEW_BLOCKS) for role in ("prefill", "decode")]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.wait_ready()
+        yield workers
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class Load:
+    """Clients that stream one prompt after the other until `stop`. ended: (prompt, text or the error) of each."""
+
+    def __init__(self, url: str, clients: int) -> None:
+        self._client = client_of(url)
+        self._prompts = itertools.cycle(PROMPTS)
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
+        self.ended: list[tuple[str, str | Exception]] = []
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            prompt = next(self._prompts)
+            try:
+                self.ended.append((prompt, self._stream(prompt)))
+            except Exception as error:
+                self.ended.append((prompt, error))
+
+    def _stream(self, prompt: str) -> str:
+        text, finish = "", None
+        for event in self._client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=TOKENS, temperature=0, stream=True
+        ):
+            text += event.choices[0].text
+            finish = event.choices[0].finish_reason or finish
+        assert finish is not None, "a truncated answer passed for a whole one"
+        return text
+
+    def more(self, count: int) -> None:
+        """Wait until `count` more requests have succeeded."""
+        target = self.succeeded + count
+        until(lambda: self.succeeded >= target, f"{count} more requests served")
+
+    @property
+    def succeeded(self) -> int:
+        return sum(isinstance(result, str) for _, result in list(self.ended))
+
+    @property
+    def errors(self) -> list[Exception]:
+        return [result for _, result in self.ended if isinstance(result, Exception)]
+
+    def stop(self) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(90)
+            assert not thread.is_alive(), "a request never ended"
+
+
+def test_hand_offs_that_outlive_their_lease_in_the_router(fleet, victims, start_router, expected):
+    """The prefill worker's answers wait in the sockets of a stopped router while their blocks go to other prompts."""
+    prefill, decode = victims
+    flags = {"prefill": [prefill.url], "decode": [decode.url]}
+    with start_router("--policy", "jsq", **flags) as router, ThreadPoolExecutor(16) as pool:
+        client = client_of(router.url)
+        ask(client, PROMPTS[0])
+        prefill.pause()
+        waiting = {prompt: pool.submit(ask, client, prompt) for prompt in PROMPTS[1:9]}
+        until(lambda: metric(router.url, "eldr_inflight", worker=prefill.url) == 8, "they wait for their prefill")
+        os.kill(router.process.pid, signal.SIGSTOP)
+        try:
+            prefill.resume()
+            time.sleep(LEASE_S + 1)
+            flood = client_of(prefill.url)
+            list(pool.map(lambda n: ask(flood, f"{n} bottles of beer on the wall, " * 20, 1), range(60)))
+        finally:
+            os.kill(router.process.pid, signal.SIGCONT)
+        for prompt, text in waiting.items():
+            assert text.result(90) == expected[prompt]
+        assert metric(router.url, "eldr_retries_total", leg="decode", reason="lease") == 8
+
+
+def test_retries_after_aborts_and_refusals_under_cache_pressure(fleet, victims, start_router, expected, plain):
+    """Hand-offs that nobody uses, or that are refused, free their blocks at once; the next prompts get them."""
+    prefill, decode = victims
+    long = {f"{n}. {prompt}" * 6: "" for n, prompt in enumerate(PROMPTS * 3)}
+    with ThreadPoolExecutor(4) as pool:
+        long = dict(zip(long, pool.map(lambda prompt: ask(plain, prompt), long), strict=True))
+    outcomes: Counter[str] = Counter()
+
+    def once(number: int, prompt: str) -> None:
+        kind = ("abort at once", "abort the stream", "refused", "served")[number % 4]
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+        if kind == "abort at once":
+            try:
+                call(router.url, "/v1/completions", body, timeout_s=0.05)
+            except OSError:
+                outcomes[kind] += 1
+        elif kind == "abort the stream":
+            stream = client.completions.create(**{**body, "stream": True})
+            next(iter(stream))
+            stream.close()
+            outcomes[kind] += 1
+        elif kind == "refused":  # by the decode worker, after the prefill
+            assert call(router.url, "/v1/completions", {**body, "temperature": -1})[0] == 400
+            outcomes[kind] += 1
+        assert ask(client, prompt) == long[prompt]
+        outcomes["equal"] += 1
+
+    with (
+        start_router("--policy", "jsq", prefill=[prefill.url], decode=[decode.url]) as router,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        client = client_of(router.url)
+        list(pool.map(once, range(len(long)), long))
+        assert outcomes["equal"] == len(long)
+        assert min(outcomes[kind] for kind in ("abort at once", "abort the stream", "refused")) > 0
+        assert metric(router.url, "eldr_inflight") == 0
+
+
+def up(router, worker) -> bool:
+    return metric(router.url, "eldr_worker_up", worker=worker.url) == 1
+
+
+def test_workers_killed_stopped_and_restarted_under_load(fleet, victims, start_router, expected, tmp_path):
+    """The last test of this file: the prefill victim is not started again."""
+    prefill, decode = victims
+    config = tmp_path / "eldr.toml"
+    config.write_text("health_timeout_s = 2\nhealth_interval_s = 0.5\neject_base_s = 1\n")
+    with start_router(
+        "--policy", "rr", "--config", str(config),
+        prefill=[fleet.prefill.url, prefill.url],
+        decode=[*(worker.url for worker in fleet.decode), decode.url],
+    ) as router:  # fmt: skip
+        load = Load(router.url, 4)
+        try:
+            load.more(8)
+            decode.pause()
+            try:
+                until(lambda: not up(router, decode), "the router finds out that it is stopped")
+                load.more(8)
+            finally:
+                decode.resume()
+            until(lambda: up(router, decode), "the router finds out that it runs again")
+            load.more(8)
+            assert not load.errors, "a worker that was only stopped costs nobody an answer"
+
+            os.killpg(prefill.pid, signal.SIGKILL)
+            load.more(8)
+            assert not load.errors, "what a prefill worker did not do another one does"
+
+            until(lambda: metric(router.url, "eldr_inflight", worker=decode.url) > 0, "it runs something")
+            os.killpg(decode.pid, signal.SIGKILL)
+            load.more(8)
+            decode.stop()
+            decode.start()
+            decode.wait_ready()
+            until(lambda: up(router, decode), "the router finds the new process")
+            until(lambda: metric(decode.url, "vllm:generation_tokens_total") > TOKENS, "it serves again")
+        finally:
+            load.stop()
+        for prompt, text in load.ended:
+            assert isinstance(text, Exception) or text == expected[prompt]
+        # What broke had begun on the killed worker; its client was told so, and it is counted.
+        assert {type(error) for error in load.errors} <= {openai.APIError}
+        broken = metric(router.url, "eldr_worker_failures_total", reason="broken_stream", worker=decode.url)
+        assert len(load.errors) == broken == metric(router.url, "eldr_broken_streams_total")
+        assert len(load.errors) <= 4
+        assert metric(router.url, "eldr_request_total") == len(load.ended)
+        assert metric(router.url, "eldr_request_total", status="200") == len(load.ended)
+        assert metric(router.url, "eldr_inflight") == metric(router.url, "eldr_admitted") == 0
