@@ -63,7 +63,7 @@ def _load(bench: Bench, part: Part) -> list[Row]:
 
 def _pool_parts(bench: Bench) -> list[Part]:
     """Every pool at the batch that the largest can have, and those that can at the main batch."""
-    common = math.floor(bench.capacity / POOLS[-1] * 2) / 2
+    common = min(MAIN_BATCH, math.floor(bench.capacity / POOLS[-1] * 2) / 2)
     batches = {batch for batch in (common, MAIN_BATCH) if batch >= 1}
     return [
         {"workers": workers, "batch": batch}

@@ -290,11 +290,11 @@ def pools_section(rows: Rows, prefix: str, in_flight_at_most: int) -> Section:
         "Change of TPOT against the best load balancer, by decode workers. " + BEST.split(",")[1].strip().capitalize(),
         lambda: _pools(rows),
     )
+    short = "" if in_flight_at_most >= 280 else ", so 40 workers cannot be replayed at batch 7, which takes 280"
     text = (
         "No request of the recording is ever in flight twice, because a copy would share all its experts with its "
-        f"original. This recording carries at most {in_flight_at_most} requests in flight, so 40 workers cannot be "
-        f"replayed at batch 7, which takes 280. All sizes are shown at mean batch {batches[0]:g}"
-        + (f", those that can also at {batches[-1]:g}." if len(batches) > 1 else ".")
+        f"original. This recording carries at most {in_flight_at_most} requests in flight{short}. Each mean batch is "
+        "shown for the pools that can have it."
     )
     columns = {"batch under jsq": number("batch_target", 1), "workers": words("workers"), **POLICY, **tpot_columns()}
     return Section("Size of the pool", f"{prefix}-pools", REPLAYED, text, (picture,), (Numbers(columns, rows),))
