@@ -284,7 +284,6 @@ def _label_points(axis: object, line: Sequence[Row], colour: str) -> None:
 
 
 def pools_section(rows: Rows, prefix: str, in_flight_at_most: int) -> Section:
-    values(rows, "batch_target")
     picture = Picture(
         f"{prefix}-pools",
         "Change of TPOT against the best load balancer, by decode workers. " + BEST.split(",")[1].strip().capitalize(),
