@@ -90,14 +90,14 @@ class Flow:
             self._ended = error
             cast("asyncio.Task[None]", self._task).cancel()
         elif not answer.finished.done():
-            cast(WorkerConnection, self._upstream).abort()
+            cast(WorkerConnection, self._upstream).abort(answer)
             answer.break_off(why, error)
 
     # The client.
 
     def on_client_gone(self) -> None:
-        if self._upstream is not None:
-            self._upstream.abort()
+        if self._upstream is not None and self._answer is not None:
+            self._upstream.abort(self._answer)
         if self._answer is not None and self._answer.complete:
             self._answer.settle()
             return
@@ -107,12 +107,12 @@ class Flow:
             self._task.cancel()
 
     def on_client_stalled(self) -> None:
-        if self._upstream is not None:
-            self._upstream.pause()
+        if self._upstream is not None and self._answer is not None:
+            self._upstream.pause(self._answer)
 
     def on_client_reading(self) -> None:
-        if self._upstream is not None:
-            self._upstream.resume()
+        if self._upstream is not None and self._answer is not None:
+            self._upstream.resume(self._answer)
 
     # The course of the request.
 
@@ -280,7 +280,7 @@ class Flow:
             config.decode_idle_timeout_s,
         )
         if self._connection.stalled:
-            connection.pause()
+            connection.pause(answer)
         try:
             await connection.finish(answer)
             if not answer.begun:

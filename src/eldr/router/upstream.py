@@ -28,6 +28,9 @@ KEEP_IDLE_S = 3.0
 # The kernel's buffer for one worker connection. Left to itself it grows to megabytes for every client that does not
 # read, and those are memory too.
 RECEIVE_BYTES = 64 * 1024
+# How long the worker's kernel may leave bytes unacknowledged: its host is gone, or never took the connection that its
+# backlog of connections had no room for. A stopped process is not meant, its kernel acknowledges.
+UNACKNOWLEDGED_MS = 10_000
 MAX_HEAD_BYTES = 64 * 1024
 # Largest answer that is held in memory: a long completion with logprobs takes a few MiB.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
@@ -158,6 +161,7 @@ class WorkerConnection(asyncio.Protocol):
         sock = transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
@@ -183,22 +187,31 @@ class WorkerConnection(asyncio.Protocol):
         try:
             await answer.finished
         except asyncio.CancelledError:
-            self.abort()
+            self.abort(answer)
             raise
 
-    def abort(self) -> None:
-        """Give the exchange up without a word to it. vLLM aborts a request whose connection closes."""
-        self._exchange = None
-        self._pool.active.discard(self)
-        self._transport.abort()
+    # An exchange that has ended has released the connection, and another may be under way on it before whoever waited
+    # for the first one runs again: what is meant for the one must not reach the other.
 
-    def pause(self) -> None:
-        """Read no more: whoever takes the answer cannot keep up."""
-        if not self._paused and not self._transport.is_closing():
+    def abort(self, exchange: Exchange) -> None:
+        """Give `exchange` up without a word to it, if it is under way. vLLM aborts what nobody listens to."""
+        if self._exchange is exchange:
+            self._exchange = None
+            self._pool.active.discard(self)
+            self._transport.abort()
+
+    def pause(self, exchange: Exchange) -> None:
+        """Read no more: whoever takes the answer cannot keep up. Nothing if `exchange` is not under way."""
+        if self._exchange is exchange and not self._paused and not self._transport.is_closing():
             self._paused = True
             self._transport.pause_reading()
 
-    def resume(self) -> None:
+    def resume(self, exchange: Exchange) -> None:
+        """Read on after `pause`."""
+        if self._exchange is exchange:
+            self._read_on()
+
+    def _read_on(self) -> None:
         if self._paused and not self._transport.is_closing():
             self._paused = False
             self.last_heard_s = time.monotonic()
@@ -277,8 +290,7 @@ class WorkerConnection(asyncio.Protocol):
         self._between_chunks = False
         self._head_bytes = 0
         self._pool.active.discard(self)
-        if self._paused:
-            self.resume()
+        self._read_on()
         if self._keep:
             self._pool.release(self)
         else:
@@ -388,7 +400,7 @@ class WorkerPool:
         try:
             self._check_open()
         except ConnectError:
-            connection.abort()
+            connection.close()
             raise
         return connection
 

@@ -1,0 +1,72 @@
+"""A connection that is used again at once: what is meant for the exchange that ended must not reach the next one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from eldr.router.upstream import Answer, WorkerConnection, WorkerPool
+
+REQUEST = b"GET / HTTP/1.1\r\nhost: worker\r\n\r\n"
+PATIENCE_S = 30.0
+
+
+async def answer_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    number = 0
+    while await reader.readuntil(b"\r\n\r\n"):
+        number += 1
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n%d" % number)
+
+
+class Chained(Answer):
+    """When it is complete, another exchange starts on the same connection before anybody else runs."""
+
+    def __init__(self, pool: WorkerPool, late: Callable[[WorkerConnection, Answer], None]) -> None:
+        super().__init__()
+        self._pool = pool
+        self._late = late
+        self.next = Answer()
+
+    def on_done(self) -> None:
+        super().on_done()
+        try:
+            self._pool.connection().send(None)
+        except StopIteration as found:  # an idle connection is there without waiting
+            connection: WorkerConnection = found.value
+        connection.start(self.next, REQUEST, PATIENCE_S)
+        self._late(connection, self)
+
+
+async def second_answer(late: Callable[[WorkerConnection, Answer], None]) -> bytes:
+    """What the second exchange hears if `late` is done to the first one after the second has begun."""
+    server = await asyncio.start_server(answer_all, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    pool = WorkerPool(f"http://127.0.0.1:{port}", connect_timeout_s=PATIENCE_S)
+    first = Chained(pool, late)
+    connection = await pool.connection()
+    connection.start(first, REQUEST, PATIENCE_S)
+    try:
+        await connection.finish(first)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        assert task is not None
+        task.uncancel()
+    async with asyncio.timeout(PATIENCE_S):
+        await first.next.finished
+    pool.close()
+    server.close()
+    return first.next.body
+
+
+async def test_an_abort_of_the_exchange_that_ended():
+    assert await second_answer(lambda connection, first: connection.abort(first)) == b"2"
+
+
+async def test_a_pause_of_the_exchange_that_ended():
+    assert await second_answer(lambda connection, first: connection.pause(first)) == b"2"
+
+
+async def test_a_cancelled_wait_for_the_exchange_that_ended():
+    task = asyncio.current_task()
+    assert task is not None
+    assert await second_answer(lambda connection, first: task.cancel() and None) == b"2"
