@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import aiohttp
 
+from eldr.demo.ports import free_ports
 from eldr.lifeline import die_with
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -33,12 +33,6 @@ queue_timeout_s = 30
 drain_timeout_s = 10
 eject_base_s = 2
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(eq=False)
@@ -69,11 +63,11 @@ class SoakFleet:
         self.used = folder / "used.txt"
         self.members = [self._new(role) for role in ["prefill"] * prefill + ["decode"] * decode]
         self.gone: list[Member] = []
-        self.port, self.admin_port = free_port(), free_port()
+        self.port, self.admin_port = free_ports(2)
         self.router: subprocess.Popen[bytes] | None = None
 
     def _new(self, role: str) -> Member:
-        return Member(role, free_port())
+        return Member(role, free_ports(1)[0])
 
     @property
     def url(self) -> str:
