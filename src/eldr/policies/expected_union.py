@@ -37,7 +37,7 @@ from eldr.policies.unions import Geometry, Profile, RandomBatches, Unions, encod
 ANCHOR = 0.1
 # How much longer than the mean a step may become, in units of what locality saves on the mean step, and on top of it
 # this share of expert time: where there is nothing to save, steps differ that much by chance.
-TAIL_GUARD = 1.5
+TAIL_GUARD = 1.25
 GUARD_EXPERT_SHARE = 0.01
 # The anchor looks at so many (layer, expert) entries at most, of layers evenly spaced: layers agree on what a request
 # is about, and a fleet of a thousand workers is a matter of memory bandwidth.

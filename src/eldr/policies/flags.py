@@ -35,7 +35,7 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
                        help="weight of sending a request where similar ones went lately; 0 for none (0.1)")  # fmt: skip
     union.add_argument("--tail-guard", type=float, default=unset, metavar="X",
                        help="how much longer than the mean a step may become, in units of what locality saves; smaller "
-                       "favours the tail of TPOT, larger its median, inf for no guard (1.5)")  # fmt: skip
+                       "favours the tail of TPOT, larger its median, inf for no guard (1.25)")  # fmt: skip
     union.add_argument("--step-tokens", type=float, default=unset, metavar="X",
                        help="independent tokens that a step takes a request further, above 1 with speculative decoding "
                        "(1.0)")  # fmt: skip
