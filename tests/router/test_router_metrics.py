@@ -20,12 +20,12 @@ NAME = re.compile(r"\b(?:eldr|process)_[a-z0-9_]+")
 @on_uvloop
 async def test_gaps_between_the_pieces_of_a_stream_are_counted():
     async with running() as s:
-        s.decode[0].token_gap_s = 0.06
+        s.decode[0].token_gap_s = 0.2
         await s.post({**ASK, "stream": True})  # four tokens: three gaps
         name = "eldr_inter_token_latency_seconds"
         assert await s.metric(name + "_count") == 3
-        assert await s.metric(name + "_bucket", le="0.05") == 0
-        assert 0.18 <= await s.metric(name + "_sum") < 5
+        assert await s.metric(name + "_bucket", le="0.025") == 0  # a crowded machine may hear one late, the next early
+        assert 0.3 <= await s.metric(name + "_sum") < 10
         tpot_s = await s.metric("eldr_worker_time_per_output_token_seconds", worker=s.decode[0].url)
         assert tpot_s == pytest.approx(await s.metric(name + "_sum") / 3)
 

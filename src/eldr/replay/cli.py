@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `eldr replay`; returns the exit code."""
     from rich.console import Console
 
-    from eldr.replay.output import as_table
+    from eldr.replay.output import as_tables
 
     console = Console(stderr=arguments.json == "-")
     laboratory = _laboratory(arguments)
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             objects += (_goodput if arguments.goodput else _compare)(laboratory, workers, arguments, advance)
     options = laboratory.settings.options
     title = f"{arguments.trace.name}: {arguments.seeds} seeds, cost {options.cost.name} ({options.cost_scope})"
-    console.print(as_table(objects, title))
+    console.print(*as_tables(objects, title))
     _write_json(arguments.json, objects)
     return 0
 

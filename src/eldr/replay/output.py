@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from eldr.replay.changes import FleetChange, recovery_s
@@ -99,38 +100,47 @@ def recoveries_s(cell: Cell, changes: Sequence[FleetChange]) -> list[float | Non
     return [_known(mean) for mean in means]
 
 
-def as_table(objects: Sequence[dict[str, Any]], title: str) -> Table:
-    """One row per (policy, workers, rate); of a search for goodput, its rates in place of changes of TPOT."""
-    changes = {"p50 %": "p50", "p99 %": "p99", "mean %": "mean", "MoE mean %": "mean"}
-    goodput = "goodput_limit_ms" in objects[0]
-    table = Table(title=title, title_justify="left")
-    table.add_column("policy", no_wrap=True)
-    for column in ("workers", "req/s", "p50 ms", "p95 ms", "p99 ms", "mean ms", "experts", "batch"):
-        table.add_column(column, justify="right")
-    for column in ["req/s %"] if goodput else list(changes):
-        table.add_column(column, justify="right", no_wrap=True)
+def as_tables(objects: Sequence[dict[str, Any]], title: str) -> list[Table]:
+    """Two tables that fit a terminal of 80 columns, one row per (policy, workers, rate): TPOT, and its change against
+    the best load balancer; of a search for goodput, the change of its rates."""
+    absolute = _table(f"{title}\nTPOT in ms", ("workers", "req/s", "p50", "p95", "p99", "mean", "experts", "batch"))
+    if "goodput_limit_ms" in objects[0]:
+        change = _table("req/s against the best load balancer's", ("workers", "%"))
+    else:
+        change = _table(
+            "change of TPOT in percent against the best load balancer", ("workers", "p50", "p99", "mean", "MoE mean")
+        )
     workers = None
     for row in objects:
         if workers not in (None, row["workers"]):
-            table.add_section()
+            absolute.add_section()
+            change.add_section()
         workers = row["workers"]
-        if goodput:
-            ends = [f"{row['goodput_vs_best_baseline']:+.1f}" + ("" if row["goodput_reached"] else ", trace too short")]
-        else:
-            ends = [
-                _interval(row, f"{'moe_' if column.startswith('MoE') else ''}vs_best_baseline_{name}")
-                for column, name in changes.items()
-            ]
-        table.add_row(
+        absolute.add_row(
             row["policy"],
-            str(row["workers"]),
+            str(workers),
             f"{row['rate']:.4g}",
             *(f"{row[f'tpot_{name}_ms']:.3f}" for name in ("p50", "p95", "p99", "mean")),
             f"{row['active_experts_mean']:.2f}",
             f"{row['batch_mean']:.2f}",
-            *ends,
         )
+        change.add_row(row["policy"], str(workers), *_changes(row))
+    return [absolute, change]
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("policy", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def _changes(row: dict[str, Any]) -> list[str]:
+    if "goodput_limit_ms" in row:
+        return [f"{row['goodput_vs_best_baseline']:+.1f}" + ("" if row["goodput_reached"] else ", trace too short")]
+    keys = [f"vs_best_baseline_{name}" for name in STATISTICS]
+    return [_interval(row, key) for key in (*keys, "moe_vs_best_baseline_mean")]
 
 
 def _interval(row: dict[str, Any], key: str) -> str:
