@@ -166,3 +166,14 @@ class Scripted(Policy):
 
     def left(self, worker: str) -> None:
         self.heard.append(("left", worker))
+
+
+async def raw_stream(s: Setup, headers: bytes = b"") -> bytes:
+    """Every byte of the answer to a streamed completion, on a connection of its own. headers: lines ended by CRLF."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
+    body = json.dumps({**ASK, "stream": True}).encode()
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
+    writer.write(b"%bcontent-length: %d\r\n\r\n%b" % (headers, len(body), body))
+    raw = await reader.read()
+    writer.close()
+    return raw

@@ -9,7 +9,7 @@ import math
 import openai
 import pytest
 from fake_worker import begin_stream, chunk
-from harness import ASK, on_uvloop, running, until
+from harness import ASK, on_uvloop, raw_stream, running, until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -119,12 +119,7 @@ async def endless(worker, seen, reader, writer):
 async def test_a_stream_that_outlives_its_deadline_ends_with_an_error_event():
     async with running() as s:
         s.decode[0].behaviour = endless
-        reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
-        body = json.dumps({**ASK, "stream": True}).encode()
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
-        writer.write(b"x-request-timeout-ms: 500\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
-        raw = await reader.read()
-        writer.close()
+        raw = await raw_stream(s, b"x-request-timeout-ms: 500\r\n")
         assert raw.count(b'"text":"a"') > 1
         assert json.loads(raw.rstrip().rsplit(b"data: ", 1)[1])["error"]["code"] == 504
         assert b"[DONE]" not in raw

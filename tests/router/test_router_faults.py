@@ -10,7 +10,7 @@ import time
 
 import pytest
 from fake_worker import begin_stream, chunk, end_stream, reply
-from harness import ASK, CHAT, Scripted, on_uvloop, running, until
+from harness import ASK, CHAT, Scripted, on_uvloop, raw_stream, running, until
 
 
 def handoffs_sent(setup):
@@ -147,12 +147,7 @@ async def test_a_broken_stream_ends_with_an_error_and_without_its_end():
     async with running(decode=2) as s:
         for worker in s.decode:
             worker.behaviour = die_after_first_event
-        reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
-        body = json.dumps({**ASK, "stream": True}).encode()
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
-        writer.write(b"content-length: %d\r\n\r\n%b" % (len(body), body))
-        raw = await reader.read()
-        writer.close()
+        raw = await raw_stream(s)
         assert b'"text":"a"' in raw
         last = raw.rstrip().rsplit(b"data: ", 1)[1]
         assert json.loads(last)["error"]["code"] == 502

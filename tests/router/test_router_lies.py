@@ -14,7 +14,7 @@ from collections import Counter
 import aiohttp
 import pytest
 from fake_worker import begin_stream, chunk, end_stream, reply
-from harness import ASK, CHAT, Scripted, on_uvloop, running, until
+from harness import ASK, CHAT, Scripted, on_uvloop, raw_stream, running, until
 
 ERROR = {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": 500}}
 
@@ -219,12 +219,7 @@ async def test_only_done_ends_a_stream(end):
 
     async with running() as s:
         s.decode[0].behaviour = partly
-        reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
-        body = json.dumps({**ASK, "stream": True}).encode()
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
-        writer.write(b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
-        raw = await reader.read()
-        writer.close()
+        raw = await raw_stream(s, b"connection: close\r\n")
         complete = end in ("done in pieces", "error in the middle")
         assert raw.endswith(b"0\r\n\r\n") == complete
         assert (b'"error"' in raw) == (end != "done in pieces")
@@ -382,12 +377,7 @@ async def test_a_stream_that_falls_silent_is_broken_off():
 
     async with running(decode_idle_timeout_s=0.5) as s:
         s.decode[0].behaviour = falls_silent
-        reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
-        body = json.dumps({**ASK, "stream": True}).encode()
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
-        writer.write(b"content-length: %d\r\n\r\n%b" % (len(body), body))
-        raw = await reader.read()
-        writer.close()
+        raw = await raw_stream(s)
         assert json.loads(raw.rstrip().rsplit(b"data: ", 1)[1])["error"]["code"] == 504
         assert b"[DONE]" not in raw
         assert not raw.endswith(b"0\r\n\r\n")
