@@ -182,7 +182,7 @@ def fit_calibration(
         zone_sizes=zones.sizes,
         geometry=Geometry(trace.meta.layers, trace.meta.experts, trace.meta.top_k),
         rho={name: model.rho for name, model in models.items()},
-        provenance=_provenance(trace, seed),
+        provenance=_provenance(trace, profiles, seed),
         picture=_picture(signatures, zones.labels, trace.label, zones.centroids, seed),
         predictor=_fit_predictor(trace, profiles, seed),
     )
@@ -202,7 +202,7 @@ def _source(trace: Trace, transform: str) -> NDArray[Any] | None:
     return array
 
 
-def _provenance(trace: Trace, seed: int) -> dict[str, Any]:
+def _provenance(trace: Trace, profiles: NDArray[np.float32], seed: int) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     try:
         versions["eldr"] = version("eldr")
@@ -216,13 +216,12 @@ def _provenance(trace: Trace, seed: int) -> dict[str, Any]:
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "trace_sha256": trace.sha256,
         "versions": versions,
-        "step_tokens": _step_tokens(trace),
+        "step_tokens": _step_tokens(trace, profiles),
     }
 
 
-def _step_tokens(trace: Trace) -> dict[str, float]:
+def _step_tokens(trace: Trace, profiles: NDArray[np.float32]) -> dict[str, float]:
     """Independent tokens that steps of several tokens count as, by their number of tokens; empty if unknown."""
-    profiles = trace.decode_profiles()
     found = {
         str(tokens): effective_tokens(trace.decode_experts, trace.decode_offsets, profiles, tokens)
         for tokens in STEP_TOKENS
