@@ -18,7 +18,7 @@ VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast browser check format fuzz test-matrix bench bench-router soak evaluate clean
+.PHONY: help demo test test-fast browser check format fuzz test-matrix bench bench-router bench-faults soak evaluate clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -66,6 +66,9 @@ evaluate: $(DEV)/.installed  ## every experiment of docs/evaluation on TRACES: p
 
 bench-router: $(DEV)/.installed .envs/sglang-router/.installed .envs/vllm-router/.installed  ## what the router costs beside others
 	$(DEV)/bin/python benchmarks/router/run.py
+
+bench-faults: $(DEV)/.installed .envs/sglang-router/.installed .envs/vllm-router/.installed  ## errors when workers fail, beside others
+	$(DEV)/bin/python benchmarks/faults/faults.py
 
 soak: $(DEV)/.installed  ## the router under load while its workers are killed, stopped, added and drained (15 minutes)
 	$(DEV)/bin/python benchmarks/soak/soak.py --minutes $(SOAK_MINUTES)

@@ -8,7 +8,8 @@ import random
 import signal
 from collections import Counter
 
-from fleet import Member, SoakFleet
+from fleet import SoakFleet
+from members import Member
 
 LEAST = {"prefill": 2, "decode": 3}
 MOST = {"prefill": 4, "decode": 8}
@@ -65,13 +66,13 @@ class Chaos:
         fleet = self._fleet
         self._busy.add(member)
         if act == "kill":
-            fleet.kill(member)
+            member.kill()
             await asyncio.sleep(self._rng.uniform(*DOWN_S))
-            fleet.launch(member)
+            member.launch(fleet.used)
         elif act == "stall":
-            fleet.signal(member, signal.SIGSTOP)
+            member.signal(signal.SIGSTOP)
             await asyncio.sleep(self._rng.uniform(*STOPPED_S))
-            fleet.signal(member, signal.SIGCONT)
+            member.signal(signal.SIGCONT)
         else:
             await fleet.drain(member, at_once=act == "take_out")
         self._busy.discard(member)

@@ -9,16 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from members import Member
 
 from eldr.demo.ports import free_ports
 from eldr.lifeline import die_with
 
-WORKER = Path(__file__).with_name("worker.py")
 ADMIN_KEY = "soak-admin-key"
 CONFIG = """
 policy = "{policy}"
@@ -35,25 +34,6 @@ eject_base_s = 2
 """
 
 
-@dataclass(eq=False)
-class Member:
-    """One mock worker. faults: (monotonic time, what) of everything that was done to it."""
-
-    role: str
-    port: int
-    process: subprocess.Popen[bytes] | None = None
-    stopped: bool = False
-    faults: list[tuple[float, str]] = field(default_factory=list)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def runs(self) -> bool:
-        return self.process is not None and not self.stopped
-
-
 class SoakFleet:
     """Starts and ends every process. members: workers that are in the fleet or were; their ports are used once."""
 
@@ -61,13 +41,10 @@ class SoakFleet:
         self._folder = folder
         self._policy = policy
         self.used = folder / "used.txt"
-        self.members = [self._new(role) for role in ["prefill"] * prefill + ["decode"] * decode]
+        self.members = [Member(role) for role in ["prefill"] * prefill + ["decode"] * decode]
         self.gone: list[Member] = []
         self.port, self.admin_port = free_ports(2)
         self.router: subprocess.Popen[bytes] | None = None
-
-    def _new(self, role: str) -> Member:
-        return Member(role, free_ports(1)[0])
 
     @property
     def url(self) -> str:
@@ -76,7 +53,7 @@ class SoakFleet:
     async def start(self) -> None:
         self.used.write_bytes(b"")
         for member in self.members:
-            self.launch(member)
+            member.launch(self.used)
         config, key = self._folder / "eldr.toml", self._folder / "admin.key"
         lists = {
             role: json.dumps([member.url for member in self.members if member.role == role])
@@ -112,30 +89,9 @@ class SoakFleet:
                 await asyncio.sleep(0.1)
         raise SystemExit(f"the router did not get ready, see {self._folder / 'router.log'}")
 
-    def launch(self, member: Member) -> None:
-        member.process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(member.port), str(self.used)],
-            process_group=0,
-            preexec_fn=die_with(os.getpid()),
-        )
-        member.stopped = False
-
-    def kill(self, member: Member) -> None:
-        member.faults.append((time.monotonic(), "killed"))
-        if member.process is not None:
-            member.process.kill()
-            member.process.wait()
-            member.process = None
-
-    def signal(self, member: Member, number: int) -> None:
-        if member.process is not None:
-            member.faults.append((time.monotonic(), "stopped" if number == signal.SIGSTOP else "continued"))
-            member.stopped = number == signal.SIGSTOP
-            member.process.send_signal(number)
-
     async def add(self, role: str) -> Member:
-        member = self._new(role)
-        self.launch(member)
+        member = Member(role)
+        member.launch(self.used)
         self.members.append(member)
         await self.admin("POST", "/admin/workers", {"url": member.url, "role": role})
         return member
@@ -166,7 +122,5 @@ class SoakFleet:
                 self.router.kill()
                 self.router.wait()
         for member in (*self.members, *self.gone):
-            if member.process is not None:
-                member.process.kill()
-                member.process.wait()
+            member.kill()
         return code
