@@ -7,13 +7,17 @@ import re
 from pathlib import Path
 
 import pytest
-from fake_worker import counts_wire
+from fake_worker import counts_wire, reply
 from harness import ASK, on_uvloop, running, until
 
 from eldr.policies.expected_union import ExpectedUnion
+from eldr.router import verdict  # noqa: F401  # defines an ExchangeError
 from eldr.router.load import parse_active_experts
+from eldr.router.metrics import FAILURES
+from eldr.router.upstream import ExchangeError, UpstreamError
 
 DASHBOARD = Path(__file__).parents[2] / "dashboards" / "eldr.json"
+ALERTS = DASHBOARD.with_name("alerts.yml")
 NAME = re.compile(r"\b(?:eldr|process)_[a-z0-9_]+")
 
 
@@ -39,6 +43,11 @@ async def test_signature_coverage_can_be_told():
         await s.post()
         assert await s.metric("eldr_handoffs_total") == 3
         assert await s.metric("eldr_counts_errors_total") == 2
+
+
+@pytest.mark.parametrize("error", [*UpstreamError.__subclasses__(), *ExchangeError.__subclasses__()])
+def test_every_reason_of_a_failure_is_exposed(error):
+    assert error.reason in FAILURES
 
 
 def exposition(total: float, steps: float) -> str:
@@ -84,11 +93,53 @@ async def test_expected_active_experts_follow_the_running_requests():
 
 
 @on_uvloop
-async def test_every_metric_of_the_dashboard_exists():
+async def test_faults_are_counted_from_zero():
+    """A rate does not see the first count of a series that begins with it."""
+    async with running(prefill=2) as s:
+        text = (await s.get("/metrics")).body.decode()
+        workers = {("prefill", worker.url) for worker in s.prefill} | {("decode", s.decode[0].url)}
+    for name, labels in {
+        "eldr_request_total": '{endpoint="/v1/completions",status="503"}',
+        "eldr_queue_refusals_total": '{reason="full"}',
+        "eldr_counts_errors_total": '{reason="missing"}',
+        "eldr_retries_total": '{leg="decode",reason="timeout"}',
+        "eldr_retries_denied_total": '{leg="prefill",reason="budget"}',
+        "eldr_timeouts_total": '{leg="first_byte"}',
+        "eldr_zone_refits_total": '{outcome="failed"}',
+    }.items():
+        assert f"\n{name}{labels} 0.0\n" in text
+    for role, url in workers:
+        for name, reason in (("eldr_worker_failures_total", "refused"), ("eldr_ejections_total", "consecutive")):
+            assert f'\n{name}{{reason="{reason}",role="{role}",worker="{url}"}} 0.0\n' in text
+
+
+@on_uvloop
+async def test_a_worker_that_has_left_is_no_longer_counted():
+    """Else a fleet whose workers come and go makes /metrics longer for ever."""
+    async with running(prefill=2, retries=1) as s:
+        leaving = s.prefill[0].url
+
+        async def fails(worker, request, reader, writer):
+            await reply(writer, 500, b"{}")
+
+        for worker in s.prefill:
+            worker.behaviour = fails
+        await s.post()
+        assert await s.metric("eldr_worker_failures_total", worker=leaving, reason="status") == 1
+        s.router.membership.drain(s.router.membership.worker(leaving, "prefill"), 0)
+        await until(lambda: leaving not in s.router.services.fleet.workers("prefill"), "the worker leaves")
+        text = (await s.get("/metrics")).body.decode()
+        assert leaving not in text
+        assert s.prefill[1].url in text
+
+
+@on_uvloop
+async def test_every_metric_of_the_dashboard_and_the_alerts_exists():
     dashboard = json.loads(DASHBOARD.read_text())
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     asked += [variable["definition"] for variable in dashboard["templating"]["list"]]
-    assert len(asked) > 20
+    asked += re.findall(r"^ +expr: (.*(?:\n {10,}.*)*)", ALERTS.read_text(), re.MULTILINE)
+    assert len(asked) > 50
     async with running(policy=ExpectedUnion()) as s:
         await s.post()
         text = (await s.get("/metrics")).body.decode()

@@ -6,8 +6,9 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import product
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -15,7 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from eldr.fleet import Fleet
+from eldr.fleet import Fleet, Role
 from eldr.policies.base import Picture
 from eldr.router.admission import Admission
 
@@ -31,6 +32,19 @@ ITL_BOUNDS_S = (
 TPOT_BOUNDS_S = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )  # fmt: skip
+
+
+# What faults are counted by. These series are there from the start: Prometheus's rate() does not see the first count of
+# one that begins with it, which of a rare fault is the one that matters.
+LEGS = get_args(Role)
+ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
+STATUSES = (200, 400, 429, 500, 502, 503, 504)
+QUEUE_REFUSALS = ("full", "displaced", "timeout")
+COUNTS_ERRORS = ("missing", "unavailable", "malformed", "version", "inconsistent")
+FAILURES = ("refused", "failed", "status", "wrong_answer", "timeout", "broken_stream")
+EJECTIONS = ("consecutive", "rate", "trial")
+RETRIES = ("refused", "failed", "status", "wrong_answer", "timeout", "lease")
+TIMEOUTS = ("connect", "prefill", "first_byte", "answer", "idle", "total")
 
 
 class Histogram:
@@ -110,23 +124,22 @@ class RouterCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         m = self._metrics
-        yield _counter("eldr_request", "Requests answered.", ("endpoint", "status"), m.requests)
+        requests = _from_zero(product(ENDPOINTS, STATUSES), m.requests)
+        yield _counter("eldr_request", "Requests answered.", ("endpoint", "status"), requests)
         yield _counter(
             "eldr_client_disconnects", "Clients gone before the end of their answer.", (), {(): m.disconnects}
         )
         yield _counter("eldr_decisions", "Decode workers chosen.", ("policy", "reason"), m.decisions)
         yield _counter("eldr_policy_errors", "Failures of the policy, each covered by jsq.", (), {(): m.policy_errors})
         yield _counter("eldr_handoffs", "Prefill answers with a hand-off.", (), {(): m.handoffs})
-        yield _counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), m.counts_errors)
+        errors = _from_zero(COUNTS_ERRORS, m.counts_errors)
+        yield _counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), errors)
         yield _counter("eldr_passthrough", "Requests run whole on one decode worker.", ("reason",), m.passthrough)
-        yield _counter("eldr_retries", "Legs tried again.", ("leg", "reason"), m.retries)
-        yield _counter(
-            "eldr_retries_denied", "Failed legs that were not tried again.", ("leg", "reason"), m.retries_denied
-        )
-        yield _counter("eldr_timeouts", "Deadlines that passed.", ("leg",), m.timeouts)
-        per_worker = ("role", "worker", "reason")
-        yield _counter("eldr_worker_failures", "Legs that failed by the worker's fault.", per_worker, m.failures)
-        yield _counter("eldr_ejections", "Workers taken out of service for their failures.", per_worker, m.ejections)
+        retries = _from_zero(product(LEGS, RETRIES), m.retries)
+        yield _counter("eldr_retries", "Legs tried again.", ("leg", "reason"), retries)
+        denied = _from_zero(product(LEGS, ("tries", "budget")), m.retries_denied)
+        yield _counter("eldr_retries_denied", "Failed legs that were not tried again.", ("leg", "reason"), denied)
+        yield _counter("eldr_timeouts", "Deadlines that passed.", ("leg",), _from_zero(TIMEOUTS, m.timeouts))
         yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
         yield _counter("eldr_broken_streams", "Streams that a worker broke off.", (), {(): m.broken_streams})
         yield _counter("eldr_stream_events", "Server-sent events passed on.", (), {(): m.stream_events})
@@ -147,16 +160,18 @@ class RouterCollector(Collector):
         for priority, count in self._admission.queued_by_priority.items():
             queued.add_metric((priority,), count)
         yield queued
-        refusals = self._admission.refusals
+        refusals = _from_zero(QUEUE_REFUSALS, self._admission.refusals)
         yield _counter("eldr_queue_refusals", "Requests that did not get their turn.", ("reason",), refusals)
         tasks = len(asyncio.all_tasks())
         yield GaugeMetricFamily("eldr_tasks", "Tasks of the event loop: one a request, some a worker.", value=tasks)
         yield GaugeMetricFamily("eldr_admitted", "Requests past the queue.", value=self._admission.admitted)
         yield from self._worker_families()
+        yield from self._worker_faults()
 
     def _refit_families(self) -> Iterator[Metric]:
         m = self._metrics
-        yield _counter("eldr_zone_refits", "Background refits of zones.", ("outcome",), m.refits)
+        refits = _from_zero(("applied", "failed"), m.refits)
+        yield _counter("eldr_zone_refits", "Background refits of zones.", ("outcome",), refits)
         yield _counter(
             "eldr_zones_moved", "Zones that a refit put nearer to another's old place.", (), {(): m.zones_moved}
         )
@@ -213,6 +228,16 @@ class RouterCollector(Collector):
                     skew.add_metric(key, worker.clock_skew_s)
         yield from (up, ejected, in_flight, limit, waiting, kv_usage, skew, tpot, active, expected)
 
+    def _worker_faults(self) -> Iterator[Metric]:
+        """Of the workers that are here: those that have left would make the exposition longer for ever."""
+        here = [(role, url) for role in LEGS for url in self._fleet.workers(role)]
+        for name, text, reasons, counts in (
+            ("eldr_worker_failures", "Legs that failed by the worker's fault.", FAILURES, self._metrics.failures),
+            ("eldr_ejections", "Workers taken out of service for their failures.", EJECTIONS, self._metrics.ejections),
+        ):
+            values = {(*worker, reason): counts.get((*worker, reason), 0) for worker in here for reason in reasons}
+            yield _counter(name, text, ("role", "worker", "reason"), values)
+
 
 def expected_active_experts(picture: Picture | None) -> dict[str, float]:
     """Decode worker -> expected distinct experts of a step, the mean over layers; empty if the policy expects none."""
@@ -226,3 +251,8 @@ def _counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[Any,
     for key, value in values.items():
         family.add_metric([str(part) for part in (key if isinstance(key, tuple) else (key,))], value)
     return family
+
+
+def _from_zero(known: Iterable[Any], counts: Mapping[Any, int]) -> dict[Any, int]:
+    """The counts, with zeros for the label values in `known` that have none yet."""
+    return {**dict.fromkeys(known, 0), **counts}
