@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -86,6 +88,8 @@ class Fleet:
         self._workers: dict[Role, dict[str, Worker]] = {"prefill": {}, "decode": {}}
         self._eligible: dict[str, int] = {}
         self._decode_slots = 0
+        # Since when a role has had no available worker, monotonic; None while it has one.
+        self._gone_since_s: dict[Role, float | None] = {"prefill": -math.inf, "decode": -math.inf}
 
     def add(self, url: str, role: Role, max_inflight: int) -> Worker:
         """A new worker, unhealthy until told otherwise. Raises FleetError if the fleet has it already."""
@@ -107,6 +111,11 @@ class Fleet:
     def available(self, role: Role) -> Iterator[Worker]:
         """The workers of `role` that may get new requests, room for them aside."""
         return (worker for worker in self._workers[role].values() if worker.available)
+
+    def gone_for_s(self, role: Role) -> float | None:
+        """How long no worker of `role` has been available: None while one is, infinite if none ever was."""
+        since_s = self._gone_since_s[role]
+        return None if since_s is None else time.monotonic() - since_s
 
     @property
     def eligible(self) -> Mapping[str, int]:
@@ -156,6 +165,10 @@ class Fleet:
     def _fleet_changed(self, worker: Worker) -> None:
         # A worker on trial gets one request, whatever it still runs from before.
         self._decode_slots = sum(1 if each.on_trial else each.max_inflight for each in self.available("decode"))
+        if any(self.available(worker.role)):
+            self._gone_since_s[worker.role] = None
+        elif self._gone_since_s[worker.role] is None:
+            self._gone_since_s[worker.role] = time.monotonic()
         self._refresh(worker)
 
     def _refresh(self, worker: Worker) -> None:

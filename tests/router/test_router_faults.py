@@ -172,7 +172,7 @@ async def test_a_prefill_that_fails_goes_to_another_worker(fault):
 
 @on_uvloop
 async def test_prefill_workers_gone():
-    async with running(prefill=2, health_interval_s=60) as s:
+    async with running(prefill=2, health_interval_s=60, worker_wait_s=0) as s:
         for worker in s.prefill:
             await worker.stop()
         assert (await s.post()).status == 503
@@ -377,7 +377,7 @@ async def test_a_full_fleet_queues_first_come_first_served_before_the_prefill():
 
 @on_uvloop
 async def test_the_queue_is_told_when_the_last_worker_goes():
-    async with running(max_inflight=1) as s:
+    async with running(max_inflight=1, worker_wait_s=0) as s:
         s.decode[0].behaviour = hang
         first = asyncio.create_task(s.post())
         await until(lambda: len(s.decode[0].generated) == 1, "it runs")
@@ -392,7 +392,7 @@ async def test_the_queue_is_told_when_the_last_worker_goes():
 
 @on_uvloop
 async def test_workers_that_go_and_come_back():
-    async with running(decode=1) as s:
+    async with running(decode=1, worker_wait_s=0) as s:
         assert (await s.post()).status == 200
         await s.decode[0].stop()
         await until(lambda: not s.router.services.fleet.ready, "it is found out")

@@ -127,7 +127,7 @@ async def settle():
 
 @on_uvloop
 async def test_higher_priorities_go_first_and_each_has_its_own_bound():
-    admission = Admission(fleet_of(1), Limits(100, 2, 60.0))
+    admission = Admission(fleet_of(1), Limits(100, 2, 60.0, 0.0))
     await admission.enter(Claim(b"", 1, 1))
     order, tasks = [], []
 
@@ -152,7 +152,7 @@ async def test_higher_priorities_go_first_and_each_has_its_own_bound():
 
 @on_uvloop
 async def test_who_waits_too_long_is_told_so_and_holds_no_place():
-    admission = Admission(fleet_of(1), Limits(100, 10, 0.05))
+    admission = Admission(fleet_of(1), Limits(100, 10, 0.05, 0.0))
     await admission.enter(Claim(b"", 1, 1))
     with pytest.raises(ApiError) as caught:
         await admission.enter(Claim(b"", 1, 1))
@@ -164,7 +164,7 @@ async def test_who_waits_too_long_is_told_so_and_holds_no_place():
 
 @on_uvloop
 async def test_the_newest_of_the_longest_gives_way():
-    admission = Admission(fleet_of(1), Limits(100, 3, 60.0))
+    admission = Admission(fleet_of(1), Limits(100, 3, 60.0, 0.0))
     await admission.enter(Claim(b"", 1, 1))
     flood = [asyncio.create_task(admission.enter(Claim(b"flood", 1, 1))) for _ in range(3)]
     await settle()
@@ -180,11 +180,11 @@ async def test_the_newest_of_the_longest_gives_way():
 
 @on_uvloop
 async def test_no_more_streams_than_allowed_however_large_the_fleet():
-    admission = Admission(fleet_of(1000), Limits(3, 10, 60.0))
+    admission = Admission(fleet_of(1000), Limits(3, 10, 60.0, 0.0))
     tasks = [asyncio.create_task(admission.enter(Claim(b"", 1, 1))) for _ in range(5)]
     await settle()
     assert (admission.admitted, admission.queued) == (3, 2)
-    admission.set_limits(Limits(5, 10, 60.0))
+    admission.set_limits(Limits(5, 10, 60.0, 0.0))
     await asyncio.gather(*tasks)
 
 
@@ -199,14 +199,15 @@ async def test_no_more_streams_than_allowed_however_large_the_fleet():
             st.tuples(st.just("settle"), st.just(b""), st.just(0)),
         ),
         max_size=60,
-    )
+    ),
+    st.sampled_from([0.0, 60.0]),
 )
-def test_whatever_happens_every_request_ends_once_and_none_is_counted_twice(steps):
+def test_whatever_happens_every_request_ends_once_and_none_is_counted_twice(steps, worker_wait_s):
     async def run():
         fleet = Fleet()
         worker = fleet.add("http://d:1", "decode", 2)
         fleet.set_healthy(worker, True)
-        admission = Admission(fleet, Limits(100, 3, 60.0))
+        admission = Admission(fleet, Limits(100, 3, 60.0, worker_wait_s))
         tasks, inside = [], 0
         for what, client, number in steps:
             if what == "enter":

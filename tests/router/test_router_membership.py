@@ -218,7 +218,7 @@ async def test_a_worker_that_is_taken_back_while_it_is_cut_off_serves_again(admi
 
 @on_uvloop
 async def test_a_draining_worker_can_be_taken_back(admin):
-    async with running(decode=1, **admin) as s:
+    async with running(decode=1, worker_wait_s=0, **admin) as s:
         worker = s.decode[0]
         worker.tokens, worker.token_gap_s = ["x"] * 4, 0.1
         task = asyncio.create_task(s.post())

@@ -380,7 +380,7 @@ def test_admission_under_random_load_and_cancellation():
         fleet = Fleet()
         worker = fleet.add("http://d:1", "decode", 5)
         fleet.set_healthy(worker, True)
-        admission = Admission(fleet, Limits(2**31, 2**31, 60.0))
+        admission = Admission(fleet, Limits(2**31, 2**31, 60.0, 0.0))
         rng = random.Random(0)
         inside, most = 0, 0
         entered = []
@@ -415,6 +415,6 @@ def test_admission_under_random_load_and_cancellation():
 def test_nobody_is_admitted_to_an_empty_fleet():
     async def run():
         with pytest.raises(NoWorkerError):
-            await Admission(Fleet(), Limits(1, 1, 1.0)).enter(Claim(b"", 1, 1))
+            await Admission(Fleet(), Limits(1, 1, 1.0, 60.0)).enter(Claim(b"", 1, 1))
 
     asyncio.run(run())

@@ -28,11 +28,12 @@ class NoWorkerError(Exception):
 @dataclass(slots=True, frozen=True)
 class Limits:
     """max_streams: requests past the queue at once. max_queued: waiting requests of each priority. queue_timeout_s:
-    longest wait."""
+    longest wait. worker_wait_s: how long the queue is kept after the last decode worker went."""
 
     max_streams: int
     max_queued: int
     queue_timeout_s: float
+    worker_wait_s: float
 
 
 @dataclass(slots=True, frozen=True)
@@ -78,6 +79,7 @@ class Admission:
         self._limits = limits
         self._queues: list[FairQueue[_Turn]] = [FairQueue(limits.max_queued) for _ in PRIORITIES]
         self._placing: list[asyncio.Future[None]] = []
+        self._timer: asyncio.TimerHandle | None = None
         self._last_wait_s = 0.0
         self.queued = 0
         self.admitted = 0
@@ -97,11 +99,11 @@ class Admission:
     async def enter(self, claim: Claim) -> None:
         """Wait for a slot; a cancelled wait leaves the queue.
 
-        Raises NoWorkerError when there is no decode worker, ApiError 429 when the queue is full and 503 when the wait
-        was too long.
+        Raises NoWorkerError when there has been no decode worker for `worker_wait_s`, ApiError 429 when the queue is
+        full and 503 when the wait was too long.
         """
         slots = self._slots()
-        if slots == 0:
+        if slots == 0 and not self._worker_may_return():
             raise NoWorkerError
         if not self.queued and self.admitted < slots:
             self.admitted += 1
@@ -131,6 +133,8 @@ class Admission:
         if not self.queued:
             return
         slots = self._slots()
+        if slots == 0 and self._worker_may_return():
+            return
         while self.queued and (slots == 0 or self.admitted < slots):
             turn = self._pop()
             if slots == 0:
@@ -139,6 +143,17 @@ class Admission:
                 self._last_wait_s = time.monotonic() - turn.since_s
                 self.admitted += 1
                 turn.end(None)
+
+    def _worker_may_return(self) -> bool:
+        """Whether the queue is kept although there is no decode worker; it is looked at again when that is over."""
+        left_s = self._limits.worker_wait_s - (self._fleet.gone_for_s("decode") or 0.0)
+        if left_s > 0 and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._look_again)
+        return left_s > 0
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self.changed()
 
     async def until_changed(self, timeout_s: float) -> bool:
         """Wait, having been admitted, until a worker may have become eligible; False if none did in time."""

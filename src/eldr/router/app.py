@@ -57,7 +57,7 @@ IDLE_LINGER_S = 5.0
 END_S = 1.0
 # What a new configuration changes at once; the workers besides.
 LIVE_SETTINGS = frozenset((
-    "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s", "prefill_timeout_s",
+    "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s", "worker_wait_s", "prefill_timeout_s",
     "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s", "request_timeout_s",
     "drain_timeout_s", "grace_s", "log_level",
 ))  # fmt: skip
@@ -372,7 +372,7 @@ class Router:
 
 
 def admission_limits(config: RouterConfig) -> Limits:
-    return Limits(config.max_streams, config.max_queued, config.queue_timeout_s)
+    return Limits(config.max_streams, config.max_queued, config.queue_timeout_s, config.worker_wait_s)
 
 
 def _zone_refits(policy: Policy, config: RouterConfig, metrics: Metrics) -> ZoneRefits | None:

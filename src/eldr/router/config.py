@@ -54,6 +54,7 @@ class RouterConfig:
     max_streams: most requests past the queue at once. max_queued: most waiting requests of each priority.
     queue_timeout_s: longest wait in the queue. client_header: the header whose value tells clients apart there,
         by default their API keys.
+    worker_wait_s: how long requests wait for a role whose last worker went, counted from then; 0 refuses them at once.
     load_interval_s: time between two looks at a worker's metrics, varied by a fifth either way.
     worker_api_key_file: file with the key that workers ask for; it replaces the client's Authorization.
     worker_ca: PEM certificates that https workers are checked against, the system's if not given.
@@ -113,6 +114,7 @@ class RouterConfig:
     max_streams: int = 16384
     max_queued: int = 1024
     queue_timeout_s: float = 60.0
+    worker_wait_s: float = 10.0
     client_header: str | None = None
     load_interval_s: float = 2.0
     worker_api_key_file: Path | None = None
@@ -195,7 +197,7 @@ class RouterConfig:
         _whole("max_connections", self.max_connections, 1, 2**31)
         for key in DURATIONS:
             _number(key, getattr(self, key), 0.01)
-        for key in ("drain_timeout_s", "grace_s", "retry_ratio", "eject_rate", "eject_share"):
+        for key in ("worker_wait_s", "drain_timeout_s", "grace_s", "retry_ratio", "eject_rate", "eject_share"):
             _number(key, getattr(self, key), 0.0)
         for key in ("retries", "retry_burst"):
             _whole(key, getattr(self, key), 0, 2**31)

@@ -29,6 +29,8 @@ log = logging.getLogger("eldr.router")
 
 # Longest wait for a decode worker with room, of a request that runs whole and has no lease.
 WHOLE_WAIT_S = 60.0
+# Connections that one worker may refuse one request: each ends what the worker gets until a probe succeeds.
+MOST_REFUSALS = 3
 
 
 class Flow:
@@ -50,7 +52,7 @@ class Flow:
         self._decodes = 0
         self._retries = 0
         self._tried: dict[Role, set[str]] = {"prefill": set(), "decode": set()}
-        self._refused: set[str] = set()
+        self._refused: dict[str, int] = {}
         self._notes: dict[str, Any] = {}
 
     def start(self) -> asyncio.Task[None] | None:
@@ -194,8 +196,9 @@ class Flow:
         body = openai.prefill_body(job.body, job.record)
         while True:
             chosen = services.ring.choose(key, self._tried["prefill"])
-            if chosen is None or chosen[0].url in self._refused:
-                raise no_worker("prefill")
+            if chosen is None:
+                await services.admission.until_changed(self._patience_s("prefill"))
+                continue
             worker, spilled = chosen
             services.metrics.prefill_spills += spilled
             self._prefills += 1
@@ -244,15 +247,13 @@ class Flow:
         request = job.decode_request(handoff)
         while True:
             placement = services.placements.place(request, self._tried["decode"])
-            if placement is not None and placement.worker.url not in self._refused:
-                return placement
             if placement is not None:
-                placement.end()
-                raise no_worker("decode")
-            if not any(services.fleet.available("decode")):
-                raise no_worker("decode")
+                return placement
             left_s = WHOLE_WAIT_S if handoff is None else handoff.left_s(time.monotonic())
-            if left_s <= 0 or not await services.admission.until_changed(left_s):
+            patience_s = self._patience_s("decode")
+            if left_s <= 0 or (
+                not await services.admission.until_changed(min(left_s, patience_s)) and left_s < patience_s
+            ):
                 raise LegFailure("decode", "lease", "no worker had room before the lease ended")
 
     async def _decode_on(self, placement: Placement, job: Job, handoff: HandOff | None) -> None:
@@ -317,11 +318,21 @@ class Flow:
         return None if handoff is None else str(self._notes["prefill"])
 
     def _on_refused(self, worker: Worker, error: ConnectError) -> None:
-        """No byte was sent: the leg goes to another worker, which costs no retry. Each worker is asked once."""
-        self._refused.add(worker.url)
+        """No byte was sent: the leg goes to another worker, which costs no retry. Raises ApiError for a worker that
+        answers its probes and refuses again and again."""
+        self._refused[worker.url] = refusals = self._refused.get(worker.url, 0) + 1
         self._tried[worker.role].add(worker.url)
         self._services.metrics.retries[worker.role, error.reason] += 1
         self._services.refused(worker, error)
+        if refusals == MOST_REFUSALS:
+            raise no_worker(worker.role)
+
+    def _patience_s(self, role: Role) -> float:
+        """How much longer to wait for a worker of `role`. Raises ApiError when that is over."""
+        patience_s = self._services.patience_s(role)
+        if patience_s <= 0:
+            raise no_worker(role)
+        return patience_s
 
     def _retry(self, failure: LegFailure) -> None:
         """Count another try of a leg. Raises what the client gets if there is none to be had."""

@@ -153,7 +153,9 @@ def _wants_stream(body: dict[str, Any]) -> bool | None:
 
 
 def _check_fleet(model: str | None, services: Services) -> None:
-    if not any(services.fleet.available("decode")):
+    if services.patience_s("decode") <= 0:
         raise no_worker("decode")
+    if not any(services.fleet.available("decode")):
+        return  # whoever comes back knows whether it serves the model
     if model and not services.fleet.serves(model):
         raise ApiError(404, f"The model `{model}` does not exist.", param="model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -47,6 +48,14 @@ class Services:
         default_factory=lambda: defaultdict(Names)
     )
     handoff_names: Names = field(default_factory=Names)
+
+    def patience_s(self, role: Role) -> float:
+        """How much longer to wait for a worker of `role`: without end while one is available.
+
+        A worker that is restarted is back within seconds. A role that stays away is refused at once.
+        """
+        gone_s = self.fleet.gone_for_s(role)
+        return math.inf if gone_s is None else self.config.worker_wait_s - gone_s
 
     def refused(self, worker: Worker, error: ConnectError) -> None:
         """A worker takes no connections: it gets nothing more until a probe succeeds."""
