@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from eldr.router.upstream import Answer, WorkerConnection, WorkerPool
+import pytest
+
+from eldr.router.upstream import Answer, ExchangeError, WorkerConnection, WorkerPool
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: worker\r\n\r\n"
 PATIENCE_S = 30.0
@@ -70,3 +72,34 @@ async def test_a_cancelled_wait_for_the_exchange_that_ended():
     task = asyncio.current_task()
     assert task is not None
     assert await second_answer(lambda connection, first: task.cancel() and None) == b"2"
+
+
+async def test_what_is_idle_dies_with_the_worker_that_broke_off():
+    held = asyncio.Event()
+
+    async def answer_one_hold_the_next(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if (await reader.readuntil(b"\r\n\r\n")).startswith(b"GET /hold"):
+            await held.wait()
+            writer.transport.abort()
+        else:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n1")
+            await reader.read()
+            writer.close()
+
+    server = await asyncio.start_server(answer_one_hold_the_next, "127.0.0.1", 0)
+    pool = WorkerPool(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", connect_timeout_s=PATIENCE_S)
+    broken, idle = await pool.connection(), await pool.connection()
+    first, second = Answer(), Answer()
+    broken.start(first, REQUEST.replace(b"GET /", b"GET /hold"), PATIENCE_S)
+    idle.start(second, REQUEST, PATIENCE_S)
+    await idle.finish(second)
+    assert await pool.connection() is idle
+    pool.release(idle)
+    held.set()
+    with pytest.raises(ExchangeError):
+        await broken.finish(first)
+    fresh = await pool.connection()
+    assert fresh not in (broken, idle)
+    fresh.close()
+    pool.close()
+    server.close()

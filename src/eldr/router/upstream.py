@@ -165,6 +165,9 @@ class WorkerConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
+        if self._exchange is not None:
+            # A worker that dies takes its other connections along, which may not have heard of it yet.
+            self._pool.close_idle()
         self.fail(f"the connection closed before the answer was complete{f' ({exc})' if exc else ''}")
 
     # The exchange.
@@ -417,6 +420,11 @@ class WorkerPool:
     def forget(self, connection: WorkerConnection) -> None:
         self._idle.pop(connection, None)
 
+    def close_idle(self) -> None:
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
     def check(self, now_s: float) -> None:
         """Fail exchanges whose worker is silent, close connections that were idle too long."""
         for connection in list(self.active):
@@ -443,6 +451,6 @@ class WorkerPool:
 
     def close(self) -> None:
         self._closed = True
-        for connection in (*self._idle, *self.active):
+        self.close_idle()
+        for connection in self.active:
             connection.close()
-        self._idle.clear()
