@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from typing import Any
 
-from acts import SCENARIOS
+from acts import SCENARIOS, WORKERS
 from asking import NEVER, Reply
 from rich import box
 from rich.table import Table
@@ -17,7 +17,9 @@ LEGEND = (
     "cut: streams that broke without a word. wrong: truncated as if complete, wrong, or hung.",
     "ms: p50/p99 of those that ended well; token: the first of a stream.",
     "spent twice: hand-offs that two decode requests were sent with.",
+    "in use: decode workers that answered at the end; what is not used cannot break.",
 )
+END_S = 4.0
 # Ends of streams that had begun.
 BROKEN = ("error_event", "cut", "truncated")
 
@@ -25,7 +27,8 @@ BROKEN = ("error_event", "cut", "truncated")
 def tally(trial: Trial) -> dict[str, Any]:
     """Ends and latencies of whole answers and of streams, and what a router could have done better.
 
-    needless: streams that broke although nobody had killed their worker.
+    needless: streams that broke although nobody had killed their worker. in_use: decode workers that answered anything
+    at the end.
     """
     found: dict[str, Any] = {"requests": len(trial.replies)}
     for name, stream in (("whole", False), ("streamed", True)):
@@ -38,6 +41,7 @@ def tally(trial: Trial) -> dict[str, Any]:
         }
         if stream:
             found[name]["first_token_ms"] = _quantiles([reply.first_s for reply in complete if reply.first_s])
+    found["in_use"] = len(_in_use(trial))
     found["needless"] = sum(_needless(reply, trial.faults) for _, reply in trial.replies)
     found["spent_twice"] = trial.spent_twice
     found["messages"] = dict(Counter(f"{reply.ended}: {reply.message}" for _, reply in trial.replies if reply.message))
@@ -49,6 +53,11 @@ def _quantiles(times_s: list[float]) -> dict[str, float]:
         return {}
     cuts = statistics.quantiles(times_s, n=100)
     return {"p50": round(1e3 * cuts[49], 1), "p99": round(1e3 * cuts[98], 1)}
+
+
+def _in_use(trial: Trial) -> set[int]:
+    since_s = trial.replies[-1][1].sent_s - END_S
+    return {reply.port for _, reply in trial.replies if reply.sent_s > since_s and reply.ended == "complete"}
 
 
 def _needless(reply: Reply, faults: dict[int, list[tuple[float, str]]]) -> bool:
@@ -75,7 +84,8 @@ def table(results: dict[str, dict[str, dict[str, Any] | None]]) -> Table:
     shown = Table(title="requests that did not end well", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("", no_wrap=True)
     for heading in (
-        "whole\nlost", "whole\nms", "streams\nlost", "error\nevent", "cut", "wrong", "token\nms", "spent\ntwice",
+        "whole\nlost", "whole\nms", "streams\nlost", "error\nevent", "cut", "wrong", "token\nms",
+        "spent\ntwice", "in\nuse",
     ):  # fmt: skip
         shown.add_column(heading, justify="right", no_wrap=True)
     for scenario, routers in results.items():
@@ -95,6 +105,7 @@ def _cells(found: dict[str, Any]) -> list[str]:
         f"{lost['whole answers lost']}/{whole['requests']}", _shown(whole["total_ms"]),
         f"{lost['streams lost before their first token']}/{streamed['requests']}", ends["error_event"], ends["cut"],
         ends["truncated"] + ends["wrong"] + ends["hung"], _shown(streamed["first_token_ms"]), found["spent_twice"],
+        f"{found['in_use']}/{WORKERS['decode']}",
     ]  # fmt: skip
     return [str(cell) for cell in cells]
 

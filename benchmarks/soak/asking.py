@@ -44,7 +44,7 @@ class Request:
 class Reply:
     """ended: complete; left (by the client, on purpose); error_event (within a stream); status_NNN; refused (no
     connection to the router); or one of NEVER. first_s, total_s: from the request to the first token of a stream and
-    to the end. port: of the worker, where a stream named it. message: the router's, with a status.
+    to the end. port: of the worker, where the answer named it. message: the router's, with a status.
     """
 
     ended: str = ""
@@ -66,7 +66,9 @@ async def ask(session: aiohttp.ClientSession, url: str, request: Request, header
             elif request.stream:
                 reply.ended = await _stream(answer, request, reply)
             else:
-                reply.ended = "complete" if _text(await answer.json(), "message") == request.text else "wrong"
+                fields = await answer.json()
+                reply.port = int(fields["system_fingerprint"])
+                reply.ended = "complete" if _text(fields, "message") == request.text else "wrong"
     except TimeoutError:
         reply.ended = "hung"
     except aiohttp.ClientConnectorError:
