@@ -81,7 +81,8 @@ def losses(found: dict[str, Any]) -> dict[str, int]:
 
 def table(results: dict[str, dict[str, dict[str, Any] | None]]) -> Table:
     """One row a scenario and router."""
-    shown = Table(title="requests that did not end well", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    counts = _counts(results)
+    shown = Table(title=f"requests that did not end well{counts}", box=box.SIMPLE_HEAD, padding=(0, 0))
     shown.add_column("", no_wrap=True)
     for heading in (
         "whole\nlost", "whole\nms", "streams\nlost", "error\nevent", "cut", "wrong", "token\nms",
@@ -98,14 +99,20 @@ def table(results: dict[str, dict[str, dict[str, Any] | None]]) -> Table:
     return shown
 
 
+def _counts(results: dict[str, dict[str, dict[str, Any] | None]]) -> str:
+    """Every trial has the same requests."""
+    for found in (found for routers in results.values() for found in routers.values() if found):
+        return f", of {found['whole']['requests']} whole and {found['streamed']['requests']} streamed each time"
+    return ""
+
+
 def _cells(found: dict[str, Any]) -> list[str]:
     whole, streamed = found["whole"], found["streamed"]
     ends, lost = Counter(streamed["ended"]), losses(found)
     cells = [
-        f"{lost['whole answers lost']}/{whole['requests']}", _shown(whole["total_ms"]),
-        f"{lost['streams lost before their first token']}/{streamed['requests']}", ends["error_event"], ends["cut"],
-        ends["truncated"] + ends["wrong"] + ends["hung"], _shown(streamed["first_token_ms"]), found["spent_twice"],
-        f"{found['in_use']}/{WORKERS['decode']}",
+        lost["whole answers lost"], _shown(whole["total_ms"]), lost["streams lost before their first token"],
+        ends["error_event"], ends["cut"], ends["truncated"] + ends["wrong"] + ends["hung"],
+        _shown(streamed["first_token_ms"]), found["spent_twice"], f"{found['in_use']}/{WORKERS['decode']}",
     ]  # fmt: skip
     return [str(cell) for cell in cells]
 
