@@ -190,11 +190,30 @@ async def test_methods_and_media_types():
     async with running() as s:
         assert (await s.get("/v1/completions")).status == 405
         assert (await s.get("/v1/completions")).headers["allow"] == "POST"
-        assert (await s.post(path="/v1/models")).status == 405
+        refused = await s.post(path="/v1/models")
+        assert (refused.status, refused.headers["allow"]) == (405, "GET, HEAD")
         assert (await s.post(headers={"content-type": "text/plain"})).status == 415
         assert (await s.post(headers={"content-type": "application/json; charset=utf-8"})).status == 200
-        raw = await exchange(s, b"HEAD /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        assert raw.split(b"\r\n\r\n", 1)[1] == b""
+        for coding, status in (("gzip", 415), ("deflate, gzip", 415), ("identity", 200)):
+            assert (await s.post(headers={"content-encoding": coding})).status == status
+
+
+@on_uvloop
+async def test_head_is_get_without_the_body():
+    async with running() as s:
+        for path in (b"/health", b"/ready", b"/v1/models", b"/metrics"):
+            head, get = [
+                await exchange(s, b"%b %b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" % (method, path))
+                for method in (b"HEAD", b"GET")
+            ]
+            fields, body = head.split(b"\r\n\r\n", 1)
+            assert fields.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert body == b""
+            if path != b"/metrics":  # which counts by then
+                assert get.split(b"\r\n\r\n", 1)[0].split(b"\r\n")[-2:] == fields.split(b"\r\n")[-2:]
+        raw = await exchange(s, b"HEAD /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert raw.startswith(b"HTTP/1.1 405 ")
+        assert raw.endswith(b"\r\n\r\n")
 
 
 @on_uvloop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -13,11 +14,12 @@ from harness import ASK, on_uvloop, running, until
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.router import verdict  # noqa: F401  # defines an ExchangeError
 from eldr.router.load import parse_active_experts
-from eldr.router.metrics import FAILURES
+from eldr.router.metrics import FAILURES, FRESH_BURST, FRESH_PER_S
 from eldr.router.upstream import ExchangeError, UpstreamError
 
 DASHBOARD = Path(__file__).parents[2] / "dashboards" / "eldr.json"
 ALERTS = DASHBOARD.with_name("alerts.yml")
+OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=underscores"
 NAME = re.compile(r"\b(?:eldr|process)_[a-z0-9_]+")
 
 
@@ -43,6 +45,42 @@ async def test_signature_coverage_can_be_told():
         await s.post()
         assert await s.metric("eldr_handoffs_total") == 3
         assert await s.metric("eldr_counts_errors_total") == 2
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type"),
+    [
+        ("", "text/plain; version=0.0.4; charset=utf-8"),
+        ("text/plain; version=77; escaping=x, */*", "text/plain; version=0.0.4; charset=utf-8"),
+        # As Prometheus 2.42 asks, and somebody who wants to be repeated.
+        (
+            "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+            "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+            OPENMETRICS_TYPE,
+        ),
+        ("application/openmetrics-text; version=77", OPENMETRICS_TYPE),
+    ],
+)
+@on_uvloop
+async def test_the_form_of_metrics_is_one_of_two(accept, content_type):
+    async with running() as s:
+        answer = await s.get("/metrics", {"accept": accept})
+        assert answer.headers["content-type"] == content_type
+        assert answer.body.endswith(b"# EOF\n") == content_type.startswith("application/openmetrics")
+
+
+@on_uvloop
+async def test_whoever_asks_for_metrics_all_the_time_does_not_stop_the_streams(monkeypatch):
+    async with running() as s:
+        written = []
+        monkeypatch.setattr(s.router._collector, "collect", lambda: written.append(None) or iter(()))
+        answers = await asyncio.gather(*(s.get("/metrics") for _ in range(1000)))
+        assert {answer.status for answer in answers} == {200}
+        assert FRESH_BURST <= len(written) < 300  # a crowded machine may take seconds
+        await asyncio.sleep(1.5 / FRESH_PER_S)
+        before = len(written)
+        await s.get("/metrics")
+        assert len(written) == before + 1
 
 
 @pytest.mark.parametrize("error", [*UpstreamError.__subclasses__(), *ExchangeError.__subclasses__()])

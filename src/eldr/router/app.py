@@ -65,6 +65,8 @@ LIVE_SETTINGS = frozenset((
 ADMIN_PATHS = frozenset((b"/ui", b"/admin/workers", b"/admin/drain"))
 # What may be asked without an API key: load balancers probe it.
 OPEN_PATHS = frozenset((b"/health", b"/ready"))
+# What a 405 says of an endpoint of this method.
+ALLOWED = {b"GET": b"GET, HEAD", b"POST": b"POST"}
 
 
 class Router:
@@ -329,11 +331,11 @@ class Router:
             if route is None:
                 raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, self._routes)))
             method, answer = route
-            if request.method != method:
+            if request.method != method and (request.method, method) != (b"HEAD", b"GET"):
                 raise ApiError(405, f"Method Not Allowed: use {method.decode()}")
         except ApiError as error:
             self.refused(error)
-            connection.respond_error(error, b"" if route is None else b"allow: %b\r\n" % route[0])
+            connection.respond_error(error, b"" if route is None else b"allow: %b\r\n" % ALLOWED[route[0]])
             return
         answer(request, connection)
 

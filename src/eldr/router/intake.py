@@ -78,6 +78,8 @@ def take_in(request: Request, request_id: str, services: Services) -> Job:
     headers = request.headers
     if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
         raise ApiError(415, "Content-Type must be application/json")
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise ApiError(415, "a body with a Content-Encoding is not understood: send it as it is")
     body = openai.parse_body(request.path, request.body)
     in_body = body.pop("request_id", None)
     if isinstance(in_body, str) and b"x-request-id" not in headers:

@@ -34,6 +34,12 @@ TPOT_BOUNDS_S = (
 )  # fmt: skip
 
 
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+# How often the exposition is written anew: so many times at once, and so many a second in the long run. It takes
+# milliseconds in which no token goes on, so whoever asks for it more often gets the last one again.
+FRESH_BURST = 50
+FRESH_PER_S = 5.0
+
 # What faults are counted by. These series are there from the start: Prometheus's rate() does not see the first count of
 # one that begins with it, which of a rare fault is the one that matters.
 LEGS = get_args(Role)
@@ -113,14 +119,24 @@ class RouterCollector(Collector):
         self._metrics = metrics
         self._fleet = fleet
         self._admission = admission
+        self._fresh = float(FRESH_BURST)
+        self._fresh_at_s = time.monotonic()
+        self._written: dict[str, bytes] = {}  # by content type
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The text of all metrics and its content type, in the form that an Accept header asks for."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        # Not the header itself: prometheus_client repeats versions that it has never heard of.
+        encode, content_type = choose_encoder(OPENMETRICS if OPENMETRICS.partition(";")[0] in accept else "")
+        now_s = time.monotonic()
+        self._fresh = min(FRESH_BURST, self._fresh + (now_s - self._fresh_at_s) * FRESH_PER_S)
+        self._fresh_at_s = now_s
+        if self._fresh >= 1 or content_type not in self._written:
+            self._fresh -= 1
+            self._written[content_type] = encode(self._registry)
+        return self._written[content_type], content_type
 
     def collect(self) -> Iterator[Metric]:
         m = self._metrics
