@@ -192,10 +192,12 @@ class ClientConnection(asyncio.Protocol):
         self._stalled = False
         if self.listener is not None:
             self.listener.on_client_reading()
+        elif self._active is None and not self._lingering and not self._transport.is_closing():
+            self._go_on()
 
     def close_if_idle(self) -> None:
         """Close unless a request is being received or answered; used when the router stops."""
-        if self._active is None and not self._receiving and not self._lingering:
+        if self._active is None and not self._waiting and not self._receiving and not self._lingering:
             self._transport.close()
 
     def check(self, now_s: float) -> None:
@@ -354,10 +356,10 @@ class ClientConnection(asyncio.Protocol):
             client=self._client,
         )
         self._reset()
-        if self._active is None and not self._waiting:
+        if self._active is None and not self._waiting and not self._stalled:
             self._begin(request)
             return
-        # Pipelined: it waits, and nothing more is read until its turn.
+        # Pipelined: it waits, and nothing more is read until its turn. So it does while earlier answers are not read.
         self._waiting.append(request)
         if not self._paused_reading:
             self._paused_reading = True
@@ -371,7 +373,7 @@ class ClientConnection(asyncio.Protocol):
         if self._transport.is_closing():
             return  # bytes behind a request that was the last one
         self._refusal = error
-        if self._active is None:
+        if self._active is None and not self._waiting:
             self._answer_refusal()
 
     def _answer_refusal(self) -> None:
@@ -449,7 +451,12 @@ class ClientConnection(asyncio.Protocol):
         self.listener = None
         if not request.keep_alive:
             self._transport.close()
-        elif self._waiting:
+        elif not self._stalled:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Turn to what the client sent behind the request that was answered."""
+        if self._waiting:
             # Not from here: a handler that answers at once would recurse once for each pipelined request.
             asyncio.get_running_loop().call_soon(self._next)
         elif self._refusal is not None:
@@ -459,7 +466,7 @@ class ClientConnection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _next(self) -> None:
-        if self._waiting and self._active is None:
+        if self._waiting and self._active is None and not self._stalled:
             self._begin(self._waiting.popleft())
 
 
