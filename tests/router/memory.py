@@ -43,13 +43,29 @@ class Recorder:
 
 
 class MemoryTransport(asyncio.Transport):
-    def __init__(self) -> None:
+    """stalls: numbers of the writes behind which the peer does not read for a turn of the event loop."""
+
+    def __init__(self, stalls=frozenset()) -> None:
         super().__init__()
         self.written = b""
         self.closed = False
+        self.reading = True
+        self.protocol = None
+        self._stalls = stalls
+        self._writes = 0
 
     def write(self, data):
         self.written += data
+        self._writes += 1
+        if self._writes in self._stalls:
+            self.protocol.pause_writing()
+            asyncio.get_running_loop().call_soon(self.protocol.resume_writing)
+
+    def pause_reading(self):
+        self.reading = False
+
+    def resume_reading(self):
+        self.reading = True
 
     def is_closing(self):
         return self.closed
@@ -67,16 +83,23 @@ class MemoryTransport(asyncio.Transport):
         self.closed = True
 
 
-def feed(pieces: list[bytes]):
-    """The requests, refusals and answers' status lines that these bytes of a client lead to."""
+def feed(pieces: list[bytes], stalls: frozenset[int] = frozenset()):
+    """The requests, refusals and answers' status lines that these bytes of a client lead to.
+
+    stalls: numbers of the router's writes behind which the client does not read for a while.
+    """
 
     async def run():
-        handler, transport = Recorder(), MemoryTransport()
-        connection = ClientConnection(handler, LIMITS)
+        handler, transport = Recorder(), MemoryTransport(stalls)
+        connection = transport.protocol = ClientConnection(handler, LIMITS)
         connection.connection_made(transport)
         for piece in pieces:
             if not transport.closed:
                 connection.data_received(piece)
+            while not (transport.reading or transport.closed):
+                await asyncio.sleep(0)
+        if stalls:
+            await asyncio.sleep(0)  # behind the last write
         statuses = re.findall(rb"HTTP/1\.1 \d{3} [A-Z]+", transport.written)
         return handler.requests, handler.errors, statuses
 

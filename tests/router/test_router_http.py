@@ -360,9 +360,11 @@ def test_however_the_bytes_are_split_the_requests_are_the_same(sent, cuts):
 @given(
     st.lists(st.one_of(requests().map(lambda r: r[0]), st.binary(max_size=60), st.sampled_from([*MALFORMED.values()]))),
     st.lists(st.integers(0, 4000), max_size=12),
+    st.frozensets(st.integers(1, 12)),
 )
-def test_any_bytes_give_the_same_answers_however_they_are_split(pieces, cuts):
+def test_any_bytes_give_the_same_answers_however_they_are_split_and_the_answers_read(pieces, cuts, stalls):
     data = b"".join(pieces)
     whole = feed([data]) if data else feed([])
     assert feed(split(data, cuts)) == whole
+    assert feed(split(data, cuts), stalls) == whole
     assert len(whole[1]) <= 1
