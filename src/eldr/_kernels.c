@@ -7,6 +7,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 /* The compiler makes one version of a loop for each of these instruction sets; the processor's best is taken. */
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -36,13 +37,39 @@ static inline float exp_of_negative(double x) {
     return sum * power.value;
 }
 
+/* The `bits` bits from bit `at` of a stream, lowest first; at most 32 of them. Reads up to 8 bytes from where they begin. */
+static inline uint32_t bits_at(const uint8_t *stream, uint64_t at, int bits) {
+    uint64_t word;
+    memcpy(&word, stream + (at >> 3), sizeof word);
+    return (uint32_t)(word >> (at & 7)) & (uint32_t)((UINT64_C(1) << bits) - 1);
+}
+
 FOR_EACH_CPU
-static void widen(const uint8_t *planes, int used, Py_ssize_t size, uint32_t *out) {
-    for (Py_ssize_t i = 0; i < size; i++) out[i] = planes[i];
-    for (int plane = 1; plane < used; plane++) {
-        const uint8_t *from = planes + plane * size;
-        const int shift = 8 * plane;
-        for (Py_ssize_t i = 0; i < size; i++) out[i] |= (uint32_t)from[i] << shift;
+static void unpack_low(const uint8_t *stream, int bits, Py_ssize_t size, uint32_t *out) {
+    Py_ssize_t i = 0;
+    if (bits <= 8) { /* eight numbers lie in one word */
+        const uint64_t mask = (UINT64_C(1) << bits) - 1;
+        for (; i + 8 <= size; i += 8, stream += bits) {
+            uint64_t word;
+            memcpy(&word, stream, sizeof word);
+            for (int k = 0; k < 8; k++) out[i + k] = (uint32_t)((word >> (k * bits)) & mask);
+        }
+        size -= i;
+        out += i;
+    }
+    for (i = 0; i < size; i++) out[i] = bits_at(stream, (uint64_t)i * (uint64_t)bits, bits);
+}
+
+/* The bits above the low ones, of the numbers that `marked` says have any. Reads up to 7 bytes behind `marked`. */
+static void unpack_high(const uint8_t *stream, int bits, const uint8_t *marked, int low_bits, Py_ssize_t size,
+                        uint32_t *out) {
+    uint64_t at = 0;
+    for (Py_ssize_t first = 0; first < size; first += 64) {
+        uint64_t word;
+        memcpy(&word, marked + (first >> 3), sizeof word);
+        if (size - first < 64) word &= (UINT64_C(1) << (size - first)) - 1;
+        for (; word; word &= word - 1, at += (uint64_t)bits)
+            out[first + __builtin_ctzll(word)] |= bits_at(stream, at, bits) << low_bits;
     }
 }
 
@@ -168,15 +195,27 @@ static PyObject *finish(Py_buffer *buffers, int count, PyObject *result) {
 static PyObject *unpack_counts(PyObject *self, PyObject *args) {
     Py_buffer b[2];
     Py_ssize_t layers, experts;
-    int used;
+    int low, high;
     unsigned long long sum;
     unsigned int most;
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*innKIw*", &b[0], &used, &layers, &experts, &sum, &most, &b[1])) return NULL;
+    if (!PyArg_ParseTuple(args, "y*iinnKIw*", &b[0], &low, &high, &layers, &experts, &sum, &most, &b[1])) return NULL;
     const Py_ssize_t size = layers > 0 && experts > 0 && layers < (1 << 20) && experts < (1 << 20) ? layers * experts : -1;
-    if (used < 1 || used > 4 || !holds(&b[1], size, 4) || !holds(&b[0], used * size, 1)) return finish(b, 2, NULL);
-    widen(b[0].buf, used, size, b[1].buf);
-    return finish(b, 2, PyBool_FromLong(consistent(b[1].buf, layers, experts, sum, most)));
+    if (low < 0 || high < 0 || low + high > 32 || !holds(&b[1], size, 4)) return finish(b, 2, NULL);
+    const Py_ssize_t low_bytes = (size * low + 7) / 8, mark_bytes = high ? (size + 7) / 8 : 0;
+    const uint8_t *data = b[0].buf;
+    Py_ssize_t marks = 0;
+    if (b[0].len >= low_bytes + mark_bytes)
+        for (Py_ssize_t i = low_bytes; i < low_bytes + mark_bytes; i++) marks += __builtin_popcount(data[i]);
+    if (b[0].len != low_bytes + mark_bytes + (marks * high + 7) / 8) return finish(b, 2, PyLong_FromLong(-1));
+    uint8_t *padded = PyMem_Malloc((size_t)b[0].len + 8);
+    if (!padded) return finish(b, 2, PyErr_NoMemory());
+    memcpy(padded, data, (size_t)b[0].len);
+    memset(padded + b[0].len, 0, 8);
+    unpack_low(padded, low, size, b[1].buf);
+    if (high) unpack_high(padded + low_bytes + mark_bytes, high, padded + low_bytes, low, size, b[1].buf);
+    PyMem_Free(padded);
+    return finish(b, 2, PyLong_FromLong(consistent(b[1].buf, layers, experts, sum, most)));
 }
 
 static PyObject *own_frequencies(PyObject *self, PyObject *args) {

@@ -2,8 +2,9 @@
 
 The prefill worker counts how many prompt tokens chose each expert in their top-k (ELDR, arXiv 2607.00466,
 section on expert signatures) and hands the counts to the router inside the JSON of `kv_transfer_params`.
-Counts of a real prompt are small, skewed integers: the codec splits them into byte planes (all low bytes, then
-all second bytes, ...), so that the nearly empty high planes cost almost nothing, and deflates them.
+Counts of a real prompt are small integers with a long tail. As in patched frame-of-reference coding (Zukowski et al.,
+Super-Scalar RAM-CPU Cache Compression, ICDE 2006) all of them are written with as many bits as suit most, and what
+larger ones have above these bits follows. That takes as little room as deflating them, and a third of the time.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ from numpy.typing import NDArray
 from eldr import kernels
 from eldr.errors import EldrError
 
-try:  # of the router's extra: the same functions, in half the time and in a tenth
+try:  # of the router's extra: the same functions in a tenth of the time
     import pybase64 as base64
-    from zlib_ng import zlib_ng as zlib
 except ImportError:
     import base64  # type: ignore[no-redef]
-    import zlib  # type: ignore[no-redef]
 
-WIRE_VERSION = 1
-COUNTS_KEYS = ("v", "layers", "experts", "top_k", "prompt_tokens", "planes", "data")
+WIRE_VERSION = 2
+COUNTS_KEYS = ("v", "layers", "experts", "top_k", "prompt_tokens", "low_bits", "high_bits", "data")
 # The largest geometry accepted from the wire: twice the layers and experts of any published model. It bounds the
 # memory that one hostile or damaged answer can take.
 MAX_LAYERS = 512
@@ -81,21 +80,49 @@ class ExpertCounts:
 def encode_counts(counts: ExpertCounts) -> dict[str, Any]:
     """Wire form of `counts`: a JSON-able dict. At 48 x 128 and 500 prompt tokens it takes under 8 KiB."""
     counts.check()
-    flat = np.ascontiguousarray(counts.counts, dtype="<u4").reshape(-1)
-    planes = flat.view(np.uint8).reshape(-1, 4).T
-    used = 1 + max((p for p in range(1, 4) if planes[p].any()), default=0)
-    # Z_RLE keeps runs of zeros cheap and spends no time on matches that count data does not have.
-    deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
-    data = deflate.compress(np.ascontiguousarray(planes[:used]).tobytes()) + deflate.flush()
+    low_bits, high_bits, data = pack(counts.counts.reshape(-1))
     return {
         "v": WIRE_VERSION,
         "layers": counts.layers,
         "experts": counts.experts,
         "top_k": counts.top_k,
         "prompt_tokens": counts.prompt_tokens,
-        "planes": used,
+        "low_bits": low_bits,
+        "high_bits": high_bits,
         "data": base64.b64encode(data).decode("ascii"),
     }
+
+
+def pack(numbers: NDArray[np.uint32]) -> tuple[int, int, bytes]:
+    """(low_bits, high_bits, data) of uint32 [N], with the split of bits that takes the least room.
+
+    data: the low bits of every number; then, unless high_bits is 0, a bit for every number that says whether it has
+    higher ones, and those of the numbers that have. Each part begins with a byte of its own, lowest bit first.
+    """
+    # frexp's exponent of a whole number is the number of its bits.
+    of_bits = np.bincount(np.frexp(numbers.astype(np.float64))[1], minlength=33)
+    most = int(np.flatnonzero(of_bits)[-1])
+    larger = numbers.size - np.cumsum(of_bits)
+    sizes = [
+        -(-numbers.size * low // 8) + _high_bytes(numbers.size, int(larger[low]), most - low) for low in range(most)
+    ]
+    low = int(np.argmin([*sizes, -(-numbers.size * most // 8)]))
+    parts = [_bits(numbers, low)]
+    if low < most:
+        high = numbers >> np.uint32(low)
+        marked = high > 0
+        parts += [marked, _bits(high[marked], most - low)]
+    return low, most - low, b"".join(np.packbits(part, bitorder="little").tobytes() for part in parts)
+
+
+def _bits(numbers: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
+    """uint8 [N, bits]: the lowest bits of uint32 [N], as zeros and ones."""
+    in_bytes = numbers.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : -(-bits // 8)]
+    return np.unpackbits(in_bytes, axis=1, bitorder="little", count=bits)
+
+
+def _high_bytes(numbers: int, larger: int, high_bits: int) -> int:
+    return -(-numbers // 8) + -(-larger * high_bits // 8)
 
 
 def encode_unavailable(reason: str) -> dict[str, Any]:
@@ -106,29 +133,32 @@ def encode_unavailable(reason: str) -> dict[str, Any]:
 def decode_counts(wire: object) -> ExpertCounts:
     """Expert counts from their wire form, checked.
 
-    Raises CountsError, and nothing else, for whatever is not a consistent version-1 form.
+    Raises CountsError, and nothing else, for whatever is not a consistent form of this version.
     """
     wire = versioned(wire, "expert counts")
     layers = bounded_int(wire, "layers", 1, MAX_LAYERS)
     experts = bounded_int(wire, "experts", 1, MAX_EXPERTS)
     top_k = bounded_int(wire, "top_k", 1, experts)
     prompt_tokens = bounded_int(wire, "prompt_tokens", 1, 2**31 - 1)
-    planes = bounded_int(wire, "planes", 1, 4)
+    low_bits = bounded_int(wire, "low_bits", 0, 32)
+    high_bits = bounded_int(wire, "high_bits", 0, 32 - low_bits)
     data = wire.get("data")
     if not isinstance(data, str):
         raise CountsError("malformed", "expert counts have no data")
-    size = planes * layers * experts
     try:
-        inflate = zlib.decompressobj(-15)
-        raw = inflate.decompress(base64.b64decode(data, validate=True), size + 1)
-    except (binascii.Error, ValueError, zlib.error) as error:  # type: ignore[misc]
+        packed = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
         raise CountsError("malformed", f"expert counts cannot be decoded: {error}") from None
-    if len(raw) != size or not inflate.eof or inflate.unused_data:
-        raise CountsError("malformed", f"expert counts are not {planes} planes of {layers} x {experts}")
-    counts = ExpertCounts(np.empty((layers, experts), dtype=np.uint32), prompt_tokens, top_k)
-    if not kernels.unpack_counts(raw, planes, layers, experts, prompt_tokens * top_k, prompt_tokens, counts.counts):
-        counts.check()  # says what is wrong
-    return counts
+    counts = np.empty((layers, experts), dtype=np.uint32)
+    fit = kernels.unpack_counts(
+        packed, low_bits, high_bits, layers, experts, prompt_tokens * top_k, prompt_tokens, counts
+    )
+    if fit < 0:
+        raise CountsError("malformed", f"expert counts are not those of {layers} x {experts}: wrong length of data")
+    found = ExpertCounts(counts, prompt_tokens, top_k)
+    if not fit:
+        found.check()  # says what is wrong
+    return found
 
 
 def versioned(wire: object, what: str) -> dict[str, Any]:

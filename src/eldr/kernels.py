@@ -22,16 +22,33 @@ except ImportError:
 COMPILED = _kernels is not None
 
 
-def unpack_counts(planes: bytes, used: int, layers: int, experts: int, total: int, most: int, out: Counts) -> bool:
-    """Byte planes (`used` times layers * experts bytes, lowest first) as numbers into `out`, uint32 [L, E].
+def unpack_counts(
+    data: bytes, low_bits: int, high_bits: int, layers: int, experts: int, total: int, most: int, out: Counts
+) -> int:
+    """The numbers that `counts.pack` made `data` of, into `out`, uint32 [L, E].
 
-    Whether every layer sums to `total` and no number exceeds `most`.
+    1 if every layer sums to `total` and no number exceeds `most`, 0 if not, -1 for data of another length than such
+    numbers take.
     """
-    parts = np.frombuffer(planes, dtype=np.uint8).reshape(used, layers, experts)
-    out[:] = parts[0]
-    for plane in range(1, used):
-        out |= parts[plane].astype(np.uint32) << np.uint32(8 * plane)
-    return bool((out.sum(axis=1, dtype=np.uint64) == total).all()) and int(out.max()) <= most
+    size = layers * experts
+    stream = np.frombuffer(data, dtype=np.uint8)
+    low_bytes, mark_bytes = -(-size * low_bits // 8), -(-size // 8) if high_bits else 0
+    marked = np.unpackbits(stream[low_bytes : low_bytes + mark_bytes], bitorder="little")
+    marks = int(marked.sum())
+    if len(data) != low_bytes + mark_bytes + -(-marks * high_bits // 8):
+        return -1
+    numbers = _of_bits(stream[:low_bytes], low_bits, size)
+    if high_bits:
+        where = np.flatnonzero(marked[:size])
+        numbers[where] |= _of_bits(stream[low_bytes + mark_bytes :], high_bits, len(where)) << np.uint64(low_bits)
+    out[:] = numbers.reshape(layers, experts)
+    return int((out.sum(axis=1, dtype=np.uint64) == total).all() and int(out.max()) <= most)
+
+
+def _of_bits(stream: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint64]:
+    """uint64 [count]: whole numbers of so many bits each, lowest bit first."""
+    each = np.unpackbits(stream, bitorder="little")[: count * bits].reshape(count, bits)
+    return each @ (np.uint64(1) << np.arange(bits, dtype=np.uint64))
 
 
 def own_frequencies(counts: Counts, mean: Floats, prior: float, scale: float, out: Floats) -> None:

@@ -154,7 +154,7 @@ async def _stream(pieces: list[bytes]) -> None:
 def counts(data: bytes) -> None:
     """Expert counts: CountsError, or counts that are consistent and survive the way there and back."""
     with contextlib.suppress(CountsError):
-        found = decode_counts(_wire(data, ("layers", "experts", "top_k", "planes"), -15))
+        found = decode_counts(_wire(data, ("layers", "experts", "top_k", "low_bits", "high_bits"), bytes))
         assert (found.counts.sum(axis=1, dtype=np.uint64) == found.prompt_tokens * found.top_k).all()
         assert (decode_counts(encode_counts(found)).counts == found.counts).all()
 
@@ -162,7 +162,7 @@ def counts(data: bytes) -> None:
 def rows(data: bytes) -> None:
     """Experts of generated tokens, the same."""
     with contextlib.suppress(CountsError):
-        found = decode_rows(_wire(data, ("layers", "tokens", "top_k"), 15))
+        found = decode_rows(_wire(data, ("layers", "tokens", "top_k"), zlib.compress))
         assert found.ndim == 3
         if len(found):
             assert (decode_rows(encode_rows(found)) == found).all()
@@ -219,16 +219,15 @@ def trace(data: bytes) -> None:
         read_trace(_file(data, "trace")).decode_profiles()
 
 
-def _wire(data: bytes, keys: tuple[str, ...], window: int) -> object:
+def _wire(data: bytes, keys: tuple[str, ...], pack: Callable[[bytes], bytes]) -> object:
     """JSON; or, behind a mark, a wire form with these keys' values and data that can be unpacked."""
     if not data.startswith(INSIDE):
         return _json(data)
     given = data[len(INSIDE) :].ljust(8, b"\0")
-    deflate = zlib.compressobj(1, zlib.DEFLATED, window)
-    packed = base64.b64encode(deflate.compress(given[6:]) + deflate.flush()).decode()
     fields = dict(zip(keys, given, strict=False))
-    prompt_tokens, dtype = int.from_bytes(given[4:6]), f"u{1 + given[5] % 2}"
-    return {"v": 1, **fields, "prompt_tokens": prompt_tokens, "dtype": dtype, "data": packed}
+    prompt_tokens, dtype = int.from_bytes(given[5:7]), f"u{1 + given[5] % 2}"
+    packed = base64.b64encode(pack(given[7:])).decode()
+    return {"v": 2, **fields, "prompt_tokens": prompt_tokens, "dtype": dtype, "data": packed}
 
 
 def _json(data: bytes) -> object:

@@ -211,7 +211,7 @@ class FakeWorker:
                 params["eldr_lease"] = self.lease
             return params
         if asked and asked.get("eldr_record"):
-            experts = {"v": 1, "tokens": 3, "layers": LAYERS, "top_k": TOP_K, "dtype": "u1", "data": "eA=="}
+            experts = {"v": 2, "tokens": 3, "layers": LAYERS, "top_k": TOP_K, "dtype": "u1", "data": "eA=="}
             whole = {} if asked.get("do_remote_prefill") else {"eldr_counts": self.counts}
             return {"eldr_decode_experts": experts, **whole}
         return None

@@ -270,7 +270,7 @@ async def test_the_policy_sees_the_request_and_hears_of_its_course():
     ("counts", "reason"),
     [
         (None, "missing"),
-        ({"v": 1, "unavailable": "loaded_blocks"}, "unavailable"),
+        ({"v": 2, "unavailable": "loaded_blocks"}, "unavailable"),
         ({"v": 9}, "version"),
         ("rubbish", "malformed"),
         ({**counts_wire(4), "prompt_tokens": 5}, "inconsistent"),

@@ -481,7 +481,7 @@ async def _every_kind_of_failure(s) -> None:
         writer.close()
 
     async def bad_counts(worker, seen, reader, writer):
-        params = {"do_remote_prefill": True, "eldr_counts": {"v": 1, "data": ANSWER}}
+        params = {"do_remote_prefill": True, "eldr_counts": {"v": 2, "data": ANSWER}}
         await reply(writer, 200, json.dumps({"choices": [{"text": ANSWER}], "kv_transfer_params": params}).encode())
 
     for behaviour in (None, garbage, not_json, error, closes, breaks_off, bad_counts):

@@ -46,7 +46,7 @@ def test_a_deflate_bomb_is_cut_off():
         decode_rows({**wire, "data": base64.b64encode(zlib.compress(bytes(10_000_000))).decode()})
 
 
-@pytest.mark.parametrize("wire", [None, [], "x", {}, {"v": 1}])
+@pytest.mark.parametrize("wire", [None, [], "x", {}, {"v": 1}, {"v": 2}])
 def test_foreign_objects_are_errors(wire):
     with pytest.raises(CountsError):
         decode_rows(wire)

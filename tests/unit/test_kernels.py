@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eldr.kernels
+from eldr.counts import pack
 
 
 def without_compiled():
@@ -48,22 +49,37 @@ def shapes():
     return st.tuples(st.integers(1, 5), st.sampled_from((1, 3, 16, 33, 128)), st.integers(0, 2**32 - 1))
 
 
-@given(shapes(), st.integers(1, 4))
-@settings(max_examples=30)
+@given(shapes(), st.integers(0, 32), st.data())
+@settings(max_examples=60)
 @pytest.mark.parametrize("kernels", BOTH)
-def test_planes_become_the_numbers_they_are_of(kernels, shape, used):
+def test_packed_counts_become_the_numbers_they_are_of(kernels, shape, bits, data):
     layers, experts, seed = shape
-    wanted = np.random.default_rng(seed).integers(0, 256**used, (layers, experts), dtype=np.uint32)
-    planes = b"".join(((wanted >> (8 * plane)) & 255).astype(np.uint8).tobytes() for plane in range(used))
+    rng = np.random.default_rng(seed)
+    wanted = (rng.random((layers, experts)) ** 4 * (2**bits - 1)).astype(np.uint32)
+    low, high, packed = pack(wanted.reshape(-1))
     out = np.full((layers, experts), 7, dtype=np.uint32)
     sums = {sum(map(int, row)) for row in wanted}
     same = len(sums) == 1
     total, most = sums.pop(), int(wanted.max())
-    assert kernels.unpack_counts(planes, used, layers, experts, total, most, out) is same
+    assert kernels.unpack_counts(packed, low, high, layers, experts, total, most, out) == same
     assert np.array_equal(out, wanted)
-    assert not kernels.unpack_counts(planes, used, layers, experts, total + 1, most, out)
+    assert kernels.unpack_counts(packed, low, high, layers, experts, total + 1, most, out) == 0
     if most:
-        assert not kernels.unpack_counts(planes, used, layers, experts, total, most - 1, out)
+        assert kernels.unpack_counts(packed, low, high, layers, experts, total, most - 1, out) == 0
+    assert kernels.unpack_counts(packed + b"x", low, high, layers, experts, total, most, out) == -1
+    if packed:
+        assert kernels.unpack_counts(packed[:-1], low, high, layers, experts, total, most, out) == -1
+
+
+@given(st.binary(max_size=200), st.integers(0, 16), st.integers(0, 16), st.integers(1, 3), st.integers(1, 40))
+@settings(max_examples=200)
+@needs_compiler
+def test_both_read_the_same_from_any_bytes(data, low, high, layers, experts):
+    found = []
+    for kernels in (NUMPY, eldr.kernels):
+        out = np.zeros((layers, experts), dtype=np.uint32)
+        found.append((kernels.unpack_counts(data, low, high, layers, experts, 5, 5, out), out.tolist()))
+    assert found[0] == found[1]
 
 
 def test_frequencies(kernels):
@@ -175,10 +191,11 @@ def test_arrays_that_do_not_fit_are_refused():
     floats, codes, wide = np.zeros(8, np.float32), np.zeros(8, np.uint8), np.zeros(8, np.int64)
     table = np.zeros(256, np.int64)
     for call in (
-        lambda: _kernels.unpack_counts(b"12345", 1, 2, 3, 0, 0, np.zeros(6, np.uint32)),
-        lambda: _kernels.unpack_counts(b"123456", 1, 2, 3, 0, 0, np.zeros(5, np.uint32)),
-        lambda: _kernels.unpack_counts(b"", 5, 0, 3, 0, 0, np.zeros(0, np.uint32)),
-        lambda: _kernels.unpack_counts(b"", 1, 2**40, 2**40, 0, 0, np.zeros(0, np.uint32)),
+        lambda: _kernels.unpack_counts(b"123456", 8, 0, 2, 3, 0, 0, np.zeros(5, np.uint32)),
+        lambda: _kernels.unpack_counts(b"123456", 17, 16, 2, 3, 0, 0, np.zeros(6, np.uint32)),
+        lambda: _kernels.unpack_counts(b"123456", -1, 16, 2, 3, 0, 0, np.zeros(6, np.uint32)),
+        lambda: _kernels.unpack_counts(b"", 8, 0, 0, 3, 0, 0, np.zeros(0, np.uint32)),
+        lambda: _kernels.unpack_counts(b"", 8, 0, 2**40, 2**40, 0, 0, np.zeros(0, np.uint32)),
         lambda: _kernels.own_frequencies(np.zeros(7, np.uint32), floats, 1.0, 1.0, floats),
         lambda: _kernels.scale_to_probabilities(floats, 3, 0.1, 0.9, 1.0),
         lambda: _kernels.scale_to_probabilities(floats, 0, 0.1, 0.9, 1.0),

@@ -362,7 +362,7 @@ def test_a_hand_off_without_a_result_says_so() -> None:
     tracker = RequestTracker(group=0, block_size=4)
     tracker.arrived("r", 5, {"do_remote_decode": True})
     answer = tracker.finished("r", 1, {"do_remote_prefill": True})
-    assert answer == {"do_remote_prefill": True, "eldr_counts": {"v": 1, "unavailable": "not_counted"}}
+    assert answer == {"do_remote_prefill": True, "eldr_counts": {"v": 2, "unavailable": "not_counted"}}
 
 
 @pytest.mark.parametrize("value", ["true", 1, None, {}])
