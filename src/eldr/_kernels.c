@@ -16,13 +16,10 @@
 #define FOR_EACH_CPU
 #endif
 
-/* e^x for x <= 0, to two units in the last place, and e^-87 (1.6e-38) below -87. Free of branches, so that loops of it
-   are vectorised. */
-static inline float exp_of_negative(double x) {
-    const float clipped = (float)(0.5 * ((x - 87.0) + fabs(x + 87.0))); /* the larger of x and -87 */
-    const float scaled = clipped * 1.44269504f;
-    const int32_t whole = (int32_t)(scaled - 0.5f);
-    const float rest = clipped - (float)whole * 0.693359375f + (float)whole * 2.12194440e-4f;
+/* e^x for x from -87 to 0, to two units in the last place. Free of branches, so that loops of it are vectorised. */
+static inline float exp_of(float x) {
+    const int32_t whole = (int32_t)(x * 1.44269504f - 0.5f);
+    const float rest = x - (float)whole * 0.693359375f + (float)whole * 2.12194440e-4f;
     float sum = 1.9875691500e-4f;
     sum = sum * rest + 1.3981999507e-3f;
     sum = sum * rest + 8.3334519073e-3f;
@@ -115,70 +112,131 @@ static void codes(const float *profile, Py_ssize_t size, uint8_t *out) {
 }
 
 FOR_EACH_CPU
-static void add(const int64_t *table, const uint8_t *of, Py_ssize_t size, int64_t *log_survival) {
-    for (Py_ssize_t i = 0; i < size; i++) log_survival[i] += table[of[i]];
+static void add(const uint32_t *table, const uint8_t *of, Py_ssize_t size, uint32_t *exposure) {
+    for (Py_ssize_t i = 0; i < size; i++) exposure[i] += table[of[i]];
 }
 
 FOR_EACH_CPU
-static void subtract(const int64_t *table, const uint8_t *of, Py_ssize_t size, int64_t *log_survival) {
-    for (Py_ssize_t i = 0; i < size; i++) log_survival[i] -= table[of[i]];
+static void subtract(const uint32_t *table, const uint8_t *of, Py_ssize_t size, uint32_t *exposure) {
+    for (Py_ssize_t i = 0; i < size; i++) exposure[i] -= table[of[i]];
 }
 
 FOR_EACH_CPU
-static double survive(const int64_t *log_survival, double unit, Py_ssize_t size, float *survival) {
+static double survive(const uint32_t *exposure, float unit, Py_ssize_t size, uint16_t *survival) {
+    const double limit = 87 / (double)unit; /* e^-87 is 1.6e-38 */
+    const uint32_t most = limit < INT32_MAX ? (uint32_t)limit : INT32_MAX;
+    float alive[512]; /* of one type each, the loops are vectorised */
     double sum = 0;
-    for (Py_ssize_t i = 0; i < size; i++) survival[i] = exp_of_negative((double)log_survival[i] * unit);
-#pragma omp simd reduction(+ : sum)
-    for (Py_ssize_t i = 0; i < size; i++) sum += survival[i];
+    for (Py_ssize_t first = 0; first < size; first += 512) {
+        const Py_ssize_t count = size - first < 512 ? size - first : 512;
+        const uint32_t *from = exposure + first;
+        for (Py_ssize_t i = 0; i < count; i++)
+            alive[i] = exp_of((float)(int32_t)(from[i] < most ? from[i] : most) * -unit);
+        for (Py_ssize_t i = 0; i < count; i++) survival[first + i] = (uint16_t)(int32_t)(alive[i] * 65535.0f + 0.5f);
+        float of_block = 0;
+#pragma omp simd reduction(+ : of_block)
+        for (Py_ssize_t i = 0; i < count; i++) of_block += alive[i];
+        sum += of_block;
+    }
     return sum;
 }
 
+/* The squared length of what `own` becomes. */
 FOR_EACH_CPU
-static void move(float *own, const float *target, float share, Py_ssize_t size) {
-    for (Py_ssize_t i = 0; i < size; i++) own[i] += (target[i] - own[i]) * share;
+static float move(float *own, const float *target, float share, Py_ssize_t size) {
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (Py_ssize_t i = 0; i < size; i++) {
+        own[i] += (target[i] - own[i]) * share;
+        square += own[i] * own[i];
+    }
+    return square;
 }
 
-/* dot products of each row [rows, size] with the vector [size] */
+/* The difference of every `every`-th layer, and its squared length. */
 FOR_EACH_CPU
-static void products(const float *rows, const float *vector, Py_ssize_t count, Py_ssize_t size, double *out) {
-    for (Py_ssize_t row = 0; row < count; row++, rows += size) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (Py_ssize_t i = 0; i < size; i++) sum += rows[i] * vector[i];
-        out[row] = sum;
-    }
+static float difference(const float *own, const float *mean, Py_ssize_t layers, Py_ssize_t experts, Py_ssize_t every,
+                        float *out) {
+    float square = 0;
+    for (Py_ssize_t layer = 0; layer < layers; layer += every, out += experts)
+#pragma omp simd reduction(+ : square)
+        for (Py_ssize_t i = 0; i < experts; i++) {
+            out[i] = own[layer * experts + i] - mean[layer * experts + i];
+            square += out[i] * out[i];
+        }
+    return square;
 }
+
+/* Dot products of each row [rows, size] with the vector [size]. Four rows at a time: additions of one sum wait for each
+   other. */
+#define DEFINE_PRODUCTS(name, type)                                                                              \
+    FOR_EACH_CPU                                                                                                  \
+    static void name(const type *row, const float *vector, Py_ssize_t rows, Py_ssize_t size, double *out) {      \
+        for (; rows >= 4; rows -= 4, row += 4 * size, out += 4) {                                                 \
+            const type *second = row + size, *third = second + size, *fourth = third + size;                     \
+            float a = 0, b = 0, c = 0, d = 0;                                                                     \
+            _Pragma("omp simd reduction(+ : a, b, c, d)") for (Py_ssize_t i = 0; i < size; i++) {                 \
+                a += (float)row[i] * vector[i];                                                                   \
+                b += (float)second[i] * vector[i];                                                                \
+                c += (float)third[i] * vector[i];                                                                 \
+                d += (float)fourth[i] * vector[i];                                                                \
+            }                                                                                                     \
+            out[0] = a, out[1] = b, out[2] = c, out[3] = d;                                                       \
+        }                                                                                                         \
+        for (; rows > 0; rows--, row += size, out++) {                                                            \
+            float sum = 0;                                                                                        \
+            _Pragma("omp simd reduction(+ : sum)") for (Py_ssize_t i = 0; i < size; i++)                          \
+                sum += (float)row[i] * vector[i];                                                                 \
+            *out = sum;                                                                                           \
+        }                                                                                                         \
+    }
+DEFINE_PRODUCTS(products, float)
+DEFINE_PRODUCTS(fractions_products, uint16_t)
 
 struct placement {
     double context_tokens, others_weight, anchor, tail_guard, guard_share;
 };
 
-/* columns: base, per expert, per token and per context token, each [workers]; of: union, added, context,
-   similarity, at_random and load, each [workers]. */
-static void place(const double *columns, const double *const *of, Py_ssize_t workers, const struct placement *p,
-                  double *cost) {
-    const double *base_s = columns, *expert_s = base_s + workers, *token_s = expert_s + workers;
-    const double *context_s = token_s + workers;
-    const double *unions = of[0], *added = of[1], *context = of[2], *similarity = of[3], *random = of[4], *load = of[5];
+/* What a fleet is, by worker. columns: base, per expert, per token and per context token, each [workers]. */
+struct fleet {
+    const double *columns, *unions, *added, *context, *products;
+    const float *length;
+    Py_ssize_t workers;
+};
+
+/* For each of the `count` workers `rows` with the loads `load`; at_random: by the requests of a batch. The least cost's
+   place in `rows`. */
+static Py_ssize_t place(const struct fleet *fleet, const double *at_random, const int64_t *rows, const double *load,
+                        Py_ssize_t count, const struct placement *p, double *cost) {
+    const double *base_s = fleet->columns, *expert_s = base_s + fleet->workers, *token_s = expert_s + fleet->workers;
+    const double *context_s = token_s + fleet->workers;
     double experts = 0, saved = 0, longer = 0, loads = 0, nearest = -INFINITY;
-    for (Py_ssize_t w = 0; w < workers; w++) {
-        const double step_s = base_s[w] + expert_s[w] * unions[w] + token_s[w] * load[w] + context_s[w] * context[w];
-        experts += expert_s[w] * (unions[w] + added[w]);
-        saved += expert_s[w] * (random[w] - unions[w] - added[w]);
-        loads += load[w];
-        nearest = similarity[w] > nearest ? similarity[w] : nearest;
-        cost[w] = step_s + expert_s[w] * added[w] + token_s[w] + context_s[w] * p->context_tokens;
-        longer += cost[w];
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const int64_t w = rows[i];
+        const double then = fleet->unions[w] + fleet->added[w];
+        const double similarity = fleet->products[w] / (fleet->length[w] > 1e-6f ? fleet->length[w] : 1e-6f);
+        experts += expert_s[w] * then;
+        saved += expert_s[w] * (at_random[(int64_t)load[i] + 1] - then);
+        loads += load[i];
+        nearest = similarity > nearest ? similarity : nearest;
+        cost[i] = base_s[w] + expert_s[w] * then + token_s[w] * (load[i] + 1) +
+                  context_s[w] * (fleet->context[w] + p->context_tokens);
+        longer += cost[i];
     }
-    experts /= (double)workers;
-    saved = saved > 0 ? saved / (double)workers : 0;
-    const double limit = longer / (double)workers + p->tail_guard * (saved + p->guard_share * experts) + 1e-12;
-    const double distance_s = p->anchor * (loads / (double)workers + 1) * experts;
-    for (Py_ssize_t w = 0; w < workers; w++) {
-        const double added_s = expert_s[w] * added[w] + token_s[w] + context_s[w] * p->context_tokens;
-        const double total = cost[w] + p->others_weight * load[w] * added_s + distance_s * (nearest - similarity[w]);
-        cost[w] = cost[w] > limit ? INFINITY : total;
+    experts /= (double)count;
+    saved = saved > 0 ? saved / (double)count : 0;
+    const double limit = longer / (double)count + p->tail_guard * (saved + p->guard_share * experts) + 1e-12;
+    const double distance_s = p->anchor * (loads / (double)count + 1) * experts;
+    Py_ssize_t best = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const int64_t w = rows[i];
+        const double added_s = expert_s[w] * fleet->added[w] + token_s[w] + context_s[w] * p->context_tokens;
+        const double similarity = fleet->products[w] / (fleet->length[w] > 1e-6f ? fleet->length[w] : 1e-6f);
+        const double total = cost[i] + p->others_weight * load[i] * added_s + distance_s * (nearest - similarity);
+        cost[i] = cost[i] > limit ? INFINITY : total;
+        best = cost[i] < cost[best] ? i : best;
     }
+    return best;
 }
 
 /* Whether a buffer holds `size` items of `item` bytes. */
@@ -251,14 +309,14 @@ static PyObject *encode_profile(PyObject *self, PyObject *args) {
     return finish(b, 2, Py_NewRef(Py_None));
 }
 
-static PyObject *shift_survival(PyObject *self, PyObject *args) {
+static PyObject *shift_exposure(PyObject *self, PyObject *args) {
     Py_buffer b[4];
     int sign;
-    double unit;
+    float unit;
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*y*idw*w*", &b[0], &b[1], &sign, &unit, &b[2], &b[3])) return NULL;
+    if (!PyArg_ParseTuple(args, "y*y*ifw*w*", &b[0], &b[1], &sign, &unit, &b[2], &b[3])) return NULL;
     const Py_ssize_t size = b[1].len;
-    if (!holds(&b[0], 256, 8) || !holds(&b[2], size, 8) || !holds(&b[3], size, 4)) return finish(b, 4, NULL);
+    if (!holds(&b[0], 256, 4) || !holds(&b[2], size, 4) || !holds(&b[3], size, 2)) return finish(b, 4, NULL);
     (sign > 0 ? add : subtract)(b[0].buf, b[1].buf, size, b[2].buf);
     return finish(b, 4, PyFloat_FromDouble((double)size - survive(b[2].buf, unit, size, b[3].buf)));
 }
@@ -270,8 +328,23 @@ static PyObject *move_towards(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "w*y*f", &b[0], &b[1], &share)) return NULL;
     const Py_ssize_t size = b[0].len / 4;
     if (!holds(&b[0], size, 4) || !holds(&b[1], size, 4)) return finish(b, 2, NULL);
-    move(b[0].buf, b[1].buf, share, size);
-    return finish(b, 2, Py_NewRef(Py_None));
+    return finish(b, 2, PyFloat_FromDouble(sqrtf(move(b[0].buf, b[1].buf, share, size))));
+}
+
+static PyObject *unit_direction(PyObject *self, PyObject *args) {
+    Py_buffer b[3];
+    Py_ssize_t layers, every;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*y*nnw*", &b[0], &b[1], &layers, &every, &b[2])) return NULL;
+    const Py_ssize_t experts = layers > 0 ? b[0].len / 4 / layers : 0;
+    if (experts == 0 || every < 1 || !holds(&b[0], layers * experts, 4) || !holds(&b[1], layers * experts, 4) ||
+        !holds(&b[2], (layers + every - 1) / every * experts, 4))
+        return finish(b, 3, NULL);
+    const float length = sqrtf(difference(b[0].buf, b[1].buf, layers, experts, every, b[2].buf));
+    float *out = b[2].buf;
+    if (length > 0)
+        for (Py_ssize_t i = 0; i < b[2].len / 4; i++) out[i] /= length;
+    return finish(b, 3, PyBool_FromLong(length > 0));
 }
 
 static PyObject *row_products(PyObject *self, PyObject *args) {
@@ -279,28 +352,35 @@ static PyObject *row_products(PyObject *self, PyObject *args) {
     (void)self;
     if (!PyArg_ParseTuple(args, "y*y*w*", &b[0], &b[1], &b[2])) return NULL;
     const Py_ssize_t size = b[1].len / 4, rows = b[2].len / 8;
-    if (!holds(&b[0], rows * size, 4) || !holds(&b[1], size, 4) || !holds(&b[2], rows, 8)) return finish(b, 3, NULL);
-    products(b[0].buf, b[1].buf, rows, size, b[2].buf);
+    if (!holds(&b[1], size, 4) || !holds(&b[2], rows, 8)) return finish(b, 3, NULL);
+    if (holds(&b[0], rows * size, 4)) {
+        products(b[0].buf, b[1].buf, rows, size, b[2].buf);
+    } else {
+        if (!holds(&b[0], rows * size, 2)) return finish(b, 3, NULL);
+        fractions_products(b[0].buf, b[1].buf, rows, size, b[2].buf);
+        for (Py_ssize_t row = 0; row < rows; row++) ((double *)b[2].buf)[row] /= 65535;
+    }
     return finish(b, 3, Py_NewRef(Py_None));
 }
 
 static PyObject *placement_cost(PyObject *self, PyObject *args) {
-    Py_buffer b[8];
+    Py_buffer b[10];
     struct placement p;
-    const double *of[6];
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*y*dddddw*", &b[0], &b[1], &b[2], &b[3], &b[4], &b[5], &b[6],
-                          &p.context_tokens, &p.others_weight, &p.anchor, &p.tail_guard, &p.guard_share, &b[7]))
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*y*y*y*dddddw*", &b[0], &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &b[7],
+                          &b[8], &p.context_tokens, &p.others_weight, &p.anchor, &p.tail_guard, &p.guard_share, &b[9]))
         return NULL;
-    const Py_ssize_t workers = b[7].len / 8;
-    int fits = workers > 0 && holds(&b[0], 4 * workers, 8) && holds(&b[7], workers, 8);
-    for (int i = 0; i < 6; i++) {
-        fits = fits && holds(&b[i + 1], workers, 8);
-        of[i] = b[i + 1].buf;
-    }
-    if (!fits) return finish(b, 8, NULL);
-    place(b[0].buf, of, workers, &p, b[7].buf);
-    return finish(b, 8, Py_NewRef(Py_None));
+    const Py_ssize_t workers = b[1].len / 8, batches = b[6].len / 8, count = b[9].len / 8;
+    int fits = count > 0 && holds(&b[0], 4 * workers, 8) && holds(&b[5], workers, 4) && holds(&b[6], batches, 8) &&
+               holds(&b[7], count, 8) && holds(&b[8], count, 8) && holds(&b[9], count, 8);
+    for (int i = 1; i < 5; i++) fits = fits && holds(&b[i], workers, 8);
+    const int64_t *rows = b[7].buf;
+    const double *load = b[8].buf;
+    for (Py_ssize_t i = 0; fits && i < count; i++)
+        fits = rows[i] >= 0 && rows[i] < workers && load[i] >= 0 && load[i] < (double)batches - 1;
+    if (!fits) return finish(b, 10, NULL);
+    const struct fleet fleet = {b[0].buf, b[1].buf, b[2].buf, b[3].buf, b[4].buf, b[5].buf, workers};
+    return finish(b, 10, PyLong_FromSsize_t(place(&fleet, b[6].buf, rows, load, count, &p, b[9].buf)));
 }
 
 static PyMethodDef methods[] = {
@@ -308,7 +388,8 @@ static PyMethodDef methods[] = {
     {"own_frequencies", own_frequencies, METH_VARARGS, NULL},
     {"scale_to_probabilities", scale_to_probabilities, METH_VARARGS, NULL},
     {"encode_profile", encode_profile, METH_VARARGS, NULL},
-    {"shift_survival", shift_survival, METH_VARARGS, NULL},
+    {"shift_exposure", shift_exposure, METH_VARARGS, NULL},
+    {"unit_direction", unit_direction, METH_VARARGS, NULL},
     {"move_towards", move_towards, METH_VARARGS, NULL},
     {"row_products", row_products, METH_VARARGS, NULL},
     {"placement_cost", placement_cost, METH_VARARGS, NULL},

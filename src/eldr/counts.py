@@ -102,12 +102,11 @@ def pack(numbers: NDArray[np.uint32]) -> tuple[int, int, bytes]:
     # frexp's exponent of a whole number is the number of its bits.
     of_bits = np.bincount(np.frexp(numbers.astype(np.float64))[1], minlength=33)
     most = int(np.flatnonzero(of_bits)[-1])
-    larger = numbers.size - np.cumsum(of_bits)
-    sizes = [
-        -(-numbers.size * low // 8) + _high_bytes(numbers.size, int(larger[low]), most - low) for low in range(most)
-    ]
-    low = int(np.argmin([*sizes, -(-numbers.size * most // 8)]))
-    parts = [_bits(numbers, low)]
+    size = numbers.size
+    larger = size - np.cumsum(of_bits)
+    with_high = [_bytes(size * low) + _bytes(size) + _bytes(int(larger[low]) * (most - low)) for low in range(most)]
+    low = int(np.argmin([*with_high, _bytes(size * most)]))
+    parts: list[NDArray[Any]] = [_bits(numbers, low)]
     if low < most:
         high = numbers >> np.uint32(low)
         marked = high > 0
@@ -121,8 +120,8 @@ def _bits(numbers: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     return np.unpackbits(in_bytes, axis=1, bitorder="little", count=bits)
 
 
-def _high_bytes(numbers: int, larger: int, high_bits: int) -> int:
-    return -(-numbers // 8) + -(-larger * high_bits // 8)
+def _bytes(bits: int) -> int:
+    return -(-bits // 8)
 
 
 def encode_unavailable(reason: str) -> dict[str, Any]:

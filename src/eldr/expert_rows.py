@@ -32,7 +32,7 @@ def encode_rows(rows: NDArray[np.integer[Any]]) -> dict[str, Any]:
 
 
 def decode_rows(wire: object) -> NDArray[np.uint16]:
-    """Expert ids uint16 [T, L, k] from their wire form. Raises CountsError for whatever is not a form of this version."""
+    """Expert ids uint16 [T, L, k] from their wire form. Raises CountsError for whatever is none of this version."""
     wire = versioned(wire, "decode experts")
     tokens = bounded_int(wire, "tokens", 0, 2**31 - 1)
     layers = bounded_int(wire, "layers", 1, MAX_LAYERS)

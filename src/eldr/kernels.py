@@ -71,35 +71,58 @@ def encode_profile(profile: Floats, out: NDArray[np.uint8]) -> None:
     out[:] = np.sqrt(profile) * np.float32(255) + np.float32(0.5)
 
 
-def shift_survival(
-    table: NDArray[np.int64],
+def shift_exposure(
+    table: NDArray[np.uint32],
     codes: NDArray[np.uint8],
     sign: int,
     unit: float,
-    log_survival: NDArray[np.int64],
-    survival: Floats,
+    exposure: NDArray[np.uint32],
+    survival: NDArray[np.uint16],
 ) -> float:
-    """Add (sign 1) or subtract (sign -1) table[codes] to `log_survival`, and set `survival` = exp(log_survival * unit).
+    """Add (sign 1) or subtract (sign -1) table[codes] to `exposure`, and set `survival` = exp(-exposure * unit), as a
+    fraction of 65535.
 
-    table: [256], the others [D]. Returns D - sum(survival).
+    table: [256], the others [D]. Returns D less the sum of what survives.
     """
-    log_survival += sign * table[codes]
-    np.multiply(log_survival, unit, out=survival, casting="same_kind")
-    np.exp(survival, out=survival)
-    return len(survival) - float(survival.sum(dtype=np.float64))
+    shift = table[codes]
+    if sign > 0:
+        exposure += shift
+    else:
+        exposure -= shift
+    alive = exposure * np.float32(-unit)
+    np.exp(alive, out=alive)
+    survival[:] = alive * np.float32(65535) + np.float32(0.5)
+    return len(alive) - float(alive.sum(dtype=np.float64))
 
 
-def move_towards(own: Floats, target: Floats, share: float) -> None:
-    """own += (target - own) * share; both [D]."""
+def move_towards(own: Floats, target: Floats, share: float) -> float:
+    """own += (target - own) * share; both [D]. Returns the length of what `own` has become."""
     own += (target - own) * np.float32(share)
+    return float(np.sqrt(own @ own))
 
 
-def row_products(rows: Floats, vector: Floats, out: NDArray[np.float64]) -> None:
-    """Scalar product of each row [W, D] with the vector [D] into `out`, [W].
+def unit_direction(own: Floats, mean: Floats, layers: int, every: int, out: Floats) -> bool:
+    """own - mean, both [layers * E], of every `every`-th layer and scaled to unit length, into `out`.
+
+    False if it has no length; `out` is then zero.
+    """
+    np.subtract(
+        own.reshape(layers, -1)[::every], mean.reshape(layers, -1)[::every], out=out.reshape(-1, len(own) // layers)
+    )
+    length = np.sqrt(out @ out)
+    if length > 0:
+        out /= length
+    return bool(length > 0)
+
+
+def row_products(rows: Floats | NDArray[np.uint16], vector: Floats, out: Doubles) -> None:
+    """Scalar product of each row [W, D], floats or fractions of 65535, with the vector [D] into `out`, [W].
 
     As W products of 1 x D and D x 1 numpy calls BLAS for each row alone, which it does not spread over threads: on
     busy cores threads take milliseconds to meet for a product this small.
     """
+    if rows.dtype == np.uint16:
+        rows = rows.astype(np.float32) / np.float32(65535)
     out[:] = np.matmul(rows[:, None, :], vector[:, None]).reshape(len(rows))
 
 
@@ -108,8 +131,10 @@ def placement_cost(
     union: Doubles,
     added: Doubles,
     context: Doubles,
-    similarity: Doubles,
+    products: Doubles,
+    length: Floats,
     at_random: Doubles,
+    rows: NDArray[np.int64],
     load: Doubles,
     context_tokens: float,
     others_weight: float,
@@ -117,22 +142,29 @@ def placement_cost(
     tail_guard: float,
     guard_share: float,
     out: Doubles,
-) -> None:
-    """What expected-union minimises, into `out`, [W]: seconds per step, infinity behind the tail guard.
+) -> int:
+    """What expected-union minimises, into `out`, [N]: seconds per step, infinity behind the tail guard. Returns the
+    index of the least.
 
-    columns: [4, W], a step's base, per expert, per token and per context token, seconds. The others: [W].
+    columns: [4, W], a step's base, per expert, per token and per context token, seconds. union, added, context: [W].
+    products: [W], of each worker's direction with the request's, and `length` of the worker's: similarity is their
+    ratio. at_random: [batch + 1], experts of a batch so large drawn at random. rows: [N], the workers to choose from,
+    with `load`, [N] whole numbers.
     """
-    base_s, expert_s, token_s, context_s = columns
-    workers = len(load)
+    base_s, expert_s, token_s, context_s = columns[:, rows]
+    similarity = products[rows] / np.maximum(length[rows], np.float32(1e-6))
+    added = added[rows]
+    then = union[rows] + added
     added_s = expert_s * added + token_s + context_s * context_tokens
-    longer_s = base_s + expert_s * union + token_s * load + context_s * context + added_s
-    expert_time_s = float((expert_s * (union + added)).sum()) / workers
-    distance = similarity.max() - similarity
+    longer_s = base_s + expert_s * then + token_s * (load + 1) + context_s * (context[rows] + context_tokens)
+    expert_time_s = float((expert_s * then).sum()) / len(rows)
     out[:] = longer_s + others_weight * load * added_s
-    out += anchor * (float(load.sum()) / workers + 1) * expert_time_s * distance
-    saved_s = max(float((expert_s * (at_random - union - added)).sum()) / workers, 0.0)
+    out += anchor * (float(load.sum()) / len(rows) + 1) * expert_time_s * (similarity.max() - similarity)
+    random_experts = at_random[load.astype(np.int64) + 1]
+    saved_s = max(float((expert_s * (random_experts - then)).sum()) / len(rows), 0.0)
     margin_s = tail_guard * (saved_s + guard_share * expert_time_s) + 1e-12
-    out[longer_s > float(longer_s.sum()) / workers + margin_s] = np.inf
+    out[longer_s > float(longer_s.sum()) / len(rows) + margin_s] = np.inf
+    return int(out.argmin())
 
 
 if _kernels is not None:
@@ -142,5 +174,6 @@ if _kernels is not None:
     own_frequencies = _kernels.own_frequencies
     scale_to_probabilities = _kernels.scale_to_probabilities
     encode_profile = _kernels.encode_profile
-    shift_survival = _kernels.shift_survival
+    shift_exposure = _kernels.shift_exposure
+    unit_direction = _kernels.unit_direction
     move_towards = _kernels.move_towards

@@ -57,6 +57,14 @@ def one_hot_profiles():
     return np.array([first.reshape(-1), second.reshape(-1)] * 50)
 
 
+def placement_costs(policy, load):
+    """What the last choice would cost on each worker, all of them eligible with these loads."""
+    rows, loads = np.arange(len(load)), np.array(load, dtype=float)
+    best, costs = policy._placement_cost(policy._latest, rows, loads, max(load))
+    assert costs[best] == min(costs)
+    return costs
+
+
 def test_similar_requests_share_a_worker():
     policy = Given(one_hot_profiles(), anchor=0)
     for worker in ("a", "b"):
@@ -88,7 +96,7 @@ def test_the_cost_is_the_one_of_its_definition():
         added_s = (LAYERS * 1 + 10 * (survival * profiles[8]).sum()) * 1e-6
         costs[worker] = step_s + added_s + 0.7 * len(rows) * added_s
     policy.choose(request(8), load)
-    found = policy._placement_cost(policy._latest, np.array(list(load.values()), dtype=float), slice(None))
+    found = placement_costs(policy, list(load.values()))
     # Probabilities are kept in one byte: up to half a step of 2 sqrt(p) / 255.
     assert found == pytest.approx(list(costs.values()), rel=5e-3)
     assert policy.choose(request(8), load).worker == min(costs, key=costs.get)
@@ -131,7 +139,7 @@ def test_the_tail_guard_is_the_one_of_its_definition():
         saved_us = 10 * max(0.0, np.mean(at_random) - np.mean(experts))
         limit_us = np.mean(longer_us) + guard * (saved_us + GUARD_EXPERT_SHARE * 10 * np.mean(experts))
         policy.choose(request(11), load)
-        found = policy._placement_cost(policy._latest, np.array(list(load.values()), dtype=float), slice(None))
+        found = placement_costs(policy, list(load.values()))
         left_out.append(np.isinf(found).tolist())
         assert left_out[-1] == (np.array(longer_us) > limit_us).tolist()
     assert left_out[0] != left_out[-1]
@@ -146,7 +154,7 @@ def test_experts_of_random_batches():
     for batch in (3, 1, 6):
         drawn = profiles[rng.integers(0, 400, (20_000, batch))]
         union = (1 - np.prod(1 - drawn, axis=1)).sum(axis=1).mean()
-        assert random_batches.experts(np.array([batch, 0.0])) == pytest.approx([union, 0.0], rel=2e-3)
+        assert random_batches.experts(batch)[[batch, 0]] == pytest.approx([union, 0.0], rel=2e-3)
 
 
 def test_with_expert_parallelism_the_busiest_rank_counts():
@@ -165,7 +173,7 @@ def test_with_expert_parallelism_the_busiest_rank_counts():
         return active.reshape(LAYERS, 2, EXPERTS // 2).sum(axis=2).max(axis=1).sum()
 
     policy.choose(request(5), {"a": 2, "b": 3})
-    found = policy._placement_cost(policy._latest, np.array([2.0, 3.0]), slice(None))
+    found = placement_costs(policy, [2, 3])
     expected = []
     for rows in placed.values():
         step_us = LAYERS * (100 + len(rows)) + 10 * busiest(rows)
@@ -267,7 +275,7 @@ def test_a_predictor_sets_the_geometry():
 def state(policy, worker):
     row = policy._row[worker]
     unions = policy._unions
-    return unions._log_survival[row], unions._survival[row], unions.union[row], unions.context[row]
+    return unions._exposure[row], unions._survival[row], unions.union[row], unions.context[row]
 
 
 def assert_state_of(policy, running):

@@ -113,30 +113,53 @@ def test_every_code_survives(kernels):
     assert out.tolist() == list(range(256))
 
 
-def test_survival_follows_its_logarithm_and_cancels(kernels):
+def test_survival_follows_its_exposure_and_cancels(kernels):
     rng = np.random.default_rng(1)
-    table = rng.integers(-(2**34), 0, 256)
-    log_survival = np.zeros(1000, dtype=np.int64)
-    survival = np.empty(1000, dtype=np.float32)
+    table = rng.integers(0, 2**19, 256, dtype=np.uint32)
+    exposure = np.zeros(1000, dtype=np.uint32)
+    survival = np.empty(1000, dtype=np.uint16)
     added = [rng.integers(0, 256, 1000, dtype=np.uint8) for _ in range(40)]
+    for count, codes in enumerate(added, 1):
+        union = kernels.shift_exposure(table, codes, 1, 2.0**-20, exposure, survival)
+        exact = np.sum([table[codes] for codes in added[:count]], axis=0, dtype=np.int64)
+        assert np.array_equal(exposure, exact)
+        expected = np.exp(-exact / 2**20)
+        assert np.abs(survival / 65535 - expected).max() <= 0.51 / 65535
+        assert union == pytest.approx(1000 - expected.sum(), rel=1e-6)
     for codes in added:
-        union = kernels.shift_survival(table, codes, 1, 2.0**-32, log_survival, survival)
-    exact = sum(table[codes] for codes in added)
-    assert np.array_equal(log_survival, exact)
-    expected = np.exp(exact / 2**32)
-    assert survival == pytest.approx(expected, rel=1e-5, abs=1e-37)
-    assert union == pytest.approx(1000 - expected.sum(), rel=1e-6)
-    for codes in added:
-        union = kernels.shift_survival(table, codes, -1, 2.0**-32, log_survival, survival)
-    assert not log_survival.any()
-    assert (survival == 1).all()
+        union = kernels.shift_exposure(table, codes, -1, 2.0**-20, exposure, survival)
+    assert not exposure.any()
+    assert (survival == 65535).all()
     assert union == 0
+
+
+@pytest.mark.parametrize("exposure", [87 * 2**20, 2**31 - 1, 2**31, 2**32 - 1])
+def test_what_is_surely_activated_does_not_survive(kernels, exposure):
+    survival = np.full(3, 7, dtype=np.uint16)
+    none, exposures = np.zeros(3, dtype=np.uint8), np.full(3, exposure, dtype=np.uint32)
+    assert kernels.shift_exposure(np.zeros(256, np.uint32), none, 1, 2.0**-20, exposures, survival) == 3
+    assert survival.tolist() == [0, 0, 0]
 
 
 def test_moving_towards(kernels):
     own = np.array([0, 1, 2], dtype=np.float32)
-    kernels.move_towards(own, np.array([4, 1, 0], dtype=np.float32), 0.25)
+    length = kernels.move_towards(own, np.array([4, 1, 0], dtype=np.float32), 0.25)
     assert own.tolist() == [1, 1, 1.5]
+    assert length == pytest.approx(math.sqrt(4.25))
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 4), st.integers(0, 2**32 - 1))
+@settings(max_examples=60)
+@pytest.mark.parametrize("kernels", BOTH)
+def test_the_direction_is_of_unit_length(kernels, layers, experts, every, seed):
+    own, mean = np.random.default_rng(seed).random((2, layers * experts), dtype=np.float32)
+    out = np.empty(-(-layers // every) * experts, dtype=np.float32)
+    assert kernels.unit_direction(own, mean, layers, every, out)
+    assert out @ out == pytest.approx(1, rel=1e-5)
+    of_layers = (own - mean).reshape(layers, experts)[::every].reshape(-1)
+    assert out == pytest.approx(of_layers / np.sqrt(of_layers @ of_layers), rel=1e-5, abs=1e-7)
+    assert not kernels.unit_direction(own, own, layers, every, out)
+    assert not out.any()
 
 
 def test_row_products(kernels):
@@ -144,7 +167,11 @@ def test_row_products(kernels):
     rows, vector = rng.random((5, 77), dtype=np.float32), rng.random(77, dtype=np.float32)
     out = np.empty(5)
     kernels.row_products(rows, vector, out)
-    assert out == pytest.approx([sum(float(a) * float(b) for a, b in zip(row, vector, strict=True)) for row in rows])
+    expected = [sum(float(a) * float(b) for a, b in zip(row, vector, strict=True)) for row in rows]
+    assert out == pytest.approx(expected)
+    fractions = (rows * 65535).astype(np.uint16)
+    kernels.row_products(fractions, vector, out)
+    assert out == pytest.approx(expected, abs=77 / 65535)
 
 
 def plain_placement_cost(columns, workers, context_tokens, others_weight, anchor, tail_guard, guard_share):
@@ -170,26 +197,42 @@ def plain_placement_cost(columns, workers, context_tokens, others_weight, anchor
 @given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from((0.0, 0.3, math.inf)), st.booleans())
 @settings(max_examples=40)
 @pytest.mark.parametrize("kernels", BOTH)
-def test_placement_cost(kernels, count, seed, tail_guard, dense):
+def test_placement_cost(kernels, workers, seed, tail_guard, dense):
     rng = np.random.default_rng(seed)
-    columns = rng.random((4, count)) * [[1e-3], [1e-5], [1e-5], [1e-9]]
-    union, context = rng.random(count) * 3000, rng.random(count) * 1e5
-    added, at_random = rng.random(count) * 100, rng.random(count) * (200 if dense else 6000)
-    similarity, load = rng.random(count), rng.integers(0, 64, count).astype(float)
-    of = (union, added, context, similarity, at_random, load)
+    columns = rng.random((4, workers)) * [[1e-3], [1e-5], [1e-5], [1e-9]]
+    union, added, context = rng.random(workers) * 3000, rng.random(workers) * 100, rng.random(workers) * 1e5
+    products, length = rng.random(workers), rng.random(workers).astype(np.float32) + 0.1
+    at_random = np.append(0, np.cumsum(rng.random(65) * (4 if dense else 100)))
+    rows = rng.permutation(workers)[: rng.integers(1, workers + 1)]
+    load = rng.integers(0, 64, len(rows)).astype(float)
     options = (500, 1.0, 0.1, tail_guard, 0.02)
-    out = np.empty(count)
-    kernels.placement_cost(columns, *of, *options, out)
-    assert out.tolist() == pytest.approx(plain_placement_cost(columns, list(zip(*of, strict=True)), *options), rel=1e-9)
-    assert np.isfinite(out).any()
+    out = np.empty(len(rows))
+    best = kernels.placement_cost(
+        columns, union, added, context, products, length, at_random, rows, load, *options, out
+    )
+    of = [
+        (union[w], added[w], context[w], products[w] / length[w], at_random[int(own) + 1], own)
+        for w, own in zip(rows, load, strict=True)
+    ]
+    assert out.tolist() == pytest.approx(plain_placement_cost(columns[:, rows], of, *options), rel=1e-9)
+    assert math.isfinite(out[best])
+    assert out[best] == min(out)
 
 
 @needs_compiler
 def test_arrays_that_do_not_fit_are_refused():
     from eldr import _kernels
 
-    floats, codes, wide = np.zeros(8, np.float32), np.zeros(8, np.uint8), np.zeros(8, np.int64)
-    table = np.zeros(256, np.int64)
+    floats, codes, wide = np.zeros(8, np.float32), np.zeros(8, np.uint8), np.zeros(8, np.uint32)
+    table, doubles, fractions = np.zeros(256, np.uint32), np.zeros(8), np.zeros(8, np.uint16)
+
+    def cost(rows, load, batches):
+        fleet = (np.zeros(32), doubles, doubles, doubles, doubles, floats)
+        _kernels.placement_cost(
+            *fleet, np.zeros(batches), np.array(rows), np.array(load), 1, 1.0, 1.0, 1.0, 1.0, np.zeros(len(rows))
+        )
+
+    cost([7], [3.0], 5)
     for call in (
         lambda: _kernels.unpack_counts(b"123456", 8, 0, 2, 3, 0, 0, np.zeros(5, np.uint32)),
         lambda: _kernels.unpack_counts(b"123456", 17, 16, 2, 3, 0, 0, np.zeros(6, np.uint32)),
@@ -200,12 +243,22 @@ def test_arrays_that_do_not_fit_are_refused():
         lambda: _kernels.scale_to_probabilities(floats, 3, 0.1, 0.9, 1.0),
         lambda: _kernels.scale_to_probabilities(floats, 0, 0.1, 0.9, 1.0),
         lambda: _kernels.encode_profile(floats, codes[:7]),
-        lambda: _kernels.shift_survival(table[:255], codes, 1, 1.0, wide, floats),
-        lambda: _kernels.shift_survival(table, codes, 1, 1.0, wide[:7], floats),
+        lambda: _kernels.shift_exposure(table[:255], codes, 1, 1.0, wide, fractions),
+        lambda: _kernels.shift_exposure(table, codes, 1, 1.0, wide[:7], fractions),
+        lambda: _kernels.shift_exposure(table, codes, 1, 1.0, wide, fractions[:7]),
         lambda: _kernels.move_towards(floats, floats[:7], 1.0),
+        lambda: _kernels.unit_direction(floats, floats[:7], 2, 1, floats),
+        lambda: _kernels.unit_direction(floats, floats, 3, 1, floats),
+        lambda: _kernels.unit_direction(floats, floats, 2, 2, floats),
+        lambda: _kernels.unit_direction(floats, floats, 2, 0, floats),
         lambda: _kernels.row_products(np.zeros((2, 7), np.float32), floats, np.zeros(2)),
-        lambda: _kernels.placement_cost(*[np.zeros(8)] * 7, 1, 1, 1, 1, 1, np.zeros(8)),
-        lambda: _kernels.placement_cost(np.zeros(32), *[np.zeros(8)] * 5, np.zeros(7), 1, 1, 1, 1, 1, np.zeros(8)),
+        lambda: cost([8], [3.0], 5),
+        lambda: cost([-1], [3.0], 5),
+        lambda: cost([7], [4.0], 5),
+        lambda: cost([7], [-1.0], 5),
+        lambda: cost([7], [math.nan], 5),
+        lambda: cost([7, 1], [1.0], 5),
+        lambda: cost([], [], 5),
     ):
         with pytest.raises(ValueError):
             call()

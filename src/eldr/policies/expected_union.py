@@ -101,6 +101,7 @@ class ExpectedUnion(Policy):
         self._rng = random.Random(seed)
         self._workers: list[str] = []
         self._row: dict[str, int] = {}
+        self._all_rows = np.arange(0)
         self._running: dict[tuple[str, str], Profile] = {}
         self._geometry: tuple[int, int, int] | None = None
         self._latest: _Arrival | None = None
@@ -120,9 +121,10 @@ class ExpectedUnion(Policy):
         self._mean_frequency = np.full(dimension, top_k / experts, dtype=np.float32)
         self._mean_profile = of_a_step(self._mean_frequency.copy(), self._step_tokens)
         self._mean_requests = 0
-        self._anchor_layers = slice(None, None, -(-dimension // ANCHOR_ENTRIES))
+        self._anchor_every = -(-dimension // ANCHOR_ENTRIES)
+        self._anchor_dimension = -(-layers // self._anchor_every) * experts
         divided = Geometry(layers, experts, self._ranks)
-        self._unions = Unions(divided, len(range(layers)[self._anchor_layers]) * experts)
+        self._unions = Unions(divided, self._anchor_dimension)
         self._random = RandomBatches(divided)
         self._random.set_mean(self._mean_profile)
         for _ in self._workers:
@@ -140,26 +142,29 @@ class ExpectedUnion(Policy):
             return Decision(least_loaded(in_flight, self._rng), reason or "no_geometry")
         self._latest = arrival = self._look_at(request)
         workers = list(in_flight)
+        rows = self._all_rows if workers == self._workers else np.array([self._row[worker] for worker in workers])
         load = np.fromiter(in_flight.values(), dtype=np.float64, count=len(workers))
-        rows = slice(None) if workers == self._workers else [self._row[worker] for worker in workers]
-        cost = self._placement_cost(arrival, load, rows)
-        return Decision(workers[int(cost.argmin())], reason or "expected_union")
+        best, _ = self._placement_cost(arrival, rows, load, max(in_flight.values()))
+        return Decision(workers[best], reason or "expected_union")
 
     def _placement_cost(
-        self, arrival: _Arrival, load: NDArray[np.float64], rows: slice | list[int]
-    ) -> NDArray[np.float64]:
-        """float64 [eligible workers]: seconds of decode time per step that the placement costs, anchor included;
-        infinity behind the tail guard, which always lets the least step time through."""
+        self, arrival: _Arrival, rows: NDArray[np.int64], load: NDArray[np.float64], most: int
+    ) -> tuple[int, NDArray[np.float64]]:
+        """Of the workers in `rows` with these loads, of which `most` is the largest: the best one's place, and float64
+        [N], seconds of decode time per step that the placement costs, anchor included; infinity behind the tail guard,
+        which always lets the least step time through."""
         unions = self._unions
         direction = arrival.direction if self._anchor > 0 else None
         cost = np.empty(len(load))
-        kernels.placement_cost(
-            np.ascontiguousarray(self._costs[:, rows]),
-            unions.union[rows],
-            unions.added(arrival.profile)[rows],
-            unions.context[rows],
-            np.zeros(len(load)) if direction is None else unions.similarity(direction)[rows],
-            self._random.experts(load + 1),
+        best = kernels.placement_cost(
+            self._costs,
+            unions.union,
+            unions.added(arrival.profile),
+            unions.context,
+            np.zeros(unions.count) if direction is None else unions.along(direction),
+            unions.length,
+            self._random.experts(most + 1),
+            rows,
             load,
             arrival.context_tokens,
             self._others_weight,
@@ -168,7 +173,7 @@ class ExpectedUnion(Policy):
             GUARD_EXPERT_SHARE,
             cost,
         )
-        return cost
+        return best, cost
 
     def _unusable(self, counts: ExpertCounts | None) -> str | None:
         """Why counts cannot be used, None if they can. The first usable counts set the geometry."""
@@ -202,11 +207,9 @@ class ExpectedUnion(Policy):
         return of_a_step(token, self._step_tokens)
 
     def _direction_of(self, frequency: NDArray[np.float32], layers: int) -> NDArray[np.float32] | None:
-        anchored = self._anchor_layers
-        own, mean = frequency.reshape(layers, -1)[anchored], self._mean_frequency.reshape(layers, -1)[anchored]
-        direction = (own - mean).reshape(-1)
-        length = float(np.sqrt(direction @ direction))
-        return direction / np.float32(length) if length > 0 else None
+        direction = np.empty(self._anchor_dimension, dtype=np.float32)
+        every = self._anchor_every
+        return direction if kernels.unit_direction(frequency, self._mean_frequency, layers, every, direction) else None
 
     def started(self, request: DecodeRequest, worker: str) -> None:
         self._unusable(request.counts)
@@ -238,6 +241,7 @@ class ExpectedUnion(Policy):
     def joined(self, worker: str) -> None:
         self._row[worker] = len(self._workers)
         self._workers.append(worker)
+        self._all_rows = np.arange(len(self._workers))
         if self._geometry is not None:
             self._unions.append()
             self._costs = np.append(self._costs, _cost_columns([self._step_cost(worker)]), axis=1)
@@ -248,11 +252,12 @@ class ExpectedUnion(Policy):
         if last != worker:
             self._workers[row] = last
             self._row[last] = row
+        self._all_rows = np.arange(len(self._workers))
         self._running = {key: entry for key, entry in self._running.items() if key[1] != worker}
         if self._geometry is not None:
             self._unions.remove(row)
             self._costs[:, row] = self._costs[:, -1]
-            self._costs = self._costs[:, :-1]
+            self._costs = np.ascontiguousarray(self._costs[:, :-1])
 
     def picture(self) -> Picture | None:
         if self._geometry is None:
@@ -265,4 +270,4 @@ class ExpectedUnion(Policy):
 def _cost_columns(costs: list[StepCost]) -> NDArray[np.float64]:
     """float64 [4, W]: base, per expert, per token and per context token, seconds."""
     columns = [(cost.base_s, cost.per_expert_s, cost.per_token_s, cost.per_context_token_s) for cost in costs]
-    return np.array(columns, dtype=np.float64).reshape(-1, 4).T
+    return np.ascontiguousarray(np.array(columns, dtype=np.float64).reshape(-1, 4).T)

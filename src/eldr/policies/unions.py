@@ -15,11 +15,13 @@ DIRECTION_REQUESTS = 20
 # Starts after which the experts of random batches are computed anew; sooner while there were few.
 RANDOM_BATCH_STARTS = 64
 
-# A request's probabilities are kept as one byte each, p = (code / 255)^2, finest where most probabilities are. The
-# logarithm of 1 - p is a whole number of 2^-32 from a table, so that adding a request and removing it cancel exactly.
-_SCALE = 2.0**32
+# A request's probabilities are kept as one byte each, p = (code / 255)^2, finest where most probabilities are. What it
+# exposes an expert to, -log(1 - p), is a whole number of 2^-17 from a table: adding a request and removing it cancel
+# exactly, and 8,000 requests that all activate the same expert fit into 32 bits.
+_UNIT = 2.0**-17
 _CODE_PROBABILITY = np.clip((np.arange(256) / 255) ** 2, LEAST, MOST)
-_LOG_SURVIVAL = np.rint(np.log1p(-_CODE_PROBABILITY) * _SCALE).astype(np.int64)
+_CERTAIN = 65535
+_EXPOSURE = np.rint(-np.log1p(-_CODE_PROBABILITY) / _UNIT).astype(np.uint32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,17 +55,18 @@ class Geometry:
 class Unions:
     """One row a worker; rows in use come first.
 
-    log_survival: int64 [C, D], sum of log(1 - p) of the running requests, in units of 1 / _SCALE. survival: float32
-    [C, D], its exponential. union: float64 [C], expected distinct experts that a step waits for, summed over layers:
-    all of them, with expert parallelism those of the busiest rank (`busiest_rank_experts`). context: float64 [C],
-    tokens of running prompts. direction: float32 [C, A], where lately started requests point; length: float32 [C].
+    exposure: uint32 [C, D], sum of -log(1 - p) of the running requests, in units of _UNIT. survival: uint16 [C, D], the
+    probability that none of them activates an expert, exp(-exposure), as a fraction of 65535. union: float64 [C],
+    expected distinct experts that a step waits for, summed over layers: all of them, with expert parallelism those of
+    the busiest rank (`busiest_rank_experts`). context: float64 [C], tokens of running prompts. direction: float32
+    [C, A], where lately started requests point; length: float32 [C].
     """
 
     def __init__(self, geometry: Geometry, anchor_dimension: int) -> None:
         self.count = 0
         self._geometry = geometry
-        self._log_survival = np.zeros((0, geometry.dimension), dtype=np.int64)
-        self._survival = np.ones((0, geometry.dimension), dtype=np.float32)
+        self._exposure = np.zeros((0, geometry.dimension), dtype=np.uint32)
+        self._survival = np.zeros((0, geometry.dimension), dtype=np.uint16)
         self._direction = np.zeros((0, anchor_dimension), dtype=np.float32)
         self._length = np.zeros(0, dtype=np.float32)
         self._union = np.zeros(0)
@@ -77,47 +80,45 @@ class Unions:
     def context(self) -> NDArray[np.float64]:
         return self._context[: self.count]
 
+    @property
+    def length(self) -> NDArray[np.float32]:
+        return self._length[: self.count]
+
     def by_layer(self) -> NDArray[np.float64]:
         """float64 [W, L]: expected distinct experts of a step in each layer."""
         survival = self._survival[: self.count].reshape(self.count, self._geometry.layers, self._geometry.experts)
-        return np.asarray(self._geometry.experts - survival.sum(axis=2, dtype=np.float64))
+        return np.asarray(self._geometry.experts - survival.sum(axis=2) / _CERTAIN)
 
     def append(self) -> None:
         """A row for one more worker; capacity doubles, so that a large fleet may join one by one."""
         if self.count == len(self._union):
             more = max(8, self.count)
-            for name in ("_log_survival", "_survival", "_direction", "_length", "_union", "_context"):
+            for name in ("_exposure", "_survival", "_direction", "_length", "_union", "_context"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate((old, np.zeros((more, *old.shape[1:]), dtype=old.dtype))))
         row = self.count
         self.count += 1
-        self._log_survival[row] = 0
-        self._survival[row] = 1
+        self._exposure[row] = 0
+        self._survival[row] = _CERTAIN
         self._direction[row] = 0
         self._length[row] = self._union[row] = self._context[row] = 0
 
     def remove(self, row: int) -> None:
         """Forget a worker; the last row takes its place."""
         self.count -= 1
-        for array in (
-            self._log_survival, self._survival, self._direction, self._length, self._union, self._context
-        ):  # fmt: skip
+        for array in (self._exposure, self._survival, self._direction, self._length, self._union, self._context):
             array[row] = array[self.count]
 
     def add(self, row: int, profile: Profile, sign: int) -> None:
         """Add (sign 1) or remove (sign -1) a running request. Whole numbers: what was added cancels exactly."""
         self._context[row] += sign * profile.context_tokens
         survival = self._survival[row]
-        union = kernels.shift_survival(
-            _LOG_SURVIVAL, profile.codes, sign, 1 / _SCALE, self._log_survival[row], survival
-        )
-        self._union[row] = union if self._geometry.ranks == 1 else self._geometry.active(survival)
+        union = kernels.shift_exposure(_EXPOSURE, profile.codes, sign, _UNIT, self._exposure[row], survival)
+        self._union[row] = union if self._geometry.ranks == 1 else self._geometry.active(_probability(survival))
 
     def turn(self, row: int, unit_direction: NDArray[np.float32]) -> None:
         """Move a worker's direction towards that of a request."""
-        own = self._direction[row]
-        kernels.move_towards(own, unit_direction, 1 / DIRECTION_REQUESTS)
-        self._length[row] = np.sqrt(own @ own)
+        self._length[row] = kernels.move_towards(self._direction[row], unit_direction, 1 / DIRECTION_REQUESTS)
 
     def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
         """float64 [W]: distinct experts that a request adds to what each worker's steps wait for."""
@@ -125,13 +126,12 @@ class Unions:
         geometry = self._geometry
         if geometry.ranks == 1:
             return _row_products(survival, profile)
-        active = 1 - survival * (1 - profile)
+        active = 1 - _probability(survival) * (1 - profile)
         return busiest_rank_experts(active, geometry.layers, geometry.ranks) - self.union
 
-    def similarity(self, unit_direction: NDArray[np.float32]) -> NDArray[np.float64]:
-        """float64 [W]: cosine of a request's direction and each worker's; 0 for a worker that has none yet."""
-        products = _row_products(self._direction[: self.count], unit_direction)
-        return np.asarray(products / np.maximum(self._length[: self.count], np.float32(1e-6)))
+    def along(self, unit_direction: NDArray[np.float32]) -> NDArray[np.float64]:
+        """float64 [W]: scalar product of a request's direction and each worker's; over `length` their cosine."""
+        return _row_products(self._direction[: self.count], unit_direction)
 
 
 class RandomBatches:
@@ -160,17 +160,15 @@ class RandomBatches:
         self._product = np.ones_like(self._survival)
         self._experts = np.zeros(1)
 
-    def experts(self, batch: NDArray[np.float64]) -> NDArray[np.float64]:
-        """float64 [W], of batches of `batch` requests, whole numbers."""
-        wanted = batch.astype(np.int64)
-        largest = int(wanted.max())
-        if largest >= len(self._experts):
+    def experts(self, most: int) -> NDArray[np.float64]:
+        """float64 [at least most + 1], of batches of 0, 1, 2, ... requests."""
+        if most >= len(self._experts):
             more = []
-            for _ in range(len(self._experts), largest + 1):
+            for _ in range(len(self._experts), most + 1):
                 self._product *= self._survival
                 more.append(self._geometry.active(self._product))
             self._experts = np.append(self._experts, more)
-        return self._experts[wanted]
+        return self._experts
 
 
 def encode_profile(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -180,7 +178,11 @@ def encode_profile(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
     return codes
 
 
-def _row_products(rows: NDArray[np.float32], vector: NDArray[np.float32]) -> NDArray[np.float64]:
+def _probability(survival: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return survival.astype(np.float32) / np.float32(_CERTAIN)
+
+
+def _row_products(rows: NDArray[np.float32] | NDArray[np.uint16], vector: NDArray[np.float32]) -> NDArray[np.float64]:
     """float64 [W]: scalar product of each row [W, D] with the vector."""
     products = np.empty(len(rows))
     kernels.row_products(rows, vector, products)
