@@ -11,7 +11,6 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 from eldr.fleet import Fleet
 from eldr.router.errors import ApiError
@@ -185,9 +184,13 @@ class Admission:
         return turn
 
     def _pop(self) -> _Turn:
+        """The next to start; there is one."""
         self.queued -= 1
-        turn: Any = next(filter(None, (queue.pop() for queue in self._queues)))
-        return turn  # type: ignore[no-any-return]
+        for queue in self._queues:
+            turn = queue.pop()
+            if turn is not None:
+                return turn
+        raise AssertionError("turns were counted that do not wait")
 
     def _too_late(self, turn: _Turn) -> None:
         self.refusals["timeout"] += 1

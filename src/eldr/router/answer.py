@@ -64,7 +64,6 @@ class DecodeAnswer(Answer):
         self._wants_usage = wants_usage
         self._usage = b""
         self._is_stream = False
-        self.begun = False
         self.broken: ExchangeError | None = None
         self.events = 0
         self.first_s = 0.0

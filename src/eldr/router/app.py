@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from eldr.errors import EldrError
 from eldr.fleet import Fleet
@@ -174,7 +174,7 @@ class Router:
         where: dict[str, Any] = {"sock": inherited[0]} if inherited else {"host": host, "port": port}
         try:
             return await asyncio.get_running_loop().create_server(
-                lambda: ClientConnection(handler, self._limits),
+                lambda: cast(Any, ClientConnection(handler, self._limits)),
                 **where,
                 backlog=BACKLOG,
                 ssl=None if tls is None else tls.context,

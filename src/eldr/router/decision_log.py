@@ -69,8 +69,8 @@ class DecisionLog:
             self._file = _open(path)
         except OSError as error:
             raise ConfigError(f"decision_log {path} cannot be written: {error.strerror}") from None
-        self._thread = threading.Thread(target=self._run, name="decision-log", daemon=True)
-        self._thread.start()
+        self._writer = threading.Thread(target=self._run, name="decision-log", daemon=True)
+        self._writer.start()
 
     # On the event loop.
 
@@ -115,7 +115,7 @@ class DecisionLog:
             self._add_gap()
         self._closing = True
         self._wake.set()
-        self._thread.join(CLOSE_S)
+        self._writer.join(CLOSE_S)
         left = self._rest_lines + len(self._lines)
         if left:
             log.error("decision log %s: %d lines were lost at the end", self._path, left)

@@ -123,8 +123,11 @@ class _Clock:
 _clock = _Clock()
 
 
-class ClientConnection(asyncio.Protocol):
-    """One client connection. Requests are answered one after the other in the order in which they came."""
+class ClientConnection:
+    """One client connection. Requests are answered one after the other in the order in which they came.
+
+    It is an asyncio.Protocol, though not by name, which would slow the compiled class down.
+    """
 
     _transport: asyncio.Transport
 
@@ -174,6 +177,9 @@ class ClientConnection(asyncio.Protocol):
             self._refusal = ApiError(503, "the router has as many clients as it can take", retry_after_s=1)
             self._write_refusal(self._refusal)
             self._transport.close()
+
+    def eof_received(self) -> None:
+        """The client has closed its side, and so is gone."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._handler.connections.discard(self)

@@ -12,7 +12,7 @@ import math
 import socket
 import ssl
 import time
-from typing import cast
+from typing import Any, ClassVar, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -42,36 +42,36 @@ SIZE_LINE_BYTES = 5
 class UpstreamError(Exception):
     """A worker did not answer as HTTP wants it. reason: why, as a metric label."""
 
-    reason: str
-    timed_out = False
+    reason: ClassVar[str]
+    timed_out: ClassVar[bool] = False
 
 
 class ConnectError(UpstreamError):
     """No connection: refused, unreachable, timed out or no TLS. No byte of the request was sent."""
 
-    reason = "refused"
+    reason: ClassVar[str] = "refused"
 
 
 class ConnectTimeoutError(ConnectError):
     """No connection in time."""
 
-    timed_out = True
+    timed_out: ClassVar[bool] = True
 
 
 class ExchangeError(UpstreamError):
     """The exchange broke after bytes of the request may have been sent."""
 
-    reason = "failed"
+    reason: ClassVar[str] = "failed"
 
 
 class SilenceError(ExchangeError):
     """The answer, or the next byte of it, did not come in time."""
 
-    reason = "timeout"
-    timed_out = True
+    reason: ClassVar[str] = "timeout"
+    timed_out: ClassVar[bool] = True
 
 
-class Exchange:
+class Exchange(Protocol):
     """Hears one answer as it arrives: `on_head`, any number of `on_body`, then `on_done`; or `on_failed` at any time.
 
     Nothing is called after `on_done` or `on_failed`. Header names are lower-case.
@@ -79,27 +79,24 @@ class Exchange:
     begun: whether a part of the answer has been passed on, so that from here on only silence counts against it.
     """
 
-    begun = False
+    begun: bool
 
-    def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
-        raise NotImplementedError
+    def on_head(self, status: int, headers: dict[bytes, bytes]) -> None: ...
 
     def on_body(self, data: bytes, framed: bytes | None = None) -> None:
         """A piece of the body. framed: the same as the chunk that it came as, if it is exactly one, for whoever passes
         it on in chunks."""
-        raise NotImplementedError
 
-    def on_done(self) -> None:
-        raise NotImplementedError
+    def on_done(self) -> None: ...
 
-    def on_failed(self, error: ExchangeError) -> None:
-        raise NotImplementedError
+    def on_failed(self, error: ExchangeError) -> None: ...
 
 
-class Answer(Exchange):
+class Answer:
     """A whole answer in memory. `finished` resolves when it is complete, or raises ExchangeError."""
 
     def __init__(self) -> None:
+        self.begun = False
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
@@ -136,8 +133,8 @@ class Answer(Exchange):
             raise ExchangeError(f"the answer is not JSON: {error}") from None
 
 
-class WorkerConnection(asyncio.Protocol):
-    """One connection to a worker."""
+class WorkerConnection:
+    """One connection to a worker: an asyncio.Protocol, though not by name, which would slow the compiled class down."""
 
     _transport: asyncio.Transport
 
@@ -162,6 +159,14 @@ class WorkerConnection(asyncio.Protocol):
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
+
+    def pause_writing(self) -> None:
+        """Requests are bounded by the limit on bodies: what the worker does not take yet may wait in the transport."""
+
+    def resume_writing(self) -> None: ...
+
+    def eof_received(self) -> None:
+        """Nothing more will come: the transport closes."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
@@ -393,13 +398,14 @@ class WorkerPool:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(
-                    lambda: WorkerConnection(self), self._host, self._port, ssl=self._ssl
+                _, made = await loop.create_connection(
+                    lambda: cast(Any, WorkerConnection(self)), self._host, self._port, ssl=self._ssl
                 )
         except TimeoutError:
             raise ConnectTimeoutError(f"{self.url}: no connection within {self._connect_timeout_s:g} s") from None
         except (OSError, ssl.CertificateError) as error:
             raise ConnectError(f"{self.url}: {error}") from None
+        connection = cast(WorkerConnection, made)
         try:
             self._check_open()
         except ConnectError:

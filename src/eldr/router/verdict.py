@@ -7,7 +7,7 @@ name is checked, for all workers and one kind of answer from the first on that b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 
@@ -25,7 +25,7 @@ ID_WITHIN_BYTES = 512
 class WrongAnswerError(ExchangeError):
     """An answer, good HTTP, that is not the answer to this request."""
 
-    reason = "wrong_answer"
+    reason: ClassVar[str] = "wrong_answer"
 
 
 class Names:
