@@ -57,6 +57,18 @@ static void unpack_low(const uint8_t *stream, int bits, Py_ssize_t size, uint32_
     for (i = 0; i < size; i++) out[i] = bits_at(stream, (uint64_t)i * (uint64_t)bits, bits);
 }
 
+FOR_EACH_CPU
+static Py_ssize_t ones(const uint8_t *bytes, Py_ssize_t count) {
+    Py_ssize_t sum = 0;
+    for (; count >= 8; count -= 8, bytes += 8) {
+        uint64_t word;
+        memcpy(&word, bytes, sizeof word);
+        sum += __builtin_popcountll(word);
+    }
+    for (; count > 0; count--) sum += __builtin_popcount(*bytes++);
+    return sum;
+}
+
 /* The bits above the low ones, of the numbers that `marked` says have any. Reads up to 7 bytes behind `marked`. */
 static void unpack_high(const uint8_t *stream, int bits, const uint8_t *marked, int low_bits, Py_ssize_t size,
                         uint32_t *out) {
@@ -262,9 +274,7 @@ static PyObject *unpack_counts(PyObject *self, PyObject *args) {
     if (low < 0 || high < 0 || low + high > 32 || !holds(&b[1], size, 4)) return finish(b, 2, NULL);
     const Py_ssize_t low_bytes = (size * low + 7) / 8, mark_bytes = high ? (size + 7) / 8 : 0;
     const uint8_t *data = b[0].buf;
-    Py_ssize_t marks = 0;
-    if (b[0].len >= low_bytes + mark_bytes)
-        for (Py_ssize_t i = low_bytes; i < low_bytes + mark_bytes; i++) marks += __builtin_popcount(data[i]);
+    const Py_ssize_t marks = b[0].len < low_bytes + mark_bytes ? 0 : ones(data + low_bytes, mark_bytes);
     if (b[0].len != low_bytes + mark_bytes + (marks * high + 7) / 8) return finish(b, 2, PyLong_FromLong(-1));
     uint8_t *padded = PyMem_Malloc((size_t)b[0].len + 8);
     if (!padded) return finish(b, 2, PyErr_NoMemory());

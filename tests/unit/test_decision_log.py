@@ -149,9 +149,9 @@ def test_two_routers_may_write_to_one_file(trace, calibration):
         '{"event":"started","id":"x","worker":"a"}',
         '{"event":"choose","worker":"a"}',
         '{"event":"choose","id":"x","prompt_tokens":1,"label":null,"max_tokens":null,"counts":null,"eligible":[7],'
-        '"load":[0],"worker":"a"}',
-        '{"event":"log","v":2}',
-        '{"event":"log","v":1,"policy":"jsq","seed":0,"options":{"tau":-1},"calibration":null}',
+        '"load":[0],"worker":"a","started":true}',
+        '{"event":"log","v":1}',
+        '{"event":"log","v":2,"policy":"jsq","seed":0,"options":{"tau":-1},"calibration":null}',
     ],
 )
 def test_a_broken_line_is_named(line):

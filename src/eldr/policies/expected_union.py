@@ -46,7 +46,7 @@ ANCHOR_ENTRIES = 2048
 MEAN_REQUESTS = 500
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Arrival:
     """What is known of a request to be placed. profile: float32 [D], its probabilities. frequency: float32 [D], None
     where its counts cannot be used. direction: float32 [A], unit vector from the fleet's mean frequencies to these;

@@ -21,7 +21,7 @@ from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
 from eldr.policies.options import PolicyOptions
 from eldr.policies.refit import Refit, RefitTask
 
-LOG_VERSION = 1
+LOG_VERSION = 2
 
 Write = Callable[[dict[str, Any]], None]
 
@@ -76,9 +76,9 @@ def software() -> dict[str, Any]:
 class LoggedPolicy(Policy):
     """Passes everything on to another policy and hands an event of it to `write`.
 
-    A request's counts are written once, with its choice; its start and finish name it by id, which must be unique
-    among running requests. Workers of a choice are numbers in order of joining, for a URL each would be most of a
-    line in a large fleet.
+    A request's counts are written once, with its choice; its finish, and its start if that was not at once where it was
+    chosen to be, name it by id, which must be unique among running requests. Workers of a choice are numbers in order
+    of joining, for a URL each would be most of a line in a large fleet.
     """
 
     def __init__(self, policy: Policy, write: Write) -> None:
@@ -86,6 +86,8 @@ class LoggedPolicy(Policy):
         self._write = write
         self._numbers: dict[str, int] = {}
         self._joined = 0
+        # The last choice, until it is known whether the request starts there.
+        self._chosen: dict[str, Any] | None = None
         self.name = policy.name
 
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
@@ -99,16 +101,27 @@ class LoggedPolicy(Policy):
             "eligible": [self._numbers[worker] for worker in in_flight],
             "load": list(in_flight.values()),
             "worker": None,
+            "started": False,
         }
+        self._write_chosen()
+        self._chosen = event
         try:
             decision = self._policy.choose(request, in_flight)
-            event |= {"worker": decision.worker, "reason": decision.reason}
         except Exception as error:
             event["error"] = type(error).__name__
             raise
-        finally:
-            self._write(event)
+        event["worker"] = decision.worker
+        event["reason"] = decision.reason
         return decision
+
+    def _write_chosen(self) -> None:
+        event, self._chosen = self._chosen, None
+        if event is not None:
+            self._write(event)
+
+    def _write_event(self, event: dict[str, Any]) -> None:
+        self._write_chosen()
+        self._write(event)
 
     @property
     def signatures_seen(self) -> int:
@@ -119,25 +132,30 @@ class LoggedPolicy(Policy):
 
     def refitted(self, refit: Refit) -> None:
         self._policy.refitted(refit)
-        self._write({"event": "refit", **refit.to_wire()})
+        self._write_event({"event": "refit", **refit.to_wire()})
 
     def started(self, request: DecodeRequest, worker: str) -> None:
-        self._write({"event": "started", "id": request.request_id, "worker": worker})
+        chosen = self._chosen
+        if chosen is not None and chosen["worker"] == worker and chosen["id"] == request.request_id:
+            chosen["started"] = True
+            self._write_chosen()
+        else:
+            self._write_event({"event": "started", "id": request.request_id, "worker": worker})
         self._policy.started(request, worker)
 
     def finished(self, request: DecodeRequest, worker: str) -> None:
-        self._write({"event": "finished", "id": request.request_id, "worker": worker})
+        self._write_event({"event": "finished", "id": request.request_id, "worker": worker})
         self._policy.finished(request, worker)
 
     def joined(self, worker: str) -> None:
         self._numbers[worker] = self._joined
         self._joined += 1
-        self._write({"event": "joined", "worker": worker})
+        self._write_event({"event": "joined", "worker": worker})
         self._policy.joined(worker)
 
     def left(self, worker: str) -> None:
         self._numbers.pop(worker, None)
-        self._write({"event": "left", "worker": worker})
+        self._write_event({"event": "left", "worker": worker})
         self._policy.left(worker)
 
     def picture(self) -> Picture | None:

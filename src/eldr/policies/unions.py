@@ -24,7 +24,7 @@ _CERTAIN = 65535
 _EXPOSURE = np.rint(-np.log1p(-_CODE_PROBABILITY) / _UNIT).astype(np.uint32)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Profile:
     """What is remembered of a request while it runs. codes: uint8 [D]. context_tokens: of its prompt."""
 

@@ -167,7 +167,9 @@ class _Run:
         elif self._behind_gap:
             self._result.skipped += kind == "choose"
         elif kind == "choose":
-            self._choose(event, line)
+            request = self._choose(event, line)
+            if event["started"]:
+                _tell(policy.started, request, event["worker"])
         elif kind == "refit":
             policy.refitted(Refit.from_wire(event))
         elif kind == "joined":
@@ -182,7 +184,7 @@ class _Run:
         else:
             raise KeyError(kind)
 
-    def _choose(self, event: dict[str, Any], line: Line) -> None:
+    def _choose(self, event: dict[str, Any], line: Line) -> DecodeRequest:
         request = request_of(event)
         eligible = [self._workers[number] for number in event["eligible"]]
         in_flight = dict(zip(eligible, event["load"], strict=True))
@@ -198,6 +200,7 @@ class _Run:
             result.differing += 1
             if result.differing <= KEPT_DIFFERENCES:
                 result.differences.append(Difference(line.where, request.request_id, logged, chosen))
+        return request
 
 
 def _tell(hook: Callable[[DecodeRequest, str], None], request: DecodeRequest, worker: str) -> None:

@@ -35,7 +35,7 @@ class Limits:
     worker_wait_s: float
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Claim:
     """What a request's turn depends on. client: tells clients apart. priority: index into PRIORITIES. cost: tokens."""
 

@@ -19,7 +19,7 @@ FIRST_BYTE_S = (b"x-stainless-read-timeout", b"x-stainless-timeout")
 MAX_HEADER_BYTES = 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Deadlines:
     """Monotonic times by which the first byte must be on its way to the client, and by which the answer must end."""
 

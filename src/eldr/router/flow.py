@@ -131,8 +131,6 @@ class Flow:
                 self._respond_error(self._ended)
             else:
                 self._notes["status"] = "cancelled"
-        except orjson.JSONEncodeError as error:
-            self._respond_error(ApiError(400, f"the request body cannot be passed on: {error}"))
         except Exception:
             log.exception("request %s failed inside the router", self._id)
             self._respond_error(ApiError(500, "the router failed on this request"))
@@ -192,8 +190,8 @@ class Flow:
     async def _prefill(self, job: Job) -> HandOff | None:
         """A hand-off; None if the worker gives none. Raises ApiError or RelayedError."""
         services = self._services
-        key = services.ring.key(job.path, job.body)
         body = openai.prefill_body(job.body, job.record)
+        key = services.ring.key(job.path, job.body)
         while True:
             chosen = services.ring.choose(key, self._tried["prefill"])
             if chosen is None:

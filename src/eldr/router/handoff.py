@@ -13,7 +13,7 @@ from eldr.counts import CountsError, ExpertCounts, decode_counts
 UNKNOWN_LEASE_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Lease:
     """Time until the prefill worker may free the blocks: `left_s` when it was received, at `received_s` (monotonic)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,9 @@ PRIORITY_NAMES = {name.encode(): number for number, name in enumerate(PRIORITIES
 _decode_requests = itertools.count()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Job:
-    """One completion or chat request, checked.
+    """One completion or chat request, checked. Nothing changes it; frozen, it would take four times as long to make.
 
     body: what the client sent, less its request_id. why_whole: why it cannot be handed off, None if it can.
     record: whether its experts are wanted. leg_headers: header lines for either leg. authorization: the client's own,
@@ -70,7 +70,7 @@ class Job:
 def request_id(request: Request) -> str:
     """The client's X-Request-Id if it can stand in a header, else a random one. vLLM's answer ids show it."""
     chosen = request.headers.get(b"x-request-id")
-    return (_visible(chosen, MAX_ID_BYTES) if chosen else None) or os.urandom(16).hex()
+    return (_visible(chosen, MAX_ID_BYTES) if chosen else None) or f"{random.getrandbits(128):032x}"
 
 
 def take_in(request: Request, request_id: str, services: Services) -> Job:

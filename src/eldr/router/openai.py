@@ -114,7 +114,10 @@ def _why_not_chat(body: dict[str, Any]) -> str | None:
 
 
 def prefill_body(body: dict[str, Any], record: bool) -> bytes:
-    """The request to a prefill worker: the same prompt, one token, no stream, and the promise to fetch the blocks."""
+    """The request to a prefill worker: the same prompt, one token, no stream, and the promise to fetch the blocks.
+
+    Raises ApiError for what is nested too deeply.
+    """
     fields = {key: value for key, value in body.items() if key not in NOT_FOR_PREFILL}
     fields["max_tokens"] = 1
     fields["max_completion_tokens"] = 1
@@ -124,12 +127,19 @@ def prefill_body(body: dict[str, Any], record: bool) -> bytes:
     if record:
         params["eldr_record"] = True
     fields["kv_transfer_params"] = params
-    return orjson.dumps(fields)
+    return _to_json(fields)
 
 
 def decode_body(body: dict[str, Any], params: dict[str, Any] | None) -> bytes:
-    """The client's request with the hand-off, or without one if `params` is None."""
-    return orjson.dumps(body if params is None else {**body, "kv_transfer_params": params})
+    """The client's request with the hand-off, or without one if `params` is None. Raises ApiError as `prefill_body`."""
+    return _to_json(body if params is None else {**body, "kv_transfer_params": params})
+
+
+def _to_json(fields: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(fields)
+    except orjson.JSONEncodeError as error:  # nested deeper than orjson writes, though not than it reads
+        raise ApiError(400, f"the request body cannot be passed on: {error}") from None
 
 
 def max_tokens(path: bytes, body: dict[str, Any]) -> int | None:
