@@ -23,6 +23,8 @@ from eldr.router.limits import ClientLimits
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 128
+# Requests that may wait behind the one that is answered. A piece of input holds thousands, and takes as long to parse.
+MAX_PIPELINED = 256
 # Unsent bytes to a client above which its worker is no longer read from.
 WRITE_HIGH_BYTES = 64 * 1024
 # The same within the kernel, which else takes megabytes for a client that does not read.
@@ -366,6 +368,8 @@ class ClientConnection:
             self._begin(request)
             return
         # Pipelined: it waits, and nothing more is read until its turn. So it does while earlier answers are not read.
+        if len(self._waiting) == MAX_PIPELINED:
+            raise ApiError(400, f"more than {MAX_PIPELINED} requests wait on this connection")
         self._waiting.append(request)
         if not self._paused_reading:
             self._paused_reading = True
