@@ -261,7 +261,11 @@ async def test_a_stream_that_breaks_does_not_end_well(proxy, tmp_path):
 @pytest.mark.parametrize("proxy", [ENVOY, HAPROXY], ids=lambda proxy: proxy.name)
 @on_uvloop
 async def test_a_router_that_is_not_ready_gets_nothing(proxy, tmp_path):
-    async with running() as one, running() as other, edge(proxy, tmp_path, one, other) as client:
+    async with (
+        running(worker_wait_s=0.05) as one,
+        running(worker_wait_s=0.05) as other,
+        edge(proxy, tmp_path, one, other) as client,
+    ):
 
         async def ask_until(condition: Callable[[], bool]) -> None:
             while not condition():
