@@ -16,9 +16,11 @@ SOAK_MINUTES ?= 15
 DEV := .envs/dev
 VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
+COMPILED := .envs/compiled
+SOURCES := setup.py $(wildcard src/eldr/*.[pc]* src/eldr/*/*.py src/eldr/*/*/*.py)
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast browser check format fuzz test-matrix bench bench-router bench-faults soak evaluate clean
+.PHONY: help demo test test-fast browser check format fuzz test-matrix test-compiled bench bench-router bench-faults soak evaluate clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -47,6 +49,9 @@ test-fast: $(DEV)/.installed  ## the tests that need no vLLM
 test-matrix: $(VLLM_OLD)/.test-installed  ## the connector's tests on vLLM 0.30
 	$(VLLM_OLD)/bin/python -m pytest tests/vllm
 
+test-compiled: $(COMPILED)/.compiled  ## the router's tests on a compiled router
+	$(COMPILED)/bin/python -m pytest tests/router
+
 check: $(DEV)/.installed  ## linters and type checker
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
@@ -64,7 +69,7 @@ evaluate: $(DEV)/.installed  ## every experiment of docs/evaluation on TRACES: p
 	@$(if $(strip $(TRACES)),,echo 'No trace found: name some, make evaluate TRACES="a.npz b.npz"' >&2; exit 2)
 	OPENBLAS_NUM_THREADS=1 $(DEV)/bin/eldr evaluate $(TRACES) -o docs/evaluation --torch-python $(VLLM)/bin/python
 
-bench-router: $(DEV)/.installed .envs/sglang-router/.installed .envs/vllm-router/.installed  ## what the router costs beside others
+bench-router: $(DEV)/.installed $(COMPILED)/.compiled .envs/sglang-router/.installed .envs/vllm-router/.installed  ## what the router costs beside others
 	$(DEV)/bin/python benchmarks/router/run.py
 
 bench-faults: $(DEV)/.installed .envs/sglang-router/.installed .envs/vllm-router/.installed  ## errors when workers fail, beside others
@@ -76,10 +81,17 @@ soak: $(DEV)/.installed  ## the router under load while its workers are killed, 
 clean:  ## remove the environments and everything built
 	rm -rf .envs build
 
-$(DEV)/.installed: pyproject.toml constraints/dev.txt
-	@echo "installing eldr and its tools into $(DEV), about a minute"
-	@$(PYTHON) -m venv --clear $(DEV)
-	@$(DEV)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable '.[dev]'
+$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml constraints/dev.txt
+	@echo "installing eldr and its tools into $(@D), about a minute"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable '.[dev]'
+	@touch $@
+
+# Not editable: modules that are compiled would hide their sources.
+$(COMPILED)/.compiled: $(COMPILED)/.installed $(SOURCES)
+	@echo "compiling the router into $(@D), about a minute"
+	@rm -rf build/lib.* build/bdist.*
+	@ELDR_COMPILE=1 $(@D)/bin/python $(PIP_INSTALL) --no-deps --force-reinstall .
 	@touch $@
 
 $(VLLM)/.installed $(VLLM_OLD)/.installed: .envs/vllm-%/.installed: constraints/vllm-%.txt pyproject.toml

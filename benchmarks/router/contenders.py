@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 API_KEY = "bench-key"
+# Compiled, as a router that is installed to serve should be.
+ELDR = str(ROOT / ".envs" / "compiled" / "bin" / "eldr")
 # vLLM's side channel; sglang's bootstrap server. The mock has neither, the routers only pass the number on.
 BOOTSTRAP_PORT = "8998"
 
@@ -66,7 +67,7 @@ def _eldr(fleet: Fleet, folder: Path) -> list[str]:
     config = folder / "eldr.toml"
     # A TOML value of these kinds is written as in JSON.
     config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
-    return [sys.executable, "-m", "eldr", "serve", "--config", str(config)]
+    return [ELDR, "serve", "--config", str(config)]
 
 
 def _rust(name: str, pd_flag: str, *, bootstrap: bool, level: str) -> Contender:
@@ -113,7 +114,7 @@ listen proxy
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("eldr", sys.executable, _eldr, legs=2, with_counts=True),
+        Contender("eldr", ELDR, _eldr, legs=2, with_counts=True),
         _rust("sglang-router", "--pd-disaggregation", bootstrap=True, level="warn"),
         _rust("vllm-router", "--vllm-pd-disaggregation", bootstrap=False, level="warning"),
         Contender("haproxy", "haproxy", _haproxy, legs=1),

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 from fake_worker import reply
-from harness import ASK, CHAT, on_uvloop, running, until
+from harness import ASK, CHAT, interpreted, on_uvloop, running, until
 
 from eldr.fleet import Fleet
 from eldr.router.upstream import ConnectError
@@ -115,6 +115,7 @@ async def test_a_client_that_leaves_waits_no_more():
         await until(lambda: s.router.services.admission.admitted == 0, "its slot is free")
 
 
+@interpreted
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
 async def test_a_worker_that_answers_probes_and_takes_no_request_is_not_asked_for_ever(role):

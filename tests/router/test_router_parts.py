@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_worker import counts_wire
+from harness import interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -341,6 +342,7 @@ class Silent:
         pass
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("usage", "expected_s"),
     [(False, (3.0 - 1.0) / (3 - 1)), (True, (4.0 - 1.0) / (7 - 1))],
@@ -350,7 +352,9 @@ def test_time_per_output_token_is_taken_over_tokens(monkeypatch, usage, expected
 
     async def run():
         metrics = Metrics()
-        answer = DecodeAnswer(Silent(), metrics, b"", 0.0, "id", Names(), wants_stream=True, wants_usage=usage)
+        answer = DecodeAnswer(
+            Silent(), metrics, b"", 0.0, "id", Names(), wants_stream=True, wants_usage=usage, on_begun=bool
+        )
         answer.on_head(200, {b"content-type": b"text/event-stream"})
         pieces = [b'data: {"choices":[{"text":"%b"}]}\n\n' % text for text in (b"a", b"bcd", b"efg")]
         if usage:

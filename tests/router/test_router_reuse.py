@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from harness import interpreted
 
 from eldr.router.upstream import Answer, ExchangeError, WorkerConnection, WorkerPool
 
@@ -60,14 +61,17 @@ async def second_answer(late: Callable[[WorkerConnection, Answer], None]) -> byt
     return first.next.body
 
 
+@interpreted
 async def test_an_abort_of_the_exchange_that_ended():
     assert await second_answer(lambda connection, first: connection.abort(first)) == b"2"
 
 
+@interpreted
 async def test_a_pause_of_the_exchange_that_ended():
     assert await second_answer(lambda connection, first: connection.pause(first)) == b"2"
 
 
+@interpreted
 async def test_a_cancelled_wait_for_the_exchange_that_ended():
     task = asyncio.current_task()
     assert task is not None

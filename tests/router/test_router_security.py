@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from certificates import certificate
 from fake_worker import begin_stream, chunk, reply
-from harness import ASK, CHAT, on_uvloop, running, until
+from harness import ASK, CHAT, interpreted, on_uvloop, running, until
 from memory import LIMITS, MemoryTransport, Recorder
 from test_router_http import exchange, post, status_of
 
@@ -87,6 +87,7 @@ async def test_the_admin_key_is_a_key_too(key_file, tmp_path):
         assert all("authorization" not in seen.headers for seen in (*s.prefill[0].seen, *s.decode[0].seen))
 
 
+@interpreted
 def test_keys_are_known_by_name_and_can_be_replaced(key_file):
     keys = ApiKeys(key_file)
     assert keys.client(b"Bearer secret-of-alice") == "alice"

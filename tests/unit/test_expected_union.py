@@ -25,7 +25,7 @@ class Given(ExpectedUnion):
         super().__init__(cost=MOE_ONLY, scope="moe", **options)
         self.profiles = profiles
 
-    def predict(self, request, counts):
+    def predict(self, request, counts, frequency):
         return self.profiles[int(request.request_id)]
 
 

@@ -193,17 +193,22 @@ class ExpectedUnion(Policy):
         return _Arrival(
             request.request_id,
             request.prompt_tokens,
-            self.predict(request, counts),
+            self.predict(request, counts, frequency),
             frequency,
             self._direction_of(frequency, counts.layers),
         )
 
-    def predict(self, request: DecodeRequest, counts: ExpertCounts) -> NDArray[np.float32]:
-        """float32 [D]: probability that one decode step of `request` activates each expert."""
+    def predict(
+        self, request: DecodeRequest, counts: ExpertCounts, frequency: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """float32 [D]: probability that one decode step of `request` activates each expert.
+
+        frequency: float32 [D], its own expert frequencies, mixed with the fleet's mean.
+        """
         if self._predictor is not None:
             token = self._predictor.predict(counts)
         else:
-            token = to_probabilities(own_frequencies(counts, self._mean_frequency), counts.layers, counts.top_k)
+            token = to_probabilities(frequency, counts.layers, counts.top_k)
         return of_a_step(token, self._step_tokens)
 
     def _direction_of(self, frequency: NDArray[np.float32], layers: int) -> NDArray[np.float32] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,13 +54,13 @@ class Geometry:
 
 
 class Unions:
-    """One row a worker; rows in use come first.
+    """One row a worker. Matrices have room for more, C rows, of which those in use come first.
 
     exposure: uint32 [C, D], sum of -log(1 - p) of the running requests, in units of _UNIT. survival: uint16 [C, D], the
-    probability that none of them activates an expert, exp(-exposure), as a fraction of 65535. union: float64 [C],
+    probability that none of them activates an expert, exp(-exposure), as a fraction of 65535. union: float64 [W],
     expected distinct experts that a step waits for, summed over layers: all of them, with expert parallelism those of
-    the busiest rank (`busiest_rank_experts`). context: float64 [C], tokens of running prompts. direction: float32
-    [C, A], where lately started requests point; length: float32 [C].
+    the busiest rank (`busiest_rank_experts`). context: float64 [W], tokens of running prompts. direction: float32
+    [C, A], where lately started requests point; length: float32 [W].
     """
 
     def __init__(self, geometry: Geometry, anchor_dimension: int) -> None:
@@ -68,21 +69,9 @@ class Unions:
         self._exposure = np.zeros((0, geometry.dimension), dtype=np.uint32)
         self._survival = np.zeros((0, geometry.dimension), dtype=np.uint16)
         self._direction = np.zeros((0, anchor_dimension), dtype=np.float32)
-        self._length = np.zeros(0, dtype=np.float32)
-        self._union = np.zeros(0)
-        self._context = np.zeros(0)
-
-    @property
-    def union(self) -> NDArray[np.float64]:
-        return self._union[: self.count]
-
-    @property
-    def context(self) -> NDArray[np.float64]:
-        return self._context[: self.count]
-
-    @property
-    def length(self) -> NDArray[np.float32]:
-        return self._length[: self.count]
+        self.length = np.zeros(0, dtype=np.float32)
+        self.union = np.zeros(0)
+        self.context = np.zeros(0)
 
     def by_layer(self) -> NDArray[np.float64]:
         """float64 [W, L]: expected distinct experts of a step in each layer."""
@@ -91,34 +80,34 @@ class Unions:
 
     def append(self) -> None:
         """A row for one more worker; capacity doubles, so that a large fleet may join one by one."""
-        if self.count == len(self._union):
-            more = max(8, self.count)
-            for name in ("_exposure", "_survival", "_direction", "_length", "_union", "_context"):
-                old = getattr(self, name)
-                setattr(self, name, np.concatenate((old, np.zeros((more, *old.shape[1:]), dtype=old.dtype))))
         row = self.count
+        if row == len(self._exposure):
+            self._exposure, self._survival = _longer(self._exposure), _longer(self._survival)
+            self._direction = _longer(self._direction)
         self.count += 1
         self._exposure[row] = 0
         self._survival[row] = _CERTAIN
         self._direction[row] = 0
-        self._length[row] = self._union[row] = self._context[row] = 0
+        self.length = np.append(self.length, np.float32(0))
+        self.union, self.context = np.append(self.union, 0.0), np.append(self.context, 0.0)
 
     def remove(self, row: int) -> None:
         """Forget a worker; the last row takes its place."""
         self.count -= 1
-        for array in (self._exposure, self._survival, self._direction, self._length, self._union, self._context):
+        for array in (self._exposure, self._survival, self._direction, self.length, self.union, self.context):
             array[row] = array[self.count]
+        self.length, self.union, self.context = self.length[:-1], self.union[:-1], self.context[:-1]
 
     def add(self, row: int, profile: Profile, sign: int) -> None:
         """Add (sign 1) or remove (sign -1) a running request. Whole numbers: what was added cancels exactly."""
-        self._context[row] += sign * profile.context_tokens
+        self.context[row] += sign * profile.context_tokens
         survival = self._survival[row]
         union = kernels.shift_exposure(_EXPOSURE, profile.codes, sign, _UNIT, self._exposure[row], survival)
-        self._union[row] = union if self._geometry.ranks == 1 else self._geometry.active(_probability(survival))
+        self.union[row] = union if self._geometry.ranks == 1 else self._geometry.active(_probability(survival))
 
     def turn(self, row: int, unit_direction: NDArray[np.float32]) -> None:
         """Move a worker's direction towards that of a request."""
-        self._length[row] = kernels.move_towards(self._direction[row], unit_direction, 1 / DIRECTION_REQUESTS)
+        self.length[row] = kernels.move_towards(self._direction[row], unit_direction, 1 / DIRECTION_REQUESTS)
 
     def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
         """float64 [W]: distinct experts that a request adds to what each worker's steps wait for."""
@@ -176,6 +165,11 @@ def encode_profile(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
     codes = np.empty(len(profile), dtype=np.uint8)
     kernels.encode_profile(np.ascontiguousarray(profile, dtype=np.float32), codes)
     return codes
+
+
+def _longer(matrix: NDArray[Any]) -> NDArray[Any]:
+    """With as many rows again, at least 8."""
+    return np.concatenate((matrix, np.zeros((max(8, len(matrix)), matrix.shape[1]), dtype=matrix.dtype)))
 
 
 def _probability(survival: NDArray[np.uint16]) -> NDArray[np.float32]:

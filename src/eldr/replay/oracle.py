@@ -33,7 +33,9 @@ class TrueProfiles(ExpectedUnion):
         super().__init__(predictor, **options)
         self._profiles = profiles
 
-    def predict(self, request: DecodeRequest, counts: ExpertCounts) -> NDArray[np.float32]:
+    def predict(
+        self, request: DecodeRequest, counts: ExpertCounts, frequency: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         profile: NDArray[np.float32] = self._profiles[trace_index(request)]
         return profile
 

@@ -46,7 +46,7 @@ class DecodeAnswer(Answer):
         *,
         wants_stream: bool | None,
         wants_usage: bool,
-        on_begun: Callable[[], None] | None = None,
+        on_begun: Callable[[], None],
     ) -> None:
         super().__init__()
         self._leg_id = leg_id
@@ -109,8 +109,7 @@ class DecodeAnswer(Answer):
             return b""
         check_first_event(self._held, self._leg_id, self._names)
         self.begun = True
-        if self._on_begun is not None:
-            self._on_begun()
+        self._on_begun()
         self.first_s = time.monotonic()
         self._metrics.ttft.observe(self.first_s - self._received_s)
         self._client.begin_stream(self.headers[b"content-type"], self._response_headers)

@@ -305,9 +305,14 @@ class Flow:
             services.answer_names["decode", job.path, job.stream],
             wants_stream=job.stream,
             wants_usage=openai.wants_usage(job.body),
-            # A worker's trial shall not last as long as a stream: the first event will do.
-            on_begun=functools.partial(services.outcomes.succeeded, worker) if worker.ejected else None,
+            on_begun=functools.partial(self._begun, job, worker),
         )
+
+    def _begun(self, job: Job, worker: Worker) -> None:
+        """The first event of a stream is there: nothing will be tried again."""
+        job.body = {}  # a thousand streams with long prompts would hold a gigabyte
+        if worker.ejected:  # its trial shall not last as long as the stream
+            self._services.outcomes.succeeded(worker)
 
     # When a leg fails.
 

@@ -84,7 +84,7 @@ class HandOff:
         self.counts = None
         if not record:
             self.counts_wire = None
-        params = self._params
+        params, self._params = self._params, {}
         if self.lease is not None:
             params["eldr_lease"] = {"left_s": self.lease.left_at(time.monotonic()), "unix_s": time.time()}
         if record:

@@ -33,9 +33,10 @@ _decode_requests = itertools.count()
 
 @dataclass(slots=True)
 class Job:
-    """One completion or chat request, checked. Nothing changes it; frozen, it would take four times as long to make.
+    """One completion or chat request, checked.
 
-    body: what the client sent, less its request_id. why_whole: why it cannot be handed off, None if it can.
+    body: what the client sent, less its request_id; empty once the answer streams. why_whole: why it cannot be handed
+    off, None if it can.
     record: whether its experts are wanted. leg_headers: header lines for either leg. authorization: the client's own,
     for workers that have no key of the router's. deadlines: until when it must be answered.
     stream: whether the answer is to be streamed; None for what is no boolean, which a worker may read either way.
