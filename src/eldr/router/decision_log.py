@@ -27,6 +27,8 @@ log = logging.getLogger("eldr.router")
 # Some two seconds of a thousand requests a second with counts of 48 x 128 experts.
 BUFFER_BYTES = 16 * 2**20
 WRITE_BYTES = 2**20
+# Linux's IOV_MAX.
+MOST_LINES = 1024
 FLUSH_S = 0.25
 CLOSE_S = 5.0
 
@@ -137,11 +139,14 @@ class DecisionLog:
     def _write_all(self) -> bool:
         """Whether the buffer could be emptied."""
         while self._rest or self._lines:
-            if not self._rest:
-                self._take()
+            if self._rest:
+                parts = [self._rest]
+            else:
+                parts = self._take()
             try:
-                done = os.write(self._file, self._rest)
+                done = os.writev(self._file, parts)
             except OSError as error:
+                self._rest = b"".join(parts)
                 if self._throttle.due("write"):
                     log.error(
                         "decision log %s cannot be written: %s; %d bytes wait, %d lines were dropped so far",
@@ -149,21 +154,22 @@ class DecisionLog:
                         self._metrics.decision_log_dropped,
                     )  # fmt: skip
                 return False
-            self._rest = self._rest[done:]
+            self._rest = b"" if done == sum(map(len, parts)) else b"".join(parts)[done:]
             if not self._rest:
                 self._metrics.decision_log_lines += self._rest_lines
                 self._rest_lines = 0
         return True
 
-    def _take(self) -> None:
-        """Move lines from the buffer, some WRITE_BYTES of them."""
+    def _take(self) -> list[bytes]:
+        """Lines from the buffer, some WRITE_BYTES of them, but no more than one call can write."""
         taken: list[bytes] = []
         size = 0
-        while self._lines and size < WRITE_BYTES:
+        while self._lines and size < WRITE_BYTES and len(taken) < MOST_LINES:
             taken.append(self._lines.popleft())
             size += len(taken[-1])
         self._taken_bytes += size
-        self._rest, self._rest_lines = b"".join(taken), len(taken)
+        self._rest_lines = len(taken)
+        return taken
 
     def _reopen_file(self) -> None:
         self._reopening = False
