@@ -139,10 +139,7 @@ class DecisionLog:
     def _write_all(self) -> bool:
         """Whether the buffer could be emptied."""
         while self._rest or self._lines:
-            if self._rest:
-                parts = [self._rest]
-            else:
-                parts = self._take()
+            parts = [self._rest] if self._rest else self._take()
             try:
                 done = os.writev(self._file, parts)
             except OSError as error:
