@@ -16,16 +16,12 @@ COMPILE = os.environ.get("ELDR_COMPILE") == "1"
 TO_COMPILE = ["mypy>=2.4,<3", "numpy>=2.0", "httptools>=0.6.4", "orjson>=3.10", "prometheus-client>=0.21"]
 # The path of a request, from the socket to the policy and back.
 COMPILED = [
-    *("counts", "fleet", "policies/expected_union", "policies/logged", "policies/unions"),
-    *(
-        f"router/{name}"
-        for name in (
-            *("admission", "answer", "deadlines", "decision_log", "ejection", "fair_queue", "flow", "forwarding"),
-            *("handoff", "http", "intake", "keys", "legs", "metrics", "openai", "outcomes", "placement", "prefix"),
-            *("retries", "services", "upstream", "verdict"),
-        )
-    ),
-]
+    "counts", "fleet", "policies/expected_union", "policies/logged", "policies/unions", "router/admission",
+    "router/answer", "router/deadlines", "router/decision_log", "router/ejection", "router/fair_queue", "router/flow",
+    "router/forwarding", "router/handoff", "router/heads", "router/http", "router/intake", "router/keys",
+    "router/legs", "router/metrics", "router/openai", "router/outcomes", "router/placement", "router/prefix",
+    "router/retries", "router/services", "router/upstream", "router/verdict",
+]  # fmt: skip
 
 extensions = [
     Extension(

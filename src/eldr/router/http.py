@@ -12,13 +12,12 @@ import re
 import socket
 import time
 from collections import deque
-from email.utils import formatdate
-from http import HTTPStatus
 from typing import Protocol, cast
 
 import httptools
 
 from eldr.router.errors import ApiError
+from eldr.router.heads import answer_head, error_headers
 from eldr.router.limits import ClientLimits
 
 MAX_HEAD_BYTES = 32 * 1024
@@ -43,11 +42,6 @@ LEAST_BYTES_PER_S = 16 * 1024
 SINGLE = frozenset((b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-type"))
 # RFC 9110, section 7.2: a Host that is no host and port is refused, lest somebody else reads another one into it.
 HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
-# A browser shall not take an answer for anything that its content type does not say.
-STATUS_LINES = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\nx-content-type-options: nosniff\r\n".encode()
-    for status in HTTPStatus
-}
 
 
 class Request:
@@ -105,24 +99,6 @@ class Handler(Protocol):
 
     def refused(self, error: ApiError) -> None:
         """A request was so malformed that it was answered without being handled."""
-
-
-class _Clock:
-    """The Date header, formatted once a second."""
-
-    def __init__(self) -> None:
-        self._second = 0
-        self._line = b""
-
-    def line(self) -> bytes:
-        now = int(time.time())
-        if now != self._second:
-            self._second = now
-            self._line = b"date: " + formatdate(now, usegmt=True).encode() + b"\r\n"
-        return self._line
-
-
-_clock = _Clock()
 
 
 class ClientConnection:
@@ -401,8 +377,8 @@ class ClientConnection:
 
     def _write_refusal(self, error: ApiError) -> None:
         body = error.body()
-        extra = _error_headers(error) + b"connection: close\r\n"
-        self._transport.write(_head(error.status, b"application/json", len(body), extra) + body)
+        extra = error_headers(error) + b"connection: close\r\n"
+        self._transport.write(answer_head(error.status, b"application/json", len(body), extra) + body)
 
     # Answering.
 
@@ -419,12 +395,12 @@ class ClientConnection:
             extra += b"connection: close\r\n"
         elif request.http_1_0:
             extra += b"connection: keep-alive\r\n"
-        head = _head(status, content_type, len(body), extra)
+        head = answer_head(status, content_type, len(body), extra)
         self._transport.write(head if request.method == b"HEAD" else head + body)
         self._finish()
 
     def respond_error(self, error: ApiError, extra: bytes = b"") -> None:
-        self.respond(error.status, error.body(), extra=extra + _error_headers(error))
+        self.respond(error.status, error.body(), extra=extra + error_headers(error))
 
     def begin_stream(self, content_type: bytes, extra: bytes = b"") -> None:
         """Start an answer of unknown length: chunked, or until the end of the connection for HTTP/1.0."""
@@ -435,7 +411,7 @@ class ClientConnection:
             extra += b"connection: close\r\n"
         if not request.http_1_0:
             extra += b"transfer-encoding: chunked\r\n"
-        self._transport.write(_head(200, content_type, None, extra))
+        self._transport.write(answer_head(200, content_type, None, extra))
 
     def write(self, data: bytes, framed: bytes | None = None) -> None:
         """A piece, not empty, of the answer that `begin_stream` started. framed: the same as a chunk, if it is one."""
@@ -484,15 +460,6 @@ def _head_too_large() -> ApiError:
     return ApiError(431, f"request line and headers exceed {MAX_HEAD_BYTES} bytes")
 
 
-def _error_headers(error: ApiError) -> bytes:
-    lines = b""
-    if error.status == 401:
-        lines += b"www-authenticate: Bearer\r\n"
-    if error.retry_after_s is not None:
-        lines += b"retry-after: %d\r\n" % error.retry_after_s
-    return lines
-
-
 def _path(url: bytes) -> bytes:
     """The path of a request target, without its query; an absolute target names its path too."""
     if not url.startswith(b"/"):
@@ -501,8 +468,3 @@ def _path(url: bytes) -> bytes:
         except httptools.HttpParserInvalidURLError:
             raise ApiError(400, "the request target is malformed") from None
     return url.partition(b"?")[0]
-
-
-def _head(status: int, content_type: bytes, length: int | None, extra: bytes) -> bytes:
-    head = b"%bcontent-type: %b\r\n%b%b" % (STATUS_LINES[status], content_type, _clock.line(), extra)
-    return head + (b"\r\n" if length is None else b"content-length: %d\r\n\r\n" % length)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import orjson
 
-from eldr.router.http import STATUS_LINES
+from eldr.router.heads import STATUS_LINES
 from eldr.router.upstream import Answer, ExchangeError
 
 # How vLLM begins an error in a stream whose status is already sent.
