@@ -4,7 +4,8 @@ The prefill worker counts how many prompt tokens chose each expert in their top-
 section on expert signatures) and hands the counts to the router inside the JSON of `kv_transfer_params`.
 Counts of a real prompt are small integers with a long tail. As in patched frame-of-reference coding (Zukowski et al.,
 Super-Scalar RAM-CPU Cache Compression, ICDE 2006) all of them are written with as many bits as suit most, and what
-larger ones have above these bits follows. That takes as little room as deflating them, and a third of the time.
+larger ones have above these bits follows. That takes as little room as deflating them, and a third of the time to
+unpack.
 """
 
 from __future__ import annotations
