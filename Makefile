@@ -81,7 +81,10 @@ soak: $(DEV)/.installed  ## the router under load while its workers are killed, 
 clean:  ## remove the environments and everything built
 	rm -rf .envs build
 
-$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml constraints/dev.txt setup.py src/eldr/_kernels.c
+# The C kernels are compiled when eldr is installed.
+$(DEV)/.installed: setup.py src/eldr/_kernels.c
+
+$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml constraints/dev.txt
 	@echo "installing eldr and its tools into $(@D), about a minute"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable '.[dev]'

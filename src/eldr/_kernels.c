@@ -216,6 +216,12 @@ struct fleet {
     Py_ssize_t workers;
 };
 
+/* Cosine of the request's direction and a worker's, 0 for a worker that has none yet. */
+static inline double similarity_to(const struct fleet *fleet, int64_t worker) {
+    const float length = fleet->length[worker];
+    return fleet->products[worker] / (length > 1e-6f ? length : 1e-6f);
+}
+
 /* For each of the `count` workers `rows` with the loads `load`; at_random: by the requests of a batch. The least cost's
    place in `rows`. */
 static Py_ssize_t place(const struct fleet *fleet, const double *at_random, const int64_t *rows, const double *load,
@@ -226,7 +232,7 @@ static Py_ssize_t place(const struct fleet *fleet, const double *at_random, cons
     for (Py_ssize_t i = 0; i < count; i++) {
         const int64_t w = rows[i];
         const double then = fleet->unions[w] + fleet->added[w];
-        const double similarity = fleet->products[w] / (fleet->length[w] > 1e-6f ? fleet->length[w] : 1e-6f);
+        const double similarity = similarity_to(fleet, w);
         experts += expert_s[w] * then;
         saved += expert_s[w] * (at_random[(int64_t)load[i] + 1] - then);
         loads += load[i];
@@ -243,7 +249,7 @@ static Py_ssize_t place(const struct fleet *fleet, const double *at_random, cons
     for (Py_ssize_t i = 0; i < count; i++) {
         const int64_t w = rows[i];
         const double added_s = expert_s[w] * fleet->added[w] + token_s[w] + context_s[w] * p->context_tokens;
-        const double similarity = fleet->products[w] / (fleet->length[w] > 1e-6f ? fleet->length[w] : 1e-6f);
+        const double similarity = similarity_to(fleet, w);
         const double total = cost[i] + p->others_weight * load[i] * added_s + distance_s * (nearest - similarity);
         cost[i] = cost[i] > limit ? INFINITY : total;
         best = cost[i] < cost[best] ? i : best;

@@ -31,8 +31,6 @@ COUNTS_KEYS = ("v", "layers", "experts", "top_k", "prompt_tokens", "low_bits", "
 # memory that one hostile or damaged answer can take.
 MAX_LAYERS = 512
 MAX_EXPERTS = 4096
-
-
 # Numbers with higher bits are unpacked one by one: so many of them are avoided for a byte more.
 LARGER_PER_BYTE = 4
 

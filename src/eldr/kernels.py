@@ -7,6 +7,8 @@ place. Every array is C-contiguous. `COMPILED` says which are in use.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +22,9 @@ except ImportError:
     _kernels = None  # type: ignore[assignment]
 
 COMPILED = _kernels is not None
+
+# Survival is kept in 16 bits, as a fraction of this.
+CERTAIN = 65535
 
 
 def unpack_counts(
@@ -71,6 +76,11 @@ def encode_profile(profile: Floats, out: NDArray[np.uint8]) -> None:
     out[:] = np.sqrt(profile) * np.float32(255) + np.float32(0.5)
 
 
+def from_fractions(survival: NDArray[np.uint16]) -> Floats:
+    """The probabilities that fractions of CERTAIN are."""
+    return survival.astype(np.float32) / np.float32(CERTAIN)
+
+
 def shift_exposure(
     table: NDArray[np.uint32],
     codes: NDArray[np.uint8],
@@ -80,7 +90,7 @@ def shift_exposure(
     survival: NDArray[np.uint16],
 ) -> float:
     """Add (sign 1) or subtract (sign -1) table[codes] to `exposure`, and set `survival` = exp(-exposure * unit), as a
-    fraction of 65535.
+    fraction of CERTAIN.
 
     table: [256], the others [D]. Returns D less the sum of what survives.
     """
@@ -91,7 +101,7 @@ def shift_exposure(
         exposure -= shift
     alive = exposure * np.float32(-unit)
     np.exp(alive, out=alive)
-    survival[:] = alive * np.float32(65535) + np.float32(0.5)
+    survival[:] = alive * np.float32(CERTAIN) + np.float32(0.5)
     return len(alive) - float(alive.sum(dtype=np.float64))
 
 
@@ -116,13 +126,13 @@ def unit_direction(own: Floats, mean: Floats, layers: int, every: int, out: Floa
 
 
 def row_products(rows: Floats | NDArray[np.uint16], vector: Floats, out: Doubles) -> None:
-    """Scalar product of each row [W, D], floats or fractions of 65535, with the vector [D] into `out`, [W].
+    """Scalar product of each row [W, D], floats or fractions of CERTAIN, with the vector [D] into `out`, [W].
 
     As W products of 1 x D and D x 1 numpy calls BLAS for each row alone, which it does not spread over threads: on
     busy cores threads take milliseconds to meet for a product this small.
     """
     if rows.dtype == np.uint16:
-        rows = rows.astype(np.float32) / np.float32(65535)
+        rows = from_fractions(cast(NDArray[np.uint16], rows))
     out[:] = np.matmul(rows[:, None, :], vector[:, None]).reshape(len(rows))
 
 

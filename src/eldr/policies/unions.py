@@ -21,7 +21,6 @@ RANDOM_BATCH_STARTS = 64
 # exactly, and 8,000 requests that all activate the same expert fit into 32 bits.
 _UNIT = 2.0**-17
 _CODE_PROBABILITY = np.clip((np.arange(256) / 255) ** 2, LEAST, MOST)
-_CERTAIN = 65535
 _EXPOSURE = np.rint(-np.log1p(-_CODE_PROBABILITY) / _UNIT).astype(np.uint32)
 
 
@@ -57,7 +56,7 @@ class Unions:
     """One row a worker. Matrices have room for more, C rows, of which those in use come first.
 
     exposure: uint32 [C, D], sum of -log(1 - p) of the running requests, in units of _UNIT. survival: uint16 [C, D], the
-    probability that none of them activates an expert, exp(-exposure), as a fraction of 65535. union: float64 [W],
+    probability that none of them activates an expert, exp(-exposure), as a fraction of CERTAIN. union: float64 [W],
     expected distinct experts that a step waits for, summed over layers: all of them, with expert parallelism those of
     the busiest rank (`busiest_rank_experts`). context: float64 [W], tokens of running prompts. direction: float32
     [C, A], where lately started requests point; length: float32 [W].
@@ -76,7 +75,7 @@ class Unions:
     def by_layer(self) -> NDArray[np.float64]:
         """float64 [W, L]: expected distinct experts of a step in each layer."""
         survival = self._survival[: self.count].reshape(self.count, self._geometry.layers, self._geometry.experts)
-        return np.asarray(self._geometry.experts - survival.sum(axis=2) / _CERTAIN)
+        return np.asarray(self._geometry.experts - survival.sum(axis=2) / kernels.CERTAIN)
 
     def append(self) -> None:
         """A row for one more worker; capacity doubles, so that a large fleet may join one by one."""
@@ -86,7 +85,7 @@ class Unions:
             self._direction = _longer(self._direction)
         self.count += 1
         self._exposure[row] = 0
-        self._survival[row] = _CERTAIN
+        self._survival[row] = kernels.CERTAIN
         self._direction[row] = 0
         self.length = np.append(self.length, np.float32(0))
         self.union, self.context = np.append(self.union, 0.0), np.append(self.context, 0.0)
@@ -103,7 +102,9 @@ class Unions:
         self.context[row] += sign * profile.context_tokens
         survival = self._survival[row]
         union = kernels.shift_exposure(_EXPOSURE, profile.codes, sign, _UNIT, self._exposure[row], survival)
-        self.union[row] = union if self._geometry.ranks == 1 else self._geometry.active(_probability(survival))
+        self.union[row] = (
+            union if self._geometry.ranks == 1 else self._geometry.active(kernels.from_fractions(survival))
+        )
 
     def turn(self, row: int, unit_direction: NDArray[np.float32]) -> None:
         """Move a worker's direction towards that of a request."""
@@ -115,7 +116,7 @@ class Unions:
         geometry = self._geometry
         if geometry.ranks == 1:
             return _row_products(survival, profile)
-        active = 1 - _probability(survival) * (1 - profile)
+        active = 1 - kernels.from_fractions(survival) * (1 - profile)
         return busiest_rank_experts(active, geometry.layers, geometry.ranks) - self.union
 
     def along(self, unit_direction: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -170,10 +171,6 @@ def encode_profile(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
 def _longer(matrix: NDArray[Any]) -> NDArray[Any]:
     """With as many rows again, at least 8."""
     return np.concatenate((matrix, np.zeros((max(8, len(matrix)), matrix.shape[1]), dtype=matrix.dtype)))
-
-
-def _probability(survival: NDArray[np.uint16]) -> NDArray[np.float32]:
-    return survival.astype(np.float32) / np.float32(_CERTAIN)
 
 
 def _row_products(rows: NDArray[np.float32] | NDArray[np.uint16], vector: NDArray[np.float32]) -> NDArray[np.float64]:
