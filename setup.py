@@ -11,22 +11,29 @@ from importlib.util import find_spec
 
 from setuptools import Extension, setup
 
+try:
+    from numpy import get_include
+except ImportError:  # asked first what the build needs, this file runs without
+    get_include = str
+
 COMPILE = os.environ.get("ELDR_COMPILE") == "1"
 # mypyc compiles what the types say, those of the libraries among them.
 TO_COMPILE = ["mypy>=2.4,<3", "numpy>=2.0", "httptools>=0.6.4", "orjson>=3.10", "prometheus-client>=0.21"]
 # The path of a request, from the socket to the policy and back.
 COMPILED = [
-    "counts", "fleet", "policies/expected_union", "policies/logged", "policies/unions", "router/admission",
-    "router/answer", "router/deadlines", "router/decision_log", "router/ejection", "router/fair_queue", "router/flow",
-    "router/forwarding", "router/handoff", "router/heads", "router/http", "router/intake", "router/keys",
-    "router/legs", "router/metrics", "router/openai", "router/outcomes", "router/placement", "router/prefix",
-    "router/retries", "router/services", "router/upstream", "router/verdict",
+    "activation", "counts", "fleet", "policies/base", "policies/expected_union", "policies/logged",
+    "policies/unions", "router/admission", "router/answer", "router/deadlines", "router/decision_log",
+    "router/ejection", "router/fair_queue", "router/flow", "router/forwarding", "router/handoff",
+    "router/heads", "router/http", "router/intake", "router/keys", "router/legs", "router/metrics",
+    "router/openai", "router/outcomes", "router/placement", "router/prefix", "router/retries",
+    "router/services", "router/upstream", "router/verdict",
 ]  # fmt: skip
 
 extensions = [
     Extension(
         "eldr._kernels",
         ["src/eldr/_kernels.c"],
+        include_dirs=[get_include()],
         extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],
         optional=True,
     )

@@ -1,9 +1,11 @@
 /* The inner loops of expert counts and expected-union. kernels.py says what each computes and has the same in numpy.
 
-   Arrays come as C-contiguous buffers, and their sizes are checked against each other here: what is called wrongly
-   raises ValueError, it never reads or writes outside of a buffer. */
+   Arrays are numpy's, C-contiguous, and their types and sizes are checked against each other here: what is called
+   wrongly raises ValueError or TypeError, it never reads or writes outside of an array. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#include <numpy/arrayobject.h>
 
 #include <math.h>
 #include <stdint.h>
@@ -16,21 +18,21 @@
 #define FOR_EACH_CPU
 #endif
 
-/* e^x for x from -87 to 0, to two units in the last place. Free of branches, so that loops of it are vectorised. */
-static inline float exp_of(float x) {
-    const int32_t whole = (int32_t)(x * 1.44269504f - 0.5f);
-    const float rest = x - (float)whole * 0.693359375f + (float)whole * 2.12194440e-4f;
-    float sum = 1.9875691500e-4f;
-    sum = sum * rest + 1.3981999507e-3f;
-    sum = sum * rest + 8.3334519073e-3f;
-    sum = sum * rest + 4.1665795894e-2f;
-    sum = sum * rest + 1.6666665459e-1f;
-    sum = sum * rest + 5.0000001201e-1f;
-    sum = sum * rest * rest + rest + 1.0f;
+/* 2^-x for x from 0 to 126, to two units in the last place. Free of branches, as all of these, so that loops of it are
+   vectorised. */
+static inline float half_to_the(float x) {
+    const int32_t whole = (int32_t)x;
+    const float rest = (float)whole - x; /* from -1 to 0 */
+    float sum = 9.3965921e-4f;
+    sum = sum * rest + 9.1937938e-3f;
+    sum = sum * rest + 5.5287921e-2f;
+    sum = sum * rest + 2.4017723e-1f;
+    sum = sum * rest + 6.9314344e-1f;
+    sum = sum * rest + 1.0f;
     union {
         int32_t bits;
         float value;
-    } power = {.bits = (whole + 127) << 23};
+    } power = {.bits = (127 - whole) << 23};
     return sum * power.value;
 }
 
@@ -41,8 +43,9 @@ static inline uint32_t bits_at(const uint8_t *stream, uint64_t at, int bits) {
     return (uint32_t)(word >> (at & 7)) & (uint32_t)((UINT64_C(1) << bits) - 1);
 }
 
+/* `size` numbers of so many bits each. Reads up to 8 bytes from where the last begins. */
 FOR_EACH_CPU
-static void unpack_low(const uint8_t *stream, int bits, Py_ssize_t size, uint32_t *out) {
+static void unpack(const uint8_t *stream, int bits, Py_ssize_t size, uint32_t *out) {
     Py_ssize_t i = 0;
     if (bits <= 8) { /* eight numbers lie in one word */
         const uint64_t mask = (UINT64_C(1) << bits) - 1;
@@ -69,16 +72,13 @@ static Py_ssize_t ones(const uint8_t *bytes, Py_ssize_t count) {
     return sum;
 }
 
-/* The bits above the low ones, of the numbers that `marked` says have any. Reads up to 7 bytes behind `marked`. */
-static void unpack_high(const uint8_t *stream, int bits, const uint8_t *marked, int low_bits, Py_ssize_t size,
-                        uint32_t *out) {
-    uint64_t at = 0;
+/* What numbers have above their low bits, to those that `marked` says have it. Reads up to 7 bytes behind `marked`. */
+static void put_on_top(const uint32_t *high, const uint8_t *marked, int low_bits, Py_ssize_t size, uint32_t *out) {
     for (Py_ssize_t first = 0; first < size; first += 64) {
         uint64_t word;
         memcpy(&word, marked + (first >> 3), sizeof word);
         if (size - first < 64) word &= (UINT64_C(1) << (size - first)) - 1;
-        for (; word; word &= word - 1, at += (uint64_t)bits)
-            out[first + __builtin_ctzll(word)] |= bits_at(stream, at, bits) << low_bits;
+        for (; word; word &= word - 1) out[first + __builtin_ctzll(word)] |= *high++ << low_bits;
     }
 }
 
@@ -102,40 +102,73 @@ static void frequencies(const uint32_t *counts, const float *mean, float prior, 
     for (Py_ssize_t i = 0; i < size; i++) out[i] = ((float)(int32_t)counts[i] + prior * mean[i]) * scale;
 }
 
+/* In two steps: each is one instruction. */
+static inline float clipped(float value, float least, float most) {
+    value = value < least ? least : value;
+    return value > most ? most : value;
+}
+
+/* Layer by layer. Each half of a layer has a sum of its own: additions of one sum wait for each other. */
 FOR_EACH_CPU
-static void probabilities(float *row, Py_ssize_t experts, float least, float most, float target) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (Py_ssize_t i = 0; i < experts; i++) {
-        const float value = row[i] < least ? least : row[i] > most ? most : row[i];
-        row[i] = value;
-        sum += value;
+static void probabilities(const float *score, Py_ssize_t layers, Py_ssize_t experts, float least, float most,
+                          float target, float *out) {
+    const Py_ssize_t half = experts / 2;
+    for (; layers > 0; layers--, score += experts, out += experts) {
+        float first = 0, second = experts % 2 ? clipped(score[experts - 1], least, most) : 0;
+#pragma omp simd reduction(+ : first, second)
+        for (Py_ssize_t i = 0; i < half; i++) {
+            first += clipped(score[i], least, most);
+            second += clipped(score[half + i], least, most);
+        }
+        const float scale = target / (first + second);
+        for (Py_ssize_t i = 0; i < experts; i++) out[i] = clipped(clipped(score[i], least, most) * scale, least, most);
     }
-    const float scale = target / sum;
-    for (Py_ssize_t i = 0; i < experts; i++) {
-        const float value = row[i] * scale;
-        row[i] = value < least ? least : value > most ? most : value;
+}
+
+FOR_EACH_CPU
+static void signature_codes(const float *signature, Py_ssize_t size, uint8_t *out) {
+    for (Py_ssize_t i = 0; i < size; i++) out[i] = (uint8_t)(int32_t)(sqrtf(signature[i]) * 255.0f + 0.5f);
+}
+
+/* -log2(x) for x from 0.01 to 1, to 1e-5 of it. */
+static inline float bits_of(float x) {
+    union {
+        float value;
+        int32_t bits;
+    } number = {.value = x};
+    const int32_t whole = (number.bits - 0x3f3504f3) >> 23; /* what is left is from sqrt(1/2) to sqrt(2) */
+    number.bits -= (int32_t)((uint32_t)whole << 23);
+    const float rest = number.value - 1.0f;
+    float sum = -2.06190830e-1f;
+    sum = sum * rest + 3.18199935e-1f;
+    sum = sum * rest - 3.66491757e-1f;
+    sum = sum * rest + 4.79811855e-1f;
+    sum = sum * rest - 7.21206388e-1f;
+    sum = sum * rest + 1.44270162f;
+    return -((float)whole + rest * sum);
+}
+
+FOR_EACH_CPU
+static void exposure_codes(const float *profile, float most, float scale, Py_ssize_t size, uint8_t *out) {
+    for (Py_ssize_t i = 0; i < size; i++) {
+        const float scaled = bits_of(1.0f - (profile[i] < most ? profile[i] : most)) * scale;
+        out[i] = (uint8_t)(int32_t)(sqrtf(scaled > 0.0f ? scaled : 0.0f) + 0.5f);
     }
 }
 
 FOR_EACH_CPU
-static void codes(const float *profile, Py_ssize_t size, uint8_t *out) {
-    for (Py_ssize_t i = 0; i < size; i++) out[i] = (uint8_t)(int32_t)(sqrtf(profile[i]) * 255.0f + 0.5f);
+static void add(const uint8_t *code, Py_ssize_t size, uint32_t *exposure) {
+    for (Py_ssize_t i = 0; i < size; i++) exposure[i] += (uint32_t)code[i] * code[i];
 }
 
 FOR_EACH_CPU
-static void add(const uint32_t *table, const uint8_t *of, Py_ssize_t size, uint32_t *exposure) {
-    for (Py_ssize_t i = 0; i < size; i++) exposure[i] += table[of[i]];
-}
-
-FOR_EACH_CPU
-static void subtract(const uint32_t *table, const uint8_t *of, Py_ssize_t size, uint32_t *exposure) {
-    for (Py_ssize_t i = 0; i < size; i++) exposure[i] -= table[of[i]];
+static void subtract(const uint8_t *code, Py_ssize_t size, uint32_t *exposure) {
+    for (Py_ssize_t i = 0; i < size; i++) exposure[i] -= (uint32_t)code[i] * code[i];
 }
 
 FOR_EACH_CPU
 static double survive(const uint32_t *exposure, float unit, Py_ssize_t size, uint16_t *survival) {
-    const double limit = 87 / (double)unit; /* e^-87 is 1.6e-38 */
+    const double limit = 126 / (double)unit; /* 2^-126 is 1.2e-38 */
     const uint32_t most = limit < INT32_MAX ? (uint32_t)limit : INT32_MAX;
     float alive[512]; /* of one type each, the loops are vectorised */
     double sum = 0;
@@ -143,7 +176,7 @@ static double survive(const uint32_t *exposure, float unit, Py_ssize_t size, uin
         const Py_ssize_t count = size - first < 512 ? size - first : 512;
         const uint32_t *from = exposure + first;
         for (Py_ssize_t i = 0; i < count; i++)
-            alive[i] = exp_of((float)(int32_t)(from[i] < most ? from[i] : most) * -unit);
+            alive[i] = half_to_the((float)(int32_t)(from[i] < most ? from[i] : most) * unit);
         for (Py_ssize_t i = 0; i < count; i++) survival[first + i] = (uint16_t)(int32_t)(alive[i] * 65535.0f + 0.5f);
         float of_block = 0;
 #pragma omp simd reduction(+ : of_block)
@@ -257,161 +290,220 @@ static Py_ssize_t place(const struct fleet *fleet, const double *at_random, cons
     return best;
 }
 
-/* Whether a buffer holds `size` items of `item` bytes. */
-static int holds(const Py_buffer *buffer, Py_ssize_t size, Py_ssize_t item) {
-    return size >= 0 && buffer->len == size * item && (uintptr_t)buffer->buf % (uintptr_t)item == 0;
-}
+/* The arguments of a call, taken one by one. What is wrong with any of them is kept until `refused` asks. */
+struct arguments {
+    PyObject *const *next;
+    int wrong;
+};
 
-static PyObject *finish(Py_buffer *buffers, int count, PyObject *result) {
-    for (int i = 0; i < count; i++) PyBuffer_Release(&buffers[i]);
-    if (!result && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "array sizes do not fit each other");
-    return result;
-}
+#define READ_ONLY NPY_ARRAY_CARRAY_RO
+#define WRITABLE NPY_ARRAY_CARRAY
 
-static PyObject *unpack_counts(PyObject *self, PyObject *args) {
-    Py_buffer b[2];
-    Py_ssize_t layers, experts;
-    int low, high;
-    unsigned long long sum;
-    unsigned int most;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "y*iinnKIw*", &b[0], &low, &high, &layers, &experts, &sum, &most, &b[1])) return NULL;
-    const Py_ssize_t size = layers > 0 && experts > 0 && layers < (1 << 20) && experts < (1 << 20) ? layers * experts : -1;
-    if (low < 0 || high < 0 || low + high > 32 || !holds(&b[1], size, 4)) return finish(b, 2, NULL);
-    const Py_ssize_t low_bytes = (size * low + 7) / 8, mark_bytes = high ? (size + 7) / 8 : 0;
-    const uint8_t *data = b[0].buf;
-    const Py_ssize_t marks = b[0].len < low_bytes + mark_bytes ? 0 : ones(data + low_bytes, mark_bytes);
-    if (b[0].len != low_bytes + mark_bytes + (marks * high + 7) / 8) return finish(b, 2, PyLong_FromLong(-1));
-    uint8_t *padded = PyMem_Malloc((size_t)b[0].len + 8);
-    if (!padded) return finish(b, 2, PyErr_NoMemory());
-    memcpy(padded, data, (size_t)b[0].len);
-    memset(padded + b[0].len, 0, 8);
-    unpack_low(padded, low, size, b[1].buf);
-    if (high) unpack_high(padded + low_bytes + mark_bytes, high, padded + low_bytes, low, size, b[1].buf);
-    PyMem_Free(padded);
-    return finish(b, 2, PyLong_FromLong(consistent(b[1].buf, layers, experts, sum, most)));
-}
-
-static PyObject *own_frequencies(PyObject *self, PyObject *args) {
-    Py_buffer b[3];
-    float prior, scale;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "y*y*ffw*", &b[0], &b[1], &prior, &scale, &b[2])) return NULL;
-    const Py_ssize_t size = b[2].len / 4;
-    if (!holds(&b[0], size, 4) || !holds(&b[1], size, 4) || !holds(&b[2], size, 4)) return finish(b, 3, NULL);
-    frequencies(b[0].buf, b[1].buf, prior, scale, size, b[2].buf);
-    return finish(b, 3, Py_NewRef(Py_None));
-}
-
-static PyObject *scale_to_probabilities(PyObject *self, PyObject *args) {
-    Py_buffer b[1];
-    Py_ssize_t layers;
-    float least, most, target;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "w*nfff", &b[0], &layers, &least, &most, &target)) return NULL;
-    const Py_ssize_t experts = layers > 0 ? b[0].len / 4 / layers : 0;
-    if (experts == 0 || !holds(&b[0], layers * experts, 4)) return finish(b, 1, NULL);
-    for (Py_ssize_t layer = 0; layer < layers; layer++)
-        probabilities((float *)b[0].buf + layer * experts, experts, least, most, target);
-    return finish(b, 1, Py_NewRef(Py_None));
-}
-
-static PyObject *encode_profile(PyObject *self, PyObject *args) {
-    Py_buffer b[2];
-    (void)self;
-    if (!PyArg_ParseTuple(args, "y*w*", &b[0], &b[1])) return NULL;
-    if (!holds(&b[0], b[1].len, 4)) return finish(b, 2, NULL);
-    codes(b[0].buf, b[1].len, b[1].buf);
-    return finish(b, 2, Py_NewRef(Py_None));
-}
-
-static PyObject *shift_exposure(PyObject *self, PyObject *args) {
-    Py_buffer b[4];
-    int sign;
-    float unit;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "y*y*ifw*w*", &b[0], &b[1], &sign, &unit, &b[2], &b[3])) return NULL;
-    const Py_ssize_t size = b[1].len;
-    if (!holds(&b[0], 256, 4) || !holds(&b[2], size, 4) || !holds(&b[3], size, 2)) return finish(b, 4, NULL);
-    (sign > 0 ? add : subtract)(b[0].buf, b[1].buf, size, b[2].buf);
-    return finish(b, 4, PyFloat_FromDouble((double)size - survive(b[2].buf, unit, size, b[3].buf)));
-}
-
-static PyObject *move_towards(PyObject *self, PyObject *args) {
-    Py_buffer b[2];
-    float share;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "w*y*f", &b[0], &b[1], &share)) return NULL;
-    const Py_ssize_t size = b[0].len / 4;
-    if (!holds(&b[0], size, 4) || !holds(&b[1], size, 4)) return finish(b, 2, NULL);
-    return finish(b, 2, PyFloat_FromDouble(sqrtf(move(b[0].buf, b[1].buf, share, size))));
-}
-
-static PyObject *unit_direction(PyObject *self, PyObject *args) {
-    Py_buffer b[3];
-    Py_ssize_t layers, every;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "y*y*nnw*", &b[0], &b[1], &layers, &every, &b[2])) return NULL;
-    const Py_ssize_t experts = layers > 0 ? b[0].len / 4 / layers : 0;
-    if (experts == 0 || every < 1 || !holds(&b[0], layers * experts, 4) || !holds(&b[1], layers * experts, 4) ||
-        !holds(&b[2], (layers + every - 1) / every * experts, 4))
-        return finish(b, 3, NULL);
-    const float length = sqrtf(difference(b[0].buf, b[1].buf, layers, experts, every, b[2].buf));
-    float *out = b[2].buf;
-    if (length > 0)
-        for (Py_ssize_t i = 0; i < b[2].len / 4; i++) out[i] /= length;
-    return finish(b, 3, PyBool_FromLong(length > 0));
-}
-
-static PyObject *row_products(PyObject *self, PyObject *args) {
-    Py_buffer b[3];
-    (void)self;
-    if (!PyArg_ParseTuple(args, "y*y*w*", &b[0], &b[1], &b[2])) return NULL;
-    const Py_ssize_t size = b[1].len / 4, rows = b[2].len / 8;
-    if (!holds(&b[1], size, 4) || !holds(&b[2], rows, 8)) return finish(b, 3, NULL);
-    if (holds(&b[0], rows * size, 4)) {
-        products(b[0].buf, b[1].buf, rows, size, b[2].buf);
-    } else {
-        if (!holds(&b[0], rows * size, 2)) return finish(b, 3, NULL);
-        fractions_products(b[0].buf, b[1].buf, rows, size, b[2].buf);
-        for (Py_ssize_t row = 0; row < rows; row++) ((double *)b[2].buf)[row] /= 65535;
-    }
-    return finish(b, 3, Py_NewRef(Py_None));
-}
-
-static PyObject *placement_cost(PyObject *self, PyObject *args) {
-    Py_buffer b[10];
-    struct placement p;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*y*y*y*dddddw*", &b[0], &b[1], &b[2], &b[3], &b[4], &b[5], &b[6], &b[7],
-                          &b[8], &p.context_tokens, &p.others_weight, &p.anchor, &p.tail_guard, &p.guard_share, &b[9]))
+/* The data of an array of `type` with `size` items; a negative `size` becomes what it has. */
+static void *array(struct arguments *from, int type, int flags, npy_intp *size) {
+    PyArrayObject *const found = (PyArrayObject *)*from->next++;
+    if (!PyArray_Check(found) || PyArray_TYPE(found) != type || !PyArray_CHKFLAGS(found, flags) ||
+        !PyArray_ISNOTSWAPPED(found) || (*size >= 0 && PyArray_SIZE(found) != *size)) {
+        from->wrong = 1;
         return NULL;
-    const Py_ssize_t workers = b[1].len / 8, batches = b[6].len / 8, count = b[9].len / 8;
-    int fits = count > 0 && holds(&b[0], 4 * workers, 8) && holds(&b[5], workers, 4) && holds(&b[6], batches, 8) &&
-               holds(&b[7], count, 8) && holds(&b[8], count, 8) && holds(&b[9], count, 8);
-    for (int i = 1; i < 5; i++) fits = fits && holds(&b[i], workers, 8);
-    const int64_t *rows = b[7].buf;
-    const double *load = b[8].buf;
-    for (Py_ssize_t i = 0; fits && i < count; i++)
-        fits = rows[i] >= 0 && rows[i] < workers && load[i] >= 0 && load[i] < (double)batches - 1;
-    if (!fits) return finish(b, 10, NULL);
-    const struct fleet fleet = {b[0].buf, b[1].buf, b[2].buf, b[3].buf, b[4].buf, b[5].buf, workers};
-    return finish(b, 10, PyLong_FromSsize_t(place(&fleet, b[6].buf, rows, load, count, &p, b[9].buf)));
+    }
+    *size = PyArray_SIZE(found);
+    return PyArray_DATA(found);
 }
 
+static void *array_of(struct arguments *from, int type, int flags, npy_intp size) {
+    return size < 0 ? (from->wrong = 1, from->next++, NULL) : array(from, type, flags, &size);
+}
+
+static double number(struct arguments *from) { return PyFloat_AsDouble(*from->next++); }
+
+static Py_ssize_t whole(struct arguments *from) { return PyLong_AsSsize_t(*from->next++); }
+
+/* Whether the call cannot be made; an exception then says why. */
+static int refused(const struct arguments *from) {
+    if (PyErr_Occurred()) return 1;
+    if (from->wrong) PyErr_SetString(PyExc_ValueError, "an array's type or size does not fit");
+    return from->wrong;
+}
+
+/* A function of Python's that takes `count` arguments. */
+#define FUNCTION(name, count)                                                                      \
+    static PyObject *name##_of(struct arguments);                                                  \
+    static PyObject *name(PyObject *self, PyObject *const *given, Py_ssize_t number_given) {       \
+        (void)self;                                                                                \
+        if (number_given != count)                                                                 \
+            return PyErr_Format(PyExc_TypeError, #name " takes %d arguments, not %zd", count, number_given); \
+        return name##_of((struct arguments){given, 0});                                            \
+    }                                                                                              \
+    static PyObject *name##_of(struct arguments a)
+
+/* L * E, -1 if that is no size. */
+static npy_intp product(Py_ssize_t layers, Py_ssize_t experts) {
+    const Py_ssize_t most = 1 << 20;
+    return layers > 0 && layers < most && experts > 0 && experts < most ? layers * experts : -1;
+}
+
+FUNCTION(unpack_counts, 8) {
+    PyObject *const bytes = *a.next++;
+    const Py_ssize_t low = whole(&a), high = whole(&a), layers = whole(&a), experts = whole(&a);
+    const unsigned long long sum = PyLong_AsUnsignedLongLong(*a.next++);
+    const unsigned long long most = PyLong_AsUnsignedLongLong(*a.next++);
+    const npy_intp size = product(layers, experts);
+    uint32_t *const out = array_of(&a, NPY_UINT32, WRITABLE, size);
+    a.wrong |= !PyBytes_Check(bytes) || low < 0 || low > 32 || high < 0 || low + high > 32 || most > UINT32_MAX;
+    if (refused(&a)) return NULL;
+    const uint8_t *const data = (const uint8_t *)PyBytes_AS_STRING(bytes);
+    const Py_ssize_t length = PyBytes_GET_SIZE(bytes);
+    const Py_ssize_t low_bytes = (size * low + 7) / 8, mark_bytes = high ? (size + 7) / 8 : 0;
+    const Py_ssize_t marks = length < low_bytes + mark_bytes ? 0 : ones(data + low_bytes, mark_bytes);
+    if (length != low_bytes + mark_bytes + (marks * high + 7) / 8) return PyLong_FromLong(-1);
+    uint32_t *const high_parts = PyMem_Malloc((size_t)marks * sizeof *high_parts + (size_t)length + 8);
+    if (!high_parts) return PyErr_NoMemory();
+    uint8_t *const padded = (uint8_t *)(high_parts + marks), *const marked = padded + low_bytes;
+    memcpy(padded, data, (size_t)length);
+    memset(padded + length, 0, 8);
+    unpack(padded, (int)low, size, out);
+    if (high) {
+        unpack(marked + mark_bytes, (int)high, marks, high_parts);
+        put_on_top(high_parts, marked, (int)low, size, out);
+    }
+    PyMem_Free(high_parts);
+    return PyLong_FromLong(consistent(out, layers, experts, sum, (uint32_t)most));
+}
+
+FUNCTION(own_frequencies, 5) {
+    npy_intp size = -1;
+    const uint32_t *const counts = array(&a, NPY_UINT32, READ_ONLY, &size);
+    const float *const mean = array_of(&a, NPY_FLOAT32, READ_ONLY, size);
+    const double prior = number(&a), scale = number(&a);
+    float *const out = array_of(&a, NPY_FLOAT32, WRITABLE, size);
+    if (refused(&a)) return NULL;
+    frequencies(counts, mean, (float)prior, (float)scale, size, out);
+    Py_RETURN_NONE;
+}
+
+FUNCTION(to_probabilities, 6) {
+    npy_intp size = -1;
+    const float *const scores = array(&a, NPY_FLOAT32, READ_ONLY, &size);
+    const Py_ssize_t layers = whole(&a);
+    const double least = number(&a), most = number(&a), target = number(&a);
+    float *const out = array_of(&a, NPY_FLOAT32, WRITABLE, size);
+    a.wrong |= layers <= 0 || size <= 0 || size % layers != 0;
+    if (refused(&a)) return NULL;
+    probabilities(scores, layers, size / layers, (float)least, (float)most, (float)target, out);
+    Py_RETURN_NONE;
+}
+
+FUNCTION(encode_signature, 2) {
+    npy_intp size = -1;
+    const float *const signature = array(&a, NPY_FLOAT32, READ_ONLY, &size);
+    uint8_t *const out = array_of(&a, NPY_UINT8, WRITABLE, size);
+    if (refused(&a)) return NULL;
+    signature_codes(signature, size, out);
+    Py_RETURN_NONE;
+}
+
+FUNCTION(encode_exposure, 4) {
+    npy_intp size = -1;
+    const float *const profile = array(&a, NPY_FLOAT32, READ_ONLY, &size);
+    const double most = number(&a), scale = number(&a);
+    uint8_t *const out = array_of(&a, NPY_UINT8, WRITABLE, size);
+    if (refused(&a)) return NULL;
+    exposure_codes(profile, (float)most, (float)scale, size, out);
+    Py_RETURN_NONE;
+}
+
+FUNCTION(shift_exposure, 5) {
+    npy_intp size = -1;
+    const uint8_t *const code = array(&a, NPY_UINT8, READ_ONLY, &size);
+    const Py_ssize_t sign = whole(&a);
+    const double unit = number(&a);
+    uint32_t *const exposure = array_of(&a, NPY_UINT32, WRITABLE, size);
+    uint16_t *const survival = array_of(&a, NPY_UINT16, WRITABLE, size);
+    if (refused(&a)) return NULL;
+    (sign > 0 ? add : subtract)(code, size, exposure);
+    return PyFloat_FromDouble((double)size - survive(exposure, (float)unit, size, survival));
+}
+
+FUNCTION(move_towards, 3) {
+    npy_intp size = -1;
+    float *const own = array(&a, NPY_FLOAT32, WRITABLE, &size);
+    const float *const target = array_of(&a, NPY_FLOAT32, READ_ONLY, size);
+    const double share = number(&a);
+    if (refused(&a)) return NULL;
+    return PyFloat_FromDouble(sqrtf(move(own, target, (float)share, size)));
+}
+
+FUNCTION(unit_direction, 5) {
+    npy_intp size = -1;
+    const float *const own = array(&a, NPY_FLOAT32, READ_ONLY, &size);
+    const float *const mean = array_of(&a, NPY_FLOAT32, READ_ONLY, size);
+    const Py_ssize_t layers = whole(&a), every = whole(&a);
+    const int fits = layers > 0 && every > 0 && size > 0 && size % layers == 0;
+    const npy_intp taken = fits ? (layers - 1) / every * (size / layers) + size / layers : -1;
+    float *const out = array_of(&a, NPY_FLOAT32, WRITABLE, taken);
+    if (refused(&a)) return NULL;
+    const float length = sqrtf(difference(own, mean, layers, size / layers, every, out));
+    if (length > 0)
+        for (npy_intp i = 0; i < taken; i++) out[i] /= length;
+    return PyBool_FromLong(length > 0);
+}
+
+FUNCTION(row_products, 3) {
+    PyObject *const first = *a.next;
+    const int type = PyArray_Check(first) ? PyArray_TYPE((PyArrayObject *)first) : NPY_FLOAT32;
+    npy_intp all = -1, size = -1, rows = -1;
+    const void *const matrix = array(&a, type == NPY_UINT16 ? NPY_UINT16 : NPY_FLOAT32, READ_ONLY, &all);
+    const float *const vector = array(&a, NPY_FLOAT32, READ_ONLY, &size);
+    double *const out = array(&a, NPY_FLOAT64, WRITABLE, &rows);
+    a.wrong |= rows > 0 && (all % rows != 0 || all / rows != size);
+    if (refused(&a)) return NULL;
+    if (type == NPY_UINT16) {
+        fractions_products(matrix, vector, rows, size, out);
+        for (npy_intp row = 0; row < rows; row++) out[row] /= 65535;
+    } else {
+        products(matrix, vector, rows, size, out);
+    }
+    Py_RETURN_NONE;
+}
+
+FUNCTION(placement_cost, 15) {
+    npy_intp of_columns = -1, batches = -1, count = -1;
+    const double *const columns = array(&a, NPY_FLOAT64, READ_ONLY, &of_columns);
+    const npy_intp workers = of_columns / 4;
+    const double *const unions = array_of(&a, NPY_FLOAT64, READ_ONLY, workers);
+    const double *const added = array_of(&a, NPY_FLOAT64, READ_ONLY, workers);
+    const double *const context = array_of(&a, NPY_FLOAT64, READ_ONLY, workers);
+    const double *const along = array_of(&a, NPY_FLOAT64, READ_ONLY, workers);
+    const float *const length = array_of(&a, NPY_FLOAT32, READ_ONLY, workers);
+    const double *const at_random = array(&a, NPY_FLOAT64, READ_ONLY, &batches);
+    const int64_t *const rows = array(&a, NPY_INT64, READ_ONLY, &count);
+    const double *const load = array_of(&a, NPY_FLOAT64, READ_ONLY, count);
+    struct placement p; /* one by one: an initialiser's order is the compiler's choice */
+    p.context_tokens = number(&a);
+    p.others_weight = number(&a);
+    p.anchor = number(&a);
+    p.tail_guard = number(&a);
+    p.guard_share = number(&a);
+    double *const cost = array_of(&a, NPY_FLOAT64, WRITABLE, count);
+    a.wrong |= of_columns % 4 != 0 || count < 1;
+    for (npy_intp i = 0; !a.wrong && i < count; i++)
+        a.wrong = !(rows[i] >= 0 && rows[i] < workers && load[i] >= 0 && load[i] < (double)batches - 1);
+    if (refused(&a)) return NULL;
+    const struct fleet fleet = {columns, unions, added, context, along, length, workers};
+    return PyLong_FromSsize_t(place(&fleet, at_random, rows, load, count, &p, cost));
+}
+
+#define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 static PyMethodDef methods[] = {
-    {"unpack_counts", unpack_counts, METH_VARARGS, NULL},
-    {"own_frequencies", own_frequencies, METH_VARARGS, NULL},
-    {"scale_to_probabilities", scale_to_probabilities, METH_VARARGS, NULL},
-    {"encode_profile", encode_profile, METH_VARARGS, NULL},
-    {"shift_exposure", shift_exposure, METH_VARARGS, NULL},
-    {"unit_direction", unit_direction, METH_VARARGS, NULL},
-    {"move_towards", move_towards, METH_VARARGS, NULL},
-    {"row_products", row_products, METH_VARARGS, NULL},
-    {"placement_cost", placement_cost, METH_VARARGS, NULL},
-    {NULL, NULL, 0, NULL},
+    METHOD(unpack_counts),   METHOD(own_frequencies), METHOD(to_probabilities), METHOD(encode_signature),
+    METHOD(encode_exposure), METHOD(shift_exposure),  METHOD(unit_direction),   METHOD(move_towards),
+    METHOD(row_products),    METHOD(placement_cost),  {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__kernels(void) {
+    import_array();
+    return PyModule_Create(&module);
+}

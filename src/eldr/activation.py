@@ -53,11 +53,10 @@ def to_probabilities(scores: Floats, layers: int, top_k: int) -> Floats:
     """float32 [..., D] within LEAST..MOST whose layers sum to `top_k`, from scores near that. One step activates
     exactly top_k experts a layer, so the probabilities of a layer sum to it; what the scaling pushes out of the range
     is an error of second order in the sum."""
-    probabilities = np.array(scores, dtype=np.float32, order="C")
-    experts = probabilities.shape[-1] // layers
-    kernels.scale_to_probabilities(
-        probabilities, probabilities.size // experts, LEAST, MOST, min(top_k, MOST * experts)
-    )
+    scores = np.ascontiguousarray(scores, dtype=np.float32)
+    probabilities = np.empty_like(scores)
+    experts = scores.shape[-1] // layers
+    kernels.to_probabilities(scores, scores.size // experts, LEAST, MOST, min(top_k, MOST * experts), probabilities)
     return probabilities
 
 

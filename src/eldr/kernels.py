@@ -63,17 +63,24 @@ def own_frequencies(counts: Counts, mean: Floats, prior: float, scale: float, ou
     out *= np.float32(scale)
 
 
-def scale_to_probabilities(scores: Floats, layers: int, least: float, most: float, target: float) -> None:
-    """Clip `scores` [layers * E] to least..most, scale every layer to the sum `target`, clip again; in place."""
-    rows = scores.reshape(layers, -1)
-    np.clip(rows, np.float32(least), np.float32(most), out=rows)
+def to_probabilities(scores: Floats, layers: int, least: float, most: float, target: float, out: Floats) -> None:
+    """Clip `scores` [layers * E] to least..most, scale every layer to the sum `target`, clip again, into `out`."""
+    rows = out.reshape(layers, -1)
+    np.clip(scores.reshape(layers, -1), np.float32(least), np.float32(most), out=rows)
     rows *= np.float32(target) / rows.sum(axis=-1, keepdims=True)
     np.clip(rows, np.float32(least), np.float32(most), out=rows)
 
 
-def encode_profile(profile: Floats, out: NDArray[np.uint8]) -> None:
-    """Probabilities 0..1 as codes, p = (code / 255)^2, into `out`; both [D]."""
-    out[:] = np.sqrt(profile) * np.float32(255) + np.float32(0.5)
+def encode_signature(signature: Floats, out: NDArray[np.uint8]) -> None:
+    """Numbers x from 0 to 1 as codes, x = (code / 255)^2, into `out`; both [D]."""
+    out[:] = np.sqrt(signature) * np.float32(255) + np.float32(0.5)
+
+
+def encode_exposure(profile: Floats, most: float, scale: float, out: NDArray[np.uint8]) -> None:
+    """-log2(1 - p) as codes, whose squares are that times `scale`, into `out`; probabilities above `most`, at most
+    0.99, count as that. Both [D]."""
+    exposure = -np.log2(1 - np.minimum(profile, np.float32(most)))
+    out[:] = np.sqrt(exposure * np.float32(scale)) + np.float32(0.5)
 
 
 def from_fractions(survival: NDArray[np.uint16]) -> Floats:
@@ -82,25 +89,17 @@ def from_fractions(survival: NDArray[np.uint16]) -> Floats:
 
 
 def shift_exposure(
-    table: NDArray[np.uint32],
-    codes: NDArray[np.uint8],
-    sign: int,
-    unit: float,
-    exposure: NDArray[np.uint32],
-    survival: NDArray[np.uint16],
+    codes: NDArray[np.uint8], sign: int, unit: float, exposure: NDArray[np.uint32], survival: NDArray[np.uint16]
 ) -> float:
-    """Add (sign 1) or subtract (sign -1) table[codes] to `exposure`, and set `survival` = exp(-exposure * unit), as a
-    fraction of CERTAIN.
-
-    table: [256], the others [D]. Returns D less the sum of what survives.
-    """
-    shift = table[codes]
+    """Add (sign 1) or subtract (sign -1) the squares of `codes` to `exposure`, and set `survival` =
+    2^-(exposure * unit), as a fraction of CERTAIN. All [D]. Returns D less the sum of what survives."""
+    shift = codes.astype(np.uint32) ** 2
     if sign > 0:
         exposure += shift
     else:
         exposure -= shift
     alive = exposure * np.float32(-unit)
-    np.exp(alive, out=alive)
+    np.exp2(alive, out=alive)
     survival[:] = alive * np.float32(CERTAIN) + np.float32(0.5)
     return len(alive) - float(alive.sum(dtype=np.float64))
 
@@ -182,8 +181,9 @@ if _kernels is not None:
     placement_cost = _kernels.placement_cost
     unpack_counts = _kernels.unpack_counts
     own_frequencies = _kernels.own_frequencies
-    scale_to_probabilities = _kernels.scale_to_probabilities
-    encode_profile = _kernels.encode_profile
+    to_probabilities = _kernels.to_probabilities
+    encode_signature = _kernels.encode_signature
+    encode_exposure = _kernels.encode_exposure
     shift_exposure = _kernels.shift_exposure
     unit_direction = _kernels.unit_direction
     move_towards = _kernels.move_towards

@@ -97,47 +97,68 @@ def test_frequencies(kernels):
 def test_probabilities_of_a_layer(kernels, shape):
     layers, experts, seed = shape
     scores = np.random.default_rng(seed).normal(0.1, 0.3, layers * experts).astype(np.float32)
+    out = np.empty_like(scores)
     target = min(8.0, 0.5 * experts)
     expected = []
     for row in scores.reshape(layers, experts).tolist():
         clipped = [min(max(value, 1e-4), 0.98) for value in row]
         expected += [min(max(value * target / sum(clipped), 1e-4), 0.98) for value in clipped]
-    kernels.scale_to_probabilities(scores, layers, 1e-4, 0.98, target)
-    assert scores.tolist() == pytest.approx(expected, rel=1e-5)
+    kernels.to_probabilities(scores, layers, 1e-4, 0.98, target, out)
+    assert out.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_code_survives(kernels):
-    profile = ((np.arange(256) / 255) ** 2).astype(np.float32)
+def test_every_code_of_a_signature_survives(kernels):
+    signature = ((np.arange(256) / 255) ** 2).astype(np.float32)
     out = np.zeros(256, dtype=np.uint8)
-    kernels.encode_profile(profile, out)
+    kernels.encode_signature(signature, out)
     assert out.tolist() == list(range(256))
+
+
+def test_every_code_of_an_exposure_survives(kernels):
+    scale = 255**2 / -math.log2(1 - 0.98)
+    profile = np.array([1 - 2 ** -(code**2 / scale) for code in range(256)], dtype=np.float32)
+    out = np.zeros(256, dtype=np.uint8)
+    kernels.encode_exposure(profile, 0.98, scale, out)
+    assert out.tolist() == list(range(256))
+    kernels.encode_exposure(np.linspace(0.98, 1, 256, dtype=np.float32), 0.98, scale, out)
+    assert set(out.tolist()) == {255}
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=70))
+@pytest.mark.parametrize("kernels", BOTH)
+def test_codes_are_nearest_to_their_exposure(kernels, profile):
+    scale = 255**2 / -math.log2(1 - 0.98)
+    out = np.zeros(len(profile), dtype=np.uint8)
+    kernels.encode_exposure(np.array(profile, dtype=np.float32), 0.98, scale, out)
+    exact = [math.sqrt(-math.log2(1 - min(p, 0.98)) * scale) for p in profile]
+    assert out == pytest.approx(np.array(exact), abs=0.51)
 
 
 def test_survival_follows_its_exposure_and_cancels(kernels):
     rng = np.random.default_rng(1)
-    table = rng.integers(0, 2**19, 256, dtype=np.uint32)
+    unit = 2.0**-18
     exposure = np.zeros(1000, dtype=np.uint32)
     survival = np.empty(1000, dtype=np.uint16)
     added = [rng.integers(0, 256, 1000, dtype=np.uint8) for _ in range(40)]
     for count, codes in enumerate(added, 1):
-        union = kernels.shift_exposure(table, codes, 1, 2.0**-20, exposure, survival)
-        exact = np.sum([table[codes] for codes in added[:count]], axis=0, dtype=np.int64)
+        union = kernels.shift_exposure(codes, 1, unit, exposure, survival)
+        exact = np.sum([codes.astype(np.int64) ** 2 for codes in added[:count]], axis=0)
         assert np.array_equal(exposure, exact)
-        expected = np.exp(-exact / 2**20)
+        expected = 2.0 ** -(exact * unit)
         assert np.abs(survival / 65535 - expected).max() <= 0.51 / 65535
         assert union == pytest.approx(1000 - expected.sum(), rel=1e-6)
     for codes in added:
-        union = kernels.shift_exposure(table, codes, -1, 2.0**-20, exposure, survival)
+        union = kernels.shift_exposure(codes, -1, unit, exposure, survival)
     assert not exposure.any()
     assert (survival == 65535).all()
     assert union == 0
 
 
-@pytest.mark.parametrize("exposure", [87 * 2**20, 2**31 - 1, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("exposure", [126 * 2**20, 2**31 - 1, 2**31, 2**32 - 1])
 def test_what_is_surely_activated_does_not_survive(kernels, exposure):
     survival = np.full(3, 7, dtype=np.uint16)
     none, exposures = np.zeros(3, dtype=np.uint8), np.full(3, exposure, dtype=np.uint32)
-    assert kernels.shift_exposure(np.zeros(256, np.uint32), none, 1, 2.0**-20, exposures, survival) == 3
+    assert kernels.shift_exposure(none, 1, 2.0**-20, exposures, survival) == 3
     assert survival.tolist() == [0, 0, 0]
 
 
@@ -224,7 +245,9 @@ def test_arrays_that_do_not_fit_are_refused():
     from eldr import _kernels
 
     floats, codes, wide = np.zeros(8, np.float32), np.zeros(8, np.uint8), np.zeros(8, np.uint32)
-    table, doubles, fractions = np.zeros(256, np.uint32), np.zeros(8), np.zeros(8, np.uint16)
+    doubles, fractions = np.zeros(8), np.zeros(8, np.uint16)
+    frozen = np.zeros(8, np.float32)
+    frozen.setflags(write=False)
 
     def cost(rows, load, batches):
         fleet = (np.zeros(32), doubles, doubles, doubles, doubles, floats)
@@ -240,18 +263,26 @@ def test_arrays_that_do_not_fit_are_refused():
         lambda: _kernels.unpack_counts(b"", 8, 0, 0, 3, 0, 0, np.zeros(0, np.uint32)),
         lambda: _kernels.unpack_counts(b"", 8, 0, 2**40, 2**40, 0, 0, np.zeros(0, np.uint32)),
         lambda: _kernels.own_frequencies(np.zeros(7, np.uint32), floats, 1.0, 1.0, floats),
-        lambda: _kernels.scale_to_probabilities(floats, 3, 0.1, 0.9, 1.0),
-        lambda: _kernels.scale_to_probabilities(floats, 0, 0.1, 0.9, 1.0),
-        lambda: _kernels.encode_profile(floats, codes[:7]),
-        lambda: _kernels.shift_exposure(table[:255], codes, 1, 1.0, wide, fractions),
-        lambda: _kernels.shift_exposure(table, codes, 1, 1.0, wide[:7], fractions),
-        lambda: _kernels.shift_exposure(table, codes, 1, 1.0, wide, fractions[:7]),
+        lambda: _kernels.to_probabilities(floats, 3, 0.1, 0.9, 1.0, floats),
+        lambda: _kernels.to_probabilities(floats, 0, 0.1, 0.9, 1.0, floats),
+        lambda: _kernels.to_probabilities(floats, 2, 0.1, 0.9, 1.0, floats[:7]),
+        lambda: _kernels.encode_signature(floats, codes[:7]),
+        lambda: _kernels.encode_exposure(floats, 0.9, 1.0, codes[:7]),
+        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide[:7], fractions),
+        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide, fractions[:7]),
+        lambda: _kernels.shift_exposure(codes, 1, 1.0, doubles, fractions),
+        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide.byteswap().view(">u4"), fractions),
+        lambda: _kernels.move_towards(frozen, floats, 1.0),
+        lambda: _kernels.move_towards(np.zeros(16, np.float32)[::2], floats, 1.0),
+        lambda: _kernels.move_towards([0.0] * 8, floats, 1.0),
         lambda: _kernels.move_towards(floats, floats[:7], 1.0),
         lambda: _kernels.unit_direction(floats, floats[:7], 2, 1, floats),
         lambda: _kernels.unit_direction(floats, floats, 3, 1, floats),
         lambda: _kernels.unit_direction(floats, floats, 2, 2, floats),
         lambda: _kernels.unit_direction(floats, floats, 2, 0, floats),
         lambda: _kernels.row_products(np.zeros((2, 7), np.float32), floats, np.zeros(2)),
+        lambda: _kernels.row_products(np.zeros((2, 8)), floats, np.zeros(2)),
+        lambda: _kernels.row_products([floats], floats, np.zeros(1)),
         lambda: cost([8], [3.0], 5),
         lambda: cost([-1], [3.0], 5),
         lambda: cost([7], [4.0], 5),
@@ -260,5 +291,13 @@ def test_arrays_that_do_not_fit_are_refused():
         lambda: cost([7, 1], [1.0], 5),
         lambda: cost([], [], 5),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="does not fit"):
+            call()
+    for call in (
+        lambda: _kernels.move_towards(floats, floats),
+        lambda: _kernels.move_towards(floats, floats, "a"),
+        lambda: _kernels.to_probabilities(floats, 2.0, 0.1, 0.9, 1.0, floats),
+        lambda: _kernels.unpack_counts("123456", 8, 0, 2, 3, 0, -1, np.zeros(6, np.uint32)),
+    ):
+        with pytest.raises((TypeError, OverflowError)):
             call()

@@ -25,8 +25,8 @@ from eldr.policies.refit import (
     RefitTask,
     SignatureWindow,
     decode_signatures,
+    encode_signature,
 )
-from eldr.policies.unions import encode_profile
 from eldr.replay.decisions import Line, repeat_decisions
 from eldr.replay.experiment import Laboratory, Settings
 from eldr.zones import align_zones
@@ -45,13 +45,13 @@ def units(rng, count, dimension):
 @given(st.integers(0, 2**32 - 1), st.integers(2, 3000))
 def test_codes_keep_the_direction_of_a_signature(seed, dimension):
     signature = units(np.random.default_rng(seed), 1, dimension)[0]
-    decoded = decode_signatures(encode_profile(signature)[None])[0]
+    decoded = decode_signatures(encode_signature(signature)[None])[0]
     assert np.linalg.norm(decoded) == pytest.approx(1, abs=1e-5)
     assert decoded @ signature > 0.999
 
 
 def test_a_zero_signature_stays_zero():
-    assert not decode_signatures(encode_profile(np.zeros(5, np.float32))[None]).any()
+    assert not decode_signatures(encode_signature(np.zeros(5, np.float32))[None]).any()
 
 
 @given(st.integers(1, 9), st.integers(0, 30), st.integers(1, 12))
@@ -61,7 +61,7 @@ def test_the_window_holds_the_newest(capacity, added, wanted):
     for number in range(added):
         signature = np.array([number % 7, number % 5, 1], np.float32) / 10
         window.add(signature)
-        kept.append(encode_profile(signature))
+        kept.append(encode_signature(signature))
     expected = kept[-min(wanted, capacity) :]
     assert window.seen == added
     assert np.array_equal(window.newest(wanted), np.array(expected, np.uint8).reshape(-1, 3))
@@ -109,7 +109,7 @@ def kinds(rng, count, per_kind, dimension=24, noise=0.05):
 def test_a_fit_finds_the_kinds_and_leaves_each_worker_the_nearest():
     rng = np.random.default_rng(0)
     directions, points = kinds(rng, 4, 20)
-    codes = np.array([encode_profile(point) for point in points])
+    codes = np.array([encode_signature(point) for point in points])
     for order in itertools.permutations(range(4)):
         old = directions[list(order)]
         task = pickle.loads(pickle.dumps(RefitTask(("a", "b", "c", "d"), old, codes, seed=1)))
@@ -124,7 +124,7 @@ def test_zones_that_change_places_are_counted():
     """Both kinds are nearer to b's old zone, and one of them must go to a."""
     directions, _ = kinds(np.random.default_rng(0), 4, 1)
     between = (directions[0] + directions[1]) / np.sqrt(np.float32(2))
-    codes = np.array([encode_profile(direction) for direction in directions[:2]] * 20)
+    codes = np.array([encode_signature(direction) for direction in directions[:2]] * 20)
     refit = RefitTask(("a", "b"), np.stack([directions[2], between]), codes, 0).run()
     assert refit.moved == 1
     assert refit.shift == pytest.approx((1 + 1 - np.sqrt(0.5)) / 2, abs=1e-3)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eldr.counts import ExpertCounts
+from eldr.marks import mypyc_attr
 
 if TYPE_CHECKING:
     from eldr.policies.refit import Refit, RefitTask
@@ -57,6 +58,8 @@ class Picture:
     most: float
 
 
+# Policies that are not compiled go with a router that is.
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Policy(ABC):
     """Chooses a decode worker for each request and hears what happens in the fleet.
 
@@ -65,7 +68,10 @@ class Policy(ABC):
     worker; both are heard exactly once for each request that was sent to a worker.
     """
 
-    name: str
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As in `--policy` and on metrics; a class attribute will do."""
 
     @abstractmethod
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:

@@ -31,7 +31,7 @@ from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, StepCost
 from eldr.counts import ExpertCounts
 from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
 from eldr.policies.load import least_loaded
-from eldr.policies.unions import Geometry, Profile, RandomBatches, Unions, encode_profile
+from eldr.policies.unions import Geometry, Profile, RandomBatches, Unions, encode_exposure
 
 # Weight of the self-anchor, in expert time of a mean worker's whole batch per unit of cosine similarity.
 ANCHOR = 0.1
@@ -224,7 +224,7 @@ class ExpectedUnion(Policy):
         if arrival is None or arrival.request_id != request.request_id:
             arrival = self._look_at(request)
         row = self._row[worker]
-        entry = Profile(encode_profile(arrival.profile), arrival.context_tokens)
+        entry = Profile(encode_exposure(arrival.profile), arrival.context_tokens)
         self._running[request.request_id, worker] = entry
         self._unions.add(row, entry, 1)
         if arrival.direction is not None:

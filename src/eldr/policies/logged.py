@@ -88,7 +88,10 @@ class LoggedPolicy(Policy):
         self._joined = 0
         # The last choice, until it is known whether the request starts there.
         self._chosen: dict[str, Any] | None = None
-        self.name = policy.name
+
+    @property
+    def name(self) -> str:
+        return self._policy.name
 
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
         event: dict[str, Any] = {

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.policies.unions import encode_profile
+from eldr import kernels
 from eldr.zones import align_zones, balanced_kmeans
 
 # Signatures that a policy remembers, one byte an entry: 12 MiB at 48 x 128 experts.
@@ -81,8 +81,15 @@ class RefitTask:
         return Refit(self.workers, centroids.astype(np.float16), moved, float(1 - own.mean()))
 
 
+def encode_signature(signature: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """uint8 [D]: entries 0..1 as codes, (code / 255)^2."""
+    codes = np.empty(len(signature), dtype=np.uint8)
+    kernels.encode_signature(np.ascontiguousarray(signature, dtype=np.float32), codes)
+    return codes
+
+
 def decode_signatures(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """float32 [N, D] from codes [N, D], made by `encode_profile` of unit vectors, scaled to unit length again; all
+    """float32 [N, D] from codes [N, D], made by `encode_signature`, scaled to unit length again; all
     zero stays zero."""
     signatures = np.square(codes.astype(np.float32))
     norms = np.sqrt(np.einsum("nd,nd->n", signatures, signatures))
@@ -98,7 +105,7 @@ class SignatureWindow:
 
     def add(self, signature: NDArray[np.float32]) -> None:
         """signature: float32 [D], unit vector without negative entries."""
-        self._codes[self.seen % len(self._codes)] = encode_profile(signature)
+        self._codes[self.seen % len(self._codes)] = encode_signature(signature)
         self.seen += 1
 
     def newest(self, count: int) -> NDArray[np.uint8]:

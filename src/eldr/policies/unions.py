@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,16 @@ DIRECTION_REQUESTS = 20
 # Starts after which the experts of random batches are computed anew; sooner while there were few.
 RANDOM_BATCH_STARTS = 64
 
-# A request's probabilities are kept as one byte each, p = (code / 255)^2, finest where most probabilities are. What it
-# exposes an expert to, -log(1 - p), is a whole number of 2^-17 from a table: adding a request and removing it cancel
-# exactly, and 8,000 requests that all activate the same expert fit into 32 bits.
-_UNIT = 2.0**-17
-_CODE_PROBABILITY = np.clip((np.arange(256) / 255) ** 2, LEAST, MOST)
-_EXPOSURE = np.rint(-np.log1p(-_CODE_PROBABILITY) / _UNIT).astype(np.uint32)
+# What a request exposes an expert to, -log2(1 - p), is kept as a code of one byte, finest where most probabilities are:
+# its square counts units of 9e-5. Whole numbers: adding a request and removing it cancel exactly, and 66,000 requests
+# that are all sure to activate the same expert fit into 32 bits.
+_UNIT = -math.log2(1 - MOST) / 255**2
 
 
 @dataclass(slots=True, eq=False)
 class Profile:
-    """What is remembered of a request while it runs. codes: uint8 [D]. context_tokens: of its prompt."""
+    """What is remembered of a request while it runs. codes: uint8 [D], of `encode_exposure`. context_tokens: of its
+    prompt."""
 
     codes: NDArray[np.uint8]
     context_tokens: int
@@ -55,8 +55,8 @@ class Geometry:
 class Unions:
     """One row a worker. Matrices have room for more, C rows, of which those in use come first.
 
-    exposure: uint32 [C, D], sum of -log(1 - p) of the running requests, in units of _UNIT. survival: uint16 [C, D], the
-    probability that none of them activates an expert, exp(-exposure), as a fraction of CERTAIN. union: float64 [W],
+    exposure: uint32 [C, D], sum of -log2(1 - p) of the running requests, in units of _UNIT. survival: uint16 [C, D],
+    the probability that none of them activates an expert, 2^-exposure, as a fraction of CERTAIN. union: float64 [W],
     expected distinct experts that a step waits for, summed over layers: all of them, with expert parallelism those of
     the busiest rank (`busiest_rank_experts`). context: float64 [W], tokens of running prompts. direction: float32
     [C, A], where lately started requests point; length: float32 [W].
@@ -101,7 +101,7 @@ class Unions:
         """Add (sign 1) or remove (sign -1) a running request. Whole numbers: what was added cancels exactly."""
         self.context[row] += sign * profile.context_tokens
         survival = self._survival[row]
-        union = kernels.shift_exposure(_EXPOSURE, profile.codes, sign, _UNIT, self._exposure[row], survival)
+        union = kernels.shift_exposure(profile.codes, sign, _UNIT, self._exposure[row], survival)
         self.union[row] = (
             union if self._geometry.ranks == 1 else self._geometry.active(kernels.from_fractions(survival))
         )
@@ -161,10 +161,10 @@ class RandomBatches:
         return self._experts
 
 
-def encode_profile(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """uint8 [D]: probabilities 0..1 as codes, p = (code / 255)^2."""
+def encode_exposure(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """uint8 [D]: what probabilities 0..1 expose experts to, as codes: p = 1 - 2^-(code^2 * _UNIT)."""
     codes = np.empty(len(profile), dtype=np.uint8)
-    kernels.encode_profile(np.ascontiguousarray(profile, dtype=np.float32), codes)
+    kernels.encode_exposure(np.ascontiguousarray(profile, dtype=np.float32), MOST, 1 / _UNIT, codes)
     return codes
 
 

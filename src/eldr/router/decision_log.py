@@ -87,7 +87,7 @@ class DecisionLog:
         if self._gap:
             self._add_gap()
         self._add(line)
-        if waiting_bytes >= WRITE_BYTES:
+        if waiting_bytes < WRITE_BYTES <= waiting_bytes + len(line):
             self._wake.set()
 
     def _add(self, line: bytes) -> None:
@@ -129,17 +129,23 @@ class DecisionLog:
             self._wake.wait(FLUSH_S)
             self._wake.clear()
             closing = self._closing
-            written = self._write_all()
+            written = self._write_waiting()
             if self._reopening and written:
                 self._reopen_file()
             if closing:
                 break
         os.close(self._file)
 
-    def _write_all(self) -> bool:
-        """Whether the buffer could be emptied."""
-        while self._rest or self._lines:
-            parts = [self._rest] if self._rest else self._take()
+    def _write_waiting(self) -> bool:
+        """Write what waits now; what is added meanwhile can wait, for after every write this thread and the event loop
+        contend for Python's lock. Whether all of it could be written."""
+        waiting = len(self._lines)
+        while self._rest or waiting:
+            if self._rest:
+                parts = [self._rest]
+            else:
+                parts = self._take(waiting)
+                waiting -= len(parts)
             try:
                 done = os.writev(self._file, parts)
             except OSError as error:
@@ -157,11 +163,11 @@ class DecisionLog:
                 self._rest_lines = 0
         return True
 
-    def _take(self) -> list[bytes]:
-        """Lines from the buffer, some WRITE_BYTES of them, but no more than one call can write."""
+    def _take(self, most: int) -> list[bytes]:
+        """At most so many lines from the buffer, some WRITE_BYTES of them, but no more than one call can write."""
         taken: list[bytes] = []
         size = 0
-        while self._lines and size < WRITE_BYTES and len(taken) < MOST_LINES:
+        while size < WRITE_BYTES and len(taken) < min(most, MOST_LINES):
             taken.append(self._lines.popleft())
             size += len(taken[-1])
         self._taken_bytes += size
