@@ -257,7 +257,7 @@ static inline double similarity_to(const struct fleet *fleet, int64_t worker) {
 
 /* For each of the `count` workers `rows` with the loads `load`; at_random: by the requests of a batch. The least cost's
    place in `rows`. */
-static Py_ssize_t place(const struct fleet *fleet, const double *at_random, const int64_t *rows, const double *load,
+static Py_ssize_t place(const struct fleet *fleet, const double *at_random, const int64_t *rows, const Py_ssize_t *load,
                         Py_ssize_t count, const struct placement *p, double *cost) {
     const double *base_s = fleet->columns, *expert_s = base_s + fleet->workers, *token_s = expert_s + fleet->workers;
     const double *context_s = token_s + fleet->workers;
@@ -267,10 +267,10 @@ static Py_ssize_t place(const struct fleet *fleet, const double *at_random, cons
         const double then = fleet->unions[w] + fleet->added[w];
         const double similarity = similarity_to(fleet, w);
         experts += expert_s[w] * then;
-        saved += expert_s[w] * (at_random[(int64_t)load[i] + 1] - then);
-        loads += load[i];
+        saved += expert_s[w] * (at_random[load[i] + 1] - then);
+        loads += (double)load[i];
         nearest = similarity > nearest ? similarity : nearest;
-        cost[i] = base_s[w] + expert_s[w] * then + token_s[w] * (load[i] + 1) +
+        cost[i] = base_s[w] + expert_s[w] * then + token_s[w] * (double)(load[i] + 1) +
                   context_s[w] * (fleet->context[w] + p->context_tokens);
         longer += cost[i];
     }
@@ -283,7 +283,7 @@ static Py_ssize_t place(const struct fleet *fleet, const double *at_random, cons
         const int64_t w = rows[i];
         const double added_s = expert_s[w] * fleet->added[w] + token_s[w] + context_s[w] * p->context_tokens;
         const double similarity = similarity_to(fleet, w);
-        const double total = cost[i] + p->others_weight * load[i] * added_s + distance_s * (nearest - similarity);
+        const double total = cost[i] + p->others_weight * (double)load[i] * added_s + distance_s * (nearest - similarity);
         cost[i] = cost[i] > limit ? INFINITY : total;
         best = cost[i] < cost[best] ? i : best;
     }
@@ -478,7 +478,7 @@ FUNCTION(placement_cost, 15) {
     const float *const length = array_of(&a, NPY_FLOAT32, READ_ONLY, workers);
     const double *const at_random = array(&a, NPY_FLOAT64, READ_ONLY, &batches);
     const int64_t *const rows = array(&a, NPY_INT64, READ_ONLY, &count);
-    const double *const load = array_of(&a, NPY_FLOAT64, READ_ONLY, count);
+    PyObject *const loads = *a.next++;
     struct placement p; /* one by one: an initialiser's order is the compiler's choice */
     p.context_tokens = number(&a);
     p.others_weight = number(&a);
@@ -486,12 +486,18 @@ FUNCTION(placement_cost, 15) {
     p.tail_guard = number(&a);
     p.guard_share = number(&a);
     double *const cost = array_of(&a, NPY_FLOAT64, WRITABLE, count);
-    a.wrong |= of_columns % 4 != 0 || count < 1;
-    for (npy_intp i = 0; !a.wrong && i < count; i++)
-        a.wrong = !(rows[i] >= 0 && rows[i] < workers && load[i] >= 0 && load[i] < (double)batches - 1);
+    a.wrong |= of_columns % 4 != 0 || count < 1 || !PyList_Check(loads) || PyList_GET_SIZE(loads) != count;
     if (refused(&a)) return NULL;
+    Py_ssize_t *const load = PyMem_Malloc((size_t)count * sizeof *load);
+    if (!load) return PyErr_NoMemory();
+    for (npy_intp i = 0; !a.wrong && i < count; i++) {
+        load[i] = PyLong_AsSsize_t(PyList_GET_ITEM(loads, i));
+        a.wrong = rows[i] < 0 || rows[i] >= workers || load[i] < 0 || load[i] >= batches - 1;
+    }
     const struct fleet fleet = {columns, unions, added, context, along, length, workers};
-    return PyLong_FromSsize_t(place(&fleet, at_random, rows, load, count, &p, cost));
+    const Py_ssize_t best = a.wrong ? -1 : place(&fleet, at_random, rows, load, count, &p, cost);
+    PyMem_Free(load);
+    return refused(&a) ? NULL : PyLong_FromSsize_t(best);
 }
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}

@@ -41,11 +41,11 @@ class ActivationError(EldrError):
 
 
 def own_frequencies(counts: ExpertCounts, mean: Floats, prior_tokens: float = PRIOR_TOKENS) -> Floats:
-    """float32 [D]: (counts + prior_tokens * mean) / (prompt tokens + prior_tokens); `mean` is float32 [D]."""
+    """float32 [D]: (counts + prior_tokens * mean) / (prompt tokens + prior_tokens); `mean` is float32 [D],
+    C-contiguous."""
     frequencies = np.empty(counts.counts.size, dtype=np.float32)
     scale = 1 / (counts.prompt_tokens + prior_tokens)
-    numbers = np.ascontiguousarray(counts.counts, dtype=np.uint32)
-    kernels.own_frequencies(numbers, np.ascontiguousarray(mean, dtype=np.float32), prior_tokens, scale, frequencies)
+    kernels.own_frequencies(counts.counts, mean, prior_tokens, scale, frequencies)
     return frequencies
 
 

@@ -11,7 +11,6 @@ unpack.
 from __future__ import annotations
 
 import binascii
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,24 +45,20 @@ class CountsError(EldrError):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class ExpertCounts:
-    """How many prompt tokens chose each expert.
+    """How many prompt tokens chose each expert. Not to be changed.
 
-    counts: uint32 [L, E]; every row sums to prompt_tokens * top_k, because each token picks top_k experts per layer.
+    counts: uint32 [L, E], C-contiguous; every row sums to prompt_tokens * top_k, because each token picks top_k experts
+    per layer.
     """
 
-    counts: NDArray[np.uint32]
-    prompt_tokens: int
-    top_k: int
+    __slots__ = ("counts", "experts", "layers", "prompt_tokens", "top_k")
 
-    @property
-    def layers(self) -> int:
-        return int(self.counts.shape[0])
-
-    @property
-    def experts(self) -> int:
-        return int(self.counts.shape[1])
+    def __init__(self, counts: NDArray[np.uint32], prompt_tokens: int, top_k: int) -> None:
+        self.counts = np.ascontiguousarray(counts, dtype=np.uint32)
+        self.layers, self.experts = int(counts.shape[0]), int(counts.shape[1])
+        self.prompt_tokens = prompt_tokens
+        self.top_k = top_k
 
     def check(self) -> None:
         """Raise CountsError unless every layer sums to prompt_tokens * top_k and no expert exceeds prompt_tokens."""

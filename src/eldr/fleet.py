@@ -112,6 +112,10 @@ class Fleet:
         """The workers of `role` that may get new requests, room for them aside."""
         return (worker for worker in self._workers[role].values() if worker.available)
 
+    def any_available(self, role: Role) -> bool:
+        """Whether there is one."""
+        return self._gone_since_s[role] is None
+
     def gone_for_s(self, role: Role) -> float | None:
         """How long no worker of `role` has been available: None while one is, infinite if none ever was."""
         since_s = self._gone_since_s[role]
@@ -130,11 +134,14 @@ class Fleet:
     @property
     def ready(self) -> bool:
         """Whether at least one prefill and one decode worker are available."""
-        return any(self.available("prefill")) and any(self.available("decode"))
+        return self.any_available("prefill") and self.any_available("decode")
 
     def serves(self, model: str) -> bool:
         """Whether an available decode worker serves `model`, or may do so because its models are unknown."""
-        return any(worker.models is None or model in worker.models for worker in self.available("decode"))
+        for worker in self._workers["decode"].values():
+            if worker.available and (worker.models is None or model in worker.models):
+                return True
+        return False
 
     def started(self, worker: Worker) -> None:
         worker.in_flight += 1

@@ -144,7 +144,7 @@ def placement_cost(
     length: Floats,
     at_random: Doubles,
     rows: NDArray[np.int64],
-    load: Doubles,
+    load: list[int],
     context_tokens: float,
     others_weight: float,
     anchor: float,
@@ -158,18 +158,19 @@ def placement_cost(
     columns: [4, W], a step's base, per expert, per token and per context token, seconds. union, added, context: [W].
     products: [W], of each worker's direction with the request's, and `length` of the worker's: similarity is their
     ratio. at_random: [batch + 1], experts of a batch so large drawn at random. rows: [N], the workers to choose from,
-    with `load`, [N] whole numbers.
+    with `load`, [N].
     """
+    loads = np.array(load, dtype=np.float64)
     base_s, expert_s, token_s, context_s = columns[:, rows]
     similarity = products[rows] / np.maximum(length[rows], np.float32(1e-6))
     added = added[rows]
     then = union[rows] + added
     added_s = expert_s * added + token_s + context_s * context_tokens
-    longer_s = base_s + expert_s * then + token_s * (load + 1) + context_s * (context[rows] + context_tokens)
+    longer_s = base_s + expert_s * then + token_s * (loads + 1) + context_s * (context[rows] + context_tokens)
     expert_time_s = float((expert_s * then).sum()) / len(rows)
-    out[:] = longer_s + others_weight * load * added_s
-    out += anchor * (float(load.sum()) / len(rows) + 1) * expert_time_s * (similarity.max() - similarity)
-    random_experts = at_random[load.astype(np.int64) + 1]
+    out[:] = longer_s + others_weight * loads * added_s
+    out += anchor * (float(loads.sum()) / len(rows) + 1) * expert_time_s * (similarity.max() - similarity)
+    random_experts = at_random[np.array(load) + 1]
     saved_s = max(float((expert_s * (random_experts - then)).sum()) / len(rows), 0.0)
     margin_s = tail_guard * (saved_s + guard_share * expert_time_s) + 1e-12
     out[longer_s > float(longer_s.sum()) / len(rows) + margin_s] = np.inf

@@ -157,7 +157,11 @@ class Scripted(Policy):
         self.heard: list[tuple[str, str]] = []
 
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
-        self.asked.append((request, dict(in_flight)))
+        # The router's own request forgets its counts when it runs.
+        kept = DecodeRequest(
+            request.request_id, request.prompt_tokens, request.counts, request.label, request.max_tokens
+        )
+        self.asked.append((kept, dict(in_flight)))
         return Decision(self._choose(request, in_flight), "scripted")
 
     def started(self, request: DecodeRequest, worker: str) -> None:

@@ -38,7 +38,8 @@ from eldr.router.deadlines import Deadlines
 )
 def test_what_headers_say(headers, first_byte_s, total_s):
     deadlines = Deadlines.of(headers, 1000.0, 60.0)
-    assert deadlines == Deadlines(1000.0 + first_byte_s, 1000.0 + total_s)
+    assert deadlines.first_byte_s == 1000.0 + first_byte_s
+    assert deadlines.total_s == 1000.0 + total_s
 
 
 @given(st.dictionaries(st.sampled_from([b"x-request-timeout-ms", b"x-stainless-timeout"]), st.binary(max_size=40)))

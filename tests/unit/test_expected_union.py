@@ -59,8 +59,7 @@ def one_hot_profiles():
 
 def placement_costs(policy, load):
     """What the last choice would cost on each worker, all of them eligible with these loads."""
-    rows, loads = np.arange(len(load)), np.array(load, dtype=float)
-    best, costs = policy._placement_cost(policy._latest, rows, loads, max(load))
+    best, costs = policy._placement_cost(policy._latest, np.arange(len(load)), load)
     assert costs[best] == min(costs)
     return costs
 

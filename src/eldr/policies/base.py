@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from eldr.policies.refit import Refit, RefitTask
 
 
-@dataclass(frozen=True, slots=True)
+# Of the classes that every request makes objects of, __init__ is written out: one that dataclass makes is not compiled.
+@dataclass(slots=True, init=False)
 class DecodeRequest:
-    """What a policy may know of a request.
+    """What a policy may know of a request, and does not change.
 
     request_id: unique among the requests that run.
     counts: expert counts of the prompt, None where the worker had none.
@@ -31,18 +32,42 @@ class DecodeRequest:
 
     request_id: str
     prompt_tokens: int
-    counts: ExpertCounts | None = None
-    label: str | None = None
-    max_tokens: int | None = None
-    counts_wire: Mapping[str, Any] | None = None
+    counts: ExpertCounts | None
+    label: str | None
+    max_tokens: int | None
+    counts_wire: Mapping[str, Any] | None
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        counts: ExpertCounts | None = None,
+        label: str | None = None,
+        max_tokens: int | None = None,
+        counts_wire: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_tokens = prompt_tokens
+        self.counts = counts
+        self.label = label
+        self.max_tokens = max_tokens
+        self.counts_wire = counts_wire
+
+    def forget_counts(self) -> None:
+        """Let go of the counts: they take more memory than all the rest of a running stream."""
+        self.counts = self.counts_wire = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, init=False)
 class Decision:
     """The worker chosen and a short snake_case reason, fit for a metric label."""
 
     worker: str
     reason: str
+
+    def __init__(self, worker: str, reason: str) -> None:
+        self.worker = worker
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +121,7 @@ class Policy(ABC):
 
     # Hooks of policies that keep state; a policy that only looks at the load needs none of them.
     def started(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027
-        """`request` was sent to `worker`."""
+        """`request` was sent to `worker`. Afterwards it may lose its counts."""
 
     def finished(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027
         """`request`, whose counts may be gone by now, no longer runs on `worker`: completed, failed or cancelled."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,17 +45,26 @@ ANCHOR_ENTRIES = 2048
 MEAN_REQUESTS = 500
 
 
-@dataclass(slots=True, eq=False)
 class _Arrival:
     """What is known of a request to be placed. profile: float32 [D], its probabilities. frequency: float32 [D], None
     where its counts cannot be used. direction: float32 [A], unit vector from the fleet's mean frequencies to these;
     None where there is none."""
 
-    request_id: str
-    context_tokens: int
-    profile: NDArray[np.float32]
-    frequency: NDArray[np.float32] | None
-    direction: NDArray[np.float32] | None
+    __slots__ = ("context_tokens", "direction", "frequency", "profile", "request_id")
+
+    def __init__(
+        self,
+        request_id: str,
+        context_tokens: int,
+        profile: NDArray[np.float32],
+        frequency: NDArray[np.float32] | None,
+        direction: NDArray[np.float32] | None,
+    ) -> None:
+        self.request_id = request_id
+        self.context_tokens = context_tokens
+        self.profile = profile
+        self.frequency = frequency
+        self.direction = direction
 
 
 class ExpectedUnion(Policy):
@@ -143,16 +151,15 @@ class ExpectedUnion(Policy):
         self._latest = arrival = self._look_at(request)
         workers = list(in_flight)
         rows = self._all_rows if workers == self._workers else np.array([self._row[worker] for worker in workers])
-        load = np.fromiter(in_flight.values(), dtype=np.float64, count=len(workers))
-        best, _ = self._placement_cost(arrival, rows, load, max(in_flight.values()))
+        best, _ = self._placement_cost(arrival, rows, list(in_flight.values()))
         return Decision(workers[best], reason or "expected_union")
 
     def _placement_cost(
-        self, arrival: _Arrival, rows: NDArray[np.int64], load: NDArray[np.float64], most: int
+        self, arrival: _Arrival, rows: NDArray[np.int64], load: list[int]
     ) -> tuple[int, NDArray[np.float64]]:
-        """Of the workers in `rows` with these loads, of which `most` is the largest: the best one's place, and float64
-        [N], seconds of decode time per step that the placement costs, anchor included; infinity behind the tail guard,
-        which always lets the least step time through."""
+        """Of the workers in `rows` with these loads: the best one's place, and float64 [N], seconds of decode time per
+        step that the placement costs, anchor included; infinity behind the tail guard, which always lets the least step
+        time through."""
         unions = self._unions
         direction = arrival.direction if self._anchor > 0 else None
         cost = np.empty(len(load))
@@ -163,7 +170,7 @@ class ExpectedUnion(Policy):
             unions.context,
             np.zeros(unions.count) if direction is None else unions.along(direction),
             unions.length,
-            self._random.experts(most + 1),
+            self._random.experts(max(load) + 1),
             rows,
             load,
             arrival.context_tokens,

@@ -165,12 +165,15 @@ class LoggedPolicy(Policy):
         return self._policy.picture()
 
 
-def _counts_wire(request: DecodeRequest) -> dict[str, Any] | None:
+def _counts_wire(request: DecodeRequest) -> Mapping[str, Any] | None:
     """The counts as they came; nothing else that a worker may have put beside them."""
     if request.counts is None:
         return None
     wire = request.counts_wire
-    return encode_counts(request.counts) if wire is None else {key: wire[key] for key in COUNTS_KEYS}
+    if wire is None:
+        return encode_counts(request.counts)
+    # They were decoded, so that all keys are there.
+    return wire if len(wire) == len(COUNTS_KEYS) else {key: wire[key] for key in COUNTS_KEYS}
 
 
 def request_of(event: Mapping[str, Any]) -> DecodeRequest:

@@ -23,13 +23,15 @@ RANDOM_BATCH_STARTS = 64
 _UNIT = -math.log2(1 - MOST) / 255**2
 
 
-@dataclass(slots=True, eq=False)
 class Profile:
     """What is remembered of a request while it runs. codes: uint8 [D], of `encode_exposure`. context_tokens: of its
     prompt."""
 
-    codes: NDArray[np.uint8]
-    context_tokens: int
+    __slots__ = ("codes", "context_tokens")
+
+    def __init__(self, codes: NDArray[np.uint8], context_tokens: int) -> None:
+        self.codes = codes
+        self.context_tokens = context_tokens
 
 
 @dataclass(frozen=True, slots=True)

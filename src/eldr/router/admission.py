@@ -35,13 +35,15 @@ class Limits:
     worker_wait_s: float
 
 
-@dataclass(slots=True)
 class Claim:
     """What a request's turn depends on. client: tells clients apart. priority: index into PRIORITIES. cost: tokens."""
 
-    client: bytes
-    priority: int
-    cost: int
+    __slots__ = ("client", "cost", "priority")
+
+    def __init__(self, client: bytes, priority: int, cost: int) -> None:
+        self.client = client
+        self.priority = priority
+        self.cost = cost
 
 
 class _Turn:

@@ -362,7 +362,7 @@ class Router:
         if fleet.ready and not self.closing:
             connection.respond(200, b"{}")
             return
-        missing = [role for role in ("prefill", "decode") if not any(fleet.available(role))]
+        missing = [role for role in ("prefill", "decode") if not fleet.any_available(role)]
         connection.respond_error(
             ApiError(503, f"no {' and no '.join(missing)} worker is available" if missing else "stopping")
         )

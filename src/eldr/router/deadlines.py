@@ -12,26 +12,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 TOTAL_MS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 FIRST_BYTE_S = (b"x-stainless-read-timeout", b"x-stainless-timeout")
 MAX_HEADER_BYTES = 32
 
 
-@dataclass(slots=True)
 class Deadlines:
     """Monotonic times by which the first byte must be on its way to the client, and by which the answer must end."""
 
-    first_byte_s: float
-    total_s: float
+    __slots__ = ("first_byte_s", "total_s")
 
-    @classmethod
-    def of(cls, headers: Mapping[bytes, bytes], received_s: float, limit_s: float) -> Deadlines:
+    def __init__(self, first_byte_s: float, total_s: float) -> None:
+        self.first_byte_s = first_byte_s
+        self.total_s = total_s
+
+    @staticmethod
+    def of(headers: Mapping[bytes, bytes], received_s: float, limit_s: float) -> Deadlines:
         """A client can only shorten the router's own limit; what is no positive number is not heard."""
         total_s = min(limit_s, _least(headers, TOTAL_MS) / 1000)
         first_byte_s = min(total_s, _least(headers, FIRST_BYTE_S))
-        return cls(received_s + first_byte_s, received_s + total_s)
+        return Deadlines(received_s + first_byte_s, received_s + total_s)
 
 
 def _least(headers: Mapping[bytes, bytes], names: Iterable[bytes]) -> float:

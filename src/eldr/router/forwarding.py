@@ -13,6 +13,7 @@ PRINTABLE = re.compile(rb"[\x20-\x7e]+")
 MAX_TRACESTATE_BYTES = 512
 # Types of answers that are passed on as such; a browser could take others for a page of the router's own.
 CONTENT_TYPE = re.compile(rb"(application/json|text/event-stream|text/plain)( *; *charset=[a-z0-9-]+)?", re.IGNORECASE)
+JSON = b"application/json"
 UNKNOWN_TYPE = b"application/octet-stream"
 RETRY_AFTER = re.compile(rb"[0-9]{1,9}|[A-Za-z0-9:, ]{29}")
 
@@ -49,8 +50,8 @@ def client_authorization(request: Request) -> bytes | None:
 
 def content_type(headers: Mapping[bytes, bytes]) -> bytes:
     """The content type that a client is told of a worker's answer."""
-    given = headers.get(b"content-type", b"application/json")
-    return given if CONTENT_TYPE.fullmatch(given) else UNKNOWN_TYPE
+    given = headers.get(b"content-type", JSON)
+    return given if given == JSON or CONTENT_TYPE.fullmatch(given) else UNKNOWN_TYPE
 
 
 def retry_after_line(headers: Mapping[bytes, bytes]) -> bytes:

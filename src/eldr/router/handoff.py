@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from eldr.counts import CountsError, ExpertCounts, decode_counts
@@ -13,15 +12,17 @@ from eldr.counts import CountsError, ExpertCounts, decode_counts
 UNKNOWN_LEASE_S = 10.0
 
 
-@dataclass(slots=True)
 class Lease:
     """Time until the prefill worker may free the blocks: `left_s` when it was received, at `received_s` (monotonic)."""
 
-    left_s: float
-    received_s: float
+    __slots__ = ("left_s", "received_s")
 
-    @classmethod
-    def from_wire(cls, wire: object, sent_s: float, received_s: float, received_unix_s: float) -> Lease | None:
+    def __init__(self, left_s: float, received_s: float) -> None:
+        self.left_s = left_s
+        self.received_s = received_s
+
+    @staticmethod
+    def from_wire(wire: object, sent_s: float, received_s: float, received_unix_s: float) -> Lease | None:
         """A lease as the prefill worker stated it, less the answer's age; None if it stated none.
 
         The age comes from the worker's clock and ours, so it is held between zero and the time since the prefill
@@ -30,10 +31,10 @@ class Lease:
         if not isinstance(wire, dict):
             return None
         left_s, unix_s = wire.get("left_s"), wire.get("unix_s")
-        if not isinstance(left_s, int | float) or not isinstance(unix_s, int | float):
+        if not isinstance(left_s, (int, float)) or not isinstance(unix_s, (int, float)):
             return None
         age_s = min(max(received_unix_s - unix_s, 0.0), received_s - sent_s)
-        return cls(left_s - age_s, received_s)
+        return Lease(left_s - age_s, received_s)
 
     def left_at(self, now_s: float) -> float:
         return self.left_s - (now_s - self.received_s)

@@ -121,6 +121,7 @@ class ClientConnection:
         self._stalled = False
         self._stalled_since_s = 0.0
         self._upgrade_offered = False
+        self._host = b""
         # When what is waited for now began: the next request, the rest of its head, the rest of its body.
         self._since_s = time.monotonic()
         self.listener: Listener | None = None
@@ -133,6 +134,8 @@ class ClientConnection:
         self._head_bytes = 0
         self._header_lines = 0
         self._url = b""
+        self._path = b""
+        self._http_1_0 = False
         self._client = ""
         self._headers: dict[bytes, bytes] = {}
         self._body: list[bytes] = []
@@ -290,15 +293,18 @@ class ClientConnection:
         headers = self._headers
         if len(self._url) + sum(map(len, headers.values())) > MAX_HEAD_BYTES:
             raise _head_too_large()
-        http_1_0 = self._parser.get_http_version() != "1.1"
-        if http_1_0 and self._parser.get_http_version() != "1.0":
+        version = self._parser.get_http_version()
+        if version not in ("1.1", "1.0"):
             raise ApiError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        self._http_1_0 = http_1_0 = version == "1.0"
         host = headers.get(b"host")
         if host is None:
             if not http_1_0:
                 raise ApiError(400, "an HTTP/1.1 request needs a Host header")
-        elif HOST.fullmatch(host) is None:
-            raise ApiError(400, "the Host header names no host")
+        elif host != self._host:  # a client asks for the same one again and again
+            if HOST.fullmatch(host) is None:
+                raise ApiError(400, "the Host header names no host")
+            self._host = host
         if self._parser.get_method() == b"CONNECT":
             raise ApiError(400, "CONNECT is not supported")
         self._upgrade = self._parser.should_upgrade()
@@ -312,7 +318,8 @@ class ClientConnection:
             raise ApiError(400, "Transfer-Encoding must be chunked, alone and without Content-Length")
         if length is not None and int(length) > self._limits.max_body_bytes:
             raise self._too_large()
-        self._client = self._handler.permit(_path(self._url), headers)
+        self._path = _path(self._url)
+        self._client = self._handler.permit(self._path, headers)
         self._since_s = time.monotonic()
         expect = headers.get(b"expect")
         if expect is not None:
@@ -332,11 +339,11 @@ class ClientConnection:
             return
         request = Request(
             self._parser.get_method(),
-            _path(self._url),
+            self._path,
             self._headers,
             self._body[0] if len(self._body) == 1 else b"".join(self._body),
             keep_alive=self._parser.should_keep_alive(),
-            http_1_0=self._parser.get_http_version() == "1.0",
+            http_1_0=self._http_1_0,
             client=self._client,
         )
         self._reset()

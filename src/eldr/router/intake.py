@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass
 from typing import Any
 
 from eldr.policies.base import DecodeRequest
@@ -31,7 +30,6 @@ PRIORITY_NAMES = {name.encode(): number for number, name in enumerate(PRIORITIES
 _decode_requests = itertools.count()
 
 
-@dataclass(slots=True)
 class Job:
     """One completion or chat request, checked.
 
@@ -43,18 +41,34 @@ class Job:
     claim: on a turn in the queue. trace: None unless it is sampled.
     """
 
-    request_id: str
-    path: bytes
-    body: dict[str, Any]
-    why_whole: str | None
-    record: bool
-    leg_headers: bytes
-    authorization: bytes | None
-    label: str | None
-    deadlines: Deadlines
-    stream: bool | None
-    claim: Claim
-    trace: RequestTrace | None
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        path: bytes,
+        body: dict[str, Any],
+        why_whole: str | None,
+        record: bool,
+        leg_headers: bytes,
+        authorization: bytes | None,
+        label: str | None,
+        deadlines: Deadlines,
+        stream: bool | None,
+        claim: Claim,
+        trace: RequestTrace | None,
+    ) -> None:
+        self.request_id = request_id
+        self.path = path
+        self.body = body
+        self.why_whole = why_whole
+        self.record = record
+        self.leg_headers = leg_headers
+        self.authorization = authorization
+        self.label = label
+        self.deadlines = deadlines
+        self.stream = stream
+        self.claim = claim
+        self.trace = trace
 
     def decode_request(self, handoff: HandOff | None) -> DecodeRequest:
         """What the policy may know. Clients may send an id twice at once, policies need unique ones."""
@@ -158,7 +172,7 @@ def _wants_stream(body: dict[str, Any]) -> bool | None:
 def _check_fleet(model: str | None, services: Services) -> None:
     if services.patience_s("decode") <= 0:
         raise no_worker("decode")
-    if not any(services.fleet.available("decode")):
+    if not services.fleet.any_available("decode"):
         return  # whoever comes back knows whether it serves the model
     if model and not services.fleet.serves(model):
         raise ApiError(404, f"The model `{model}` does not exist.", param="model")

@@ -40,10 +40,7 @@ class Placement:
 
     def __init__(self, owner: Placements, request: DecodeRequest, worker: Worker, decision: Decision) -> None:
         self._owner: Placements | None = owner
-        # Not its counts: they take more memory than all the rest of a running stream.
-        self._request = DecodeRequest(
-            request.request_id, request.prompt_tokens, None, request.label, request.max_tokens
-        )
+        self._request = request
         self.worker = worker
         self.decision = decision
 
@@ -109,6 +106,7 @@ class Placements:
         )
         self._fleet.started(worker)
         self._tell(self._policy.started, request, worker)
+        request.forget_counts()
         return Placement(self, request, worker, decision)
 
     def ended(self, request: DecodeRequest, worker: Worker) -> None:

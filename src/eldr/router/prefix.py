@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
+import zlib
 from collections.abc import Collection
 from typing import Any
 
@@ -37,7 +38,9 @@ class PrefillRing:
     def rebuild(self) -> None:
         """Take the fleet's prefill workers as they are now; to be called when one is added or removed."""
         ring = sorted(
-            (_hash(f"{url}#{index}".encode()), url) for url in self._fleet.workers("prefill") for index in range(POINTS)
+            (_point(f"{url}#{index}".encode()), url)
+            for url in self._fleet.workers("prefill")
+            for index in range(POINTS)
         )
         self._points = [point for point, _ in ring]
         self._workers = [url for _, url in ring]
@@ -45,16 +48,16 @@ class PrefillRing:
     def key(self, path: bytes, body: dict[str, Any]) -> int:
         """Hash of the prompt's start."""
         if path == CHAT:
-            return _hash(chat_start(body["messages"], self._window_bytes))
+            return _key(chat_start(body["messages"], self._window_bytes))
         prompt = body.get("prompt")
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
             prompt = prompt[0]
         if isinstance(prompt, str):
             # At most window_bytes characters can lie in the first window_bytes bytes.
-            return _hash(prompt[: self._window_bytes].encode()[: self._window_bytes])
+            return _key(prompt[: self._window_bytes].encode()[: self._window_bytes])
         if isinstance(prompt, list):
-            return _hash(orjson.dumps(prompt[: max(1, self._window_bytes // BYTES_PER_TOKEN)]))
-        return _hash(orjson.dumps(prompt))
+            return _key(orjson.dumps(prompt[: max(1, self._window_bytes // BYTES_PER_TOKEN)]))
+        return _key(orjson.dumps(prompt))
 
     def choose(self, key: int, excluded: Collection[str] = ()) -> tuple[Worker, bool] | None:
         """The worker for `key` and whether it spilled there; None if no prefill worker is available.
@@ -105,5 +108,12 @@ def _is_system(message: object) -> bool:
     return isinstance(message, dict) and message.get("role") in ("system", "developer")
 
 
-def _hash(data: bytes) -> int:
+def _point(data: bytes) -> int:
+    """A place on the ring, 0 to 2^64. Names that differ in a digit must lie as if drawn at random: a good hash."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def _key(data: bytes) -> int:
+    """A place on the ring for a kilobyte of a prompt. These differ in more than a digit, and whoever wants two of them to
+    meet can begin them alike: a checksum will do, at a tenth of the time."""
+    return zlib.crc32(data) << 32

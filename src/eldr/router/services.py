@@ -71,7 +71,7 @@ class Services:
 
         Streams that have begun are left to their own deadline; the worker may only be slow.
         """
-        if any(self.fleet.available(worker.role)):
+        if self.fleet.any_available(worker.role):
             moved = self.pools[worker].give_up_waiting("the worker answers no probes", int(self.budget.left))
             if moved:
                 log.warning("%d waiting exchanges leave %s worker %s", moved, worker.role, worker.url)
