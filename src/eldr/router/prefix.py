@@ -114,6 +114,6 @@ def _point(data: bytes) -> int:
 
 
 def _key(data: bytes) -> int:
-    """A place on the ring for a kilobyte of a prompt. These differ in more than a digit, and whoever wants two of them to
+    """A place on the ring for a kilobyte of a prompt. Prompts differ in more than a digit, and whoever wants two to
     meet can begin them alike: a checksum will do, at a tenth of the time."""
     return zlib.crc32(data) << 32
