@@ -75,8 +75,8 @@ bench-router: $(DEV)/.installed $(COMPILED)/.compiled .envs/sglang-router/.insta
 bench-faults: $(DEV)/.installed .envs/sglang-router/.installed .envs/vllm-router/.installed  ## errors when workers fail, beside others
 	$(DEV)/bin/python benchmarks/faults/faults.py
 
-soak: $(DEV)/.installed  ## the router under load while its workers are killed, stopped, added and drained (15 minutes)
-	$(DEV)/bin/python benchmarks/soak/soak.py --minutes $(SOAK_MINUTES)
+soak: $(COMPILED)/.compiled  ## the router under load while its workers are killed, stopped, added and drained (15 minutes)
+	$(COMPILED)/bin/python benchmarks/soak/soak.py --minutes $(SOAK_MINUTES)
 
 clean:  ## remove the environments and everything built
 	rm -rf .envs build
@@ -93,7 +93,7 @@ $(DEV)/.installed $(COMPILED)/.installed: pyproject.toml constraints/dev.txt
 # Not editable: modules that are compiled would hide their sources.
 $(COMPILED)/.compiled: $(COMPILED)/.installed $(SOURCES)
 	@echo "compiling the router into $(@D), about a minute"
-	@rm -rf build/lib.* build/bdist.*
+	@rm -rf build/lib.* build/bdist.* build/__native*
 	@ELDR_COMPILE=1 $(@D)/bin/python $(PIP_INSTALL) --no-deps --force-reinstall .
 	@touch $@
 
