@@ -169,6 +169,7 @@ async def test_a_worker_that_has_left_is_no_longer_counted():
         text = (await s.get("/metrics")).body.decode()
         assert leaving not in text
         assert s.prefill[1].url in text
+        assert leaving not in {url for _, url, _ in s.router.services.metrics.failures}
 
 
 @on_uvloop

@@ -11,9 +11,9 @@ import openai as openai_client
 import pytest
 from certificates import certificate
 from fake_worker import EXPERTS, LAYERS, counts_wire, reply
-from harness import ASK, CHAT, Scripted, on_uvloop, running, until
+from harness import ASK, CHAT, Scripted, interpreted, on_uvloop, running, until
 
-from eldr.router import logs
+from eldr.router import intake, logs
 
 
 @on_uvloop
@@ -437,3 +437,41 @@ async def test_workers_behind_tls(tmp_path, trusted):
             assert len((await s.post({**ASK, "stream": True})).events) == 5
         else:
             assert s.decode[0].seen == []
+
+
+@interpreted
+@on_uvloop
+async def test_a_stream_holds_its_prompt_until_the_first_token_and_its_counts_until_it_runs(monkeypatch):
+    jobs, requests, held = [], [], []
+    take_in = intake.take_in
+    monkeypatch.setattr(intake, "take_in", lambda *given: jobs.append(take_in(*given)) or jobs[-1])
+
+    def choose(request, in_flight):
+        requests.append(request)
+        held.append((request.counts is not None, request.counts_wire is not None, jobs[0].body["prompt"]))
+        return next(iter(in_flight))
+
+    async with running(policy=Scripted(choose)) as s:
+        s.decode[0].token_gap_s = 0.3
+        answer = asyncio.create_task(s.post({**ASK, "stream": True}))
+        await until(lambda: jobs and jobs[0].body == {}, "the first token is there")
+        assert not answer.done()
+        assert held == [(True, True, ASK["prompt"])]
+        assert requests[0].counts is requests[0].counts_wire is None
+        assert (await answer).events[-1] == "data: [DONE]"
+
+
+@interpreted
+@on_uvloop
+async def test_a_defect_of_the_router_is_not_put_down_to_its_client(monkeypatch):
+    def defect(body, record):
+        raise TypeError("of the router's own making")
+
+    async with running() as s:
+        monkeypatch.setattr("eldr.router.openai.prefill_body", defect)
+        answer = await s.post()
+        assert answer.status == 500
+        assert "own making" not in answer.error["message"]
+        assert s.prefill[0].generated == []
+        monkeypatch.undo()
+        assert (await s.post()).status == 200

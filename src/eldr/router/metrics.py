@@ -108,6 +108,12 @@ class Metrics:
         self.prefill = Histogram(TTFT_BOUNDS_S)
         self.queue = Histogram(TTFT_BOUNDS_S)
 
+    def forget(self, role: Role, url: str) -> None:
+        """A worker has left: its series would make the exposition longer for ever."""
+        for counts in (self.failures, self.ejections):
+            for key in [key for key in counts if key[:2] == (role, url)]:
+                del counts[key]
+
 
 class RouterCollector(Collector):
     """Turns the counters and the state of the fleet into metric families."""
@@ -245,7 +251,6 @@ class RouterCollector(Collector):
         yield from (up, ejected, in_flight, limit, waiting, kv_usage, skew, tpot, active, expected)
 
     def _worker_faults(self) -> Iterator[Metric]:
-        """Of the workers that are here: those that have left would make the exposition longer for ever."""
         here = [(role, url) for role in LEGS for url in self._fleet.workers(role)]
         for name, text, reasons, counts in (
             ("eldr_worker_failures", "Legs that failed by the worker's fault.", FAILURES, self._metrics.failures),

@@ -46,16 +46,23 @@ class Outcomes:
             self._apply(worker)
 
     def forget(self, worker: Worker) -> None:
-        """A worker has left the fleet."""
+        """A worker has left the fleet. Of what still ends there nothing is kept: where addresses come and go all the
+        time, as in a cluster of containers, it would grow for ever."""
         self._ejections[worker.role].forget(worker.url)
+        self._metrics.forget(worker.role, worker.url)
+
+    def _here(self, worker: Worker) -> bool:
+        return self._fleet.workers(worker.role).get(worker.url) is worker
 
     def succeeded(self, worker: Worker) -> None:
-        if self._ejections[worker.role].succeeded(worker.url, time.monotonic()):
+        if self._here(worker) and self._ejections[worker.role].succeeded(worker.url, time.monotonic()):
             self._apply(worker)
             _report(logging.INFO, "back in service: its trial succeeded", worker)
 
     def failed(self, worker: Worker, reason: str) -> None:
         """A leg failed by the worker's fault; `reason` is a metric label."""
+        if not self._here(worker):
+            return
         self._metrics.failures[worker.role, worker.url, reason] += 1
         if worker.draining:
             return  # it was cut off, or will be gone anyway
