@@ -244,7 +244,8 @@ struct placement {
 
 /* What a fleet is, by worker. columns: base, per expert, per token and per context token, each [workers]. */
 struct fleet {
-    const double *columns, *unions, *added, *context, *products;
+    const double *columns, *unions, *added, *products;
+    const Py_ssize_t *context;
     const float *length;
     Py_ssize_t workers;
 };
@@ -271,7 +272,7 @@ static Py_ssize_t place(const struct fleet *fleet, const double *at_random, cons
         loads += (double)load[i];
         nearest = similarity > nearest ? similarity : nearest;
         cost[i] = base_s[w] + expert_s[w] * then + token_s[w] * (double)(load[i] + 1) +
-                  context_s[w] * (fleet->context[w] + p->context_tokens);
+                  context_s[w] * ((double)fleet->context[w] + p->context_tokens);
         longer += cost[i];
     }
     experts /= (double)count;
@@ -319,6 +320,13 @@ static double number(struct arguments *from) { return PyFloat_AsDouble(*from->ne
 
 static Py_ssize_t whole(struct arguments *from) { return PyLong_AsSsize_t(*from->next++); }
 
+/* Whether `list` is one of `count` whole numbers, which are then in `out`. */
+static int whole_numbers(PyObject *list, Py_ssize_t count, Py_ssize_t *out) {
+    if (!PyList_Check(list) || PyList_GET_SIZE(list) != count) return 0;
+    for (Py_ssize_t i = 0; i < count; i++) out[i] = PyLong_AsSsize_t(PyList_GET_ITEM(list, i));
+    return !PyErr_Occurred();
+}
+
 /* Whether the call cannot be made; an exception then says why. */
 static int refused(const struct arguments *from) {
     if (PyErr_Occurred()) return 1;
@@ -327,14 +335,13 @@ static int refused(const struct arguments *from) {
 }
 
 /* A function of Python's that takes `count` arguments. */
-#define FUNCTION(name, count)                                                                      \
-    static PyObject *name##_of(struct arguments);                                                  \
-    static PyObject *name(PyObject *self, PyObject *const *given, Py_ssize_t number_given) {       \
-        (void)self;                                                                                \
-        if (number_given != count)                                                                 \
-            return PyErr_Format(PyExc_TypeError, #name " takes %d arguments, not %zd", count, number_given); \
-        return name##_of((struct arguments){given, 0});                                            \
-    }                                                                                              \
+#define FUNCTION(name, count)                                                                                         \
+    static PyObject *name##_of(struct arguments);                                                                     \
+    static PyObject *name(PyObject *self, PyObject *const *given, Py_ssize_t found) {                                 \
+        (void)self;                                                                                                   \
+        if (found != count) return PyErr_Format(PyExc_TypeError, #name " takes %d arguments, not %zd", count, found); \
+        return name##_of((struct arguments){given, 0});                                                               \
+    }                                                                                                                 \
     static PyObject *name##_of(struct arguments a)
 
 /* L * E, -1 if that is no size. */
@@ -413,14 +420,19 @@ FUNCTION(encode_exposure, 4) {
     Py_RETURN_NONE;
 }
 
-FUNCTION(shift_exposure, 5) {
+FUNCTION(shift_exposure, 6) {
     npy_intp size = -1;
     const uint8_t *const code = array(&a, NPY_UINT8, READ_ONLY, &size);
     const Py_ssize_t sign = whole(&a);
     const double unit = number(&a);
-    uint32_t *const exposure = array_of(&a, NPY_UINT32, WRITABLE, size);
-    uint16_t *const survival = array_of(&a, NPY_UINT16, WRITABLE, size);
+    npy_intp all = -1;
+    uint32_t *const exposures = array(&a, NPY_UINT32, WRITABLE, &all);
+    uint16_t *const survivals = array_of(&a, NPY_UINT16, WRITABLE, all);
+    const Py_ssize_t row = whole(&a);
+    a.wrong |= size <= 0 || all % size != 0 || row < 0 || row >= all / size;
     if (refused(&a)) return NULL;
+    uint32_t *const exposure = exposures + row * size;
+    uint16_t *const survival = survivals + row * size;
     (sign > 0 ? add : subtract)(code, size, exposure);
     return PyFloat_FromDouble((double)size - survive(exposure, (float)unit, size, survival));
 }
@@ -473,7 +485,7 @@ FUNCTION(placement_cost, 15) {
     const npy_intp workers = of_columns / 4;
     const double *const unions = array_of(&a, NPY_FLOAT64, READ_ONLY, workers);
     const double *const added = array_of(&a, NPY_FLOAT64, READ_ONLY, workers);
-    const double *const context = array_of(&a, NPY_FLOAT64, READ_ONLY, workers);
+    PyObject *const contexts = *a.next++;
     const double *const along = array_of(&a, NPY_FLOAT64, READ_ONLY, workers);
     const float *const length = array_of(&a, NPY_FLOAT32, READ_ONLY, workers);
     const double *const at_random = array(&a, NPY_FLOAT64, READ_ONLY, &batches);
@@ -486,17 +498,17 @@ FUNCTION(placement_cost, 15) {
     p.tail_guard = number(&a);
     p.guard_share = number(&a);
     double *const cost = array_of(&a, NPY_FLOAT64, WRITABLE, count);
-    a.wrong |= of_columns % 4 != 0 || count < 1 || !PyList_Check(loads) || PyList_GET_SIZE(loads) != count;
+    a.wrong |= of_columns % 4 != 0 || count < 1;
     if (refused(&a)) return NULL;
-    Py_ssize_t *const load = PyMem_Malloc((size_t)count * sizeof *load);
-    if (!load) return PyErr_NoMemory();
-    for (npy_intp i = 0; !a.wrong && i < count; i++) {
-        load[i] = PyLong_AsSsize_t(PyList_GET_ITEM(loads, i));
+    Py_ssize_t *const numbers = PyMem_Malloc((size_t)(count + workers) * sizeof *numbers);
+    if (!numbers) return PyErr_NoMemory();
+    Py_ssize_t *const load = numbers, *const held = numbers + count;
+    a.wrong = !whole_numbers(loads, count, load) || !whole_numbers(contexts, workers, held);
+    for (npy_intp i = 0; !a.wrong && i < count; i++)
         a.wrong = rows[i] < 0 || rows[i] >= workers || load[i] < 0 || load[i] >= batches - 1;
-    }
-    const struct fleet fleet = {columns, unions, added, context, along, length, workers};
+    const struct fleet fleet = {columns, unions, added, along, held, length, workers};
     const Py_ssize_t best = a.wrong ? -1 : place(&fleet, at_random, rows, load, count, &p, cost);
-    PyMem_Free(load);
+    PyMem_Free(numbers);
     return refused(&a) ? NULL : PyLong_FromSsize_t(best);
 }
 

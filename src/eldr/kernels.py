@@ -89,10 +89,16 @@ def from_fractions(survival: NDArray[np.uint16]) -> Floats:
 
 
 def shift_exposure(
-    codes: NDArray[np.uint8], sign: int, unit: float, exposure: NDArray[np.uint32], survival: NDArray[np.uint16]
+    codes: NDArray[np.uint8],
+    sign: int,
+    unit: float,
+    exposures: NDArray[np.uint32],
+    survivals: NDArray[np.uint16],
+    row: int,
 ) -> float:
-    """Add (sign 1) or subtract (sign -1) the squares of `codes` to `exposure`, and set `survival` =
-    2^-(exposure * unit), as a fraction of CERTAIN. All [D]. Returns D less the sum of what survives."""
+    """Add (sign 1) or subtract (sign -1) the squares of `codes`, [D], to a row of `exposures`, [W, D], and set that of
+    `survivals` to 2^-(exposure * unit), as a fraction of CERTAIN. Returns D less the sum of what survives."""
+    exposure, survival = exposures[row], survivals[row]
     shift = codes.astype(np.uint32) ** 2
     if sign > 0:
         exposure += shift
@@ -139,7 +145,7 @@ def placement_cost(
     columns: Doubles,
     union: Doubles,
     added: Doubles,
-    context: Doubles,
+    context: list[int],
     products: Doubles,
     length: Floats,
     at_random: Doubles,
@@ -160,13 +166,13 @@ def placement_cost(
     ratio. at_random: [batch + 1], experts of a batch so large drawn at random. rows: [N], the workers to choose from,
     with `load`, [N].
     """
-    loads = np.array(load, dtype=np.float64)
+    loads, contexts = np.array(load, dtype=np.float64), np.array(context, dtype=np.float64)
     base_s, expert_s, token_s, context_s = columns[:, rows]
     similarity = products[rows] / np.maximum(length[rows], np.float32(1e-6))
     added = added[rows]
     then = union[rows] + added
     added_s = expert_s * added + token_s + context_s * context_tokens
-    longer_s = base_s + expert_s * then + token_s * (loads + 1) + context_s * (context[rows] + context_tokens)
+    longer_s = base_s + expert_s * then + token_s * (loads + 1) + context_s * (contexts[rows] + context_tokens)
     expert_time_s = float((expert_s * then).sum()) / len(rows)
     out[:] = longer_s + others_weight * loads * added_s
     out += anchor * (float(loads.sum()) / len(rows) + 1) * expert_time_s * (similarity.max() - similarity)

@@ -137,29 +137,33 @@ def test_codes_are_nearest_to_their_exposure(kernels, profile):
 def test_survival_follows_its_exposure_and_cancels(kernels):
     rng = np.random.default_rng(1)
     unit = 2.0**-18
-    exposure = np.zeros(1000, dtype=np.uint32)
-    survival = np.empty(1000, dtype=np.uint16)
+    exposures = np.full((3, 1000), 5, dtype=np.uint32)
+    survivals = np.full((3, 1000), 7, dtype=np.uint16)
+    exposures[1] = 0
+    exposure, survival = exposures[1], survivals[1]
     added = [rng.integers(0, 256, 1000, dtype=np.uint8) for _ in range(40)]
     for count, codes in enumerate(added, 1):
-        union = kernels.shift_exposure(codes, 1, unit, exposure, survival)
+        union = kernels.shift_exposure(codes, 1, unit, exposures, survivals, 1)
         exact = np.sum([codes.astype(np.int64) ** 2 for codes in added[:count]], axis=0)
         assert np.array_equal(exposure, exact)
         expected = 2.0 ** -(exact * unit)
         assert np.abs(survival / 65535 - expected).max() <= 0.51 / 65535
         assert union == pytest.approx(1000 - expected.sum(), rel=1e-6)
     for codes in added:
-        union = kernels.shift_exposure(codes, -1, unit, exposure, survival)
+        union = kernels.shift_exposure(codes, -1, unit, exposures, survivals, 1)
     assert not exposure.any()
     assert (survival == 65535).all()
     assert union == 0
+    assert (exposures[::2] == 5).all()
+    assert (survivals[::2] == 7).all()
 
 
 @pytest.mark.parametrize("exposure", [126 * 2**20, 2**31 - 1, 2**31, 2**32 - 1])
 def test_what_is_surely_activated_does_not_survive(kernels, exposure):
-    survival = np.full(3, 7, dtype=np.uint16)
-    none, exposures = np.zeros(3, dtype=np.uint8), np.full(3, exposure, dtype=np.uint32)
-    assert kernels.shift_exposure(none, 1, 2.0**-20, exposures, survival) == 3
-    assert survival.tolist() == [0, 0, 0]
+    survival = np.full((1, 3), 7, dtype=np.uint16)
+    none, exposures = np.zeros(3, dtype=np.uint8), np.full((1, 3), exposure, dtype=np.uint32)
+    assert kernels.shift_exposure(none, 1, 2.0**-20, exposures, survival, 0) == 3
+    assert survival.tolist() == [[0, 0, 0]]
 
 
 def test_moving_towards(kernels):
@@ -221,7 +225,11 @@ def plain_placement_cost(columns, workers, context_tokens, others_weight, anchor
 def test_placement_cost(kernels, workers, seed, tail_guard, dense):
     rng = np.random.default_rng(seed)
     columns = rng.random((4, workers)) * [[1e-3], [1e-5], [1e-5], [1e-9]]
-    union, added, context = rng.random(workers) * 3000, rng.random(workers) * 100, rng.random(workers) * 1e5
+    union, added, context = (
+        rng.random(workers) * 3000,
+        rng.random(workers) * 100,
+        rng.integers(0, 10**5, workers).tolist(),
+    )
     products, length = rng.random(workers), rng.random(workers).astype(np.float32) + 0.1
     at_random = np.append(0, np.cumsum(rng.random(65) * (4 if dense else 100)))
     rows = rng.permutation(workers)[: rng.integers(1, workers + 1)]
@@ -249,8 +257,8 @@ def test_arrays_that_do_not_fit_are_refused():
     frozen = np.zeros(8, np.float32)
     frozen.setflags(write=False)
 
-    def cost(rows, load, batches):
-        fleet = (np.zeros(32), doubles, doubles, doubles, doubles, floats)
+    def cost(rows, load, batches, context=8):
+        fleet = (np.zeros(32), doubles, doubles, [0] * context, doubles, floats)
         _kernels.placement_cost(
             *fleet, np.zeros(batches), np.array(rows), load, 1, 1.0, 1.0, 1.0, 1.0, np.zeros(len(rows))
         )
@@ -268,10 +276,13 @@ def test_arrays_that_do_not_fit_are_refused():
         lambda: _kernels.to_probabilities(floats, 2, 0.1, 0.9, 1.0, floats[:7]),
         lambda: _kernels.encode_signature(floats, codes[:7]),
         lambda: _kernels.encode_exposure(floats, 0.9, 1.0, codes[:7]),
-        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide[:7], fractions),
-        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide, fractions[:7]),
-        lambda: _kernels.shift_exposure(codes, 1, 1.0, doubles, fractions),
-        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide.byteswap().view(">u4"), fractions),
+        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide[:7], fractions[:7], 0),
+        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide, fractions[:7], 0),
+        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide, fractions, 1),
+        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide, fractions, -1),
+        lambda: _kernels.shift_exposure(codes[:0], 1, 1.0, wide, fractions, 0),
+        lambda: _kernels.shift_exposure(codes, 1, 1.0, doubles, fractions, 0),
+        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide.byteswap().view(">u4"), fractions, 0),
         lambda: _kernels.move_towards(frozen, floats, 1.0),
         lambda: _kernels.move_towards(np.zeros(16, np.float32)[::2], floats, 1.0),
         lambda: _kernels.move_towards([0.0] * 8, floats, 1.0),
@@ -289,6 +300,7 @@ def test_arrays_that_do_not_fit_are_refused():
         lambda: cost([7], [-1], 5),
         lambda: cost([7, 1], [1], 5),
         lambda: cost([7], (3,), 5),
+        lambda: cost([7], [3], 5, context=7),
         lambda: cost([], [], 5),
     ):
         with pytest.raises(ValueError, match="does not fit"):

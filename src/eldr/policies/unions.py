@@ -60,7 +60,7 @@ class Unions:
     exposure: uint32 [C, D], sum of -log2(1 - p) of the running requests, in units of _UNIT. survival: uint16 [C, D],
     the probability that none of them activates an expert, 2^-exposure, as a fraction of CERTAIN. union: float64 [W],
     expected distinct experts that a step waits for, summed over layers: all of them, with expert parallelism those of
-    the busiest rank (`busiest_rank_experts`). context: float64 [W], tokens of running prompts. direction: float32
+    the busiest rank (`busiest_rank_experts`). context: W, tokens of running prompts. direction: float32
     [C, A], where lately started requests point; length: float32 [W].
     """
 
@@ -72,7 +72,7 @@ class Unions:
         self._direction = np.zeros((0, anchor_dimension), dtype=np.float32)
         self.length = np.zeros(0, dtype=np.float32)
         self.union = np.zeros(0)
-        self.context = np.zeros(0)
+        self.context: list[int] = []
 
     def by_layer(self) -> NDArray[np.float64]:
         """float64 [W, L]: expected distinct experts of a step in each layer."""
@@ -90,23 +90,25 @@ class Unions:
         self._survival[row] = kernels.CERTAIN
         self._direction[row] = 0
         self.length = np.append(self.length, np.float32(0))
-        self.union, self.context = np.append(self.union, 0.0), np.append(self.context, 0.0)
+        self.union = np.append(self.union, 0.0)
+        self.context.append(0)
 
     def remove(self, row: int) -> None:
         """Forget a worker; the last row takes its place."""
         self.count -= 1
-        for array in (self._exposure, self._survival, self._direction, self.length, self.union, self.context):
+        for array in (self._exposure, self._survival, self._direction, self.length, self.union):
             array[row] = array[self.count]
-        self.length, self.union, self.context = self.length[:-1], self.union[:-1], self.context[:-1]
+        self.length, self.union = self.length[:-1].copy(), self.union[:-1].copy()
+        self.context[row] = self.context[-1]
+        self.context.pop()
 
     def add(self, row: int, profile: Profile, sign: int) -> None:
         """Add (sign 1) or remove (sign -1) a running request. Whole numbers: what was added cancels exactly."""
         self.context[row] += sign * profile.context_tokens
-        survival = self._survival[row]
-        union = kernels.shift_exposure(profile.codes, sign, _UNIT, self._exposure[row], survival)
-        self.union[row] = (
-            union if self._geometry.ranks == 1 else self._geometry.active(kernels.from_fractions(survival))
-        )
+        union = kernels.shift_exposure(profile.codes, sign, _UNIT, self._exposure, self._survival, row)
+        if self._geometry.ranks > 1:
+            union = self._geometry.active(kernels.from_fractions(self._survival[row]))
+        self.union[row] = union
 
     def turn(self, row: int, unit_direction: NDArray[np.float32]) -> None:
         """Move a worker's direction towards that of a request."""
