@@ -19,7 +19,7 @@ from eldr.router.app import Router
 from eldr.router.config import RouterConfig
 from eldr.router.errors import ApiError
 from eldr.router.fair_queue import MAX_COST, FairQueue, QueueFullError
-from eldr.router.load import Capacity, EngineLoad, parse_load
+from eldr.router.load import Capacity, EngineLoad, parse_active_experts, parse_load
 
 # The queue.
 
@@ -331,10 +331,31 @@ def test_load_is_read_from_the_exposition():
     older = "\n".join(line for line in said(3).splitlines() if "by_reason" not in line)
     assert parse_load(older.encode()) == {0: EngineLoad(12, 0.5)}
     assert parse_load(b"go_goroutines 7\n") == {}
+    assert parse_load(b"vllm:num_requests_waiting{} 3") == {0: EngineLoad(3, 0.0)}
+    assert parse_load(b"a_vllm:num_requests_waiting{} 3\n# vllm:num_requests_waiting{} 3\n") == {}
+
+
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "1e", "+", "nan", "3 4", ""])
+def test_what_is_no_number_is_passed_over(value):
+    assert parse_load(f"vllm:num_requests_waiting{{}} {value}\n".encode()) == {}
+    assert parse_active_experts(f"vllm:eldr_active_experts_sum{{}} {value}\n".encode(), 0) is None
+
+
+def test_active_experts_are_read_of_one_engine():
+    line = 'vllm:eldr_active_experts_{}{{engine="{}",model_name="tiny"}} {}\n'
+    text = "".join(
+        line.format(name, engine, value + engine) for engine in (0, 1) for name, value in (("sum", 50), ("count", 4))
+    )
+    assert parse_active_experts(text.encode(), 1) == (51.0, 5.0)
+    assert parse_active_experts(text.encode(), 2) is None
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200) | st.text(max_size=100).map(lambda t: f"vllm:num_requests_waiting{{{t}}} {t}".encode()))
+@given(
+    st.binary(max_size=200)
+    | st.text(max_size=100).map(lambda t: f"vllm:num_requests_waiting{{{t}}} {t}".encode())
+    | st.from_regex(r'vllm:num_requests_waiting\{engine="[0-9]{1,30}"\} [0-9.eE+-]+\n', fullmatch=True).map(str.encode)
+)
 def test_any_text_is_read_without_harm(text):
     parse_load(text)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from eldr.fleet import Fleet, Worker
@@ -22,15 +23,13 @@ LOOKS = 2
 # Above this share of the KV cache a worker is about to preempt: no time to give it more.
 KV_FULL = 0.9
 
-# The few lines that matter, of some thousand: no parser has to read them all.
-_LINE = re.compile(
-    rb"^vllm:(num_requests_waiting|num_requests_waiting_by_reason|kv_cache_usage_perc)"
-    rb"\{([^\n]*)\} ([0-9.eE+-]+)$",
-    re.MULTILINE,
-)
+_WAITING, _WAITING_FOR, _KV_USAGE = (
+    b"vllm:num_requests_waiting", b"vllm:num_requests_waiting_by_reason", b"vllm:kv_cache_usage_perc",
+)  # fmt: skip
 # From eldr's connector: distinct experts of a decode step in one MoE layer, over all steps and layers so far.
-_ACTIVE = re.compile(rb"^vllm:eldr_active_experts_(sum|count)\{([^\n]*)\} ([0-9.eE+-]+)$", re.MULTILINE)
-_ENGINE = re.compile(rb'engine="([0-9]+)"')
+_ACTIVE_SUM, _ACTIVE_COUNT = b"vllm:eldr_active_experts_sum", b"vllm:eldr_active_experts_count"
+_SAMPLE = re.compile(rb"\{([^\n]*)\} ([0-9.eE+-]+)(?:\n|\Z)")
+_ENGINE = re.compile(rb'engine="([0-9]{1,9})"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,34 +46,43 @@ def parse_load(text: bytes) -> dict[int, EngineLoad]:
     A server has an engine for every data-parallel rank.
     """
     found: defaultdict[int, dict[bytes, float]] = defaultdict(dict)
-    for name, labels, value in _LINE.findall(text):
-        engine = _ENGINE.search(labels)
-        if name.endswith(b"_by_reason"):
-            if b'reason="capacity"' not in labels:
-                continue
-            name = b"capacity"
-        try:
-            found[int(engine[1]) if engine else 0][name] = float(value)
-        except ValueError:
-            continue
+    text = b"\n" + text
+    for name in (_WAITING, _WAITING_FOR, _KV_USAGE):
+        for labels, value in _samples(text, name):
+            if name is not _WAITING_FOR or b'reason="capacity"' in labels:
+                engine = _ENGINE.search(labels)
+                found[int(engine[1]) if engine else 0][name] = value
     return {
-        engine: EngineLoad(
-            int(values.get(b"capacity", values.get(b"num_requests_waiting", 0.0))),
-            values.get(b"kv_cache_usage_perc", 0.0),
-        )
+        engine: EngineLoad(int(values.get(_WAITING_FOR, values.get(_WAITING, 0.0))), values.get(_KV_USAGE, 0.0))
         for engine, values in found.items()
     }
+
+
+def _samples(text: bytes, name: bytes) -> Iterator[tuple[bytes, float]]:
+    """Labels and values of a metric, in a text that begins with a line end. Of some thousand lines a few matter, and a
+    thousand streams wait meanwhile: they are searched for, no parser reads them all."""
+    sought = b"\n" + name + b"{"
+    at = text.find(sought)
+    while at >= 0:
+        sample = _SAMPLE.match(text, at + len(sought) - 1)
+        if sample is not None:
+            with contextlib.suppress(ValueError):
+                value = float(sample[2])
+                if math.isfinite(value):  # 1e999 is not
+                    yield sample[1], value
+        at = text.find(sought, at + 1)
 
 
 def parse_active_experts(text: bytes, engine: int) -> tuple[float, float] | None:
     """Sum and count of one engine's active experts, from the same exposition; None if it holds none."""
     found: dict[bytes, float] = {}
-    for name, labels, value in _ACTIVE.findall(text):
-        named = _ENGINE.search(labels)
-        if named is None or int(named[1]) == engine:
-            with contextlib.suppress(ValueError):
-                found[name] = float(value)
-    return (found[b"sum"], found[b"count"]) if len(found) == 2 else None
+    text = b"\n" + text
+    for name in (_ACTIVE_SUM, _ACTIVE_COUNT):
+        for labels, value in _samples(text, name):
+            named = _ENGINE.search(labels)
+            if named is None or int(named[1]) == engine:
+                found[name] = value
+    return (found[_ACTIVE_SUM], found[_ACTIVE_COUNT]) if len(found) == 2 else None
 
 
 class Capacity:
