@@ -23,6 +23,7 @@ from eldr.router.admission import Admission, Claim, Limits, NoWorkerError
 from eldr.router.answer import DecodeAnswer
 from eldr.router.config import ConfigError, RouterConfig, read_key
 from eldr.router.handoff import UNKNOWN_LEASE_S, Lease, read_handoff
+from eldr.router.limits import ConnectionWatch
 from eldr.router.metrics import Metrics
 from eldr.router.openai import CHAT, COMPLETIONS, without_transfer_params
 from eldr.router.prefix import LOAD_FACTOR, PrefillRing
@@ -422,3 +423,28 @@ def test_nobody_is_admitted_to_an_empty_fleet():
             await Admission(Fleet(), Limits(1, 1, 1.0, 60.0)).enter(Claim(b"", 1, 1))
 
     asyncio.run(run())
+
+
+async def test_every_connection_is_looked_at_once_a_period_and_none_that_is_closed():
+    class Connection:
+        def __init__(self):
+            self.looks = []
+
+        def check(self, now_s):
+            self.looks.append(now_s)
+            connections.discard(closed)
+
+    closed, *rest = [Connection() for _ in range(50)]
+    connections = {closed, *rest}
+    watch = ConnectionWatch(connections)
+    watch.PERIOD_S = 0.2
+    watching = asyncio.create_task(watch.run())
+    try:
+        async with asyncio.timeout(10):
+            while min(len(each.looks) for each in rest) < 2:
+                await asyncio.sleep(0.01)
+    finally:
+        watching.cancel()
+    assert {len(each.looks) for each in rest} <= {2, 3}
+    assert len(closed.looks) <= 1
+    assert len({each.looks[0] for each in rest}) >= watch.PARTS - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,16 +27,24 @@ class Checked(Protocol):
 
 
 class ConnectionWatch:
-    """Ends connections that overstay. One pass a second over all of them: no timer per connection or request."""
+    """Ends connections that overstay. One pass a second over all of them: no timer per connection or request.
+
+    In parts: to look at a thousand connections, of which nothing is in a cache any more, takes 5 ms, and every token
+    that comes meanwhile would wait.
+    """
 
     PERIOD_S = 1.0
+    PARTS = 20
 
-    def __init__(self, connections: Iterable[Checked]) -> None:
+    def __init__(self, connections: Collection[Checked]) -> None:
         self._connections = connections
 
     async def run(self) -> None:
         while True:
-            await asyncio.sleep(self.PERIOD_S)
-            now_s = time.monotonic()
-            for connection in list(self._connections):
-                connection.check(now_s)
+            connections = list(self._connections)
+            for part in range(self.PARTS):
+                await asyncio.sleep(self.PERIOD_S / self.PARTS)
+                now_s = time.monotonic()
+                for connection in connections[part :: self.PARTS]:
+                    if connection in self._connections:
+                        connection.check(now_s)
