@@ -89,8 +89,8 @@ def encode_signature(signature: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def decode_signatures(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """float32 [N, D] from codes [N, D], made by `encode_signature`, scaled to unit length again; all
-    zero stays zero."""
+    """float32 [N, D] from codes [N, D], made by `encode_signature`, scaled to unit length again; all zero stays
+    zero."""
     signatures = np.square(codes.astype(np.float32))
     norms = np.sqrt(np.einsum("nd,nd->n", signatures, signatures))
     return np.asarray(signatures / np.where(norms > 0, norms, 1)[:, None])

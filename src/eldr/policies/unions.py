@@ -98,7 +98,7 @@ class Unions:
         self.count -= 1
         for array in (self._exposure, self._survival, self._direction, self.length, self.union):
             array[row] = array[self.count]
-        self.length, self.union = self.length[:-1].copy(), self.union[:-1].copy()
+        self.length, self.union = self.length[:-1], self.union[:-1]
         self.context[row] = self.context[-1]
         self.context.pop()
 
