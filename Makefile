@@ -17,7 +17,7 @@ DEV := .envs/dev
 VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 COMPILED := .envs/compiled
-SOURCES := setup.py $(wildcard src/eldr/*.[pc]* src/eldr/*/*.py src/eldr/*/*/*.py)
+SOURCES := setup.py $(shell find src/eldr -name '*.py' -o -name '*.c' -o -name '*.pyi' -o -name '*.html')
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
 .PHONY: help demo test test-fast browser check format fuzz test-matrix test-compiled bench bench-router bench-faults soak evaluate clean

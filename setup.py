@@ -23,12 +23,16 @@ COMPILE = os.environ.get("ELDR_COMPILE") == "1"
 TO_COMPILE = ["mypy>=2.4,<3", "httptools>=0.6.4", "orjson>=3.10", "prometheus-client>=0.21"]
 # The path of a request, from the socket to the policy and back.
 COMPILED = [
-    "activation", "counts", "fleet", "policies/base", "policies/expected_union", "policies/logged",
-    "policies/unions", "router/admission", "router/answer", "router/deadlines", "router/decision_log",
-    "router/ejection", "router/fair_queue", "router/flow", "router/forwarding", "router/handoff",
-    "router/heads", "router/http", "router/intake", "router/keys", "router/legs", "router/metrics",
-    "router/openai", "router/outcomes", "router/placement", "router/prefix", "router/retries",
-    "router/services", "router/upstream", "router/verdict",
+    "activation", "counts", "policies/base", "policies/expected_union", "policies/logged", "policies/unions",
+    "router/api/keys",
+    "router/request/answer", "router/request/attempts", "router/request/deadlines", "router/request/flow",
+    "router/request/intake",
+    "router/request/legs", "router/request/openai", "router/request/services", "router/request/verdict",
+    "router/protocols/handoff",
+    "router/placement/admission", "router/placement/decode", "router/placement/fair_queue", "router/placement/prefill",
+    "router/fleet/ejection", "router/fleet/outcomes", "router/fleet/workers",
+    "router/observe/counters", "router/observe/decision_log",
+    "router/http/client", "router/http/forwarding", "router/http/heads", "router/http/server",
 ]  # fmt: skip
 
 extensions = [

@@ -15,8 +15,8 @@ import numpy as np
 
 from eldr.policies.base import Policy
 from eldr.policies.refit import CAPACITY, Refit, RefitSchedule, RefitTask, SignatureWindow
-from eldr.router.metrics import Metrics
-from eldr.router.refits import ZoneRefits
+from eldr.router.observe.counters import Metrics
+from eldr.router.placement.refits import ZoneRefits
 
 DIMENSION = 48 * 128
 WORKERS = 16

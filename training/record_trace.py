@@ -15,8 +15,9 @@ from pathlib import Path
 
 from eldr.demo.model import write_model
 from eldr.demo.ports import free_ports
-from eldr.demo.prompts import KINDS, make_prompts
+from eldr.demo.prompts import make_prompts
 from eldr.demo.workers import WorkerProcess, WorkerSpec
+from eldr.workloads.kinds import KINDS
 
 NAME = "eldr-small-moe"
 READY_TIMEOUT_S = 600.0

@@ -2,6 +2,6 @@
 
 import sys
 
-from eldr.cli import main
+from eldr.cli.main import main
 
 sys.exit(main())

@@ -30,16 +30,16 @@ from memory import RUNNER, feed, hear, split  # noqa: E402
 from eldr.calibration import CalibrationError, load_calibration  # noqa: E402
 from eldr.counts import CountsError, decode_counts, encode_counts  # noqa: E402
 from eldr.expert_rows import decode_rows, encode_rows  # noqa: E402
-from eldr.fleet import Fleet  # noqa: E402
-from eldr.router import openai  # noqa: E402
-from eldr.router.answer import DecodeAnswer  # noqa: E402
-from eldr.router.errors import ApiError  # noqa: E402
-from eldr.router.handoff import read_handoff  # noqa: E402
-from eldr.router.metrics import Metrics  # noqa: E402
-from eldr.router.prefix import PrefillRing  # noqa: E402
-from eldr.router.upstream import ExchangeError  # noqa: E402
-from eldr.router.urls import UrlError, worker_urls  # noqa: E402
-from eldr.router.verdict import Names  # noqa: E402
+from eldr.router.config.endpoint import UrlError, worker_urls  # noqa: E402
+from eldr.router.fleet.workers import Fleet  # noqa: E402
+from eldr.router.http.client import ExchangeError  # noqa: E402
+from eldr.router.http.errors import ApiError  # noqa: E402
+from eldr.router.observe.counters import Metrics  # noqa: E402
+from eldr.router.placement.prefill import PrefillRing  # noqa: E402
+from eldr.router.protocols.handoff import read_handoff  # noqa: E402
+from eldr.router.request import openai  # noqa: E402
+from eldr.router.request.answer import DecodeAnswer  # noqa: E402
+from eldr.router.request.verdict import Names  # noqa: E402
 from eldr.trace import TraceError, read_trace  # noqa: E402
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="eldr-fuzz-"))

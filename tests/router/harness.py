@@ -20,9 +20,9 @@ from fake_worker import FakeWorker
 
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import ShortestQueue
-from eldr.router import answer
 from eldr.router.app import Router, build_policy
-from eldr.router.config import RouterConfig
+from eldr.router.config.settings import RouterConfig
+from eldr.router.request import answer
 
 # For tests that put something of their own into the router, which compiled code does not take.
 interpreted = pytest.mark.skipif(not answer.__file__.endswith(".py"), reason="this router is compiled")

@@ -6,9 +6,9 @@ import asyncio
 import itertools
 import re
 
-from eldr.router.http import ClientConnection
-from eldr.router.limits import ClientLimits
-from eldr.router.upstream import WorkerConnection, WorkerPool
+from eldr.router.http.client import WorkerConnection, WorkerPool
+from eldr.router.http.limits import ClientLimits
+from eldr.router.http.server import ClientConnection
 
 LIMITS = ClientLimits(
     max_body_bytes=10_000,

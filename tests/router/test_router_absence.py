@@ -8,8 +8,8 @@ import pytest
 from fake_worker import reply
 from harness import ASK, CHAT, interpreted, on_uvloop, running, until
 
-from eldr.fleet import Fleet
-from eldr.router.upstream import ConnectError
+from eldr.router.fleet.workers import Fleet
+from eldr.router.http.client import ConnectError
 
 
 async def hold(worker, seen, reader, writer):

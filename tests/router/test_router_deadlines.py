@@ -13,7 +13,7 @@ from harness import ASK, on_uvloop, raw_stream, running, until
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eldr.router.deadlines import Deadlines
+from eldr.router.request.deadlines import Deadlines
 
 
 @pytest.mark.parametrize(

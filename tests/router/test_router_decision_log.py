@@ -17,13 +17,13 @@ from harness import ASK, on_uvloop, running, until
 from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
-from eldr.cli import main
+from eldr.cli.main import main
 from eldr.counts import ExpertCounts, encode_counts
 from eldr.policies import POLICY_NAMES
-from eldr.router.config import ConfigError
-from eldr.router.decision_log import DecisionLog
-from eldr.router.discovery.base import Endpoint
-from eldr.router.metrics import Metrics
+from eldr.router.config.endpoint import Endpoint
+from eldr.router.config.settings import ConfigError
+from eldr.router.observe.counters import Metrics
+from eldr.router.observe.decision_log import DecisionLog
 
 
 def lines_of(path):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eldr.router.ejection import EjectionRules, Ejections, Standing
-from eldr.router.retries import RetryBudget
+from eldr.router.fleet.ejection import EjectionRules, Ejections, Standing
+from eldr.router.request.attempts import RetryBudget
 
 FOUR = ["a", "b", "c", "d"]
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import feed, split
 
-from eldr.router.http import MAX_HEAD_BYTES, MAX_PIPELINED, WRITE_HIGH_BYTES
+from eldr.router.http.server import MAX_HEAD_BYTES, MAX_PIPELINED, WRITE_HIGH_BYTES
 
 BODY = json.dumps(ASK).encode()
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eldr.errors import EldrError
-from eldr.fleet import Fleet
-from eldr.router.admission import PRIORITIES, Admission, Claim, Limits, NoWorkerError
 from eldr.router.app import Router
-from eldr.router.config import RouterConfig
-from eldr.router.errors import ApiError
-from eldr.router.fair_queue import MAX_COST, FairQueue, QueueFullError
-from eldr.router.load import Capacity, EngineLoad, parse_active_experts, parse_load
+from eldr.router.config.settings import RouterConfig
+from eldr.router.fleet.load_watch import Capacity, EngineLoad, parse_active_experts, parse_load
+from eldr.router.fleet.workers import Fleet
+from eldr.router.http.errors import ApiError
+from eldr.router.placement.admission import PRIORITIES, Admission, Claim, Limits, NoWorkerError
+from eldr.router.placement.fair_queue import MAX_COST, FairQueue, QueueFullError
 
 # The queue.
 

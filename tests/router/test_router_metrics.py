@@ -12,10 +12,10 @@ from fake_worker import counts_wire, reply
 from harness import ASK, on_uvloop, running, until
 
 from eldr.policies.expected_union import ExpectedUnion
-from eldr.router import verdict  # noqa: F401  # defines an ExchangeError
-from eldr.router.load import parse_active_experts
-from eldr.router.metrics import FAILURES, FRESH_BURST, FRESH_PER_S
-from eldr.router.upstream import ExchangeError, UpstreamError
+from eldr.router.api.metrics import FAILURES, FRESH_BURST, FRESH_PER_S
+from eldr.router.fleet.load_watch import parse_active_experts
+from eldr.router.http.client import ExchangeError, UpstreamError
+from eldr.router.request import verdict  # noqa: F401  # defines an ExchangeError
 
 DASHBOARD = Path(__file__).parents[2] / "dashboards" / "eldr.json"
 ALERTS = DASHBOARD.with_name("alerts.yml")

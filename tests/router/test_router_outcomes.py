@@ -9,7 +9,7 @@ import pytest
 from fake_worker import reply
 from harness import ASK, Scripted, on_uvloop, running, until
 
-from eldr.router.upstream import ConnectError
+from eldr.router.http.client import ConnectError
 
 EJECTING = {"eject_failures": 2, "eject_base_s": 0.5, "eject_max_s": 2.0}
 

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 
 from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, MoeLayerCost
 from eldr.errors import EldrError
-from eldr.fleet import Fleet, FleetError
-from eldr.router.admission import Admission, Claim, Limits, NoWorkerError
-from eldr.router.answer import DecodeAnswer
-from eldr.router.config import ConfigError, RouterConfig, read_key
-from eldr.router.handoff import UNKNOWN_LEASE_S, Lease, read_handoff
-from eldr.router.limits import ConnectionWatch
-from eldr.router.metrics import Metrics
-from eldr.router.openai import CHAT, COMPLETIONS, without_transfer_params
-from eldr.router.prefix import LOAD_FACTOR, PrefillRing
-from eldr.router.verdict import Names
+from eldr.router.config.settings import ConfigError, RouterConfig, read_key
+from eldr.router.fleet.workers import Fleet, FleetError
+from eldr.router.http.limits import ConnectionWatch
+from eldr.router.observe.counters import Metrics
+from eldr.router.placement.admission import Admission, Claim, Limits, NoWorkerError
+from eldr.router.placement.prefill import LOAD_FACTOR, PrefillRing
+from eldr.router.protocols.handoff import UNKNOWN_LEASE_S, Lease, read_handoff
+from eldr.router.request.answer import DecodeAnswer
+from eldr.router.request.openai import CHAT, COMPLETIONS, without_transfer_params
+from eldr.router.request.verdict import Names
 
 TWO = {"prefill": ["http://p:1"], "decode": ["http://d:1"]}
 THREE = {"prefill": ("http://p0:8100",), "decode": ("http://d0:8200", "http://d1:8200")}
@@ -363,18 +363,18 @@ def test_time_per_output_token_is_taken_over_tokens(monkeypatch, usage, expected
         pieces.append(b"data: [DONE]\n\n")
         clock = iter(float(n) for n in range(1, 20))
         now_s = 0.0
-        monkeypatch.setattr("eldr.router.answer.time", SimpleNamespace(monotonic=lambda: now_s))
+        monkeypatch.setattr("eldr.router.request.answer.time", SimpleNamespace(monotonic=lambda: now_s))
         for piece in pieces:
             now_s = next(clock)
             answer.on_body(piece)
         answer.on_done()
         answer.observe_tpot(1)
         assert metrics.stream_events == len(pieces)
-        return {sample.name: sample.value for sample in metrics.tpot.family("t", "t").samples}
+        return metrics.tpot
 
-    samples = asyncio.run(run())
-    assert samples["t_count"] == 1
-    assert samples["t_sum"] == pytest.approx(expected_s)
+    tpot = asyncio.run(run())
+    assert sum(tpot.counts) == 1
+    assert tpot.sum == pytest.approx(expected_s)
 
 
 # Admission.

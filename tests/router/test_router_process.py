@@ -21,7 +21,7 @@ from fake_worker import FakeWorker, begin_stream
 from harness import ASK, CHAT, Scripted, on_uvloop, running, until
 
 from eldr.router.app import Router
-from eldr.router.config import RouterConfig
+from eldr.router.config.settings import RouterConfig
 
 
 def request_bytes(prompt, close=False, **fields):

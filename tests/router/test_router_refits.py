@@ -15,7 +15,7 @@ from harness import ASK, Scripted, on_uvloop, running, until
 from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
-from eldr.cli import main
+from eldr.cli.main import main
 from eldr.counts import ExpertCounts, encode_counts
 
 

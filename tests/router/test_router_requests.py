@@ -13,7 +13,8 @@ from certificates import certificate
 from fake_worker import EXPERTS, LAYERS, counts_wire, reply
 from harness import ASK, CHAT, Scripted, interpreted, on_uvloop, running, until
 
-from eldr.router import intake, logs
+from eldr.router.observe import logs
+from eldr.router.request import intake
 
 
 @on_uvloop
@@ -468,7 +469,7 @@ async def test_a_defect_of_the_router_is_not_put_down_to_its_client(monkeypatch)
         raise TypeError("of the router's own making")
 
     async with running() as s:
-        monkeypatch.setattr("eldr.router.openai.prefill_body", defect)
+        monkeypatch.setattr("eldr.router.request.openai.prefill_body", defect)
         answer = await s.post()
         assert answer.status == 500
         assert "own making" not in answer.error["message"]

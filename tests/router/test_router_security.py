@@ -18,11 +18,11 @@ from harness import ASK, CHAT, interpreted, on_uvloop, running, until
 from memory import LIMITS, MemoryTransport, Recorder
 from test_router_http import exchange, post, status_of
 
-from eldr.router import logs
-from eldr.router.config import ConfigError, RouterConfig
-from eldr.router.http import ClientConnection
-from eldr.router.keys import ApiKeys
-from eldr.router.tls import ServerTls
+from eldr.router.api.keys import ApiKeys
+from eldr.router.config.settings import ConfigError, RouterConfig
+from eldr.router.http.server import ClientConnection
+from eldr.router.http.tls import ServerTls
+from eldr.router.observe import logs
 
 KEYS = b"# clients\nsecret-of-alice alice\n\nsecret-of-bob\n"
 

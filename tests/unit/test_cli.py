@@ -8,7 +8,7 @@ import sys
 import pytest
 from synthetic import make_calibration
 
-from eldr.cli import main
+from eldr.cli.main import main
 from eldr.policies import PolicyOptions
 
 
@@ -68,8 +68,8 @@ def test_serve_without_workers_says_what_is_missing(capsys):
 
 def test_a_missing_extra_is_named():
     """With scipy hidden, `eldr fit` says what to install."""
-    code = "import sys; sys.modules['scipy'] = None; sys.modules['rich'] = None; import eldr.cli; "
-    code += "sys.exit(eldr.cli.main(['fit', 'x', '--workers', '2', '-o', 'y']))"
+    code = "import sys; sys.modules['scipy'] = None; sys.modules['rich'] = None; import eldr.cli.main; "
+    code += "sys.exit(eldr.cli.main.main(['fit', 'x', '--workers', '2', '-o', 'y']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "install eldr[fit]" in done.stderr
@@ -79,7 +79,7 @@ def test_the_connector_s_side_imports_numpy_alone():
     """What lives inside a user's vLLM environment must not fight its pins."""
     code = (
         "import json, sys; sys.modules.update(pybase64=None); "  # used where they are, never needed
-        "before = set(sys.modules); import eldr.cli, eldr.counts, eldr.expert_rows; "
+        "before = set(sys.modules); import eldr.cli.main, eldr.counts, eldr.expert_rows; "
         "print(json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before})))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

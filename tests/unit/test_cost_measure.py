@@ -5,7 +5,8 @@ import importlib.util
 
 import pytest
 
-from eldr import cost_cli, cost_measure
+from eldr import cost_measure
+from eldr.cli import calibrate_cost as cost_cli
 from eldr.cost import CostError, load_cost
 from eldr.cost_measure import GEOMETRIES, LayerGeometry, measure
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
-from eldr.cli import main
+from eldr.cli.main import main
 from eldr.cost import CostModel, MoeLayerCost
 from eldr.counts import ExpertCounts, encode_counts
 from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy

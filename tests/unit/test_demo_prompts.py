@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from eldr.demo.load import MAX_TOKENS_RANGE, make_requests
-from eldr.demo.prompts import KINDS, MAX_PROMPT_BYTES, MAX_PROMPTS_PER_KIND, make_prompts
+from eldr.demo.prompts import MAX_PROMPT_BYTES, MAX_PROMPTS_PER_KIND, make_prompts
+from eldr.workloads.kinds import KINDS
 
 
 def test_every_kind_has_its_share():

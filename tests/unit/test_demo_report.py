@@ -9,12 +9,13 @@ from synthetic import make_calibration
 
 from eldr.demo.measure import ActiveExperts, PolicyRun
 from eldr.demo.outputs import Difference, OutputCheck
-from eldr.demo.prompts import KINDS, Prompt
 from eldr.demo.report import write_report
 from eldr.demo.result import DemoResult
 from eldr.demo.summary import summarise, write_summary
 from eldr.load.outcome import Outcome
 from eldr.load.request import Request
+from eldr.workloads.kinds import KINDS
+from eldr.workloads.prompt import Prompt
 
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
 VOID = {"meta", "br", "hr", "img", "input", "link"}

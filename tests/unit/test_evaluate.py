@@ -12,7 +12,7 @@ from scipy import stats
 from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
-from eldr.cli import main
+from eldr.cli.main import main
 from eldr.evaluate import ablations, comparisons, drift, named, overhead
 from eldr.evaluate.bench import Bench, EvaluationError
 from eldr.evaluate.results import Results, TraceResults, parse_results, rounded, write_results

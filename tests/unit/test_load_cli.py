@@ -7,7 +7,7 @@ import threading
 import pytest
 from aiohttp import web
 
-from eldr.cli import main
+from eldr.cli.main import main
 from eldr.load.outcome import Outcome
 from eldr.load.summary import summarise
 

@@ -8,7 +8,8 @@ from aiohttp import web
 
 from eldr.demo.outputs import top_two_gaps
 from eldr.load.client import Target, run_closed
-from eldr.load.request import Prompt, Request
+from eldr.load.request import Request
+from eldr.workloads.prompt import Prompt
 
 
 def event(text, tokens):

@@ -12,9 +12,9 @@ from scipy import stats
 from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
+from eldr.cli import replay as cli
 from eldr.cost import CostModel, MoeLayerCost
 from eldr.policies import PolicyOptions
-from eldr.replay import cli
 from eldr.replay.arrivals import read_arrivals
 from eldr.replay.engine import RunResult
 from eldr.replay.errors import ReplayError

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from synthetic import make_trace
 
-from eldr.cli import main
+from eldr.cli.main import main
 from eldr.replay.errors import ReplayError
 from eldr.replay.experiment import Laboratory, Settings
 from eldr.replay.split import Mix

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from synthetic import make_calibration, make_trace
 
-from eldr.cli import main
+from eldr.cli.main import main
 from eldr.cost import PRESETS
 from eldr.report.style import POLICY_STYLES, policy_order, policy_style
 from eldr.trace import write_trace

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eldr.cli import main
+from eldr.cli.main import main
 from eldr.demo.model import MODEL
-from eldr.demo.prompts import KINDS
 from eldr.trace import read_trace
+from eldr.workloads.kinds import KINDS
 
 TRACE = Path(__file__).parents[2] / "data/small-moe.npz"
 MAX_BYTES = 2_000_000

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from eldr.cli import main
+from eldr.cli.main import main
 from eldr.record import RecordError, read_prompts
 from eldr.workloads.presets import (
     MAX_PROMPT_TOKENS,

@@ -10,7 +10,8 @@ from engine import running
 from reference import Reference
 
 from eldr.demo.model import write_model
-from eldr.demo.prompts import KINDS, make_prompts
+from eldr.demo.prompts import make_prompts
+from eldr.workloads.kinds import KINDS
 
 TOKENS = 24
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from eldr.load.request import Prompt, Request
+from eldr.load.request import Request
+from eldr.workloads.prompt import Prompt
 
 MAX_TOKENS_RANGE = (96, 160)
 

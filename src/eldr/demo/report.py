@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from eldr.demo.measure import PolicyRun, workers_per_kind
-from eldr.demo.prompts import KINDS
 from eldr.demo.result import DemoResult
 from eldr.load.outcome import Outcome, percentile_ms
 from eldr.load.request import Request
 from eldr.report.html import Html, Tile, figure, page, paragraph, row, section, table, tiles, write_page
 from eldr.report.plots import COLOURS, bars, distributions, heat_map, scatter
+from eldr.workloads.kinds import KINDS
 
 SMALL_MODEL = (
     "The model is small and trained for this demo: 3.5 million parameters, over bytes, on eight kinds of text. Its "

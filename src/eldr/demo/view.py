@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from eldr.demo.measure import PolicyRun, workers_per_kind
-from eldr.demo.prompts import KINDS
 from eldr.demo.result import DemoResult
 from eldr.load.outcome import percentile_ms
+from eldr.workloads.kinds import KINDS
 
 REFRESH_PER_S = 5
 

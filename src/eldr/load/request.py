@@ -1,16 +1,10 @@
-"""What a load consists of, for whoever makes or sends it."""
+"""One request of a load."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt and its kind, which no policy is told."""
-
-    kind: str
-    text: str
+from eldr.workloads.prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True)

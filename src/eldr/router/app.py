@@ -12,38 +12,41 @@ from pathlib import Path
 from typing import Any, cast
 
 from eldr.errors import EldrError
-from eldr.fleet import Fleet
 from eldr.policies.base import Policy
 from eldr.policies.logged import LoggedPolicy
 from eldr.policies.refit import RefitSchedule
-from eldr.router import logs, openai
-from eldr.router.admin import AdminApi
-from eldr.router.admission import Admission, Limits
-from eldr.router.config import ROLES, ConfigError, RouterConfig, host_and_port, read_key
-from eldr.router.decision_log import DecisionLog, log_header
-from eldr.router.discovery.base import Source
-from eldr.router.discovery.dns import DnsSource
-from eldr.router.discovery.file import FileSource
-from eldr.router.discovery.static import StaticSource
-from eldr.router.errors import ApiError
-from eldr.router.flow import Flow
-from eldr.router.http import ClientConnection, Handler, Request
-from eldr.router.intake import RETRY_AFTER_S
-from eldr.router.keys import ADMIN, ApiKeys, is_admin
-from eldr.router.limits import ClientLimits, ConnectionWatch
-from eldr.router.membership import Membership
-from eldr.router.metrics import Metrics, RouterCollector
-from eldr.router.models import ModelsFlow
-from eldr.router.outcomes import Outcomes
-from eldr.router.placement import Placements
-from eldr.router.prefix import PrefillRing
-from eldr.router.refits import ZoneRefits
-from eldr.router.retries import RetryBudget
-from eldr.router.services import Services
-from eldr.router.sweep import sweep
-from eldr.router.tls import HANDSHAKE_TIMEOUT_S, ServerTls, worker_context
-from eldr.router.tracing import Tracing
-from eldr.router.ui.state import UiState
+from eldr.router.api.admin import AdminApi
+from eldr.router.api.keys import ADMIN, ApiKeys, is_admin
+from eldr.router.api.metrics import RouterCollector
+from eldr.router.api.models import ModelsFlow
+from eldr.router.api.ui.state import UiState
+from eldr.router.config.endpoint import ROLES
+from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port, read_key
+from eldr.router.fleet.discovery.base import Source
+from eldr.router.fleet.discovery.dns import DnsSource
+from eldr.router.fleet.discovery.file import FileSource
+from eldr.router.fleet.discovery.static import StaticSource
+from eldr.router.fleet.membership import Membership
+from eldr.router.fleet.outcomes import Outcomes
+from eldr.router.fleet.sweep import sweep
+from eldr.router.fleet.workers import Fleet
+from eldr.router.http.errors import ApiError
+from eldr.router.http.limits import ClientLimits, ConnectionWatch
+from eldr.router.http.server import ClientConnection, Handler, Request
+from eldr.router.http.tls import HANDSHAKE_TIMEOUT_S, ServerTls, worker_context
+from eldr.router.observe import logs
+from eldr.router.observe.counters import Metrics
+from eldr.router.observe.decision_log import DecisionLog, log_header
+from eldr.router.observe.tracing import Tracing
+from eldr.router.placement.admission import Admission, Limits
+from eldr.router.placement.decode import Placements
+from eldr.router.placement.prefill import PrefillRing
+from eldr.router.placement.refits import ZoneRefits
+from eldr.router.request import openai
+from eldr.router.request.attempts import RetryBudget
+from eldr.router.request.flow import Flow
+from eldr.router.request.intake import RETRY_AFTER_S
+from eldr.router.request.services import Services
 
 log = logging.getLogger("eldr.router")
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import uvloop
 
-from eldr.router import logs
 from eldr.router.app import Router, build_policy
-from eldr.router.config import RouterConfig
+from eldr.router.config.settings import RouterConfig
 from eldr.router.handover import inherited_sockets, start_successor, tell_predecessor
+from eldr.router.observe import logs
 
 log = logging.getLogger("eldr.router")
 

@@ -6,9 +6,9 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eldr.load.request import Prompt
 from eldr.record import read_prompts
 from eldr.workloads.presets import WorkloadError, WorkloadPreset, draw, labels_of_kinds
+from eldr.workloads.prompt import Prompt
 from eldr.workloads.texts import write_prompt
 
 

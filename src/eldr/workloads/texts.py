@@ -9,8 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from eldr.demo.prompts import KINDS as DEMO_KINDS
-from eldr.demo.prompts import Kind
+from eldr.workloads.kinds import KINDS, Kind
 
 # Rough characters a token of common tokenizers; the lengths of built-in prompts are no more exact than that.
 CHARS_PER_TOKEN: Mapping[str, float] = {
@@ -89,14 +88,14 @@ _GERMAN = Kind(
     },
 )
 TEXTS: Mapping[str, Kind] = {
-    "code": DEMO_KINDS["code"],
-    "math": DEMO_KINDS["mathematics"],
-    "medical": DEMO_KINDS["medicine"],
-    "legal": DEMO_KINDS["law"],
+    "code": KINDS["code"],
+    "math": KINDS["mathematics"],
+    "medical": KINDS["medicine"],
+    "legal": KINDS["law"],
     "english": _ENGLISH,
-    "chinese": DEMO_KINDS["chinese"],
-    "russian": DEMO_KINDS["russian"],
-    "japanese": DEMO_KINDS["japanese"],
+    "chinese": KINDS["chinese"],
+    "russian": KINDS["russian"],
+    "japanese": KINDS["japanese"],
     "french": _FRENCH,
     "spanish": _SPANISH,
     "german": _GERMAN,

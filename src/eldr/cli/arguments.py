@@ -1,0 +1,21 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def read_key_file(path: Path | None) -> str | None:
+    """The key in a one-line file. Raises ConfigError."""
+    from eldr.router.config.settings import read_key
+
+    return None if path is None else read_key(path).decode()

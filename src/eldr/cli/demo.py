@@ -1,0 +1,35 @@
+"""`eldr demo`: a whole fleet on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from eldr.cli.arguments import positive
+
+SUMMARY = "run a whole P/D fleet on this machine and compare policies"
+EXAMPLES = """examples:
+  make demo
+  eldr demo --vllm-python .envs/vllm-0.32/bin/python --policies jsq,p2c,locality-band
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `eldr demo`."""
+    flag = parser.add_argument
+    flag("--vllm-python", required=True, type=Path, metavar="PATH", help="interpreter of an environment with vLLM")
+    flag("--policies", default="jsq,locality-band", metavar="A,B", help="policies to compare (jsq,locality-band)")
+    flag("--requests", type=positive, default=200, metavar="N", help="requests a policy (200)")
+    flag("--decode-workers", type=positive, default=4, metavar="N")
+    flag("--output", type=Path, default=Path("build/demo"), metavar="DIR")
+    flag("--seed", type=int, default=0)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `eldr demo`; returns the exit code."""
+    from eldr.demo.orchestrate import DemoOptions, run_demo
+
+    fields = {field.name for field in dataclasses.fields(DemoOptions)}
+    given = {name: value for name, value in vars(arguments).items() if name in fields}
+    return run_demo(DemoOptions(**{**given, "policies": arguments.policies.split(",")}))

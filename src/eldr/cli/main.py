@@ -1,0 +1,84 @@
+"""The command line: finds the command, runs it, turns its errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import eldr
+from eldr.cli import (
+    calibrate_cost,
+    decisions,
+    demo,
+    evaluate,
+    fit,
+    inspect,
+    load,
+    record,
+    replay,
+    report,
+    serve,
+    workload,
+)
+from eldr.cli.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from eldr.errors import EldrError
+
+# Name, module, and the extras that it needs. A module imports those when it runs: the base install has numpy alone.
+COMMANDS: tuple[tuple[str, ModuleType, str], ...] = (
+    ("serve", serve, "router"),
+    ("record", record, "fit"),
+    ("fit", fit, "fit"),
+    ("inspect", inspect, "fit"),
+    ("replay", replay, "fit"),
+    ("decisions", decisions, "router"),
+    ("evaluate", evaluate, "fit,report"),
+    ("report", report, "report"),
+    ("workload", workload, "demo"),
+    ("load", load, "demo"),
+    ("calibrate-cost", calibrate_cost, "report"),
+    ("demo", demo, "demo"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        code = command(arguments)
+        sys.stdout.flush()
+        return code
+    except EldrError as error:
+        print(f"eldr: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("eldr"):
+            raise
+        print(f"eldr: the package {error.name} is missing; install {arguments.extra}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of the output has gone, as `| head` does: not a failure. Nothing more may be flushed to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="eldr", description=eldr.__doc__)
+    parser.add_argument("--version", action="version", version=f"eldr {eldr.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, module, extra in COMMANDS:
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.SUMMARY,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=module.run, extra=f"eldr[{extra}]")
+        module.add_arguments(command)
+    return parser

@@ -1,0 +1,265 @@
+"""`eldr replay`: arguments, runs and printing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eldr.cli.policy_flags import add_option_flags, given_options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from eldr.replay.changes import FleetChange
+    from eldr.replay.experiment import Cell, Laboratory
+    from eldr.replay.workload import ServedKind
+
+SUMMARY = "compare policies on a recorded trace, without a fleet"
+EXAMPLES = """examples:
+  eldr replay trace.npz --workers 8,16 --batch 7
+  eldr replay trace.npz --policies locality-band,expected-union --workers 16 --rate 60 --seeds 10 --json results.json
+  eldr replay trace.npz --workers 4 --batch 12 --calibrate-labels code,math --serve-labels medical,legal
+  eldr replay trace.npz --workers 16 --goodput 30
+  eldr replay trace.npz --workers 8 --fleet-change 0.3:-1,0.6:+1 --json -
+  eldr replay trace.npz --workload task --kind math=gsm8k,mgsm --workers 16 --batch 5
+
+The four load balancers rr, random, p2c and jsq always run, because changes are given against the best of them.
+Policies of the laboratory alone: expected-union-own (without calibration), expected-union-true (with the true decode
+profiles), clairvoyant (greedy with full knowledge of every running request).
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `eldr replay`."""
+    flag = parser.add_argument
+    flag("trace", type=Path, metavar="TRACE.npz", help="file made by `eldr record`")
+    flag("--policies", type=_words, default=("locality-band", "expected-union"), metavar="A,B",
+         help="policies to compare (locality-band,expected-union)")  # fmt: skip
+    flag("--workers", type=_whole_numbers, default=(8,), metavar="W[,W...]", help="decode workers (8)")
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument("--rate", type=_positive, metavar="R", help="requests a second, whole fleet")
+    load.add_argument("--batch", type=_positive, metavar="B", help="the rate that gives this mean batch under jsq (7)")
+    load.add_argument("--goodput", type=_positive, metavar="LIMIT_MS",
+                      help="find the highest rate whose p99 TPOT stays under this limit")  # fmt: skip
+    flag("--requests", type=_whole, default=2000, metavar="N", help="measured requests a run (2000)")
+    flag("--max-output", type=_whole, metavar="T", help="cut requests after T generated tokens")
+    flag("--seeds", type=_whole, default=5, metavar="S", help="paired runs of every policy (5)")
+    flag("--calibrate-fraction", type=float, default=0.5, metavar="F",
+         help="share of the requests that calibrates and is not served; 0 for none (0.5)")  # fmt: skip
+    flag("--calibrate-labels", type=_words, metavar="A,B", help="calibrate on these kinds of requests alone")
+    flag("--serve-labels", type=_words, metavar="C,D", help="serve these kinds of requests alone")
+    flag("--workload", metavar="NAME", help="serve the kinds and shares of a named workload (`eldr workload list`)")
+    flag("--kind", action="append", default=[], metavar="KIND=LABEL[,LABEL...]",
+         help="with --workload: which of the trace's labels are of this kind (repeatable)")  # fmt: skip
+    flag("--switch-at", type=float, metavar="SHARE",
+         help="serve the calibrated kinds until this share of the run, then the served ones")  # fmt: skip
+    flag("--fleet-change", type=_changes, default=(), metavar="SHARE:+N[,SHARE:-N...]",
+         help="at this share of the run N workers join, or drain and leave")  # fmt: skip
+    flag("--calibration", type=Path, metavar="FILE", help="use this file instead of calibrating on the trace")
+    flag("--arrivals", default="poisson", metavar="poisson|trace|FILE",
+         help="a Poisson process, or arrivals stretched to the rate: the trace's own, a .csv or .jsonl")  # fmt: skip
+    flag("--max-num-seqs", type=_whole, default=256, metavar="N", help="requests a worker runs at once (256)")
+    flag("--kv-tokens", type=_whole, metavar="N", help="tokens that a worker's KV cache holds (no limit)")
+    flag("--json", metavar="FILE|-", help="write the results as JSON")
+    add_option_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `eldr replay`; returns the exit code."""
+    from rich.console import Console
+
+    from eldr.replay.output import as_tables
+
+    console = Console(stderr=arguments.json == "-")
+    laboratory = _laboratory(arguments)
+    objects: list[dict[str, Any]] = []
+    with _progress() as advance:
+        for workers in arguments.workers:
+            objects += (_goodput if arguments.goodput else _compare)(laboratory, workers, arguments, advance)
+    options = laboratory.settings.options
+    title = f"{arguments.trace.name}: {arguments.seeds} seeds, cost {options.cost.name} ({options.cost_scope})"
+    console.print(*as_tables(objects, title))
+    _write_json(arguments.json, objects)
+    return 0
+
+
+def _laboratory(arguments: argparse.Namespace) -> Laboratory:
+    from eldr.calibration import load_calibration
+    from eldr.policies import PolicyOptions
+    from eldr.replay.arrivals import read_arrivals
+    from eldr.replay.engine import WorkerLimits
+    from eldr.replay.errors import ReplayError
+    from eldr.replay.experiment import Laboratory, Settings, check_names
+    from eldr.replay.split import Mix
+    from eldr.trace import read_trace
+
+    check_names(arguments.policies)
+    trace = read_trace(arguments.trace)
+    recorded = None
+    if arguments.arrivals == "trace":
+        recorded = trace.arrival_s
+        if recorded is None:
+            raise ReplayError(f"{arguments.trace} has no arrival times; leave out --arrivals trace")
+    elif arguments.arrivals != "poisson":
+        recorded = read_arrivals(Path(arguments.arrivals))
+    kinds, output_tokens = _workload(arguments, trace.label.tolist())
+    labels = tuple(label for kind in kinds for label in kind.labels) or None
+    settings = Settings(
+        requests=arguments.requests,
+        max_output=arguments.max_output or output_tokens,
+        mix=Mix(
+            arguments.calibrate_fraction,
+            labels or arguments.calibrate_labels,
+            labels or arguments.serve_labels,
+            arguments.switch_at,
+        ),
+        kinds=kinds,
+        fleet_changes=arguments.fleet_change,
+        limits=WorkerLimits(arguments.max_num_seqs, arguments.kv_tokens),
+        recorded_arrivals_s=recorded,
+        options=PolicyOptions.from_settings(given_options(arguments)),
+    )
+    calibration = None if arguments.calibration is None else load_calibration(arguments.calibration)
+    return Laboratory(trace, settings, calibration)
+
+
+def _workload(arguments: argparse.Namespace, labels: list[str]) -> tuple[tuple[ServedKind, ...], int | None]:
+    """The kinds to serve and their output length, nothing where no workload was named."""
+    from eldr.replay.errors import ReplayError
+    from eldr.replay.workload import ServedKind
+    from eldr.workloads.presets import find_workload, kinds_of, labels_of_kinds
+
+    if arguments.workload is None:
+        if arguments.kind:
+            raise ReplayError("--kind is of no use without --workload")
+        return (), None
+    if arguments.calibrate_labels or arguments.serve_labels or arguments.switch_at is not None:
+        raise ReplayError("--workload says what is served: leave out --calibrate-labels, --serve-labels, --switch-at")
+    preset = find_workload(arguments.workload)
+    found = labels_of_kinds(preset, labels, kinds_of(arguments.kind))
+    return tuple(ServedKind(kind.name, found[kind.name], kind.share) for kind in preset.kinds), preset.output_tokens
+
+
+def _compare(
+    laboratory: Laboratory, workers: int, arguments: argparse.Namespace, advance: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    from eldr.replay.experiment import BASELINES, compare
+    from eldr.replay.output import as_object, recoveries_s, timeline_ms
+
+    if arguments.rate is not None:
+        rate = arguments.rate
+        batch = laboratory.batch_at(rate, workers)
+    else:
+        batch = arguments.batch or 7.0
+        rate = laboratory.rate_for_batch(batch, workers)
+    names = dict.fromkeys((*BASELINES, *arguments.policies))
+    arrivals = len(laboratory.workload(rate, workers * batch, 0).arrival_s)
+    advance(0, arrivals * len(names) * arguments.seeds)
+    cells = compare(
+        laboratory, arguments.policies, workers, rate, batch, arguments.seeds, lambda done: advance(done, 0)
+    )
+    objects = [as_object(cell, cells, laboratory.settings.options.cost_scope) for cell in cells]
+    if arguments.switch_at is not None or arguments.fleet_change:
+        for entry, cell in zip(objects, cells, strict=True):
+            entry["timeline_tpot_mean_ms"] = timeline_ms(cell)
+            if arguments.fleet_change:
+                entry["recovery_s"] = recoveries_s(cell, arguments.fleet_change)
+    return objects
+
+
+def _goodput(
+    laboratory: Laboratory, workers: int, arguments: argparse.Namespace, advance: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    from eldr.replay.experiment import BASELINES
+    from eldr.replay.goodput import goodput
+    from eldr.replay.output import as_object
+
+    found: list[tuple[Cell, bool]] = [
+        goodput(laboratory, name, workers, arguments.goodput, arguments.seeds, lambda done: advance(done, done))
+        for name in dict.fromkeys((*BASELINES, *arguments.policies))
+    ]
+    cells = [cell for cell, _ in found]
+    best = max(cell.rate for cell in cells if cell.policy in BASELINES)
+    objects = []
+    for cell, reached in found:
+        entry = as_object(cell, cells, laboratory.settings.options.cost_scope)
+        # Cells lie at different rates here: a change of TPOT between them would mean nothing.
+        entry = {key: value for key, value in entry.items() if "vs_" not in key}
+        entry |= {"goodput_limit_ms": arguments.goodput, "goodput_reached": reached}
+        objects.append(entry | {"goodput_vs_best_baseline": 100 * (cell.rate / best - 1)})
+    return objects
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error; the function given takes (requests done, requests more to do)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("replaying"), BarColumn(), TextColumn("{task.completed:.0f} requests"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=0)
+        expected = 0
+
+        def advance(done: int, more: int) -> None:
+            nonlocal expected
+            expected += more
+            progress.update(task, advance=done, total=expected)
+
+        yield advance
+
+
+def _write_json(target: str | None, objects: list[dict[str, Any]]) -> None:
+    from eldr.fileio import write_atomically
+    from eldr.replay.errors import ReplayError
+
+    if target is None:
+        return
+    text = json.dumps(objects, indent=2, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        write_atomically(Path(target), lambda file: file.write(text.encode()) and None)
+    except OSError as error:
+        raise ReplayError(f"{target}: the results cannot be written: {error.strerror or error}") from None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not words:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return words
+
+
+def _changes(text: str) -> tuple[FleetChange, ...]:
+    from eldr.replay.changes import parse_changes
+    from eldr.replay.errors import ReplayError
+
+    try:
+        return parse_changes(text)
+    except ReplayError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return value
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(_whole(part) for part in text.split(","))
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value

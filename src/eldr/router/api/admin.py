@@ -1,0 +1,158 @@
+"""The admin API, on an address of its own: look at the fleet, take workers in, drain them, let them go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from eldr.router.api.keys import ADMIN, is_admin
+from eldr.router.api.ui.page import TYPE, page
+from eldr.router.api.ui.state import UiState
+from eldr.router.config.endpoint import Endpoint, Role, UrlError, worker_url
+from eldr.router.fleet.membership import Membership, MembershipError
+from eldr.router.fleet.workers import Worker
+from eldr.router.http.errors import ApiError
+from eldr.router.http.server import ClientConnection, Request
+
+SOURCE = "admin"
+PAGE = b"/ui"
+STATE = b"/ui/state"
+
+
+class AdminApi:
+    """Answers admin requests; a handler of `ClientConnection`. Every request but that for the page needs the admin key:
+    the page holds nothing of the fleet, and asks for the key to get it.
+
+    key: gives the key as it is now. ui: what the page shows.
+    """
+
+    def __init__(self, membership: Membership, key: Callable[[], bytes | None], ui: UiState) -> None:
+        self._ui = ui
+        self.connections: set[ClientConnection] = set()
+        self.closing = False
+        self._membership = membership
+        self._key = key
+        self._routes: dict[bytes, dict[bytes, Callable[[dict[str, Any]], tuple[int, object]]]] = {
+            b"/admin/workers": {b"GET": self._list, b"POST": self._join, b"DELETE": self._remove},
+            b"/admin/drain": {b"POST": self._drain},
+        }
+
+    def refused(self, error: ApiError) -> None:
+        """Nothing is counted here: the router's metrics are about its clients."""
+
+    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
+        if path != PAGE and not is_admin(headers.get(b"authorization"), self._key()):
+            raise ApiError(401, "the admin API needs its key as Authorization: Bearer KEY (see --admin-key-file)")
+        return ADMIN
+
+    def handle(self, request: Request, connection: ClientConnection) -> None:
+        if request.method == b"GET" and request.path == PAGE:
+            text, headers = page()
+            connection.respond(200, text, TYPE, headers)
+            return
+        if request.method == b"GET" and request.path == STATE:
+            connection.respond(200, self._ui.json(), extra=b"cache-control: no-store\r\n")
+            return
+        try:
+            status, answer = self._answer(request)
+        except ApiError as error:
+            connection.respond_error(error)
+        else:
+            connection.respond(status, orjson.dumps(answer))
+
+    def _answer(self, request: Request) -> tuple[int, object]:
+        methods = self._routes.get(request.path)
+        if methods is None:
+            raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, (PAGE, *self._routes))))
+        act = methods.get(request.method)
+        if act is None:
+            raise ApiError(405, "Method Not Allowed: use " + ", ".join(map(bytes.decode, methods)))
+        try:
+            return act({} if request.method == b"GET" else _fields(request.body))
+        except UrlError as error:
+            raise ApiError(400, str(error), param="url") from None
+
+    def _list(self, fields: dict[str, Any]) -> tuple[int, object]:
+        return 200, {"workers": [describe(worker) for worker in self._membership.workers()]}
+
+    def _join(self, fields: dict[str, Any]) -> tuple[int, object]:
+        """Take a worker in. 202: it is probed first, and shows in the list as joining until it is up."""
+        _only(fields, "url", "role")
+        role = _role(fields)
+        if role is None:
+            raise ApiError(400, "role must be prefill or decode", param="role")
+        try:
+            worker = self._membership.join(Endpoint(_url(fields), role), SOURCE)
+        except MembershipError as error:
+            raise ApiError(409, str(error), param="url") from None
+        return 202, describe(worker)
+
+    def _remove(self, fields: dict[str, Any]) -> tuple[int, object]:
+        """Let a worker go at once: what runs there is cut off."""
+        _only(fields, "url", "role")
+        return self._let_go(fields, 0.0)
+
+    def _drain(self, fields: dict[str, Any]) -> tuple[int, object]:
+        """Give a worker nothing more; it goes when its running requests have ended, at the latest after timeout_s."""
+        _only(fields, "url", "role", "timeout_s")
+        timeout_s = fields.get("timeout_s")
+        if timeout_s is not None and (type(timeout_s) not in (int, float) or not 0 <= timeout_s < math.inf):
+            raise ApiError(400, "timeout_s must be a number of seconds from 0", param="timeout_s")
+        return self._let_go(fields, timeout_s)
+
+    def _let_go(self, fields: dict[str, Any], timeout_s: float | None) -> tuple[int, object]:
+        try:
+            worker = self._membership.worker(_url(fields), _role(fields))
+        except MembershipError as error:
+            raise ApiError(404, str(error), param="url") from None
+        self._membership.drain(worker, timeout_s)
+        return 202, describe(worker)
+
+
+def describe(worker: Worker) -> dict[str, Any]:
+    """A worker as the API shows it."""
+    return {
+        "url": worker.url,
+        "role": worker.role,
+        "state": worker.state,
+        "problem": worker.problem,
+        "source": worker.source,
+        "in_flight": worker.in_flight,
+        "max_inflight": worker.max_inflight if worker.role == "decode" else None,
+        "waiting": None if worker.load is None else worker.load[0],
+        "kv_usage": None if worker.load is None else worker.load[1],
+        "models": None if worker.models is None else sorted(worker.models),
+    }
+
+
+def _fields(body: bytes) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"the request body is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "the request body must be a JSON object")
+    return fields
+
+
+def _only(fields: dict[str, Any], *known: str) -> None:
+    for name in fields:
+        if name not in known:
+            raise ApiError(400, f"unknown field {name!r}; known are {', '.join(known)}", param=name)
+
+
+def _url(fields: dict[str, Any]) -> str:
+    url = fields.get("url")
+    if not isinstance(url, str):
+        raise ApiError(400, "url must be a worker's URL, such as http://10.0.0.1:8000", param="url")
+    return worker_url(url)
+
+
+def _role(fields: dict[str, Any]) -> Role | None:
+    role = fields.get("role")
+    if role not in (None, "prefill", "decode"):
+        raise ApiError(400, "role must be prefill or decode", param="role")
+    return role

@@ -1,0 +1,83 @@
+"""The clients' API keys: which request may come in, and as whom."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from pathlib import Path
+
+from eldr.router.config.settings import ConfigError
+
+MAX_NAME_BYTES = 64
+SCHEME = b"bearer"
+# The name of whoever has the admin key.
+ADMIN = "admin"
+
+
+class ApiKeys:
+    """The keys of a file, one a line and behind it, after a blank, the client's name; `#` begins a comment line.
+
+    Only keyed hashes are held, under a secret drawn at every start: looking a key up then takes a time that tells
+    nothing about any other key, however many there are. Raises ConfigError for a file that cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._secret = os.urandom(32)
+        self._clients: dict[bytes, tuple[bytes, str]] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the file again. Raises ConfigError, and keeps the keys it has, if it cannot be used."""
+        try:
+            lines = self._path.read_bytes().splitlines()
+        except OSError as error:
+            raise ConfigError(f"{self._path}: the API keys cannot be read: {error.strerror}") from None
+        clients: dict[bytes, tuple[bytes, str]] = {}
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or line.lstrip().startswith(b"#"):
+                continue
+            digest, name = self._parse(line, number)
+            if digest in clients:
+                raise ConfigError(f"{self._path}:{number}: the same key as {clients[digest][1]}")
+            clients[digest] = digest, name
+        if not clients:
+            raise ConfigError(f"{self._path}: there is no key in it; without keys, leave api_key_file out")
+        self._clients = clients
+
+    def _parse(self, line: bytes, number: int) -> tuple[bytes, str]:
+        key, _, name = line.strip().partition(b" ")
+        name = name.strip() or b"client-%d" % number
+        if not _visible(key) or not _visible(name) or len(name) > MAX_NAME_BYTES:
+            raise ConfigError(
+                f"{self._path}:{number}: expected a key, or a key, a blank and a name, of visible ASCII characters"
+            )
+        return self._digest(key), name.decode()
+
+    def _digest(self, key: bytes) -> bytes:
+        return hashlib.blake2b(key, digest_size=32, key=self._secret).digest()
+
+    def client(self, authorization: bytes | None) -> str | None:
+        """The name of the client with this Authorization header; None if it holds no key of ours."""
+        if authorization is None:
+            return None
+        scheme, _, key = authorization.partition(b" ")
+        if scheme.lower() != SCHEME:
+            return None
+        digest = self._digest(key.strip())
+        held, name = self._clients.get(digest, (bytes(len(digest)), None))
+        return name if hmac.compare_digest(held, digest) else None
+
+
+def is_admin(authorization: bytes | None, admin_key: bytes | None) -> bool:
+    """Whether this Authorization header holds the admin key; never, where there is none."""
+    return (
+        authorization is not None
+        and admin_key is not None
+        and hmac.compare_digest(authorization, b"Bearer " + admin_key)
+    )
+
+
+def _visible(text: bytes) -> bool:
+    return bool(text) and all(0x20 < byte < 0x7F for byte in text)

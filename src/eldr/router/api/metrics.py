@@ -1,0 +1,216 @@
+"""GET /metrics: the counters and the state of the fleet as Prometheus' exposition."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import product
+from typing import Any
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from eldr.policies.base import Picture
+from eldr.router.config.endpoint import ROLES
+from eldr.router.fleet.workers import Fleet
+from eldr.router.observe.counters import Histogram, Metrics
+from eldr.router.placement.admission import Admission
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+# How often the exposition is written anew: so many times at once, and so many a second in the long run. It takes
+# milliseconds in which no token goes on, so whoever asks for it more often gets the last one again.
+FRESH_BURST = 50
+FRESH_PER_S = 5.0
+
+# What faults are counted by. These series are there from the start: Prometheus's rate() does not see the first count of
+# one that begins with it, which of a rare fault is the one that matters.
+LEGS = ROLES
+ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
+STATUSES = (200, 400, 429, 500, 502, 503, 504)
+QUEUE_REFUSALS = ("full", "displaced", "timeout")
+COUNTS_ERRORS = ("missing", "unavailable", "malformed", "version", "inconsistent")
+FAILURES = ("refused", "failed", "status", "wrong_answer", "timeout", "broken_stream")
+EJECTIONS = ("consecutive", "rate", "trial")
+RETRIES = ("refused", "failed", "status", "wrong_answer", "timeout", "lease")
+TIMEOUTS = ("connect", "prefill", "first_byte", "answer", "idle", "total")
+
+
+class RouterCollector(Collector):
+    """Turns the counters and the state of the fleet into metric families."""
+
+    def __init__(
+        self, metrics: Metrics, fleet: Fleet, admission: Admission, picture: Callable[[], Picture | None]
+    ) -> None:
+        self._picture = picture
+        self._metrics = metrics
+        self._fleet = fleet
+        self._admission = admission
+        self._fresh = float(FRESH_BURST)
+        self._fresh_at_s = time.monotonic()
+        self._written: dict[str, bytes] = {}  # by content type
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """The text of all metrics and its content type, in the form that an Accept header asks for."""
+        # Not the header itself: prometheus_client repeats versions that it has never heard of.
+        encode, content_type = choose_encoder(OPENMETRICS if OPENMETRICS.partition(";")[0] in accept else "")
+        now_s = time.monotonic()
+        self._fresh = min(FRESH_BURST, self._fresh + (now_s - self._fresh_at_s) * FRESH_PER_S)
+        self._fresh_at_s = now_s
+        if self._fresh >= 1 or content_type not in self._written:
+            self._fresh -= 1
+            self._written[content_type] = encode(self._registry)
+        return self._written[content_type], content_type
+
+    def collect(self) -> Iterator[Metric]:
+        m = self._metrics
+        requests = _from_zero(product(ENDPOINTS, STATUSES), m.requests)
+        yield _counter("eldr_request", "Requests answered.", ("endpoint", "status"), requests)
+        yield _counter(
+            "eldr_client_disconnects", "Clients gone before the end of their answer.", (), {(): m.disconnects}
+        )
+        yield _counter("eldr_decisions", "Decode workers chosen.", ("policy", "reason"), m.decisions)
+        yield _counter("eldr_policy_errors", "Failures of the policy, each covered by jsq.", (), {(): m.policy_errors})
+        yield _counter("eldr_handoffs", "Prefill answers with a hand-off.", (), {(): m.handoffs})
+        errors = _from_zero(COUNTS_ERRORS, m.counts_errors)
+        yield _counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), errors)
+        yield _counter("eldr_passthrough", "Requests run whole on one decode worker.", ("reason",), m.passthrough)
+        retries = _from_zero(product(LEGS, RETRIES), m.retries)
+        yield _counter("eldr_retries", "Legs tried again.", ("leg", "reason"), retries)
+        denied = _from_zero(product(LEGS, ("tries", "budget")), m.retries_denied)
+        yield _counter("eldr_retries_denied", "Failed legs that were not tried again.", ("leg", "reason"), denied)
+        yield _counter("eldr_timeouts", "Deadlines that passed.", ("leg",), _from_zero(TIMEOUTS, m.timeouts))
+        yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
+        yield _counter("eldr_broken_streams", "Streams that a worker broke off.", (), {(): m.broken_streams})
+        yield _counter("eldr_stream_events", "Server-sent events passed on.", (), {(): m.stream_events})
+        yield _counter("eldr_decision_log_lines", "Lines written to the decision log.", (), {(): m.decision_log_lines})
+        yield _counter(
+            "eldr_decision_log_dropped",
+            "Lines that the decision log lost because its file could not be written fast enough.",
+            (),
+            {(): m.decision_log_dropped},
+        )
+        yield from self._refit_families()
+        yield _histogram(
+            m.ttft, "eldr_time_to_first_token_seconds", "Streams: request received to first token sent on."
+        )
+        yield _histogram(
+            m.tpot, "eldr_time_per_output_token_seconds", "Streams: mean time between tokens of a request."
+        )
+        yield _histogram(m.itl, "eldr_inter_token_latency_seconds", "Streams: time between two pieces passed on.")
+        yield _histogram(m.prefill, "eldr_prefill_seconds", "Prefill request sent to hand-off received.")
+        yield _histogram(m.queue, "eldr_queue_seconds", "Wait for a decode slot, of the requests that waited.")
+        queued = GaugeMetricFamily("eldr_queued", "Requests waiting for a decode slot.", labels=("priority",))
+        for priority, count in self._admission.queued_by_priority.items():
+            queued.add_metric((priority,), count)
+        yield queued
+        refusals = _from_zero(QUEUE_REFUSALS, self._admission.refusals)
+        yield _counter("eldr_queue_refusals", "Requests that did not get their turn.", ("reason",), refusals)
+        tasks = len(asyncio.all_tasks())
+        yield GaugeMetricFamily("eldr_tasks", "Tasks of the event loop: one a request, some a worker.", value=tasks)
+        yield GaugeMetricFamily("eldr_admitted", "Requests past the queue.", value=self._admission.admitted)
+        yield from self._worker_families()
+        yield from self._worker_faults()
+
+    def _refit_families(self) -> Iterator[Metric]:
+        m = self._metrics
+        refits = _from_zero(("applied", "failed"), m.refits)
+        yield _counter("eldr_zone_refits", "Background refits of zones.", ("outcome",), refits)
+        yield _counter(
+            "eldr_zones_moved", "Zones that a refit put nearer to another's old place.", (), {(): m.zones_moved}
+        )
+        if m.last_refit_s is not None:
+            age_s = time.monotonic() - m.last_refit_s
+            yield GaugeMetricFamily("eldr_zone_refit_age_seconds", "Time since zones were last refitted.", value=age_s)
+            yield GaugeMetricFamily(
+                "eldr_zone_refit_duration_seconds", "What the last refit took.", value=m.refit_duration_s
+            )
+            yield GaugeMetricFamily(
+                "eldr_zone_refit_shift", "Mean cosine distance that the last refit moved zones by.", value=m.refit_shift
+            )
+
+    def _worker_families(self) -> Iterator[Metric]:
+        labels = ("role", "worker")
+        up = GaugeMetricFamily("eldr_worker_up", "Whether the worker answers its probes.", labels=labels)
+        ejected = GaugeMetricFamily("eldr_worker_ejected", "Whether the worker is out of service.", labels=labels)
+        in_flight = GaugeMetricFamily("eldr_inflight", "Requests in flight at the worker.", labels=labels)
+        limit = GaugeMetricFamily("eldr_inflight_limit", "Most requests in flight at the worker.", labels=labels)
+        skew = GaugeMetricFamily(
+            "eldr_worker_clock_skew_seconds", "The worker's clock minus the router's, to a second.", labels=labels
+        )
+        waiting = GaugeMetricFamily("eldr_worker_waiting", "Requests waiting inside the worker.", labels=labels)
+        kv_usage = GaugeMetricFamily("eldr_worker_kv_usage_ratio", "KV cache in use at the worker.", labels=labels)
+        tpot = GaugeMetricFamily(
+            "eldr_worker_time_per_output_token_seconds", "Mean over the worker's last streams.", labels=labels
+        )
+        active = GaugeMetricFamily(
+            "eldr_active_experts",
+            "Distinct experts of a decode step in a layer, as the worker measured.",
+            labels=labels,
+        )
+        expected = GaugeMetricFamily(
+            "eldr_expected_active_experts", "The same, as the policy expects it of the next step.", labels=labels
+        )
+        for url, experts in expected_active_experts(self._picture()).items():
+            expected.add_metric(("decode", url), experts)
+        for role in ROLES:
+            for worker in self._fleet.workers(role).values():
+                key = (role, worker.url)
+                up.add_metric(key, worker.healthy)
+                ejected.add_metric(key, worker.ejected or worker.on_trial)
+                in_flight.add_metric(key, worker.in_flight)
+                if role == "decode":
+                    limit.add_metric(key, worker.max_inflight)
+                if worker.load is not None:
+                    waiting.add_metric(key, worker.load[0])
+                    kv_usage.add_metric(key, worker.load[1])
+                if worker.active_experts is not None:
+                    active.add_metric(key, worker.active_experts)
+                if worker.tpot_s is not None:
+                    tpot.add_metric(key, worker.tpot_s)
+                if worker.clock_skew_s is not None:
+                    skew.add_metric(key, worker.clock_skew_s)
+        yield from (up, ejected, in_flight, limit, waiting, kv_usage, skew, tpot, active, expected)
+
+    def _worker_faults(self) -> Iterator[Metric]:
+        here = [(role, url) for role in LEGS for url in self._fleet.workers(role)]
+        for name, text, reasons, counts in (
+            ("eldr_worker_failures", "Legs that failed by the worker's fault.", FAILURES, self._metrics.failures),
+            ("eldr_ejections", "Workers taken out of service for their failures.", EJECTIONS, self._metrics.ejections),
+        ):
+            values = {(*worker, reason): counts.get((*worker, reason), 0) for worker in here for reason in reasons}
+            yield _counter(name, text, ("role", "worker", "reason"), values)
+
+
+def expected_active_experts(picture: Picture | None) -> dict[str, float]:
+    """Decode worker -> expected distinct experts of a step, the mean over layers; empty if the policy expects none."""
+    if picture is None or picture.kind != "expected_union":
+        return {}
+    return {worker: sum(row) / len(row) for worker, row in picture.rows.items()}
+
+
+def _counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for key, value in values.items():
+        family.add_metric([str(part) for part in (key if isinstance(key, tuple) else (key,))], value)
+    return family
+
+
+def _from_zero(known: Iterable[Any], counts: Mapping[Any, int]) -> dict[Any, int]:
+    """The counts, with zeros for the label values in `known` that have none yet."""
+    return {**dict.fromkeys(known, 0), **counts}
+
+
+def _histogram(histogram: Histogram, name: str, text: str) -> HistogramMetricFamily:
+    total = 0
+    buckets: list[tuple[str, float]] = []
+    for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
+        total += count
+        buckets.append((bound, total))
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=histogram.sum)

@@ -1,0 +1,69 @@
+"""GET /v1/models: what the decode workers serve, as one of them says it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from eldr.router.fleet.workers import Worker
+from eldr.router.http.client import Answer, UpstreamError
+from eldr.router.http.errors import ApiError
+from eldr.router.http.forwarding import client_authorization, content_type
+from eldr.router.http.server import ClientConnection, Request
+from eldr.router.request.services import Services
+
+TIMEOUT_S = 10.0
+
+
+class ModelsFlow:
+    """Answers one request with the first decode worker's list that can be had."""
+
+    def __init__(self, services: Services, connection: ClientConnection, request: Request) -> None:
+        self._services = services
+        self._connection = connection
+        self._request = request
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        self._connection.listener = self
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        return self._task
+
+    def end_now(self, error: ApiError) -> None:
+        """Answer with an error, whatever is under way."""
+        self._connection.respond_error(error)
+        self._count(error.status)
+        self.on_client_gone()
+
+    def on_client_gone(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def on_client_stalled(self) -> None:
+        pass
+
+    def on_client_reading(self) -> None:
+        pass
+
+    async def _run(self) -> None:
+        for worker in list(self._services.fleet.available("decode")):
+            try:
+                answer = await self._ask(worker)
+            except UpstreamError:
+                continue
+            self._connection.respond(answer.status, answer.body, content_type(answer.headers))
+            self._count(answer.status)
+            return
+        self._connection.respond_error(ApiError(503, "no decode worker is available", retry_after_s=2))
+        self._count(503)
+
+    async def _ask(self, worker: Worker) -> Answer:
+        pool = self._services.pools[worker]
+        connection = await pool.connection()
+        answer = Answer()
+        request = pool.request(b"GET", b"/v1/models", client_authorization=client_authorization(self._request))
+        connection.start(answer, request, TIMEOUT_S)
+        await connection.finish(answer)
+        return answer
+
+    def _count(self, status: int) -> None:
+        self._services.metrics.requests["/v1/models", status] += 1

@@ -1,0 +1,88 @@
+"""What the page shows, as one JSON object: the fleet, what was counted, the policy's picture, the last decisions."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import orjson
+
+import eldr
+from eldr.router.api.metrics import expected_active_experts
+from eldr.router.config.endpoint import ROLES
+from eldr.router.fleet.workers import Worker
+from eldr.router.observe.counters import Histogram, Metrics
+from eldr.router.request.services import Services
+
+DECISIONS = 60
+
+
+class UiState:
+    """Gives the state as it is now. Rates and quantiles are the page's business: it takes differences of two states."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._started_s = time.monotonic()
+
+    def json(self) -> bytes:
+        services = self._services
+        metrics, admission, fleet = services.metrics, services.admission, services.fleet
+        picture = services.placements.picture()
+        expected = expected_active_experts(picture)
+        state: dict[str, Any] = {
+            "unix_s": time.time(),
+            "up_s": time.monotonic() - self._started_s,
+            "version": eldr.__version__,
+            "policy": services.placements.policy_name,
+            "totals": _totals(metrics),
+            "queue": {"admitted": admission.admitted, "queued": admission.queued, "slots": fleet.decode_slots},
+            "histograms": {
+                "ttft": _histogram(metrics.ttft),
+                "tpot": _histogram(metrics.tpot),
+                "itl": _histogram(metrics.itl),
+            },
+            "workers": [
+                _worker(worker, expected.get(worker.url)) for role in ROLES for worker in fleet.workers(role).values()
+            ],
+            "picture": None
+            if picture is None or not picture.rows
+            else {"kind": picture.kind, "most": picture.most, "rows": dict(picture.rows)},
+            "decisions": [placed._asdict() for placed in list(services.placements.recent)[: -DECISIONS - 1 : -1]],
+            "reasons": [
+                {"policy": policy, "reason": reason, "count": count}
+                for (policy, reason), count in sorted(metrics.decisions.items(), key=lambda item: -item[1])
+            ],
+        }
+        return orjson.dumps(state)
+
+
+def _totals(metrics: Metrics) -> dict[str, int]:
+    return {
+        "answered": sum(metrics.requests.values()),
+        "failed": sum(count for (_, status), count in metrics.requests.items() if status >= 500),
+        "events": metrics.stream_events,
+        "handoffs": metrics.handoffs,
+        "unusable": sum(metrics.counts_errors.values()),
+        "retries": sum(metrics.retries.values()),
+        "ejections": sum(metrics.ejections.values()),
+        "broken": metrics.broken_streams,
+    }
+
+
+def _histogram(histogram: Histogram) -> dict[str, Any]:
+    return {"bounds": histogram.bounds, "counts": histogram.counts}
+
+
+def _worker(worker: Worker, expected_experts: float | None) -> dict[str, Any]:
+    return {
+        "url": worker.url,
+        "role": worker.role,
+        "state": worker.state,
+        "problem": worker.problem,
+        "in_flight": worker.in_flight,
+        "max_inflight": worker.max_inflight,
+        "kv_usage": None if worker.load is None else worker.load[1],
+        "tpot_s": worker.tpot_s,
+        "active_experts": worker.active_experts,
+        "expected_experts": expected_experts,
+    }

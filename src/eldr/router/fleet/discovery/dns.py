@@ -1,0 +1,74 @@
+"""A host name behind which there are several workers, such as a headless service: one worker per address."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from urllib.parse import urlsplit
+
+from eldr.router.config.endpoint import Endpoint, Endpoints, Role
+from eldr.router.fleet.discovery.base import Source
+
+log = logging.getLogger("eldr.router")
+
+TIMEOUT_S = 5.0
+# Routers that start together would go on asking the name server together.
+JITTER = 0.2
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """The addresses of a host, IPv4 and IPv6, as the system resolves it. Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in found]
+
+
+class DnsSource(Source):
+    """Resolves `url`'s host again every `interval_s` seconds, varied by a fifth. A failure keeps the last addresses.
+
+    url: http://NAME:PORT. Its workers are http://ADDRESS:PORT.
+    """
+
+    name = "dns"
+
+    def __init__(self, url: str, role: Role, interval_s: float, resolve: Resolve = resolve) -> None:
+        parts = urlsplit(url)
+        self._host = parts.hostname or ""
+        self._port = parts.port or 80
+        self._role: Role = role
+        self._interval_s = interval_s
+        self._resolve = resolve
+        self._failing = False
+
+    async def watch(self) -> AsyncIterator[Endpoints]:
+        known: Endpoints | None = None
+        while True:
+            found = await self._look()
+            if found is not None and found != known:
+                known = found
+                yield found
+            elif known is None:
+                known = frozenset()
+                yield known
+            await asyncio.sleep(self._interval_s * random.uniform(1 - JITTER, 1 + JITTER))
+
+    async def _look(self) -> Endpoints | None:
+        """The workers at the name now, None if that cannot be found out."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                addresses = await self._resolve(self._host, self._port)
+        except (OSError, UnicodeError) as error:  # a timeout is an OSError
+            if not self._failing:
+                log.warning("%s cannot be resolved, its workers stay as they are: %s", self._host, error or "timeout")
+            self._failing = True
+            return None
+        self._failing = False
+        return frozenset(Endpoint(self._url(address), self._role) for address in addresses) or None
+
+    def _url(self, address: str) -> str:
+        host = f"[{address}]" if ":" in address else address
+        return f"http://{host}:{self._port}"

@@ -1,0 +1,68 @@
+"""The configuration file, watched: its workers join and drain as its lists change."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from eldr.router.config.endpoint import Endpoints
+from eldr.router.config.settings import ConfigError, RouterConfig
+from eldr.router.fleet.discovery.base import Source
+
+log = logging.getLogger("eldr.router")
+
+POLL_S = 1.0
+
+
+class FileSource(Source):
+    """Looks once a second whether the file is another, and at once when `look` is called.
+
+    load: reads the file with the flags of the command line; raises ConfigError, which keeps the workers as they are.
+    loaded: hears every new configuration, for what else than workers can change while the router runs.
+    """
+
+    name = "file"
+
+    def __init__(
+        self, path: Path, first: RouterConfig, load: Callable[[], RouterConfig], loaded: Callable[[RouterConfig], None]
+    ) -> None:
+        self._path = path
+        self._first = first
+        self._load = load
+        self._loaded = loaded
+        self._seen = self._identity()
+        self._wanted = asyncio.Event()
+
+    def look(self) -> None:
+        """Read the file now, changed or not."""
+        self._wanted.set()
+
+    async def watch(self) -> AsyncIterator[Endpoints]:
+        yield self._first.endpoints
+        while True:
+            try:
+                async with asyncio.timeout(POLL_S):
+                    await self._wanted.wait()
+            except TimeoutError:
+                if self._identity() == self._seen:
+                    continue
+            self._wanted.clear()
+            self._seen = self._identity()
+            try:
+                config = self._load()
+            except ConfigError as error:
+                log.error("the configuration stays as it was: %s", error)
+                continue
+            self._loaded(config)
+            log.info("the configuration was read again")
+            yield config.endpoints
+
+    def _identity(self) -> tuple[int, int, int] | None:
+        """What changes when the file is written or replaced; None while there is none."""
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino

@@ -1,0 +1,161 @@
+"""What vLLM says of its own load, and how many requests a worker can therefore take."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from eldr.router.config.endpoint import rank_of
+from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.http.client import Answer, UpstreamError, WorkerPool
+
+TIMEOUT_S = 2.0
+# Routers that look together would go on doing so.
+JITTER = 0.2
+# One look may catch a request between its arrival and the next step; two in a row are a queue.
+LOOKS = 2
+# Above this share of the KV cache a worker is about to preempt: no time to give it more.
+KV_FULL = 0.9
+
+_WAITING, _WAITING_FOR, _KV_USAGE = (
+    b"vllm:num_requests_waiting", b"vllm:num_requests_waiting_by_reason", b"vllm:kv_cache_usage_perc",
+)  # fmt: skip
+# From eldr's connector: distinct experts of a decode step in one MoE layer, over all steps and layers so far.
+_ACTIVE_SUM, _ACTIVE_COUNT = b"vllm:eldr_active_experts_sum", b"vllm:eldr_active_experts_count"
+_SAMPLE = re.compile(rb"\{([^\n]*)\} ([0-9.eE+-]+)(?:\n|\Z)")
+_ENGINE = re.compile(rb'engine="([0-9]{1,9})"')
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """waiting: requests that wait for room in the batch or the KV cache, not for a transfer. kv_usage: 0..1."""
+
+    waiting: int
+    kv_usage: float
+
+
+def parse_load(text: bytes) -> dict[int, EngineLoad]:
+    """Engine -> its load, from vLLM's Prometheus exposition; empty if it holds none.
+
+    A server has an engine for every data-parallel rank.
+    """
+    found: defaultdict[int, dict[bytes, float]] = defaultdict(dict)
+    text = b"\n" + text
+    for name in (_WAITING, _WAITING_FOR, _KV_USAGE):
+        for labels, value in _samples(text, name):
+            if name is not _WAITING_FOR or b'reason="capacity"' in labels:
+                engine = _ENGINE.search(labels)
+                found[int(engine[1]) if engine else 0][name] = value
+    return {
+        engine: EngineLoad(int(values.get(_WAITING_FOR, values.get(_WAITING, 0.0))), values.get(_KV_USAGE, 0.0))
+        for engine, values in found.items()
+    }
+
+
+def _samples(text: bytes, name: bytes) -> Iterator[tuple[bytes, float]]:
+    """Labels and values of a metric, in a text that begins with a line end. Of some thousand lines a few matter, and a
+    thousand streams wait meanwhile: they are searched for, no parser reads them all."""
+    sought = b"\n" + name + b"{"
+    at = text.find(sought)
+    while at >= 0:
+        sample = _SAMPLE.match(text, at + len(sought) - 1)
+        if sample is not None:
+            with contextlib.suppress(ValueError):
+                value = float(sample[2])
+                if math.isfinite(value):  # 1e999 is not
+                    yield sample[1], value
+        at = text.find(sought, at + 1)
+
+
+def parse_active_experts(text: bytes, engine: int) -> tuple[float, float] | None:
+    """Sum and count of one engine's active experts, from the same exposition; None if it holds none."""
+    found: dict[bytes, float] = {}
+    text = b"\n" + text
+    for name in (_ACTIVE_SUM, _ACTIVE_COUNT):
+        for labels, value in _samples(text, name):
+            named = _ENGINE.search(labels)
+            if named is None or int(named[1]) == engine:
+                found[name] = value
+    return (found[_ACTIVE_SUM], found[_ACTIVE_COUNT]) if len(found) == 2 else None
+
+
+class Capacity:
+    """How many requests a worker shall have at most, between 1 and `most`, learned from what waits inside it.
+
+    Requests that wait in an engine let their lease run and cannot go elsewhere any more; in the router's queue they
+    can. So the limit falls at once to what the engine really runs, and rises by an eighth a look while it binds.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.limit = most
+        self._looks = 0
+
+    def heard(self, load: EngineLoad, in_flight: int) -> int:
+        """The limit after one more look. in_flight: requests that the router has at the worker."""
+        self._looks = self._looks + 1 if load.waiting > 0 else 0
+        if self._looks >= LOOKS:
+            self.limit = max(1, min(self.limit, in_flight - load.waiting))
+        elif load.waiting == 0 and load.kv_usage < KV_FULL and in_flight >= self.limit:
+            self.limit += max(1, self.limit // 8)
+        self.limit = min(self.limit, self.most)
+        return self.limit
+
+
+class LoadWatch:
+    """Reads one worker's metrics every `interval_s` seconds; sets the limit of a decode worker, and tells `changed`."""
+
+    def __init__(
+        self, fleet: Fleet, worker: Worker, pool: WorkerPool, interval_s: float, changed: Callable[[], None]
+    ) -> None:
+        self._fleet = fleet
+        self._worker = worker
+        self._pool = pool
+        self._interval_s = interval_s
+        self._changed = changed
+        self.capacity = Capacity(worker.max_inflight)
+        self._active = (0.0, 0.0)
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s * random.uniform(1 - JITTER, 1 + JITTER))
+            if self._worker.healthy:
+                await self.look()
+
+    async def look(self) -> dict[int, EngineLoad]:
+        """The load of each engine behind the worker's URL; empty where it cannot be had, which changes nothing."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                connection = await self._pool.connection()
+                answer = Answer()
+                connection.start(answer, self._pool.request(b"GET", b"/metrics"), TIMEOUT_S)
+                await connection.finish(answer)
+        except (UpstreamError, TimeoutError):
+            return {}
+        engines = parse_load(answer.body) if answer.status == 200 else {}
+        rank = rank_of(self._worker.url) or 0
+        if self._worker.role == "decode":
+            self._note_active(parse_active_experts(answer.body, rank))
+        load = engines.get(rank)
+        if load is not None:
+            self._worker.load = (load.waiting, load.kv_usage)
+            if self._worker.role == "decode":
+                self._fleet.set_limit(self._worker, self.capacity.heard(load, self._worker.in_flight))
+                self._changed()
+        return engines
+
+    def _note_active(self, active: tuple[float, float] | None) -> None:
+        """Keep the mean since the last look; an engine that ran nothing since has none."""
+        if active is None:
+            self._worker.active_experts = None
+            return
+        total, steps = active[0] - self._active[0], active[1] - self._active[1]
+        self._active = active
+        # A restarted engine counts from zero again.
+        self._worker.active_experts = total / steps if steps > 0 and total >= 0 else None

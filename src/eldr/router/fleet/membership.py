@@ -1,0 +1,301 @@
+"""Who is in the fleet: the one place where workers join, drain and leave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from eldr.errors import EldrError
+from eldr.router.config.endpoint import Endpoint, Endpoints, Role, rank_of
+from eldr.router.config.settings import RouterConfig
+from eldr.router.fleet.discovery.base import Source
+from eldr.router.fleet.load_watch import LoadWatch
+from eldr.router.fleet.outcomes import Outcomes
+from eldr.router.fleet.probe import HealthProbe
+from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.http.client import ExchangeError, WorkerPool
+from eldr.router.placement.decode import Placements
+from eldr.router.placement.prefill import PrefillRing
+
+log = logging.getLogger("eldr.router")
+
+# A prefill worker queues by itself; the router does not limit what it sends there.
+PREFILL_MAX_INFLIGHT = 2**31
+IDLE_POLL_S = 0.05
+# How long requests that were cut off may take to end before their worker goes all the same.
+CUT_S = 5.0
+
+
+class MembershipError(EldrError):
+    """A worker that cannot join, or that is not in the fleet."""
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """What belongs to one worker.
+
+    load: watches how much the engine has to do. refusal: why it can never be used, empty if it can. fit: since it came
+    up it was found to serve the right model. joined: the policy knows of it. watching: the tasks of probe and load.
+    leaving: the task that waits for its last request.
+    """
+
+    worker: Worker
+    probe: HealthProbe
+    load: LoadWatch
+    refusal: str = ""
+    fit: bool = False
+    joined: bool = False
+    watching: list[asyncio.Task[None]] = field(default_factory=list)
+    leaving: asyncio.Task[None] | None = None
+
+
+class Membership:
+    """Takes workers in and lets them go, by hand or as sources name them.
+
+    A new worker gets nothing until a probe has found it alive and serving the right model; the policy hears of it
+    only then. `pools` gains and loses the connections of each worker. went_down: told of a worker that answers no
+    probes any more.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        fleet: Fleet,
+        pools: dict[Worker, WorkerPool],
+        ring: PrefillRing,
+        outcomes: Outcomes,
+        placements: Placements,
+        went_down: Callable[[Worker], None],
+        worker_key: bytes | None,
+        ssl_context: ssl.SSLContext,
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._pools = pools
+        self._ring = ring
+        self._outcomes = outcomes
+        self._placements = placements
+        self._went_down = went_down
+        self._worker_key = worker_key
+        self._ssl_context = ssl_context
+        self._members: dict[Worker, _Member] = {}
+        self._watching: list[asyncio.Task[None]] = []
+        self._started = False
+
+    # By what sources say.
+
+    async def follow(self, sources: list[Source]) -> None:
+        """Take in and probe once what the sources name now, then keep up with what they name."""
+        for source in sources:
+            snapshots = aiter(source.watch())
+            known = await anext(snapshots)
+            for endpoint in sorted(known, key=self._config_order):
+                if self._find(endpoint) is None:
+                    self._add(endpoint, source.name)
+            self._watching.append(asyncio.create_task(self._keep_up(source.name, snapshots, known)))
+        await asyncio.gather(*(member.probe.probe() for member in self._members.values()))
+        self._started = True
+        for member in self._members.values():
+            if member.refusal:
+                raise MembershipError(f"{member.worker.role} worker {member.worker.url}: {member.refusal}")
+            self._changed(member)
+            self._start_watching(member)
+
+    def _config_order(self, endpoint: Endpoint) -> tuple[bool, int, str]:
+        """Workers given by URL come in the order of the configuration, which numbers zones and turns."""
+        given = getattr(self._config, endpoint.role)
+        at = given.index(endpoint.url) if endpoint.url in given else len(given)
+        return endpoint.role == "decode", at, endpoint.url
+
+    async def _keep_up(self, name: str, snapshots: AsyncIterator[Endpoints], known: Endpoints) -> None:
+        async for found in snapshots:
+            for endpoint in sorted(found - known, key=self._config_order):
+                self._join_if_new(endpoint, name)
+            for endpoint in known - found:
+                worker = self._find(endpoint)
+                # What was since taken in by hand is no longer this source's to send away.
+                if worker is not None and worker.source == name:
+                    self.drain(worker)
+            known = found
+
+    def _join_if_new(self, endpoint: Endpoint, source: str) -> None:
+        worker = self._find(endpoint)
+        if worker is None or worker.draining:
+            self.join(endpoint, source)
+
+    # By hand.
+
+    def worker(self, url: str, role: Role | None) -> Worker:
+        """The worker with this URL, of the only role it has if none is given. Raises MembershipError."""
+        found = [w for w in self._members if w.url == url and role in (None, w.role)]
+        if not found:
+            raise MembershipError(f"no {role + ' ' if role else ''}worker {url} is in the fleet")
+        if len(found) > 1:
+            raise MembershipError(f"{url} is a prefill and a decode worker: say which, with role")
+        return found[0]
+
+    def workers(self) -> list[Worker]:
+        return list(self._members)
+
+    def join(self, endpoint: Endpoint, source: str) -> Worker:
+        """Take a worker in; one that drains stays. Raises MembershipError if it is there and does not drain."""
+        worker = self._find(endpoint)
+        if worker is None:
+            member = self._add(endpoint, source)
+            self._start_watching(member)
+            log.info("%s worker %s joins (%s)", endpoint.role, endpoint.url, source)
+            return member.worker
+        if not worker.draining:
+            raise MembershipError(f"{endpoint.role} worker {endpoint.url} is in the fleet already")
+        member = self._members[worker]
+        if member.leaving is not None:
+            member.leaving.cancel()
+            member.leaving = None
+        worker.source = source
+        self._pools[worker].reopen()  # it may have been cut off just now
+        self._fleet.set_draining(worker, False)
+        self._outcomes.fleet_changed()
+        return worker
+
+    def drain(self, worker: Worker, timeout_s: float | None = None) -> None:
+        """Give a worker nothing more; when its running requests have ended, or after `timeout_s`, it is gone."""
+        member = self._members[worker]
+        if member.leaving is not None:
+            member.leaving.cancel()
+        log.info("%s worker %s drains", worker.role, worker.url)
+        self._fleet.set_draining(worker, True)
+        self._outcomes.fleet_changed()
+        timeout_s = self._config.drain_timeout_s if timeout_s is None else timeout_s
+        member.leaving = asyncio.create_task(self._leave(member, timeout_s))
+
+    async def _leave(self, member: _Member, timeout_s: float) -> None:
+        worker = member.worker
+        await self._until_idle(worker, timeout_s)
+        if worker.in_flight:
+            log.warning("%s worker %s goes with %d requests cut off", worker.role, worker.url, worker.in_flight)
+            self._pools[worker].cut("the worker was taken out of the fleet")
+            await self._until_idle(worker, CUT_S)
+        self._remove(member)
+
+    async def _until_idle(self, worker: Worker, timeout_s: float) -> None:
+        """Until nothing runs there, and nobody may pull blocks of a prefill worker any more."""
+        deadline_s = time.monotonic() + timeout_s
+        while (worker.in_flight or time.monotonic() < worker.lease_until_s) and time.monotonic() < deadline_s:
+            await asyncio.sleep(IDLE_POLL_S)
+
+    def _remove(self, member: _Member) -> None:
+        worker = member.worker
+        del self._members[worker]
+        self._fleet.remove(worker)
+        self._ring.rebuild()
+        for task in member.watching:
+            task.cancel()
+        if member.joined and worker.role == "decode":
+            self._placements.left(worker)
+        self._outcomes.forget(worker)
+        self._pools.pop(worker).close()
+        self._outcomes.fleet_changed()
+        log.info("%s worker %s has left", worker.role, worker.url)
+
+    def set_max_inflight(self, most: int) -> None:
+        """Another configured limit of the decode workers, under which theirs are learned."""
+        for member in self._members.values():
+            if member.worker.role == "decode":
+                member.load.capacity.most = most
+                if member.worker.load is None:
+                    self._fleet.set_limit(member.worker, most)
+        self._outcomes.fleet_changed()
+
+    # Within.
+
+    def _find(self, endpoint: Endpoint) -> Worker | None:
+        return self._fleet.workers(endpoint.role).get(endpoint.url)
+
+    def _add(self, endpoint: Endpoint, source: str) -> _Member:
+        config = self._config
+        limit = PREFILL_MAX_INFLIGHT if endpoint.role == "prefill" else config.max_inflight
+        worker = self._fleet.add(endpoint.url, endpoint.role, limit)
+        worker.source = source
+        pool = WorkerPool(
+            endpoint.url,
+            connect_timeout_s=config.connect_timeout_s,
+            authorization=self._worker_key,
+            ssl_context=self._ssl_context,
+        )
+        self._pools[worker] = pool
+        probe = HealthProbe(
+            self._fleet,
+            worker,
+            pool,
+            interval_s=config.health_interval_s,
+            timeout_s=config.health_timeout_s,
+            changed=lambda: self._changed(member),
+            check=lambda: self._check(member),
+        )
+        load = LoadWatch(self._fleet, worker, pool, config.load_interval_s, self._outcomes.fleet_changed)
+        member = self._members[worker] = _Member(worker, probe, load)
+        self._ring.rebuild()
+        return member
+
+    def _start_watching(self, member: _Member) -> None:
+        member.watching = [asyncio.create_task(member.probe.run()), asyncio.create_task(member.load.run())]
+
+    def _changed(self, member: _Member) -> None:
+        """A probe has found the worker up or down. The first workers join together, in configured order."""
+        worker = member.worker
+        if worker.healthy and self._started and not member.joined:
+            member.joined = True
+            if worker.role == "decode":
+                self._placements.joined(worker)
+        member.fit &= worker.healthy
+        self._outcomes.fleet_changed()
+        if not worker.healthy and member.joined:
+            self._went_down(worker)
+
+    async def _check(self, member: _Member) -> None:
+        """Raise ExchangeError, which keeps the worker out, unless it serves the fleet's model."""
+        if not member.fit:  # a worker that serves does not lose its place to slow metrics
+            engines = await member.load.look()
+            member.refusal = _wrong_rank(member.worker.url, len(engines))
+        if member.refusal:
+            raise ExchangeError(member.refusal)
+        models = member.worker.models
+        wanted = self._config.model
+        if models is not None and wanted is not None and wanted not in models:
+            raise ExchangeError(f"it serves {_names(models)}, not {wanted}")
+        others = [
+            other.worker.models
+            for other in self._members.values()
+            if other is not member and other.fit and other.worker.models is not None
+        ]
+        if models is not None and others and not any(models & names for names in others):
+            raise ExchangeError(f"it serves {_names(models)}, the fleet serves {_names(others[0])}")
+        member.fit = True
+
+    async def close(self) -> None:
+        tasks = list(self._watching)
+        for member in self._members.values():
+            tasks += member.watching
+            if member.leaving is not None:
+                tasks.append(member.leaving)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _wrong_rank(url: str, engines: int) -> str:
+    """Why a URL does not name one engine, empty if it does or if the number of engines is unknown."""
+    rank = rank_of(url)
+    if rank is None and engines > 1:
+        return f"it runs {engines} data-parallel engines behind one URL; write {url}#dp={engines} to address each"
+    if rank is not None and 0 < engines <= rank:
+        return f"it has {engines} data-parallel engine{'s' if engines > 1 else ''}, and none of rank {rank}"
+    return ""
+
+
+def _names(models: frozenset[str]) -> str:
+    return ", ".join(sorted(models)) or "no model"

@@ -1,0 +1,111 @@
+"""What becomes of the legs at each worker: counted, judged (ejection.py), and told to the fleet."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from typing import get_args
+
+from eldr.router.config.endpoint import Role
+from eldr.router.config.settings import RouterConfig
+from eldr.router.fleet.ejection import EjectionRules, Ejections, Standing
+from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.observe.counters import Metrics
+from eldr.router.placement.admission import Admission
+
+log = logging.getLogger("eldr.router")
+
+
+class Outcomes:
+    """Hears how legs end and keeps the workers' ejections in the fleet."""
+
+    def __init__(self, fleet: Fleet, admission: Admission, metrics: Metrics, config: RouterConfig) -> None:
+        self._fleet = fleet
+        self._admission = admission
+        self._metrics = metrics
+        rules = EjectionRules(
+            consecutive=config.eject_failures,
+            rate=config.eject_rate,
+            base_s=config.eject_base_s,
+            max_s=config.eject_max_s,
+            share=config.eject_share,
+        )
+        # Not the configured seed: routers of one configuration would send their trials at the same moments.
+        self._ejections: dict[Role, Ejections] = {
+            role: Ejections(rules, random.getrandbits(64)) for role in get_args(Role)
+        }
+
+    def began(self, worker: Worker) -> None:
+        """A leg goes to `worker`: its trial, if it is on trial."""
+        if worker.on_trial and self._ejections[worker.role].began(worker.url):
+            self._apply(worker)
+
+    def ended(self, worker: Worker) -> None:
+        """A leg is over. A trial that ended without a verdict (its client left) leaves the next leg to be it."""
+        if worker.ejected and self._ejections[worker.role].ended(worker.url):
+            self._apply(worker)
+
+    def forget(self, worker: Worker) -> None:
+        """A worker has left the fleet. Of what still ends there nothing is kept: where addresses come and go all the
+        time, as in a cluster of containers, it would grow for ever."""
+        self._ejections[worker.role].forget(worker.url)
+        self._metrics.forget(worker.role, worker.url)
+
+    def _here(self, worker: Worker) -> bool:
+        return self._fleet.workers(worker.role).get(worker.url) is worker
+
+    def succeeded(self, worker: Worker) -> None:
+        if self._here(worker) and self._ejections[worker.role].succeeded(worker.url, time.monotonic()):
+            self._apply(worker)
+            _report(logging.INFO, "back in service: its trial succeeded", worker)
+
+    def failed(self, worker: Worker, reason: str) -> None:
+        """A leg failed by the worker's fault; `reason` is a metric label."""
+        if not self._here(worker):
+            return
+        self._metrics.failures[worker.role, worker.url, reason] += 1
+        if worker.draining:
+            return  # it was cut off, or will be gone anyway
+        why = self._ejections[worker.role].failed(worker.url, time.monotonic(), self._up(worker.role))
+        if why is not None:
+            self._metrics.ejections[worker.role, worker.url, why] += 1
+            self._apply(worker)
+            _report(logging.WARNING, "ejected", worker, why=why, last_failure=reason)
+
+    def sweep(self, now_s: float) -> None:
+        """Begin the trials that are due."""
+        for role, ejections in self._ejections.items():
+            if ejections.not_in:
+                workers = self._fleet.workers(role)
+                for url in ejections.due(now_s):
+                    self._apply(workers[url])
+                    _report(logging.INFO, "on trial", workers[url])
+        self._relieve(now_s)
+
+    def fleet_changed(self) -> None:
+        """A worker came, went, or changed its health."""
+        self._relieve(time.monotonic())
+        self._admission.changed()
+
+    def _relieve(self, now_s: float) -> None:
+        """End ejections that what is left of the fleet cannot afford."""
+        for role, ejections in self._ejections.items():
+            if ejections.not_in:
+                workers = self._fleet.workers(role)
+                for url in ejections.relieve(now_s, self._up(role)):
+                    self._apply(workers[url])
+                    _report(logging.WARNING, "back in service: too few others are left", workers[url])
+
+    def _up(self, role: Role) -> set[str]:
+        return {worker.url for worker in self._fleet.workers(role).values() if worker.up}
+
+    def _apply(self, worker: Worker) -> None:
+        standing = self._ejections[worker.role].standing(worker.url)
+        on_trial = standing is Standing.TRIAL
+        self._fleet.set_ejected(worker, standing in (Standing.OUT, Standing.TRYING), on_trial)
+        self._admission.changed()
+
+
+def _report(level: int, what: str, worker: Worker, **fields: object) -> None:
+    log.log(level, "worker %s", what, extra={"fields": {"role": worker.role, "worker": worker.url, **fields}})

@@ -1,0 +1,125 @@
+"""Probes of the workers: alive or not, which models they serve, and how far their clocks are off."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from email.utils import parsedate_to_datetime
+
+from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.http.client import Answer, ConnectError, ExchangeError, UpstreamError, WorkerPool
+
+log = logging.getLogger("eldr.router")
+
+# Silent for one probe may be busy; silent for two is down. A refused connection is down at once.
+FAILURES_TO_DOWN = 2
+MODELS_EVERY_S = 30.0
+# Hosts that start probing together would go on doing so.
+JITTER = 0.2
+
+
+class HealthProbe:
+    """Watches one worker and keeps its state in the fleet. `changed` is called when the worker goes up or down.
+
+    check: raises UpstreamError for a worker that is alive and must not get requests all the same.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        worker: Worker,
+        pool: WorkerPool,
+        *,
+        interval_s: float,
+        timeout_s: float,
+        changed: Callable[[], None],
+        check: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._fleet = fleet
+        self._worker = worker
+        self._pool = pool
+        self._interval_s = interval_s
+        self._timeout_s = timeout_s
+        self._changed = changed
+        self._check = check
+        self._failures = 0
+        self._reported: bool | None = None
+        self._models_at_s = float("-inf")
+
+    async def run(self) -> None:
+        while True:
+            await self.probe()
+            await asyncio.sleep(self._interval_s * random.uniform(1 - JITTER, 1 + JITTER))
+
+    async def probe(self) -> None:
+        """One round: /health, and /v1/models where it is due."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._get(b"/health")
+                if not self._worker.healthy or time.monotonic() - self._models_at_s > MODELS_EVERY_S:
+                    self._worker.models = _model_names(await self._get(b"/v1/models", (200, 401, 403)))
+                    await self._check()
+                    self._models_at_s = time.monotonic()
+        except TimeoutError:
+            self._failed(f"no answer within {self._timeout_s:g} s", FAILURES_TO_DOWN)
+        except ConnectError as error:
+            self._failed(str(error), 1)
+        except UpstreamError as error:
+            self._failed(str(error), FAILURES_TO_DOWN)
+        else:
+            self._failures = 0
+            self._report(True, "")
+
+    def _failed(self, reason: str, failures_to_down: int) -> None:
+        self._failures += 1
+        if self._failures >= failures_to_down or not self._worker.healthy:
+            self._report(False, reason)
+
+    def _report(self, healthy: bool, reason: str) -> None:
+        worker = self._worker
+        worker.problem = reason
+        # A refused connection may have taken the worker out before the probe did.
+        if worker.healthy != healthy or self._reported != healthy:
+            self._fleet.set_healthy(worker, healthy)
+            self._changed()
+        if self._reported != healthy:
+            self._reported = healthy
+            if healthy:
+                log.info("%s worker %s is up", worker.role, worker.url)
+            else:
+                log.warning("%s worker %s is down: %s", worker.role, worker.url, reason)
+
+    async def _get(self, path: bytes, expected: tuple[int, ...] = (200,)) -> Answer:
+        connection = await self._pool.connection()
+        answer = Answer()
+        connection.start(answer, self._pool.request(b"GET", path), self._timeout_s)
+        await connection.finish(answer)
+        if answer.status not in expected:
+            raise ExchangeError(f"{path.decode()} answered {answer.status}")
+        self._worker.clock_skew_s = _clock_skew_s(answer.headers.get(b"date"))
+        return answer
+
+
+def _model_names(answer: Answer) -> frozenset[str] | None:
+    """The names in an answer of /v1/models; None if the worker tells them only to clients with a key of their own."""
+    if answer.status != 200:
+        return None
+    fields = answer.json()
+    data = fields.get("data") if isinstance(fields, dict) else None
+    if not isinstance(data, list):
+        raise ExchangeError("/v1/models holds no list of models")
+    names = (model.get("id") for model in data if isinstance(model, dict))
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def _clock_skew_s(date: bytes | None) -> float | None:
+    """A Date header minus our clock. It has whole seconds: half a second is added to what was cut off."""
+    if date is None:
+        return None
+    try:
+        return parsedate_to_datetime(date.decode("latin-1")).timestamp() + 0.5 - time.time()
+    except ValueError:
+        return None

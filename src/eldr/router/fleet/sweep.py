@@ -1,0 +1,23 @@
+"""The router's one periodic pass over what may have waited too long: no timer per request's leg or per token."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+
+from eldr.router.fleet.outcomes import Outcomes
+from eldr.router.fleet.workers import Worker
+from eldr.router.http.client import WorkerPool
+
+PERIOD_S = 0.25
+
+
+async def sweep(pools: Mapping[Worker, WorkerPool], outcomes: Outcomes) -> None:
+    """Every PERIOD_S, for ever: fail exchanges whose worker is late or silent, and let ejections run out."""
+    while True:
+        await asyncio.sleep(PERIOD_S)
+        now_s = time.monotonic()
+        for pool in list(pools.values()):
+            pool.check(now_s)
+        outcomes.sweep(now_s)

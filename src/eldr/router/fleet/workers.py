@@ -1,0 +1,185 @@
+"""The workers behind the router: their roles, load, health and draining. No IO and no policy."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from eldr.errors import EldrError
+from eldr.router.config.endpoint import Role
+
+# Streams that a worker's own time per output token remembers.
+RECENT_STREAMS = 10
+
+
+class FleetError(EldrError):
+    """A worker that cannot be added to the fleet, or that the fleet does not know."""
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One engine behind one URL, which is its identity within its role.
+
+    max_inflight: the most requests it may run at once.
+    in_flight: requests that it runs now.
+    healthy: answers its probes and takes connections; a new worker is unhealthy until the first probe.
+    draining: finishes what it runs and gets nothing new.
+    source: what named it: static, file, dns or admin.
+    problem: why it got nothing when it was last looked at, empty if nothing was wrong.
+    ejected: failed its requests and gets nothing new for a while (router/ejection.py).
+    on_trial: was ejected and gets one request to prove itself.
+    models: names that it serves, None while unknown.
+    lease_until_s: monotonic time until which decode workers may still pull blocks from it.
+    load: what the engine said last: requests waiting in it, share of its KV cache in use; None while unknown.
+    active_experts: distinct experts of a decode step in a layer, the mean over the last while; None while unknown.
+    tpot_s: time per output token, the mean of its last streams; None before the first.
+    clock_skew_s: its clock minus ours, as its last answer showed it, to a second; None while unknown.
+    """
+
+    url: str
+    role: Role
+    max_inflight: int
+    in_flight: int = 0
+    healthy: bool = False
+    draining: bool = False
+    source: str = ""
+    problem: str = ""
+    ejected: bool = False
+    on_trial: bool = False
+    models: frozenset[str] | None = None
+    lease_until_s: float = 0.0
+    load: tuple[int, float] | None = None
+    active_experts: float | None = None
+    tpot_s: float | None = None
+    clock_skew_s: float | None = None
+
+    @property
+    def state(self) -> str:
+        """Its state in a word."""
+        if self.draining:
+            return "draining"
+        if self.ejected:
+            return "ejected"
+        if self.healthy:
+            return "trial" if self.on_trial else "up"
+        return "joining" if self.models is None and not self.problem else "down"
+
+    def observe_tpot(self, tpot_s: float) -> None:
+        self.tpot_s = tpot_s if self.tpot_s is None else self.tpot_s + (tpot_s - self.tpot_s) / RECENT_STREAMS
+
+    @property
+    def up(self) -> bool:
+        """Whether it could take requests, were it not ejected."""
+        return self.healthy and not self.draining
+
+    @property
+    def available(self) -> bool:
+        return self.healthy and not self.draining and not self.ejected
+
+
+class Fleet:
+    """All workers. The view of eligible decode workers is kept up to date with every change, never rebuilt."""
+
+    def __init__(self) -> None:
+        self._workers: dict[Role, dict[str, Worker]] = {"prefill": {}, "decode": {}}
+        self._eligible: dict[str, int] = {}
+        self._decode_slots = 0
+        # Since when a role has had no available worker, monotonic; None while it has one.
+        self._gone_since_s: dict[Role, float | None] = {"prefill": -math.inf, "decode": -math.inf}
+
+    def add(self, url: str, role: Role, max_inflight: int) -> Worker:
+        """A new worker, unhealthy until told otherwise. Raises FleetError if the fleet has it already."""
+        if url in self._workers[role]:
+            raise FleetError(f"{role} worker {url} is in the fleet already")
+        worker = Worker(url, role, max_inflight)
+        self._workers[role][url] = worker
+        return worker
+
+    def remove(self, worker: Worker) -> None:
+        if self._workers[worker.role].pop(worker.url, None) is None:
+            raise FleetError(f"{worker.role} worker {worker.url} is not in the fleet")
+        self._fleet_changed(worker)
+
+    def workers(self, role: Role) -> Mapping[str, Worker]:
+        """URL -> worker, in the order in which they were added."""
+        return self._workers[role]
+
+    def available(self, role: Role) -> Iterator[Worker]:
+        """The workers of `role` that may get new requests, room for them aside."""
+        return (worker for worker in self._workers[role].values() if worker.available)
+
+    def any_available(self, role: Role) -> bool:
+        """Whether there is one."""
+        return self._gone_since_s[role] is None
+
+    def gone_for_s(self, role: Role) -> float | None:
+        """How long no worker of `role` has been available: None while one is, infinite if none ever was."""
+        since_s = self._gone_since_s[role]
+        return None if since_s is None else time.monotonic() - since_s
+
+    @property
+    def eligible(self) -> Mapping[str, int]:
+        """Decode workers that may take a request now: URL -> requests in flight. A live view, not to be changed."""
+        return self._eligible
+
+    @property
+    def decode_slots(self) -> int:
+        """How many requests the available decode workers may run at once."""
+        return self._decode_slots
+
+    @property
+    def ready(self) -> bool:
+        """Whether at least one prefill and one decode worker are available."""
+        return self.any_available("prefill") and self.any_available("decode")
+
+    def serves(self, model: str) -> bool:
+        """Whether an available decode worker serves `model`, or may do so because its models are unknown."""
+        for worker in self._workers["decode"].values():
+            if worker.available and (worker.models is None or model in worker.models):
+                return True
+        return False
+
+    def started(self, worker: Worker) -> None:
+        worker.in_flight += 1
+        self._refresh(worker)
+
+    def finished(self, worker: Worker) -> None:
+        worker.in_flight -= 1
+        self._refresh(worker)
+
+    def set_healthy(self, worker: Worker, healthy: bool) -> None:
+        worker.healthy = healthy
+        self._fleet_changed(worker)
+
+    def set_draining(self, worker: Worker, draining: bool) -> None:
+        worker.draining = draining
+        self._fleet_changed(worker)
+
+    def set_ejected(self, worker: Worker, ejected: bool, on_trial: bool = False) -> None:
+        worker.ejected = ejected
+        worker.on_trial = on_trial
+        self._fleet_changed(worker)
+
+    def set_limit(self, worker: Worker, max_inflight: int) -> None:
+        if worker.max_inflight != max_inflight:
+            worker.max_inflight = max_inflight
+            self._fleet_changed(worker)
+
+    def _fleet_changed(self, worker: Worker) -> None:
+        # A worker on trial gets one request, whatever it still runs from before.
+        self._decode_slots = sum(1 if each.on_trial else each.max_inflight for each in self.available("decode"))
+        if any(self.available(worker.role)):
+            self._gone_since_s[worker.role] = None
+        elif self._gone_since_s[worker.role] is None:
+            self._gone_since_s[worker.role] = time.monotonic()
+        self._refresh(worker)
+
+    def _refresh(self, worker: Worker) -> None:
+        if worker.role != "decode":
+            return
+        if worker.available and worker.in_flight < worker.max_inflight and worker.url in self._workers["decode"]:
+            self._eligible[worker.url] = worker.in_flight
+        else:
+            self._eligible.pop(worker.url, None)

@@ -1,0 +1,66 @@
+"""Which header fields go on, from a client to workers and back. What is not named here stays with the router."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from eldr.router.http.server import Request
+
+# W3C Trace Context. A traceparent of another form, or tracestate without one, starts no trace at the worker.
+TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+PRINTABLE = re.compile(rb"[\x20-\x7e]+")
+MAX_TRACESTATE_BYTES = 512
+# Types of answers that are passed on as such; a browser could take others for a page of the router's own.
+CONTENT_TYPE = re.compile(rb"(application/json|text/event-stream|text/plain)( *; *charset=[a-z0-9-]+)?", re.IGNORECASE)
+JSON = b"application/json"
+UNKNOWN_TYPE = b"application/octet-stream"
+RETRY_AFTER = re.compile(rb"[0-9]{1,9}|[A-Za-z0-9:, ]{29}")
+
+
+def trace_context(request: Request) -> tuple[bytes | None, bytes | None]:
+    """traceparent and tracestate of a request, each None if it has none that can be passed on."""
+    headers = request.headers
+    parent = headers.get(b"traceparent")
+    if parent is None or TRACEPARENT.fullmatch(parent) is None or _meant_for_us(headers, b"traceparent"):
+        return None, None
+    state = headers.get(b"tracestate")
+    if state is not None and (
+        len(state) > MAX_TRACESTATE_BYTES or PRINTABLE.fullmatch(state) is None or _meant_for_us(headers, b"tracestate")
+    ):
+        state = None
+    return parent, state
+
+
+def trace_lines(parent: bytes | None, state: bytes | None) -> bytes:
+    """The header lines of a trace context."""
+    if parent is None:
+        return b""
+    line = b"traceparent: %b\r\n" % parent
+    return line if state is None else b"%btracestate: %b\r\n" % (line, state)
+
+
+def client_authorization(request: Request) -> bytes | None:
+    """The client's Authorization, for workers that judge it themselves; None if the router has already used it."""
+    given = request.headers.get(b"authorization")
+    if given is None or request.client or PRINTABLE.fullmatch(given) is None:
+        return None
+    return None if _meant_for_us(request.headers, b"authorization") else given
+
+
+def content_type(headers: Mapping[bytes, bytes]) -> bytes:
+    """The content type that a client is told of a worker's answer."""
+    given = headers.get(b"content-type", JSON)
+    return given if given == JSON or CONTENT_TYPE.fullmatch(given) else UNKNOWN_TYPE
+
+
+def retry_after_line(headers: Mapping[bytes, bytes]) -> bytes:
+    """The worker's Retry-After as a header line, nothing if it sent none that makes sense."""
+    given = headers.get(b"retry-after")
+    return b"retry-after: %b\r\n" % given if given is not None and RETRY_AFTER.fullmatch(given) else b""
+
+
+def _meant_for_us(headers: dict[bytes, bytes], name: bytes) -> bool:
+    """Whether Connection names the field: it then ends here (RFC 9110, section 7.6.1)."""
+    connection = headers.get(b"connection")
+    return connection is not None and name in (token.strip().lower() for token in connection.split(b","))

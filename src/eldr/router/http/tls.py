@@ -1,0 +1,58 @@
+"""TLS towards clients and towards workers."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+from eldr.router.config.settings import ConfigError
+
+OLDEST = ssl.TLSVersion.TLSv1_2
+# A client that connects and does not finish the handshake is let go.
+HANDSHAKE_TIMEOUT_S = 10.0
+
+
+class ServerTls:
+    """What the router shows its clients: a certificate chain and its key, which may be replaced while it runs."""
+
+    def __init__(self, certificate: Path, key: Path) -> None:
+        self._certificate = certificate
+        self._key = key
+        self.context = self._load(_server_context())
+
+    def reload(self) -> None:
+        """Use the files as they are now for new connections. Raises ConfigError and changes nothing if they do not
+        belong together or cannot be read."""
+        self._load(_server_context())
+        self._load(self.context)
+
+    def _load(self, context: ssl.SSLContext) -> ssl.SSLContext:
+        try:
+            # Without a callback OpenSSL would ask for a passphrase on the terminal.
+            context.load_cert_chain(self._certificate, self._key, password=_no_passphrase)
+        except (OSError, ssl.SSLError, ConfigError) as error:
+            raise ConfigError(f"tls_cert {self._certificate}, tls_key {self._key}: {error}") from None
+        return context
+
+
+def _server_context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = OLDEST
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | ssl.OP_CIPHER_SERVER_PREFERENCE
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _no_passphrase() -> str:
+    raise ConfigError("the key needs a passphrase; give one that needs none, readable by the router alone")
+
+
+def worker_context(authorities: Path | None) -> ssl.SSLContext:
+    """How https workers are checked: certificate and name, by `authorities` or the system's. Raises ConfigError."""
+    try:
+        context = ssl.create_default_context(cafile=authorities)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"worker_ca {authorities}: {error}") from None
+    context.minimum_version = OLDEST
+    context.set_alpn_protocols(["http/1.1"])
+    return context

@@ -1,0 +1,1 @@
+"""Which request starts, and on which workers."""

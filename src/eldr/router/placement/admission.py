@@ -1,0 +1,211 @@
+"""Who may start: requests wait here until the decode workers have room for them.
+
+They wait before their prefill: a hand-off's lease must not run out in a queue. Higher priorities go first; within one
+priority clients take turns (`fair_queue`), and a client's own requests go first come, first served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+from eldr.router.fleet.workers import Fleet
+from eldr.router.http.errors import ApiError
+from eldr.router.placement.fair_queue import FairQueue, QueueFullError
+
+PRIORITIES = ("high", "normal", "low")
+MAX_RETRY_AFTER_S = 60
+
+
+class NoWorkerError(Exception):
+    """No worker of a role is available at all."""
+
+
+@dataclass(slots=True, frozen=True)
+class Limits:
+    """max_streams: requests past the queue at once. max_queued: waiting requests of each priority. queue_timeout_s:
+    longest wait. worker_wait_s: how long the queue is kept after the last decode worker went."""
+
+    max_streams: int
+    max_queued: int
+    queue_timeout_s: float
+    worker_wait_s: float
+
+
+class Claim:
+    """What a request's turn depends on. client: tells clients apart. priority: index into PRIORITIES. cost: tokens."""
+
+    __slots__ = ("client", "cost", "priority")
+
+    def __init__(self, client: bytes, priority: int, cost: int) -> None:
+        self.client = client
+        self.priority = priority
+        self.cost = cost
+
+
+class _Turn:
+    """One waiting request. `admitted` resolves when it may start, or raises."""
+
+    __slots__ = ("admitted", "claim", "since_s", "timer")
+
+    def __init__(self, claim: Claim, timer: asyncio.TimerHandle | None = None) -> None:
+        self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.claim = claim
+        self.since_s = time.monotonic()
+        self.timer = timer
+
+    def end(self, error: Exception | None) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.admitted.done():
+            return
+        if error is None:
+            self.admitted.set_result(None)
+        else:
+            self.admitted.set_exception(error)
+
+
+class Admission:
+    """Counts admitted requests against the decode workers' slots.
+
+    refusals: requests that did not get their turn, by reason: full, displaced (by a client with fewer waiting),
+    timeout.
+    """
+
+    def __init__(self, fleet: Fleet, limits: Limits) -> None:
+        self._fleet = fleet
+        self._limits = limits
+        self._queues: list[FairQueue[_Turn]] = [FairQueue(limits.max_queued) for _ in PRIORITIES]
+        self._placing: list[asyncio.Future[None]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._last_wait_s = 0.0
+        self.queued = 0
+        self.admitted = 0
+        self.refusals: defaultdict[str, int] = defaultdict(int)
+
+    @property
+    def queued_by_priority(self) -> dict[str, int]:
+        return {name: len(queue) for name, queue in zip(PRIORITIES, self._queues, strict=True)}
+
+    def set_limits(self, limits: Limits) -> None:
+        """Other limits from now on; what waits already stays."""
+        self._limits = limits
+        for queue in self._queues:
+            queue.limit = limits.max_queued
+        self.changed()
+
+    async def enter(self, claim: Claim) -> None:
+        """Wait for a slot; a cancelled wait leaves the queue.
+
+        Raises NoWorkerError when there has been no decode worker for `worker_wait_s`, ApiError 429 when the queue is
+        full and 503 when the wait was too long.
+        """
+        slots = self._slots()
+        if slots == 0 and not self._worker_may_return():
+            raise NoWorkerError
+        if not self.queued and self.admitted < slots:
+            self.admitted += 1
+            return
+        turn = self._queue_up(claim)
+        try:
+            await turn.admitted
+        except asyncio.CancelledError:
+            if turn.admitted.done() and not turn.admitted.cancelled() and turn.admitted.exception() is None:
+                self.leave()  # the slot came in the same moment
+            else:
+                self._drop(turn, None)
+            raise
+
+    def leave(self) -> None:
+        """Give the slot back."""
+        self.admitted -= 1
+        self.changed()
+
+    def changed(self) -> None:
+        """Look again: a request has ended, or the fleet is another."""
+        if self._placing:
+            placing, self._placing = self._placing, []
+            for waiter in placing:
+                if not waiter.done():
+                    waiter.set_result(None)
+        if not self.queued:
+            return
+        slots = self._slots()
+        if slots == 0 and self._worker_may_return():
+            return
+        while self.queued and (slots == 0 or self.admitted < slots):
+            turn = self._pop()
+            if slots == 0:
+                turn.end(NoWorkerError())
+            elif not turn.admitted.done():
+                self._last_wait_s = time.monotonic() - turn.since_s
+                self.admitted += 1
+                turn.end(None)
+
+    def _worker_may_return(self) -> bool:
+        """Whether the queue is kept although there is no decode worker; it is looked at again when that is over."""
+        left_s = self._limits.worker_wait_s - (self._fleet.gone_for_s("decode") or 0.0)
+        if left_s > 0 and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._look_again)
+        return left_s > 0
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self.changed()
+
+    async def until_changed(self, timeout_s: float) -> bool:
+        """Wait, having been admitted, until a worker may have become eligible; False if none did in time."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._placing.append(waiter)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await waiter
+        except TimeoutError:
+            return False
+        return True
+
+    def _slots(self) -> int:
+        return min(self._fleet.decode_slots, self._limits.max_streams)
+
+    def _queue_up(self, claim: Claim) -> _Turn:
+        turn = _Turn(claim)
+        try:
+            displaced = self._queues[claim.priority].push(turn, claim.client, claim.cost)
+        except QueueFullError:
+            self.refusals["full"] += 1
+            raise self._full() from None
+        self.queued += 1
+        if displaced is not None:
+            self.queued -= 1
+            self.refusals["displaced"] += 1
+            displaced.end(self._full())
+        turn.timer = asyncio.get_running_loop().call_later(self._limits.queue_timeout_s, self._too_late, turn)
+        return turn
+
+    def _pop(self) -> _Turn:
+        """The next to start; there is one."""
+        self.queued -= 1
+        for queue in self._queues:
+            turn = queue.pop()
+            if turn is not None:
+                return turn
+        raise AssertionError("turns were counted that do not wait")
+
+    def _too_late(self, turn: _Turn) -> None:
+        self.refusals["timeout"] += 1
+        wait_s = self._limits.queue_timeout_s
+        self._drop(turn, ApiError(503, f"no decode worker had room within {wait_s:g} s", retry_after_s=self._after_s()))
+
+    def _drop(self, turn: _Turn, error: Exception | None) -> None:
+        self.queued -= self._queues[turn.claim.priority].remove(turn, turn.claim.client)
+        turn.end(error)
+
+    def _full(self) -> ApiError:
+        return ApiError(429, "too many requests are waiting; try again later", retry_after_s=self._after_s())
+
+    def _after_s(self) -> int:
+        """As long as the last one to get its turn has waited."""
+        return min(max(1, math.ceil(self._last_wait_s)), MAX_RETRY_AFTER_S)

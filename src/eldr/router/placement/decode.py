@@ -1,0 +1,135 @@
+"""Asks the policy for a decode worker, tells it what becomes of the request, and never lets it fail one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
+from eldr.policies.load import ShortestQueue
+from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.observe.counters import Metrics
+from eldr.router.observe.logs import Throttle
+
+log = logging.getLogger("eldr.router")
+
+
+# Decisions that are kept to be looked at.
+KEPT = 100
+
+
+class Placed(NamedTuple):
+    """A decision to be looked at. in_flight: requests that the worker then ran besides."""
+
+    unix_s: float
+    request_id: str
+    prompt_tokens: int
+    label: str | None
+    worker: str
+    reason: str
+    in_flight: int
+
+
+class Placement:
+    """One request on one decode worker, from the decision until `end`."""
+
+    __slots__ = ("_owner", "_request", "decision", "worker")
+
+    def __init__(self, owner: Placements, request: DecodeRequest, worker: Worker, decision: Decision) -> None:
+        self._owner: Placements | None = owner
+        self._request = request
+        self.worker = worker
+        self.decision = decision
+
+    def end(self) -> None:
+        """The request no longer runs there. Only the first call counts."""
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.ended(self._request, self.worker)
+
+
+class Placements:
+    """The policy as the router uses it. A policy that raises is replaced by join-shortest-queue for that request."""
+
+    def __init__(self, policy: Policy, fleet: Fleet, metrics: Metrics, seed: int) -> None:
+        self._policy = policy
+        self._fleet = fleet
+        self._metrics = metrics
+        self._fallback = ShortestQueue(seed)
+        self._throttle = Throttle()
+        self.recent: deque[Placed] = deque(maxlen=KEPT)
+
+    @property
+    def policy_name(self) -> str:
+        return self._policy.name
+
+    def picture(self) -> Picture | None:
+        """What the policy shows of its state, nothing if it fails to."""
+        try:
+            return self._policy.picture()
+        except Exception:
+            self._failed("failed to show its state", exc_info=True)
+            return None
+
+    def joined(self, worker: Worker) -> None:
+        self._policy.joined(worker.url)
+
+    def left(self, worker: Worker) -> None:
+        self._policy.left(worker.url)
+
+    def place(self, request: DecodeRequest, excluded: Collection[str]) -> Placement | None:
+        """A worker for `request`, which now runs there; None if no worker is eligible.
+
+        Workers in `excluded` are taken only if no other is eligible.
+        """
+        eligible: Mapping[str, int] = self._fleet.eligible
+        if excluded:
+            eligible = {url: load for url, load in eligible.items() if url not in excluded} or eligible
+        if not eligible:
+            return None
+        decision = self._decide(request, eligible)
+        self._metrics.decisions[self._policy.name, decision.reason] += 1
+        worker = self._fleet.workers("decode")[decision.worker]
+        self.recent.append(
+            Placed(
+                time.time(),
+                request.request_id,
+                request.prompt_tokens,
+                request.label,
+                worker.url,
+                decision.reason,
+                worker.in_flight,
+            )
+        )
+        self._fleet.started(worker)
+        self._tell(self._policy.started, request, worker)
+        request.forget_counts()
+        return Placement(self, request, worker, decision)
+
+    def ended(self, request: DecodeRequest, worker: Worker) -> None:
+        self._fleet.finished(worker)
+        self._tell(self._policy.finished, request, worker)
+
+    def _decide(self, request: DecodeRequest, eligible: Mapping[str, int]) -> Decision:
+        try:
+            decision = self._policy.choose(request, eligible)
+            if decision.worker in eligible:
+                return decision
+            self._failed(f"chose {decision.worker}, which is not eligible")
+        except Exception:
+            self._failed("failed to choose", exc_info=True)
+        return Decision(self._fallback.choose(request, eligible).worker, "policy_error")
+
+    def _tell(self, hook: Callable[[DecodeRequest, str], None], request: DecodeRequest, worker: Worker) -> None:
+        try:
+            hook(request, worker.url)
+        except Exception:
+            self._failed("failed to take note of a request", exc_info=True)
+
+    def _failed(self, what: str, exc_info: bool = False) -> None:
+        self._metrics.policy_errors += 1
+        if self._throttle.due(what):
+            log.error("policy %s %s", self._policy.name, what, exc_info=exc_info)

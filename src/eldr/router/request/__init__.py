@@ -1,0 +1,1 @@
+"""One completion, from its bytes to the last byte of its answer."""

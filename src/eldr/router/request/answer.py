@@ -1,0 +1,169 @@
+"""A decode worker's answer on its way to the client: streams are passed on piece by piece, the rest is gathered."""
+
+from __future__ import annotations
+
+import re
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+
+from eldr.router.http.client import Answer, ExchangeError
+from eldr.router.http.errors import ApiError
+from eldr.router.http.forwarding import content_type
+from eldr.router.http.server import ClientConnection
+from eldr.router.observe.counters import ITL_BOUNDS_S, Metrics
+from eldr.router.request.verdict import ERROR_EVENT, Names, WrongAnswerError, check_first_event, check_status
+
+DONE_EVENT = b"data: [DONE]\n\n"
+# Its longest form, with line ends of two bytes each.
+DONE_BYTES = 16
+# Longest first event that is held back until it is complete.
+MAX_FIRST_EVENT_BYTES = 1024 * 1024
+# The usage comes in an event without choices.
+USAGE_MARK = b'"choices":[]'
+COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d{1,9})')
+
+
+class DecodeAnswer(Answer):
+    """Hears the answer of a decode leg.
+
+    Until the first event of a stream is complete nothing has reached the client, so that a failure can still be
+    repaired. After that (`begun`) `finished` always resolves: a stream that broke, or ended without [DONE], ends with
+    an error event and a connection closed short of the stream's end.
+
+    on_begun: called when the first event is there. broken: why the stream is not whole, None if it is.
+    events: server-sent events passed on. vLLM's stream carries no transfer parameters, so nothing is taken out.
+    """
+
+    def __init__(
+        self,
+        client: ClientConnection,
+        metrics: Metrics,
+        response_headers: bytes,
+        received_s: float,
+        leg_id: str,
+        names: Names,
+        *,
+        wants_stream: bool | None,
+        wants_usage: bool,
+        on_begun: Callable[[], None],
+    ) -> None:
+        super().__init__()
+        self._leg_id = leg_id
+        self._names = names
+        self._wants_stream = wants_stream
+        self._on_begun = on_begun
+        self._held = b""
+        self._tail = b""
+        self._done = False
+        self._client = client
+        self._metrics = metrics
+        self._gaps = metrics.itl.counts
+        self._response_headers = response_headers
+        self._received_s = received_s
+        self._wants_usage = wants_usage
+        self._usage = b""
+        self._is_stream = False
+        self.broken: ExchangeError | None = None
+        self.events = 0
+        self.first_s = 0.0
+        self.last_s = 0.0
+
+    def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
+        super().on_head(status, headers)
+        check_status(status)
+        self._is_stream = status == 200 and content_type(headers).startswith(b"text/event-stream")
+        if status == 200 and self._wants_stream is (not self._is_stream):
+            raise WrongAnswerError("a stream that nobody asked for" if self._is_stream else "no stream")
+
+    def on_body(self, data: bytes, framed: bytes | None = None) -> None:
+        if not self._is_stream:
+            super().on_body(data)
+            return
+        if not self.begun:
+            framed = None
+            data = self._first_event(data)
+            if not data:
+                return
+        # JSON escapes its line ends: a bare empty line can only be the end of an event.
+        events = data.count(b"\n\n")
+        self.events += events
+        if events == 1 and data == DONE_EVENT:
+            self._done = True
+        else:
+            now_s = time.monotonic()
+            if self.last_s:
+                self._gaps[bisect_left(ITL_BOUNDS_S, now_s - self.last_s)] += 1
+            self.last_s = now_s
+            self._tail = data if len(data) >= DONE_BYTES else (self._tail + data)[-DONE_BYTES:]
+        if self._wants_usage and USAGE_MARK in data:
+            self._usage = data
+        self._client.write(data, framed)
+
+    def _first_event(self, data: bytes) -> bytes:
+        """All that came so far, once the first event in it is complete and fit for the client; else nothing."""
+        self._held += data
+        if b"\n\n" not in self._held and b"\r\n\r\n" not in self._held:
+            if len(self._held) > MAX_FIRST_EVENT_BYTES:
+                raise WrongAnswerError("a first event without an end")
+            return b""
+        check_first_event(self._held, self._leg_id, self._names)
+        self.begun = True
+        self._on_begun()
+        self.first_s = time.monotonic()
+        self._metrics.ttft.observe(self.first_s - self._received_s)
+        self._client.begin_stream(self.headers[b"content-type"], self._response_headers)
+        held, self._held = self._held, b""
+        return held
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of a stream's events were passed on."""
+        return self._done or self._tail.rstrip().endswith(b"[DONE]")
+
+    def on_done(self) -> None:
+        if self._is_stream:
+            if not self.begun:
+                super().on_failed(WrongAnswerError("a stream without an event"))
+                return
+            if not self.complete:
+                self.on_failed(ExchangeError("the stream ended without [DONE]"))
+                return
+            if self._tail.startswith(ERROR_EVENT):
+                self.broken = ExchangeError("the worker reported an error within the stream")
+            self._client.end_stream()
+        super().on_done()
+
+    def settle(self) -> None:
+        """The client left with all that it waited for, before the end of the body."""
+        super().on_done()
+
+    def on_failed(self, error: ExchangeError) -> None:
+        if not self.begun:
+            super().on_failed(error)
+            return
+        self.break_off(error, ApiError(504 if error.timed_out else 502, "the worker broke off within the answer"))
+
+    def break_off(self, why: ExchangeError, error: ApiError) -> None:
+        """End a stream that has begun short of its end: the client hears `error`."""
+        self.broken = why
+        self._client.write(b"data: %b\n\n" % error.body())
+        self._client.break_stream()
+        super().on_done()
+
+    def observe_tpot(self, extra_events: int) -> float | None:
+        """Count the mean time between tokens, and give it; None if there is none.
+
+        The usage says how many there were, where the client asked for it. Otherwise every event counts as one, less
+        `extra_events` and the usage; a worker that falls behind puts several into one event, which is then slower.
+        """
+        self._metrics.stream_events += self.events
+        if self.last_s:
+            self._metrics.itl.sum += self.last_s - self.first_s
+        found = COMPLETION_TOKENS.search(self._usage)
+        tokens = int(found[1]) if found else self.events - extra_events - self._wants_usage
+        if tokens < 2 or self.broken is not None:
+            return None
+        tpot_s = (self.last_s - self.first_s) / (tokens - 1)
+        self._metrics.tpot.observe(tpot_s)
+        return tpot_s
