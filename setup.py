@@ -27,12 +27,12 @@ COMPILED = [
     "router/api/keys",
     "router/request/answer", "router/request/attempts", "router/request/deadlines", "router/request/flow",
     "router/request/intake",
-    "router/request/legs", "router/request/openai", "router/request/services", "router/request/verdict",
-    "router/protocols/handoff",
+    "router/request/legs", "router/request/services", "router/request/verdict",
+    "router/protocols/base", "router/protocols/handoff", "router/protocols/openai", "router/protocols/vllm_nixl",
     "router/placement/admission", "router/placement/decode", "router/placement/fair_queue", "router/placement/prefill",
     "router/fleet/ejection", "router/fleet/outcomes", "router/fleet/workers",
     "router/observe/counters", "router/observe/decision_log",
-    "router/http/client", "router/http/forwarding", "router/http/heads", "router/http/server",
+    "router/http/admin_key", "router/http/client", "router/http/forwarding", "router/http/heads", "router/http/server",
 ]  # fmt: skip
 
 extensions = [
