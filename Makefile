@@ -20,7 +20,7 @@ COMPILED := .envs/compiled
 SOURCES := setup.py $(shell find src/eldr -name '*.py' -o -name '*.c' -o -name '*.pyi' -o -name '*.html')
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast browser check format fuzz test-matrix test-compiled bench bench-router bench-faults soak evaluate clean
+.PHONY: help demo test test-fast browser check format fuzz test-matrix test-compiled bench bench-router bench-faults soak evaluate docs clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -69,6 +69,11 @@ evaluate: $(DEV)/.installed  ## every experiment of docs/evaluation on TRACES: p
 	@$(if $(strip $(TRACES)),,echo 'No trace found: name some, make evaluate TRACES="a.npz b.npz"' >&2; exit 2)
 	OPENBLAS_NUM_THREADS=1 $(DEV)/bin/eldr evaluate $(TRACES) -o docs/evaluation --torch-python $(VLLM)/bin/python
 
+# The variable leaves out a banner about the theme's successor. With --quiet, mkdocs would not count warnings.
+docs: .envs/docs/.installed  ## the documentation as a site in build/site; fails on a broken link
+	@NO_MKDOCS_2_WARNING=1 .envs/docs/bin/mkdocs build --strict
+	@echo 'build/site/index.html is written; search needs a server: $(PYTHON) -m http.server --directory build/site'
+
 bench-router: $(DEV)/.installed $(COMPILED)/.compiled .envs/sglang-router/.installed .envs/vllm-router/.installed  ## what the router costs beside others
 	$(DEV)/bin/python benchmarks/router/run.py
 
@@ -105,7 +110,7 @@ $(VLLM)/.installed $(VLLM_OLD)/.installed: .envs/vllm-%/.installed: constraints/
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 
-.envs/sglang-router/.installed .envs/vllm-router/.installed: .envs/%/.installed: constraints/%.txt
+.envs/docs/.installed .envs/sglang-router/.installed .envs/vllm-router/.installed: .envs/%/.installed: constraints/%.txt
 	@echo "installing $* into $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --requirement $<
