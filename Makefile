@@ -17,7 +17,7 @@ DEV := .envs/dev
 VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 COMPILED := .envs/compiled
-SOURCES := setup.py $(wildcard src/eldr/*.[pc]* src/eldr/*/*.py src/eldr/*/*/*.py)
+SOURCES := setup.py $(wildcard src/eldr/kernels/*.pyx src/eldr/kernels/*.h src/eldr/*.py src/eldr/*/*.py src/eldr/*/*/*.py)
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
 .PHONY: help demo test test-fast browser check format fuzz test-matrix test-compiled bench bench-router bench-faults soak evaluate clean
@@ -82,7 +82,7 @@ clean:  ## remove the environments and everything built
 	rm -rf .envs build
 
 # The C kernels are compiled when eldr is installed.
-$(DEV)/.installed: setup.py src/eldr/_kernels.c
+$(DEV)/.installed: setup.py src/eldr/kernels/_compiled.pyx src/eldr/kernels/loops.h
 
 $(DEV)/.installed $(COMPILED)/.installed: pyproject.toml constraints/dev.txt
 	@echo "installing eldr and its tools into $(@D), about a minute"

@@ -11,13 +11,6 @@ from importlib.util import find_spec
 
 from setuptools import Extension, setup
 
-try:
-    from numpy import get_include
-
-    NUMPY_HEADERS = [get_include()]
-except ImportError:  # built without isolation: the kernels are then left out
-    NUMPY_HEADERS = []
-
 COMPILE = os.environ.get("ELDR_COMPILE") == "1"
 # mypyc compiles what the types say, those of the libraries among them.
 TO_COMPILE = ["mypy>=2.4,<3", "httptools>=0.6.4", "orjson>=3.10", "prometheus-client>=0.21"]
@@ -31,15 +24,27 @@ COMPILED = [
     "router/services", "router/upstream", "router/verdict",
 ]  # fmt: skip
 
-extensions = [
-    Extension(
-        "eldr._kernels",
-        ["src/eldr/_kernels.c"],
-        include_dirs=NUMPY_HEADERS,
+
+def kernels() -> list[Extension]:
+    """The inner loops; none without Cython or numpy, which a build without isolation may lack."""
+    if not (find_spec("Cython") and find_spec("numpy")):
+        return []
+    import numpy
+
+    extension = Extension(
+        "eldr.kernels._compiled",
+        ["src/eldr/kernels/_compiled.pyx"],
+        depends=["src/eldr/kernels/loops.h"],
+        include_dirs=["src/eldr/kernels", numpy.get_include()],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],
         optional=True,
     )
-]
+    extension.cython_c_in_temp = True
+    return [extension]
+
+
+extensions = kernels()
 # Asked first what the build needs, this file runs without mypy.
 if COMPILE and find_spec("mypyc"):
     from mypyc.build import mypycify
