@@ -17,7 +17,9 @@ DEV := .envs/dev
 VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 COMPILED := .envs/compiled
-SOURCES := setup.py $(wildcard src/eldr/kernels/*.pyx src/eldr/kernels/*.h src/eldr/*.py src/eldr/*/*.py src/eldr/*/*/*.py)
+# An installation for development compiles these alone.
+KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx src/eldr/kernels/loops.h
+SOURCES := $(KERNELS) build_backend/compiled_modules.txt $(shell find src/eldr -name '*.py' -o -name '*.html')
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
 .PHONY: help demo test test-fast browser check format fuzz test-matrix test-compiled bench bench-router bench-faults soak evaluate clean
@@ -81,8 +83,7 @@ soak: $(COMPILED)/.compiled  ## the router under load while its workers are kill
 clean:  ## remove the environments and everything built
 	rm -rf .envs build
 
-# The C kernels are compiled when eldr is installed.
-$(DEV)/.installed: setup.py src/eldr/kernels/_compiled.pyx src/eldr/kernels/loops.h
+$(DEV)/.installed: $(KERNELS)
 
 $(DEV)/.installed $(COMPILED)/.installed: pyproject.toml constraints/dev.txt
 	@echo "installing eldr and its tools into $(@D), about a minute"

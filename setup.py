@@ -1,28 +1,19 @@
 """What is compiled.
 
-Inner loops are C; where there is no compiler the installation goes on without, and numpy does the same more slowly.
-With ELDR_COMPILE=1 in the environment mypyc makes C of what every request passes through as well, from the same
-Python: it then takes two thirds of the processor time. That takes a minute, so it is for a router that is installed,
-not for one that is worked on.
+Inner loops are C, called through Cython. Where there is no compiler the installation goes on without, and numpy does
+the same more slowly. With ELDR_COMPILE=1 in the environment mypyc makes C of the Python that every request passes
+through as well: a request then takes two thirds of the processor time. That takes a minute, so it is for a router that
+is installed, not for one that is worked on.
 """
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 from setuptools import Extension, setup
 
-COMPILE = os.environ.get("ELDR_COMPILE") == "1"
-# mypyc compiles what the types say, those of the libraries among them.
-TO_COMPILE = ["mypy>=2.4,<3", "httptools>=0.6.4", "orjson>=3.10", "prometheus-client>=0.21"]
 # The path of a request, from the socket to the policy and back.
-COMPILED = [
-    "activation", "counts", "fleet", "policies/base", "policies/expected_union", "policies/logged",
-    "policies/unions", "router/admission", "router/answer", "router/deadlines", "router/decision_log",
-    "router/ejection", "router/fair_queue", "router/flow", "router/forwarding", "router/handoff",
-    "router/heads", "router/http", "router/intake", "router/keys", "router/legs", "router/metrics",
-    "router/openai", "router/outcomes", "router/placement", "router/prefix", "router/retries",
-    "router/services", "router/upstream", "router/verdict",
-]  # fmt: skip
+COMPILED = [f"src/eldr/{name}" for name in Path("build_backend/compiled_modules.txt").read_text().split()]
 
 
 def kernels() -> list[Extension]:
@@ -44,12 +35,15 @@ def kernels() -> list[Extension]:
     return [extension]
 
 
-extensions = kernels()
-# Asked first what the build needs, this file runs without mypy.
-if COMPILE and find_spec("mypyc"):
+def request_path() -> list[Extension]:
     from mypyc.build import mypycify
 
-    options = ["--config-file=", "--ignore-missing-imports"]
-    extensions += mypycify([*options, *(f"src/eldr/{name}.py" for name in COMPILED)], opt_level="3", debug_level="0")
+    return mypycify(["--config-file=", "--ignore-missing-imports", *COMPILED], opt_level="3", debug_level="0")
 
-setup(ext_modules=extensions, setup_requires=TO_COMPILE if COMPILE else [])
+
+# Checked in every build, not only in those that compile: a module that has moved is noticed at once.
+missing = [name for name in COMPILED if not Path(name).is_file()]
+if missing:
+    raise SystemExit(f"build_backend/compiled_modules.txt lists files that do not exist: {', '.join(missing)}")
+
+setup(ext_modules=kernels() + (request_path() if os.environ.get("ELDR_COMPILE") == "1" else []))
