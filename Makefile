@@ -85,10 +85,10 @@ clean:  ## remove the environments and everything built
 
 $(DEV)/.installed: $(KERNELS)
 
-$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml constraints/dev.txt
+$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml models/small-moe/pyproject.toml constraints/dev.txt
 	@echo "installing eldr and its tools into $(@D), about a minute"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable '.[dev]'
+	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable models/small-moe --editable '.[dev]'
 	@touch $@
 
 # Not editable: modules that are compiled would hide their sources.
@@ -113,5 +113,5 @@ $(VLLM)/.installed $(VLLM_OLD)/.installed: .envs/vllm-%/.installed: constraints/
 	@touch $@
 
 %/.test-installed: %/.installed constraints/vllm-test.txt
-	@$*/bin/python $(PIP_INSTALL) --no-deps --requirement constraints/vllm-test.txt
+	@$*/bin/python $(PIP_INSTALL) --no-deps --requirement constraints/vllm-test.txt --editable models/small-moe
 	@touch $@
