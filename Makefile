@@ -22,7 +22,7 @@ KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx s
 SOURCES := $(KERNELS) build_backend/compiled_modules.txt $(shell find src/eldr -name '*.py' -o -name '*.html')
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast browser check format fuzz test-matrix test-compiled bench bench-router bench-faults soak evaluate clean
+.PHONY: help demo test test-fast browser check format fuzz test-matrix test-compiled dist bench bench-router bench-faults soak evaluate clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -62,6 +62,15 @@ check: $(DEV)/.installed  ## linters and type checker
 format: $(DEV)/.installed  ## let ruff repair what it can
 	$(DEV)/bin/ruff check --fix .
 	$(DEV)/bin/ruff format .
+
+# From what is committed, so that nothing else in the folder gets into them.
+dist: $(DEV)/.installed  ## build the distributions of HEAD into build/dist, and check them
+	@rm -rf build/dist build/dist-tree && mkdir -p build/dist-tree
+	@git archive HEAD | tar -x -C build/dist-tree
+	@$(DEV)/bin/python -m build --quiet --outdir build/dist build/dist-tree
+	@$(DEV)/bin/python -m build --quiet --outdir build/dist/of-tree --wheel build/dist-tree
+	@$(DEV)/bin/python -m build --quiet --outdir build/dist/model build/dist-tree/models/small-moe
+	@$(DEV)/bin/python tests/distributions/check.py build/dist-tree build/dist
 
 bench: $(DEV)/.installed  ## time and memory of signatures, zones, decisions and replay
 	$(DEV)/bin/python benchmarks/numerics.py

@@ -28,7 +28,7 @@ def kernels() -> list[Extension]:
         depends=["src/eldr/kernels/loops.h"],
         include_dirs=["src/eldr/kernels", numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-        extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],
+        extra_compile_args=["-O3", "-g0", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],
         optional=True,
     )
     extension.cython_c_in_temp = True
