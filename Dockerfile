@@ -6,6 +6,7 @@ RUN apt-get update \
 WORKDIR /src
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY constraints/dev.txt constraints/
+COPY build_backend build_backend
 COPY src src
 RUN python -m venv /opt/eldr
 RUN ELDR_COMPILE=1 /opt/eldr/bin/pip install --no-cache-dir --constraint constraints/dev.txt '.[router]'

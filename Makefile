@@ -17,10 +17,12 @@ DEV := .envs/dev
 VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 COMPILED := .envs/compiled
-SOURCES := setup.py $(shell find src/eldr -name '*.py' -o -name '*.c' -o -name '*.pyi' -o -name '*.html')
+# An installation for development compiles these alone.
+KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx src/eldr/kernels/loops.h
+SOURCES := $(KERNELS) build_backend/compiled_modules.txt $(shell find src/eldr -name '*.py' -o -name '*.html')
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast browser check format fuzz test-matrix test-compiled bench bench-router bench-faults soak evaluate docs clean
+.PHONY: help demo test test-fast browser check format fuzz test-matrix test-compiled dist bench bench-router bench-faults soak evaluate docs clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -61,6 +63,15 @@ format: $(DEV)/.installed  ## let ruff repair what it can
 	$(DEV)/bin/ruff check --fix .
 	$(DEV)/bin/ruff format .
 
+# From what is committed, so that nothing else in the folder gets into them.
+dist: $(DEV)/.installed  ## build the distributions of HEAD into build/dist, and check them
+	@rm -rf build/dist build/dist-tree && mkdir -p build/dist-tree
+	@git archive HEAD | tar -x -C build/dist-tree
+	@$(DEV)/bin/python -m build --quiet --outdir build/dist build/dist-tree
+	@$(DEV)/bin/python -m build --quiet --outdir build/dist/of-tree --wheel build/dist-tree
+	@$(DEV)/bin/python -m build --quiet --outdir build/dist/model build/dist-tree/models/small-moe
+	@$(DEV)/bin/python tests/distributions/check.py build/dist-tree build/dist
+
 bench: $(DEV)/.installed  ## time and memory of signatures, zones, decisions and replay
 	$(DEV)/bin/python benchmarks/numerics.py
 	$(DEV)/bin/python benchmarks/replay.py
@@ -86,13 +97,12 @@ soak: $(COMPILED)/.compiled  ## the router under load while its workers are kill
 clean:  ## remove the environments and everything built
 	rm -rf .envs build
 
-# The C kernels are compiled when eldr is installed.
-$(DEV)/.installed: setup.py src/eldr/_kernels.c
+$(DEV)/.installed: $(KERNELS)
 
-$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml constraints/dev.txt
+$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml models/small-moe/pyproject.toml constraints/dev.txt
 	@echo "installing eldr and its tools into $(@D), about a minute"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable '.[dev]'
+	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable models/small-moe --editable '.[dev]'
 	@touch $@
 
 # Not editable: modules that are compiled would hide their sources.
@@ -117,5 +127,5 @@ $(VLLM)/.installed $(VLLM_OLD)/.installed: .envs/vllm-%/.installed: constraints/
 	@touch $@
 
 %/.test-installed: %/.installed constraints/vllm-test.txt
-	@$*/bin/python $(PIP_INSTALL) --no-deps --requirement constraints/vllm-test.txt
+	@$*/bin/python $(PIP_INSTALL) --no-deps --requirement constraints/vllm-test.txt --editable models/small-moe
 	@touch $@
