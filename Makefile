@@ -54,10 +54,11 @@ test-matrix: $(VLLM_OLD)/.test-installed  ## the connector's tests on vLLM 0.30
 test-compiled: $(COMPILED)/.compiled  ## the router's tests on a compiled router
 	$(COMPILED)/bin/python -m pytest tests/router
 
-check: $(DEV)/.installed  ## linters and type checker
+check: $(DEV)/.installed  ## linters, type checker, and who may import whom
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
+	$(DEV)/bin/lint-imports --no-cache --no-logo
 
 format: $(DEV)/.installed  ## let ruff repair what it can
 	$(DEV)/bin/ruff check --fix .
