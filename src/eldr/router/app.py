@@ -87,7 +87,7 @@ class Router:
         pools: dict[Worker, WorkerPool] = {}
         self._decision_log: DecisionLog | None = None
         if config.decision_log is not None:
-            self._decision_log = DecisionLog(config.decision_log, metrics)
+            self._decision_log = DecisionLog(config.decision_log)
             self._decision_log.write(log_header(config).to_wire())
             policy = LoggedPolicy(policy, self._decision_log.write)
         self._refits = _zone_refits(policy, config, metrics)
@@ -119,7 +119,7 @@ class Router:
             None if config.worker_api_key_file is None else read_key(config.worker_api_key_file),
             worker_context(config.worker_ca),
         )
-        collector = RouterCollector(metrics, fleet, admission, placements.picture)
+        collector = RouterCollector(metrics, fleet, admission, placements.picture, self._decision_log)
         self.clients = ClientApi(self.services, self._keys, self.admin_key, collector)
         self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services))
         self._listeners = Listeners(client_limits(config), self._tls, inherited)
