@@ -174,7 +174,7 @@ def test_certificate_and_key_must_belong_together(tmp_path):
     with pytest.raises(ConfigError, match="tls_key"):
         served.reload()
     with pytest.raises(ConfigError, match="go together"):
-        RouterConfig(prefill=("http://p",), decode=("http://d",), tls_cert=cert)
+        RouterConfig.of(prefill=("http://p",), decode=("http://d",), tls_cert=cert)
 
 
 # What a client can make the router send.
@@ -411,7 +411,7 @@ async def test_framing_may_not_outweigh_the_body():
 async def test_more_connections_than_allowed_are_turned_away():
     async with running(max_connections=2) as s:
         held = [await s.session.get(s.url + "/health") for _ in range(1)]  # one kept connection
-        one = ClientConnection(s.router, s.router._limits)
+        one = ClientConnection(s.router, s.router.services.config.clients)
         one.connection_made(MemoryTransport())
         raw = await exchange(s, b"")
         assert status_of(raw) == 503

@@ -31,7 +31,8 @@ def test_help_states_the_defaults_of_policy_options(command, capsys):
     for name in ("tau", "refit_window_s", "others_weight", "anchor", "tail_guard", "cost_scope"):
         flag = "--" + name.removesuffix("_s").replace("_", "-")
         described = re.split(r" --[a-z]", shown.rpartition(f"{flag} ")[2])[0]
-        assert f"({getattr(defaults, name)})" in described, name
+        default = getattr(defaults, name)
+        assert f"({default if isinstance(default, str) else f'{default:g}'})" in described, name
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["fit"], ["fit", "t.npz", "--workers", "0", "-o", "x"]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import socket
 import time
@@ -14,13 +13,13 @@ from typing import Any, cast
 from eldr.errors import EldrError
 from eldr.policies.base import Policy
 from eldr.policies.logged import LoggedPolicy
+from eldr.policies.options import PolicyOptions
 from eldr.policies.refit import RefitSchedule
 from eldr.router.api.admin import AdminApi
 from eldr.router.api.keys import ADMIN, ApiKeys, is_admin
 from eldr.router.api.metrics import RouterCollector
 from eldr.router.api.models import ModelsFlow
 from eldr.router.api.ui.state import UiState
-from eldr.router.config.endpoint import ROLES
 from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port, read_key
 from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.discovery.dns import DnsSource
@@ -31,14 +30,14 @@ from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.sweep import sweep
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.errors import ApiError
-from eldr.router.http.limits import ClientLimits, ConnectionWatch
+from eldr.router.http.limits import ConnectionWatch
 from eldr.router.http.server import ClientConnection, Handler, Request
 from eldr.router.http.tls import HANDSHAKE_TIMEOUT_S, ServerTls, worker_context
 from eldr.router.observe import logs
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.decision_log import DecisionLog, log_header
 from eldr.router.observe.tracing import Tracing
-from eldr.router.placement.admission import Admission, Limits
+from eldr.router.placement.admission import Admission
 from eldr.router.placement.decode import Placements
 from eldr.router.placement.prefill import PrefillRing
 from eldr.router.placement.refits import ZoneRefits
@@ -47,6 +46,7 @@ from eldr.router.request.attempts import RetryBudget
 from eldr.router.request.flow import Flow
 from eldr.router.request.intake import RETRY_AFTER_S
 from eldr.router.request.services import Services
+from eldr.settings import adopt
 
 log = logging.getLogger("eldr.router")
 
@@ -58,12 +58,6 @@ CLOSE_POLL_S = 0.02
 IDLE_LINGER_S = 5.0
 # For what was cut off to be told so.
 END_S = 1.0
-# What a new configuration changes at once; the workers besides.
-LIVE_SETTINGS = frozenset((
-    "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s", "worker_wait_s", "prefill_timeout_s",
-    "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s", "request_timeout_s",
-    "drain_timeout_s", "grace_s", "log_level",
-))  # fmt: skip
 # What a client may take the router's own address for.
 ADMIN_PATHS = frozenset((b"/ui", b"/admin/workers", b"/admin/drain"))
 # What may be asked without an API key: load balancers probe it.
@@ -87,6 +81,7 @@ class Router:
         inherited: Sequence[socket.socket] = (),
     ) -> None:
         self._config = config
+        self._dns_names = config.workers.dns_names
         self._inherited = inherited
         self._file: FileSource | None = None
         self._config_file = config_file
@@ -96,42 +91,42 @@ class Router:
         self._background: list[asyncio.Task[None]] = []
         self._server: asyncio.Server | None = None
         self._admin_server: asyncio.Server | None = None
-        self._keys = None if config.api_key_file is None else ApiKeys(config.api_key_file)
+        self._keys = None if config.listen.api_key_file is None else ApiKeys(config.listen.api_key_file)
         self._tls = (
-            None if config.tls_cert is None or config.tls_key is None else ServerTls(config.tls_cert, config.tls_key)
-        )
-        self._limits = ClientLimits(
-            config.max_body_bytes,
-            config.max_connections,
-            config.head_timeout_s,
-            config.body_timeout_s,
-            config.idle_timeout_s,
-            config.stall_timeout_s,
+            None
+            if config.listen.tls_cert is None or config.listen.tls_key is None
+            else ServerTls(config.listen.tls_cert, config.listen.tls_key)
         )
         fleet = Fleet()
         metrics = Metrics()
         self._decision_log: DecisionLog | None = None
-        if config.decision_log is not None:
-            self._decision_log = DecisionLog(config.decision_log, metrics)
-            self._decision_log.write(log_header(config).to_wire())
+        if config.observe.decision_log is not None:
+            self._decision_log = DecisionLog(config.observe.decision_log, metrics)
+            self._decision_log.write(log_header(config.placement).to_wire())
             policy = LoggedPolicy(policy, self._decision_log.write)
-        self._refits = _zone_refits(policy, config, metrics)
-        admission = Admission(fleet, admission_limits(config))
-        outcomes = Outcomes(fleet, admission, metrics, config)
+        self._refits = _zone_refits(policy, config.placement.options, metrics)
+        admission = Admission(fleet, config.queue)
+        outcomes = Outcomes(fleet, admission, metrics, config.ejection)
         self.services = Services(
             config=config,
             fleet=fleet,
             pools={},
-            ring=PrefillRing(fleet, config.prefix_window_bytes),
+            ring=PrefillRing(fleet, config.placement.prefix_window_bytes),
             admission=admission,
-            placements=Placements(policy, fleet, metrics, config.seed),
+            placements=Placements(policy, fleet, metrics, config.placement.seed),
             metrics=metrics,
             outcomes=outcomes,
-            budget=RetryBudget(config.retry_ratio, config.retry_burst),
+            budget=RetryBudget(config.retry.retry_ratio, config.retry.retry_burst),
             throttle=logs.Throttle(),
-            client_header=None if config.client_header is None else config.client_header.lower().encode(),
-            tracing=None if config.otel_endpoint is None else Tracing(config.otel_endpoint, config.otel_sampling),
-            admin_key=None if config.admin_key_file is None else read_key(config.admin_key_file),
+            client_header=(
+                None if config.listen.client_header is None else config.listen.client_header.lower().encode()
+            ),
+            tracing=(
+                None
+                if config.observe.otel_endpoint is None
+                else Tracing(config.observe.otel_endpoint, config.observe.otel_sampling)
+            ),
+            admin_key=None if config.listen.admin_key_file is None else read_key(config.listen.admin_key_file),
         )
         self.membership = self._build_membership()
         self.admin = AdminApi(self.membership, lambda: self.services.admin_key, UiState(self.services))
@@ -162,9 +157,10 @@ class Router:
             ]
             if self._refits is not None:
                 self._background.append(loop.create_task(self._refits.run()))
-            self._server = await self._listen(self, self._config.host, self._config.port, self._inherited[:1])
-            if self._config.admin_listen is not None:
-                host, port = host_and_port("admin_listen", self._config.admin_listen)
+            host, port = self._config.listen.host, self._config.listen.port
+            self._server = await self._listen(self, host, port, self._inherited[:1])
+            if self._config.listen.admin_listen is not None:
+                host, port = host_and_port("admin_listen", self._config.listen.admin_listen)
                 self._admin_server = await self._listen(self.admin, host, port, self._inherited[1:2])
         except EldrError:
             await self.stop(0)
@@ -177,7 +173,7 @@ class Router:
         where: dict[str, Any] = {"sock": inherited[0]} if inherited else {"host": host, "port": port}
         try:
             return await asyncio.get_running_loop().create_server(
-                lambda: cast(Any, ClientConnection(handler, self._limits)),
+                lambda: cast(Any, ClientConnection(handler, self._config.clients)),
                 **where,
                 backlog=BACKLOG,
                 ssl=None if tls is None else tls.context,
@@ -188,9 +184,9 @@ class Router:
 
     def _sources(self) -> list[Source]:
         config = self._config
-        named = [DnsSource(url, role, config.dns_interval_s) for url, role in config.dns_names]
+        named = [DnsSource(url, role, config.workers.dns_interval_s) for url, role in config.workers.dns_names]
         if self._config_file is None:
-            return [StaticSource(config.endpoints), *named]
+            return [StaticSource(config.workers.endpoints), *named]
         path, load = self._config_file
         self._file = FileSource(path, config, load, self._reloaded)
         return [self._file, *named]
@@ -234,24 +230,20 @@ class Router:
             self._tls.reload()
 
     def _reload_admin_key(self) -> None:
-        if self._config.admin_key_file is not None:
-            self.services.admin_key = read_key(self._config.admin_key_file)
+        if self._config.listen.admin_key_file is not None:
+            self.services.admin_key = read_key(self._config.listen.admin_key_file)
 
     def _reloaded(self, new: RouterConfig) -> None:
         """Take over of a new configuration what can change while the router runs; name what cannot."""
         config = self._config
-        changed = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(new, f.name)]
-        for name in changed:
-            if name in LIVE_SETTINGS:
-                setattr(config, name, getattr(new, name))
-        fixed = [name for name in changed if name not in LIVE_SETTINGS and name not in ROLES]
-        if new.dns_names != config.dns_names:
+        fixed = adopt(config, new)
+        if new.workers.dns_names != self._dns_names:
             fixed.append("dns+ names")
         if fixed:
             log.warning("only a new process takes over the new %s", ", ".join(fixed))
-        log.setLevel(config.log_level.upper())
-        self.services.admission.set_limits(admission_limits(config))
-        self.membership.set_max_inflight(config.max_inflight)
+        log.setLevel(config.observe.log_level.upper())
+        self.services.admission.set_limits(config.queue)
+        self.membership.set_max_inflight(config.workers.max_inflight)
 
     async def stop(self, grace_s: float) -> None:
         """Take no more requests, let those that run finish within `grace_s` seconds, cut off the rest."""
@@ -302,15 +294,15 @@ class Router:
     def _build_membership(self) -> Membership:
         config, services = self._config, self.services
         return Membership(
-            config,
+            config.workers,
             services.fleet,
             services.pools,
             services.ring,
             services.outcomes,
             services.placements,
             services.went_down,
-            None if config.worker_api_key_file is None else read_key(config.worker_api_key_file),
-            worker_context(config.worker_ca),
+            None if config.workers.worker_api_key_file is None else read_key(config.workers.worker_api_key_file),
+            worker_context(config.workers.worker_ca),
         )
 
     # Requests.
@@ -376,12 +368,7 @@ class Router:
         connection.respond(200, body, content_type.encode())
 
 
-def admission_limits(config: RouterConfig) -> Limits:
-    return Limits(config.max_streams, config.max_queued, config.queue_timeout_s, config.worker_wait_s)
-
-
-def _zone_refits(policy: Policy, config: RouterConfig, metrics: Metrics) -> ZoneRefits | None:
-    options = config.policy_options()
+def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> ZoneRefits | None:
     if not options.refits:
         return None
     return ZoneRefits(policy, RefitSchedule(options.refit_interval_s, options.refit_window_s), metrics)
@@ -392,5 +379,6 @@ def build_policy(config: RouterConfig) -> Policy:
     from eldr.calibration import load_calibration
     from eldr.policies import make_policy
 
-    calibration = None if config.calibration is None else load_calibration(config.calibration)
-    return make_policy(config.policy, config.policy_options(), calibration=calibration, seed=config.seed)
+    placement = config.placement
+    calibration = None if placement.calibration is None else load_calibration(placement.calibration)
+    return make_policy(placement.policy, placement.options, calibration=calibration, seed=placement.seed)

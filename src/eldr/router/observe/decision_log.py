@@ -18,7 +18,8 @@ from typing import Any
 import orjson
 
 from eldr.policies.logged import LogHeader
-from eldr.router.config.settings import ConfigError, RouterConfig
+from eldr.router.config.groups import PlacementSettings
+from eldr.router.config.settings import ConfigError
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 
@@ -33,13 +34,13 @@ FLUSH_S = 0.25
 CLOSE_S = 5.0
 
 
-def log_header(config: RouterConfig) -> LogHeader:
+def log_header(placement: PlacementSettings) -> LogHeader:
     """What repeats the decisions of a router with this configuration."""
-    path = config.calibration
+    path = placement.calibration
     return LogHeader(
-        policy=config.policy,
-        seed=config.seed,
-        options=config.policy_options(),
+        policy=placement.policy,
+        seed=placement.seed,
+        options=placement.options,
         calibration=None if path is None else str(path),
         calibration_sha256=None if path is None else hashlib.sha256(path.read_bytes()).hexdigest(),
     )

@@ -258,7 +258,7 @@ class Flow:
 
     async def _decode_on(self, placement: Placement, job: Job, handoff: HandOff | None) -> None:
         """Send the decode request and pass the answer on. Raises ConnectError, LegFailure or RelayedError."""
-        services, config = self._services, self._services.config
+        services, timeouts = self._services, self._services.config.timeouts
         worker = placement.worker
         pool = services.pools[worker]
         connection = await pool.connection()
@@ -272,13 +272,13 @@ class Flow:
         self._decodes += 1
         leg_id = self._id if self._decodes == 1 else f"{self._id}-decode-{self._decodes}"
         answer = self._decode_answer(job, leg_id, worker)
-        limit_s = config.decode_first_byte_timeout_s if job.stream else config.decode_answer_timeout_s
+        limit_s = timeouts.decode_first_byte_timeout_s if job.stream else timeouts.decode_answer_timeout_s
         self._upstream, self._answer = connection, answer
         connection.start(
             answer,
             legs.request_bytes(pool, job, leg_id, openai.decode_body(job.body, params)),
             limit_s,
-            config.decode_idle_timeout_s,
+            timeouts.decode_idle_timeout_s,
         )
         if self._connection.stalled:
             connection.pause(answer)
@@ -346,7 +346,7 @@ class Flow:
         if failure.worker is not None:
             self._tried[leg].add(failure.worker)
         why_not = None
-        if self._retries == services.config.retries:
+        if self._retries == services.config.retry.retries:
             why_not = "tries"
         elif not services.budget.take():
             why_not = "budget"

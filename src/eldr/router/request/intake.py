@@ -119,7 +119,7 @@ def take_in(request: Request, request_id: str, services: Services) -> Job:
         authorization=None if record else client_authorization(request),
         label=_visible(label, MAX_LABEL_BYTES) if label else None,
         stream=_wants_stream(body),
-        deadlines=Deadlines.of(headers, request.received_s, services.config.request_timeout_s),
+        deadlines=Deadlines.of(headers, request.received_s, services.config.timeouts.request_timeout_s),
         claim=_claim(request, body, services),
     )
 

@@ -66,7 +66,7 @@ async def prefill(services: Services, job: Job, worker: Worker, leg_id: str, bod
         connection = await pool.connection()
         answer = Answer()
         sent_s = time.monotonic()
-        connection.start(answer, request_bytes(pool, job, leg_id, body), services.config.prefill_timeout_s)
+        connection.start(answer, request_bytes(pool, job, leg_id, body), services.config.timeouts.prefill_timeout_s)
         await connection.finish(answer)
         check_answered(services, worker, answer)
         handoff = _handoff(services, job, worker, answer, leg_id, sent_s)

@@ -56,7 +56,7 @@ class Services:
         A worker that is restarted is back within seconds. A role that stays away is refused at once.
         """
         gone_s = self.fleet.gone_for_s(role)
-        return math.inf if gone_s is None else self.config.worker_wait_s - gone_s
+        return math.inf if gone_s is None else self.config.queue.worker_wait_s - gone_s
 
     def refused(self, worker: Worker, error: ConnectError) -> None:
         """A worker takes no connections: it gets nothing more until a probe succeeds."""
