@@ -218,7 +218,9 @@ def wrong(one):
     if one.key in TWO:
         return st.sampled_from(["http://w:1", 1, [1], ["w:1"], ["http://w:1", "http://w:1"], ["http://w:0"], []])
     if one.key == "worker_costs":
-        return st.sampled_from(["x", 3, {"w": "x"}, {"http://d:1": 3}, {"http://d:1": ""}, {"http://d:1": "no such"}])
+        return st.text(max_size=9).map(lambda cost: {"http://d:1": cost})
+    if one.key == "cost":
+        return st.text(max_size=9)
     others = st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(), st.integers(), max_size=2)
     text, numbers = st.text(), st.integers() | st.floats()
     if one.kind is int:
@@ -244,7 +246,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("settings")
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.data())
 def test_values_of_a_file_arrive_as_they_were_written(folder, data):
     keys = data.draw(st.sets(st.sampled_from(sorted(ALL.keys() - TOGETHER - TWO.keys()))))
@@ -263,8 +265,9 @@ def test_values_of_a_file_arrive_as_they_were_written(folder, data):
             assert value == (Path(flat[key]) if isinstance(value, Path) else flat[key])
 
 
-@settings(max_examples=300)
-@given(st.sampled_from(sorted(ALL)), st.data())
+@pytest.mark.parametrize("key", ALL)
+@settings(max_examples=6)
+@given(data=st.data())
 def test_a_wrong_value_is_refused_by_name(key, data):
     value = data.draw(wrong(ALL[key]))
     with pytest.raises(ConfigError) as caught:
@@ -275,3 +278,17 @@ def test_a_wrong_value_is_refused_by_name(key, data):
 def test_a_key_that_is_none_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"unknown key 'decoed'; known are .*\bdecode\b"):
         RouterConfig.of(**TWO, decoed=[])
+
+
+@pytest.mark.parametrize("cost", [3, "", "no such", "x" * 5000, "\0"])
+def test_a_cost_that_is_none_is_refused_by_name(cost):
+    with pytest.raises(ConfigError, match=r"\bcost\b"):
+        RouterConfig.of(**TWO, cost=cost)
+    with pytest.raises(ConfigError, match=r"worker_costs of http://d:1\b"):
+        RouterConfig.of(**TWO, worker_costs={"http://d:1": cost})
+
+
+@pytest.mark.parametrize("costs", ["x", 3, ["ab"], [[1, "x"]], [["http://d:1", DEFAULT_PRESET]]])
+def test_costs_that_are_no_table_are_refused(costs):
+    with pytest.raises(ConfigError, match=r"worker_costs is .*, expected a table"):
+        RouterConfig.of(**TWO, worker_costs=costs)

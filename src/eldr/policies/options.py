@@ -20,13 +20,10 @@ class PolicyError(EldrError):
 
 def cost_table(key: str, value: Any) -> dict[str, str]:
     """Worker -> preset or file. In a file it is a table, flags give a list of pairs. Raises SettingError."""
-    try:
-        table = dict(value)
-    except (TypeError, ValueError):
-        table = None
-    if table is None or isinstance(value, str):
+    of_flags = isinstance(value, list) and all(isinstance(pair, tuple) for pair in value)
+    if not of_flags and not isinstance(value, Mapping):
         raise SettingError(f"{key} is {value!r}, expected a table: worker = cost file or preset")
-    return {worker: text(f"{key} of {worker}", cost) for worker, cost in table.items()}
+    return {worker: text(f"{key} of {worker}", cost) for worker, cost in dict(value).items()}
 
 
 def _cost(key: str, value: Any) -> CostModel:
