@@ -75,7 +75,7 @@ class Setting:
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.kind is int:
-            return f"a whole number from {self.least:.0f} to {self.most:.0f}"
+            return f"a whole number from {int(self.least)} to {int(self.most)}"
         if self.kind is float:
             noun = "seconds" if self.key.endswith("_s") else "a number"
             most = "" if self.most == sys.float_info.max else f" to {self.most:g}"

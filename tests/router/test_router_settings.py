@@ -292,3 +292,12 @@ def test_a_cost_that_is_none_is_refused_by_name(cost):
 def test_costs_that_are_no_table_are_refused(costs):
     with pytest.raises(ConfigError, match=r"worker_costs is .*, expected a table"):
         RouterConfig.of(**TWO, worker_costs=costs)
+
+
+@pytest.mark.parametrize(
+    "text", ["port = ", "port = " + "1" * 5000, "port = " + "[" * 5000, "port = 1\nport = 2", "\0"]
+)
+def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path, text):
+    (tmp_path / "eldr.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"eldr\.toml: cannot be read as TOML: "):
+        RouterConfig.load(tmp_path / "eldr.toml", {})

@@ -18,6 +18,7 @@ class Oven:
     share: float = setting(0.5, "share of heat from below", most=1)
     fan: bool = setting(True, "turn the fan", flag=True)
     mode: str = setting("grill", "what heats", choices=("grill", "air"), flag=True)
+    serial: int = setting(0, "number of the oven", most=2**63 - 1)
     log: Path | None = setting(None, "file to write to", flag=True, shown="nowhere")
 
 
@@ -55,6 +56,7 @@ def parse(arguments):
         ("power_w", 3001, "a whole number from 1 to 3000"),
         ("power_w", True, "a whole number from 1 to 3000"),
         ("power_w", 800.0, "a whole number from 1 to 3000"),
+        ("serial", 2**63, "a whole number from 0 to 9223372036854775807"),
         ("bake_s", 0.4, "seconds from 0.5, or inf"),
         ("bake_s", "long", "seconds from 0.5, or inf"),
         ("bake_s", math.nan, "seconds from 0.5, or inf"),

@@ -90,7 +90,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also of numbers too long and lists too deep
         raise ConfigError(f"cannot be read as TOML: {error}") from None
 
 
