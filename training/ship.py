@@ -1,9 +1,9 @@
-"""Put the trained model into the package, with a note of where it comes from.
+"""Put the trained model into its package, with a note of where it comes from.
 
     python training/ship.py --data build/training
 
-copies build/training/model to src/eldr/demo/small_moe and writes provenance.json (for programs) and NOTICE.md (for
-people) beside it, from what corpus.py and train.py noted down.
+copies build/training/model to models/small-moe/src/eldr_small_moe and writes provenance.json (for programs) and
+NOTICE.md (for people) beside it, from what corpus.py and train.py noted down.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from network import Geometry, SmallMoe
 
-PACKAGE = Path(__file__).parents[1] / "src/eldr/demo/small_moe"
+PACKAGE = Path(__file__).parents[1] / "models/small-moe/src/eldr_small_moe"
 
 
 def main() -> None:

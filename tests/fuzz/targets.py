@@ -31,15 +31,14 @@ from eldr.calibration import CalibrationError, load_calibration  # noqa: E402
 from eldr.counts import CountsError, decode_counts, encode_counts  # noqa: E402
 from eldr.expert_rows import decode_rows, encode_rows  # noqa: E402
 from eldr.router.config.endpoint import UrlError, worker_urls  # noqa: E402
-from eldr.router.fleet.workers import Fleet  # noqa: E402
+from eldr.router.fleet.workers import Worker  # noqa: E402
 from eldr.router.http.client import ExchangeError  # noqa: E402
 from eldr.router.http.errors import ApiError  # noqa: E402
 from eldr.router.observe.counters import Metrics  # noqa: E402
-from eldr.router.placement.prefill import PrefillRing  # noqa: E402
-from eldr.router.protocols.handoff import read_handoff  # noqa: E402
-from eldr.router.request import openai  # noqa: E402
-from eldr.router.request.answer import DecodeAnswer  # noqa: E402
-from eldr.router.request.verdict import Names  # noqa: E402
+from eldr.router.protocols import openai  # noqa: E402
+from eldr.router.protocols.vllm_nixl import VllmNixl  # noqa: E402
+from eldr.router.request.answer import DecodeAnswer, TokenTimes  # noqa: E402
+from eldr.router.request.verdict import Names, check_first_event  # noqa: E402
 from eldr.trace import TraceError, read_trace  # noqa: E402
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="eldr-fuzz-"))
@@ -120,16 +119,13 @@ def sse(data: bytes) -> None:
 
 async def _stream(pieces: list[bytes]) -> None:
     data, client = b"".join(pieces), _Client()
+    times = TokenTimes(Metrics(), 0.0, True)
     answer = DecodeAnswer(
         client,  # type: ignore[arg-type]
-        Metrics(),
+        times,
         b"",
-        0.0,
-        "leg",
-        Names(),
-        wants_stream=True,
-        wants_usage=True,
-        on_begun=bool,
+        lambda event: check_first_event(event, VllmNixl(), "leg", Names()),
+        True,
     )
     answer.on_head(200, {b"content-type": b"text/event-stream"})
     try:
@@ -143,13 +139,13 @@ async def _stream(pieces: list[bytes]) -> None:
         assert client.sent == b""
         assert isinstance(answer.finished.exception(), ExchangeError)
         return
-    answer.observe_tpot(1)
+    times.observe(1, whole=answer.broken is None)
     assert client.sent.startswith(data)
     assert client.ends in (["end"], ["break"])
     if client.ends == ["end"]:
         assert client.sent == data
         assert b"[DONE]" in data
-    assert 0 <= answer.events <= data.count(b"\n")
+    assert 0 <= times.events <= data.count(b"\n")
 
 
 def counts(data: bytes) -> None:
@@ -171,7 +167,7 @@ def rows(data: bytes) -> None:
 
 def handoff(data: bytes) -> None:
     """Answers of prefill workers: a hand-off or none, with a lease that is a number and can be sent on as JSON."""
-    found = read_handoff(_json(data), 0.0)
+    found = VllmNixl().read_handoff(_json(data), Worker("http://p:1", "prefill", 1), 0.0)
     if found is not None:
         assert not math.isnan(found.left_s(1.0))
         params = found.spend(record=False)
@@ -181,19 +177,20 @@ def handoff(data: bytes) -> None:
 
 def body(data: bytes) -> None:
     """Bodies of clients: ApiError, or requests to both legs without what only the router may say."""
+    protocol = VllmNixl()
     for path in (openai.COMPLETIONS, openai.CHAT):
         try:
-            fields = openai.parse_body(path, data)
-            why = openai.why_not_handed_off(path, fields)
-            prefill = json.loads(openai.prefill_body(fields, record=False))
-            decode = json.loads(openai.decode_body(fields, None))
-            PrefillRing(Fleet(), 64).key(path, fields)
+            fields = openai.parse_body(path, data, protocol.reserved)
+            why = protocol.why_whole(path, fields)
+            prefill = json.loads(protocol.prefill_body(fields, record=False))
+            decode = json.loads(protocol.decode_body(fields, None, record=False))
+            openai.prompt_start(path, fields, 64)
         except ApiError:
             continue
         assert why is None or why.isidentifier()
         assert prefill["kv_transfer_params"] == {"do_remote_decode": True, "do_remote_prefill": False}
         assert prefill["max_tokens"] == 1
-        assert not any(key.startswith("eldr_") or key in openai.TRANSFER_FIELDS for key in decode)
+        assert not any(key.startswith("eldr_") or key in protocol.reserved for key in decode)
         openai.max_tokens(path, fields)
         openai.wants_usage(fields)
 

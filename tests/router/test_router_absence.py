@@ -75,7 +75,7 @@ async def test_a_role_that_stays_away_is_refused(role):
         assert (first.status, first.error["message"]) == (503, f"no {role} worker is available")
         assert int(first.headers["retry-after"]) > 0
         # From then on at once: nothing is left to wait for.
-        assert s.router.services.patience_s(role) <= 0
+        assert s.router.services.admission.patience_s(role) <= 0
         assert (await s.post()).status == 503
         assert s.router.services.admission.queued == s.router.services.admission.admitted == 0
 
@@ -125,13 +125,13 @@ async def test_a_worker_that_answers_probes_and_takes_no_request_is_not_asked_fo
 
         def answers_its_probe():
             services.fleet.set_healthy(worker, True)
-            services.outcomes.fleet_changed()
+            services.admission.changed()
 
         async def refuse():
             asyncio.get_running_loop().call_soon(answers_its_probe)
             raise ConnectError("refused")
 
-        services.pools[worker].connection = refuse
+        services.legs.pools[worker].connection = refuse
         assert (await s.post()).status == 503
         assert services.metrics.retries[role, "refused"] == 3
 

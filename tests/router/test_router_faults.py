@@ -284,7 +284,7 @@ async def test_a_client_that_closes_at_done_has_been_answered():
         async with s.session.post(s.url + "/v1/completions", json={**ASK, "stream": True}) as answer:
             await answer.content.readuntil(b"[DONE]\n\n")
             answer.close()
-        await until(lambda: not s.router._flows, "the request ends")
+        await until(lambda: not s.router.running, "the request ends")
         assert await s.metric("eldr_request_total", endpoint="/v1/completions", status="200") == 1
         assert await s.metric("eldr_client_disconnects_total") == 0
         assert await s.metric("eldr_inflight") == 0
@@ -445,7 +445,7 @@ async def test_stopping_sends_what_was_written_to_a_slow_reader():
             b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             b"content-length: %d\r\n\r\n%b" % (len(body), body)
         )
-        await until(lambda: s.decode[0].generated and not s.router._flows, "the answer is written")
+        await until(lambda: s.decode[0].generated and not s.router.running, "the answer is written")
         stopping = asyncio.create_task(s.router.stop(20))
         received = await asyncio.to_thread(_read_answer, client)
         assert len(received) == 20_000_024

@@ -131,7 +131,7 @@ async def assert_settled(s):
     assert await s.metric("eldr_inflight") == 0
     assert await s.metric("eldr_admitted") == 0
     assert await s.metric("eldr_queued") == 0
-    pools = s.router.services.pools
+    pools = s.router.services.legs.pools
     await until(lambda: not any(pool.active for pool in pools.values()), "no exchange is left, probes aside")
 
 
@@ -458,7 +458,7 @@ async def test_all_of_it_at_once(seed):
         single_use(s)
         for worker in (*s.prefill, *s.decode):
             worker.behaviour = None
-        await until(lambda: not s.router._flows, "every request ends")
+        await until(lambda: not s.router.running, "every request ends")
         workers = s.router.services.fleet.workers
         out = lambda: [w for role in ("prefill", "decode") for w in workers(role).values() if w.ejected or w.on_trial]  # noqa: E731
         number = 0

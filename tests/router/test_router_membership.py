@@ -240,7 +240,7 @@ async def test_a_worker_may_leave_and_come_back_as_often_as_it_likes(admin):
             await ask_admin(s, "POST", "/admin/workers", {"url": worker.url, "role": "decode"})
             await until_state(s, "decode", worker.url, "up")
             assert (await s.post()).status == 200
-        assert len(s.router.services.pools) == 3
+        assert len(s.router.services.legs.pools) == 3
 
 
 @on_uvloop

@@ -9,8 +9,6 @@ import pytest
 from fake_worker import reply
 from harness import ASK, Scripted, on_uvloop, running, until
 
-from eldr.router.http.client import ConnectError
-
 EJECTING = {"eject_failures": 2, "eject_base_s": 0.5, "eject_max_s": 2.0}
 
 
@@ -29,7 +27,7 @@ def to(setup, index):
 
 def later(setup):
     """The time of every ejection is over."""
-    setup.router.services.outcomes.sweep(time.monotonic() + 1000.0)
+    setup.router.services.legs.outcomes.sweep(time.monotonic() + 1000.0)
 
 
 @on_uvloop
@@ -209,7 +207,7 @@ async def test_requests_leave_a_worker_that_stops_answering_its_probes(refused_f
         stopped.silent = True
         if refused_first:  # as when its queue of connections is full
             services = s.router.services
-            services.refused(services.fleet.workers("decode")[stopped.url], ConnectError("full"))
+            services.legs.outcomes.refused(services.fleet.workers("decode")[stopped.url], "refused")
         answers = await asyncio.gather(*tasks)
         assert [answer.status for answer in answers] == [200] * 6
         assert len(other.generated) == 6

@@ -8,6 +8,7 @@ import math
 import random
 import time
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,15 +21,15 @@ from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, MoeLayerCost
 from eldr.errors import EldrError
 from eldr.router.config.groups import QueueLimits
 from eldr.router.config.settings import ConfigError, RouterConfig, read_key
-from eldr.router.fleet.workers import Fleet, FleetError
+from eldr.router.fleet.workers import Fleet, FleetError, Worker
 from eldr.router.http.limits import ConnectionWatch
 from eldr.router.observe.counters import Metrics
 from eldr.router.placement.admission import Admission, Claim, NoWorkerError
 from eldr.router.placement.prefill import LOAD_FACTOR, PrefillRing
-from eldr.router.protocols.handoff import UNKNOWN_LEASE_S, Lease, read_handoff
-from eldr.router.request.answer import DecodeAnswer
-from eldr.router.request.openai import CHAT, COMPLETIONS, without_transfer_params
-from eldr.router.request.verdict import Names
+from eldr.router.protocols.handoff import UNKNOWN_LEASE_S, Lease
+from eldr.router.protocols.openai import CHAT, COMPLETIONS, prompt_start
+from eldr.router.protocols.vllm_nixl import VllmNixl
+from eldr.router.request.answer import DecodeAnswer, TokenTimes
 
 TWO = {"prefill": ["http://p:1"], "decode": ["http://d:1"]}
 THREE = {"prefill": ("http://p0:8100",), "decode": ("http://d0:8200", "http://d1:8200")}
@@ -193,13 +194,17 @@ def test_bad_files(tmp_path):
 # Prefill choice.
 
 
-def ring_of(workers: int, window: int = 1024) -> tuple[Fleet, PrefillRing]:
+def ring_of(workers: int) -> tuple[Fleet, PrefillRing]:
     fleet = Fleet()
+    ring = PrefillRing(fleet)
+    fleet.on_change(ring.fleet_changed)
     for n in range(workers):
         fleet.set_healthy(fleet.add(f"http://p:{n}", "prefill", 2**31), True)
-    ring = PrefillRing(fleet, window)
-    ring.rebuild()
     return fleet, ring
+
+
+def start(path: bytes, body: dict) -> bytes:
+    return prompt_start(path, body, 1024)
 
 
 def chat(*contents: str, system: str | None = None) -> dict:
@@ -210,7 +215,7 @@ def chat(*contents: str, system: str | None = None) -> dict:
 
 def test_keys_spread_evenly_and_keep_their_worker_when_another_leaves():
     fleet, ring = ring_of(8)
-    keys = [ring.key(COMPLETIONS, {"prompt": f"prompt {n}"}) for n in range(8000)]
+    keys = [start(COMPLETIONS, {"prompt": f"prompt {n}"}) for n in range(8000)]
     before = [ring.choose(key)[0].url for key in keys]
     shares = Counter(before).values()
     assert len(shares) == 8
@@ -224,7 +229,7 @@ def test_keys_spread_evenly_and_keep_their_worker_when_another_leaves():
 
 def test_load_is_bounded_and_spills_go_to_one_next_worker():
     fleet, ring = ring_of(4)
-    key = ring.key(COMPLETIONS, {"prompt": "all the same"})
+    key = start(COMPLETIONS, {"prompt": "all the same"})
     spills = 0
     for sent in range(400):
         worker, spilled = ring.choose(key)
@@ -238,47 +243,47 @@ def test_load_is_bounded_and_spills_go_to_one_next_worker():
 
 
 def test_the_same_start_has_the_same_key_within_the_window():
-    _, ring = ring_of(2, window=16)
-    assert ring.key(COMPLETIONS, {"prompt": "x" * 16 + "a"}) == ring.key(COMPLETIONS, {"prompt": "x" * 16 + "b"})
-    assert ring.key(COMPLETIONS, {"prompt": "x" * 15 + "a"}) != ring.key(COMPLETIONS, {"prompt": "x" * 15 + "b"})
-    assert ring.key(COMPLETIONS, {"prompt": "ä" * 8 + "a"}) == ring.key(COMPLETIONS, {"prompt": "ä" * 8 + "b"})
-    assert ring.key(COMPLETIONS, {"prompt": ["x"]}) == ring.key(COMPLETIONS, {"prompt": "x"})
-    assert ring.key(COMPLETIONS, {"prompt": [1, 2, 3, 4, 5]}) == ring.key(COMPLETIONS, {"prompt": [1, 2, 3, 4, 9]})
-    assert ring.key(COMPLETIONS, {"prompt": [1, 2]}) != ring.key(COMPLETIONS, {"prompt": [1, 3]})
+    start = partial(prompt_start, window_bytes=16)
+    assert start(COMPLETIONS, {"prompt": "x" * 16 + "a"}) == start(COMPLETIONS, {"prompt": "x" * 16 + "b"})
+    assert start(COMPLETIONS, {"prompt": "x" * 15 + "a"}) != start(COMPLETIONS, {"prompt": "x" * 15 + "b"})
+    assert start(COMPLETIONS, {"prompt": "ä" * 8 + "a"}) == start(COMPLETIONS, {"prompt": "ä" * 8 + "b"})
+    assert start(COMPLETIONS, {"prompt": ["x"]}) == start(COMPLETIONS, {"prompt": "x"})
+    assert start(COMPLETIONS, {"prompt": [1, 2, 3, 4, 5]}) == start(COMPLETIONS, {"prompt": [1, 2, 3, 4, 9]})
+    assert start(COMPLETIONS, {"prompt": [1, 2]}) != start(COMPLETIONS, {"prompt": [1, 3]})
 
 
 def test_a_long_shared_system_prompt_does_not_collapse_onto_one_worker():
     fleet, ring = ring_of(4)
     system = "You are a helpful assistant. " * 500
-    chosen = [ring.choose(ring.key(CHAT, chat(f"question {n}", system=system)))[0].url for n in range(400)]
+    chosen = [ring.choose(start(CHAT, chat(f"question {n}", system=system)))[0].url for n in range(400)]
     assert max(Counter(chosen).values()) < 200
     assert len(set(chosen)) == len(fleet.workers("prefill"))
 
 
 def test_a_conversation_stays_when_it_grows_beyond_the_window():
-    _, ring = ring_of(4, window=64)
+    start = partial(prompt_start, window_bytes=64)
     first = chat("tell me a story about " + "a" * 80, system="be brief")
     later = chat("tell me a story about " + "a" * 80, "once", "go on", system="be brief")
-    assert ring.key(CHAT, first) == ring.key(CHAT, later)
-    assert ring.key(CHAT, first) != ring.key(CHAT, chat("tell me a story about " + "a" * 80, system="be long"))
+    assert start(CHAT, first) == start(CHAT, later)
+    assert start(CHAT, first) != start(CHAT, chat("tell me a story about " + "a" * 80, system="be long"))
 
 
 def test_the_order_of_keys_in_a_message_does_not_matter():
-    _, ring = ring_of(2)
     a = {"messages": [{"role": "user", "content": "x"}]}
     b = {"messages": [{"content": "x", "role": "user"}]}
-    assert ring.key(CHAT, a) == ring.key(CHAT, b)
+    assert start(CHAT, a) == start(CHAT, b)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.recursive(st.none() | st.integers(0, 9) | st.text(max_size=5), lambda s: st.lists(s, max_size=3)))
 def test_any_json_has_a_key(value):
-    _, ring = ring_of(2)
-    ring.key(COMPLETIONS, {"prompt": value})
-    ring.key(CHAT, {"messages": [value]})
+    start(COMPLETIONS, {"prompt": value})
+    start(CHAT, {"messages": [value]})
 
 
 # Hand-off and lease.
+
+SOURCE = Worker("http://p:1", "prefill", 1)
 
 
 def answer(**params):
@@ -299,14 +304,16 @@ def test_a_lease_survives_any_clock(skew_s):
 
 @pytest.mark.parametrize("wire", [None, 3, {}, {"left_s": "x", "unix_s": 1}, {"left_s": 1}])
 def test_a_lease_that_is_not_stated_is_short(wire):
-    handoff = read_handoff(answer(eldr_lease=wire), time.monotonic())
+    handoff = VllmNixl().read_handoff(answer(eldr_lease=wire), SOURCE, time.monotonic())
     assert handoff.lease is None
     assert UNKNOWN_LEASE_S - 1 < handoff.left_s(time.monotonic()) <= UNKNOWN_LEASE_S
     assert "eldr_lease" not in handoff.spend(record=False)
 
 
 def test_a_handoff_can_be_spent_once():
-    handoff = read_handoff(answer(eldr_counts=counts_wire(4), remote_block_ids=[1]), time.monotonic())
+    handoff = VllmNixl().read_handoff(
+        answer(eldr_counts=counts_wire(4), remote_block_ids=[1]), SOURCE, time.monotonic()
+    )
     assert handoff.counts.prompt_tokens == 4
     assert handoff.spend(record=True) == {"do_remote_prefill": True, "remote_block_ids": [1], "eldr_record": True}
     with pytest.raises(AssertionError):
@@ -317,19 +324,19 @@ def test_a_handoff_can_be_spent_once():
     "value", [None, [], {}, {"kv_transfer_params": None}, {"kv_transfer_params": {"do_remote_prefill": 1}}]
 )
 def test_an_answer_without_a_handoff(value):
-    assert read_handoff(value, 0.0) is None
+    assert VllmNixl().read_handoff(value, SOURCE, 0.0) is None
 
 
 @pytest.mark.parametrize("raw", [b'{"a":1}', b'["kv"]', b'{"text":"kv_transfer_params","kv_transfer_params":null}'])
 def test_an_answer_without_transfer_parameters_is_left_as_it_is(raw):
-    assert json.loads(without_transfer_params(raw)) == json.loads(raw)
+    assert json.loads(VllmNixl().for_client(raw)) == json.loads(raw)
 
 
 @pytest.mark.parametrize("colon", [b":", b" : "])
 @pytest.mark.parametrize("key", [b"kv_transfer_params", b"ec_transfer_params"])
 def test_transfer_parameters_are_taken_out(key, colon):
     raw = b'{"text":"x","%b"%b{"remote_host":"10.0.0.1"}}' % (key, colon)
-    assert json.loads(without_transfer_params(raw)) == {"text": "x", key.decode(): None}
+    assert json.loads(VllmNixl().for_client(raw)) == {"text": "x", key.decode(): None}
 
 
 # Time per output token.
@@ -358,9 +365,8 @@ def test_time_per_output_token_is_taken_over_tokens(monkeypatch, usage, expected
 
     async def run():
         metrics = Metrics()
-        answer = DecodeAnswer(
-            Silent(), metrics, b"", 0.0, "id", Names(), wants_stream=True, wants_usage=usage, on_begun=bool
-        )
+        times = TokenTimes(metrics, 0.0, usage)
+        answer = DecodeAnswer(Silent(), times, b"", bool, True)
         answer.on_head(200, {b"content-type": b"text/event-stream"})
         pieces = [b'data: {"choices":[{"text":"%b"}]}\n\n' % text for text in (b"a", b"bcd", b"efg")]
         if usage:
@@ -373,7 +379,7 @@ def test_time_per_output_token_is_taken_over_tokens(monkeypatch, usage, expected
             now_s = next(clock)
             answer.on_body(piece)
         answer.on_done()
-        answer.observe_tpot(1)
+        times.observe(1, whole=True)
         assert metrics.stream_events == len(pieces)
         return metrics.tpot
 

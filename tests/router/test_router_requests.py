@@ -14,7 +14,8 @@ from fake_worker import EXPERTS, LAYERS, counts_wire, reply
 from harness import ASK, CHAT, Scripted, interpreted, on_uvloop, running, until
 
 from eldr.router.observe import logs
-from eldr.router.request import intake
+from eldr.router.protocols.vllm_nixl import VllmNixl
+from eldr.router.request.intake import Intake
 
 
 @on_uvloop
@@ -444,8 +445,8 @@ async def test_workers_behind_tls(tmp_path, trusted):
 @on_uvloop
 async def test_a_stream_holds_its_prompt_until_the_first_token_and_its_counts_until_it_runs(monkeypatch):
     jobs, requests, held = [], [], []
-    take_in = intake.take_in
-    monkeypatch.setattr(intake, "take_in", lambda *given: jobs.append(take_in(*given)) or jobs[-1])
+    take = Intake.take
+    monkeypatch.setattr(Intake, "take", lambda *given: jobs.append(take(*given)) or jobs[-1])
 
     def choose(request, in_flight):
         requests.append(request)
@@ -465,11 +466,11 @@ async def test_a_stream_holds_its_prompt_until_the_first_token_and_its_counts_un
 @interpreted
 @on_uvloop
 async def test_a_defect_of_the_router_is_not_put_down_to_its_client(monkeypatch):
-    def defect(body, record):
+    def defect(self, body, record):
         raise TypeError("of the router's own making")
 
     async with running() as s:
-        monkeypatch.setattr("eldr.router.request.openai.prefill_body", defect)
+        monkeypatch.setattr(VllmNixl, "prefill_body", defect)
         answer = await s.post()
         assert answer.status == 500
         assert "own making" not in answer.error["message"]

@@ -411,7 +411,7 @@ async def test_framing_may_not_outweigh_the_body():
 async def test_more_connections_than_allowed_are_turned_away():
     async with running(max_connections=2) as s:
         held = [await s.session.get(s.url + "/health") for _ in range(1)]  # one kept connection
-        one = ClientConnection(s.router, s.router.services.config.clients)
+        one = ClientConnection(s.router.clients, LIMITS)
         one.connection_made(MemoryTransport())
         raw = await exchange(s, b"")
         assert status_of(raw) == 503

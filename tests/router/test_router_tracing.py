@@ -21,14 +21,14 @@ SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
 
 def traced(exporter, ratio: float):
     def prepare(s):
-        s.router.services.tracing = Tracing("http://127.0.0.1:9/", ratio, exporter)
+        s.router.services.intake.tracing = Tracing("http://127.0.0.1:9/", ratio, exporter)
 
     return prepare
 
 
 async def spans_of(s, exporter):
     """The spans of all requests so far, by name."""
-    await asyncio.to_thread(s.router.services.tracing.close)
+    await asyncio.to_thread(s.router.services.intake.tracing.close)
     return {span.name: span for span in exporter.get_finished_spans()}
 
 
@@ -82,7 +82,7 @@ async def test_failures_are_marked_and_say_nothing_of_the_prompt():
         for worker in s.prefill:
             worker.behaviour = fails
         assert (await s.post({**ASK, "prompt": "private"})).status == 502
-        await asyncio.to_thread(s.router.services.tracing.close)
+        await asyncio.to_thread(s.router.services.intake.tracing.close)
         spans = exporter.get_finished_spans()
         legs = [span for span in spans if span.name == "prefill"]
         assert len(legs) == sum(len(worker.generated) for worker in s.prefill) > 1

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import sys
 
+import eldr_small_moe
 import numpy as np
 import pytest
 
-from eldr.demo.model import MODEL, MODEL_FILES, write_model
+from eldr.demo.model import MODEL_FILES, ModelMissingError, write_model
 
 MAX_BYTES = 8_000_000
 ALLOWED_LICENCES = ("BSD-2-Clause", "BSD-3-Clause", "MIT", "Apache-2.0", "CC0-1.0")
@@ -31,7 +33,7 @@ def tensors(written):
 
 @pytest.fixture(scope="module")
 def provenance():
-    return json.loads((MODEL / "provenance.json").read_text(encoding="utf-8"))
+    return json.loads((eldr_small_moe.folder() / "provenance.json").read_text(encoding="utf-8"))
 
 
 def read_bfloat16(path):
@@ -80,6 +82,13 @@ def test_only_what_vllm_needs_is_written(written):
     assert {path.name for path in written.iterdir()} == set(MODEL_FILES)
 
 
+def test_a_missing_model_is_told_with_its_remedy(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "eldr_small_moe", None)
+    with pytest.raises(ModelMissingError, match=r"install eldr\[demo\]"):
+        write_model(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_the_weights_are_small_and_of_the_stated_geometry(written, config, tensors):
     assert (written / "model.safetensors").stat().st_size <= MAX_BYTES
     assert config["num_hidden_layers"] >= 4
@@ -100,7 +109,7 @@ def test_provenance_is_that_of_the_weights(written, config, tensors, provenance)
     for package in provenance["text"]["packages"]:
         assert package["licence"].split(" (")[0] in ALLOWED_LICENCES
         assert len(bytes.fromhex(package["sha256"])) == 32
-    notice = (MODEL / "NOTICE.md").read_text(encoding="utf-8")
+    notice = (eldr_small_moe.folder() / "NOTICE.md").read_text(encoding="utf-8")
     assert all(package["package"] in notice for package in provenance["text"]["packages"])
 
 

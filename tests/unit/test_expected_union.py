@@ -202,7 +202,7 @@ def test_steps_of_several_tokens():
         policy.choose(request(0), {"a": 0})
     profile = one._latest.profile
     assert two._latest.profile == pytest.approx(1 - (1 - profile) ** 2, abs=1e-6)
-    assert two._costs[2] == pytest.approx(2 * one._costs[2])
+    assert two._fleet.columns[2] == pytest.approx(2 * one._fleet.columns[2])
 
 
 def test_the_tail_guard_leaves_out_a_worker_whose_steps_are_long():

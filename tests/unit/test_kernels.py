@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,26 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eldr.kernels
+import eldr.kernels._numpy
 from eldr.counts import pack
+from eldr.kernels import FleetState, PlacementWeights
 
-
-def without_compiled():
-    """kernels.py as it is where nothing could be compiled."""
-    compiled = sys.modules.get("eldr._kernels")
-    sys.modules["eldr._kernels"] = None
-    try:
-        spec = importlib.util.spec_from_file_location("numpy_kernels", Path(eldr.kernels.__file__))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules["eldr._kernels"]
-        if compiled is not None:
-            sys.modules["eldr._kernels"] = compiled
-    assert not module.COMPILED
-    return module
-
-
-NUMPY = without_compiled()
+NUMPY = eldr.kernels._numpy
 needs_compiler = pytest.mark.skipif(not eldr.kernels.COMPILED, reason="this installation could not compile the kernels")
 BOTH = [
     pytest.param(NUMPY, id="numpy"),
@@ -199,7 +185,8 @@ def test_row_products(kernels):
     assert out == pytest.approx(expected, abs=77 / 65535)
 
 
-def plain_placement_cost(columns, workers, context_tokens, others_weight, anchor, tail_guard, guard_share):
+def plain_placement_cost(columns, workers, context_tokens, weights):
+    others_weight, anchor, tail_guard, guard_share = weights
     base, expert, token, context = columns.tolist()
     count = len(base)
     longer, cost, experts, saved = [], [], 0.0, 0.0
@@ -234,73 +221,83 @@ def test_placement_cost(kernels, workers, seed, tail_guard, dense):
     at_random = np.append(0, np.cumsum(rng.random(65) * (4 if dense else 100)))
     rows = rng.permutation(workers)[: rng.integers(1, workers + 1)]
     load = rng.integers(0, 64, len(rows)).tolist()
-    options = (500, 1.0, 0.1, tail_guard, 0.02)
+    fleet, weights = FleetState(columns, union, context, length), PlacementWeights(1.0, 0.1, tail_guard, 0.02)
     out = np.empty(len(rows))
-    best = kernels.placement_cost(
-        columns, union, added, context, products, length, at_random, rows, load, *options, out
-    )
+    best = kernels.placement_cost(fleet, weights, added, products, at_random, rows, load, 500, out)
     of = [
         (union[w], added[w], context[w], products[w] / length[w], at_random[int(own) + 1], own)
         for w, own in zip(rows, load, strict=True)
     ]
-    assert out.tolist() == pytest.approx(plain_placement_cost(columns[:, rows], of, *options), rel=1e-9)
+    assert out.tolist() == pytest.approx(plain_placement_cost(columns[:, rows], of, 500, weights), rel=1e-9)
     assert math.isfinite(out[best])
     assert out[best] == min(out)
 
 
 @needs_compiler
 def test_arrays_that_do_not_fit_are_refused():
-    from eldr import _kernels
+    from eldr.kernels import _compiled
 
     floats, codes, wide = np.zeros(8, np.float32), np.zeros(8, np.uint8), np.zeros(8, np.uint32)
     doubles, fractions = np.zeros(8), np.zeros(8, np.uint16)
     frozen = np.zeros(8, np.float32)
     frozen.setflags(write=False)
 
-    def cost(rows, load, batches, context=8):
-        fleet = (np.zeros(32), doubles, doubles, [0] * context, doubles, floats)
-        _kernels.placement_cost(
-            *fleet, np.zeros(batches), np.array(rows), load, 1, 1.0, 1.0, 1.0, 1.0, np.zeros(len(rows))
-        )
+    fitting = FleetState(np.zeros(32), doubles, [0] * 8, floats)
+    weights = PlacementWeights(1.0, 1.0, 1.0, 1.0)
+
+    def cost(rows, load, batches, added=doubles, products=doubles, weights=weights, **fleet):
+        at_random, out = np.zeros(batches), np.zeros(len(rows))
+        fleet = fitting._replace(**fleet)
+        _compiled.placement_cost(fleet, weights, added, products, at_random, np.array(rows), load, 1, out)
 
     cost([7], [3], 5)
     for call in (
-        lambda: _kernels.unpack_counts(b"123456", 8, 0, 2, 3, 0, 0, np.zeros(5, np.uint32)),
-        lambda: _kernels.unpack_counts(b"123456", 17, 16, 2, 3, 0, 0, np.zeros(6, np.uint32)),
-        lambda: _kernels.unpack_counts(b"123456", -1, 16, 2, 3, 0, 0, np.zeros(6, np.uint32)),
-        lambda: _kernels.unpack_counts(b"", 8, 0, 0, 3, 0, 0, np.zeros(0, np.uint32)),
-        lambda: _kernels.unpack_counts(b"", 8, 0, 2**40, 2**40, 0, 0, np.zeros(0, np.uint32)),
-        lambda: _kernels.own_frequencies(np.zeros(7, np.uint32), floats, 1.0, 1.0, floats),
-        lambda: _kernels.to_probabilities(floats, 3, 0.1, 0.9, 1.0, floats),
-        lambda: _kernels.to_probabilities(floats, 0, 0.1, 0.9, 1.0, floats),
-        lambda: _kernels.to_probabilities(floats, 2, 0.1, 0.9, 1.0, floats[:7]),
-        lambda: _kernels.encode_signature(floats, codes[:7]),
-        lambda: _kernels.encode_exposure(floats, 0.9, 1.0, codes[:7]),
-        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide[:7], fractions[:7], 0),
-        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide, fractions[:7], 0),
-        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide, fractions, 1),
-        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide, fractions, -1),
-        lambda: _kernels.shift_exposure(codes[:0], 1, 1.0, wide, fractions, 0),
-        lambda: _kernels.shift_exposure(codes, 1, 1.0, doubles, fractions, 0),
-        lambda: _kernels.shift_exposure(codes, 1, 1.0, wide.byteswap().view(">u4"), fractions, 0),
-        lambda: _kernels.move_towards(frozen, floats, 1.0),
-        lambda: _kernels.move_towards(np.zeros(16, np.float32)[::2], floats, 1.0),
-        lambda: _kernels.move_towards([0.0] * 8, floats, 1.0),
-        lambda: _kernels.move_towards(floats, floats[:7], 1.0),
-        lambda: _kernels.unit_direction(floats, floats[:7], 2, 1, floats),
-        lambda: _kernels.unit_direction(floats, floats, 3, 1, floats),
-        lambda: _kernels.unit_direction(floats, floats, 2, 2, floats),
-        lambda: _kernels.unit_direction(floats, floats, 2, 0, floats),
-        lambda: _kernels.row_products(np.zeros((2, 7), np.float32), floats, np.zeros(2)),
-        lambda: _kernels.row_products(np.zeros((2, 8)), floats, np.zeros(2)),
-        lambda: _kernels.row_products([floats], floats, np.zeros(1)),
+        lambda: _compiled.unpack_counts(b"123456", 8, 0, 2, 3, 0, 0, np.zeros(5, np.uint32)),
+        lambda: _compiled.unpack_counts(b"123456", 17, 16, 2, 3, 0, 0, np.zeros(6, np.uint32)),
+        lambda: _compiled.unpack_counts(b"123456", -1, 16, 2, 3, 0, 0, np.zeros(6, np.uint32)),
+        lambda: _compiled.unpack_counts(b"", 8, 0, 0, 3, 0, 0, np.zeros(0, np.uint32)),
+        lambda: _compiled.unpack_counts(b"", 8, 0, 2**40, 2**40, 0, 0, np.zeros(0, np.uint32)),
+        lambda: _compiled.own_frequencies(np.zeros(7, np.uint32), floats, 1.0, 1.0, floats),
+        lambda: _compiled.to_probabilities(floats, 3, 0.1, 0.9, 1.0, floats),
+        lambda: _compiled.to_probabilities(floats, 0, 0.1, 0.9, 1.0, floats),
+        lambda: _compiled.to_probabilities(floats, 2, 0.1, 0.9, 1.0, floats[:7]),
+        lambda: _compiled.encode_signature(floats, codes[:7]),
+        lambda: _compiled.encode_exposure(floats, 0.9, 1.0, codes[:7]),
+        lambda: _compiled.shift_exposure(codes, 1, 1.0, wide[:7], fractions[:7], 0),
+        lambda: _compiled.shift_exposure(codes, 1, 1.0, wide, fractions[:7], 0),
+        lambda: _compiled.shift_exposure(codes, 1, 1.0, wide, fractions, 1),
+        lambda: _compiled.shift_exposure(codes, 1, 1.0, wide, fractions, -1),
+        lambda: _compiled.shift_exposure(codes[:0], 1, 1.0, wide, fractions, 0),
+        lambda: _compiled.shift_exposure(codes, 1, 1.0, doubles, fractions, 0),
+        lambda: _compiled.shift_exposure(codes, 1, 1.0, wide.byteswap().view(">u4"), fractions, 0),
+        lambda: _compiled.move_towards(frozen, floats, 1.0),
+        lambda: _compiled.move_towards(np.zeros(16, np.float32)[::2], floats, 1.0),
+        lambda: _compiled.move_towards([0.0] * 8, floats, 1.0),
+        lambda: _compiled.move_towards(floats, floats[:7], 1.0),
+        lambda: _compiled.unit_direction(floats, floats[:7], 2, 1, floats),
+        lambda: _compiled.unit_direction(floats, floats, 3, 1, floats),
+        lambda: _compiled.unit_direction(floats, floats, 2, 2, floats),
+        lambda: _compiled.unit_direction(floats, floats, 2, 0, floats),
+        lambda: _compiled.row_products(np.zeros((2, 7), np.float32), floats, np.zeros(2)),
+        lambda: _compiled.row_products(np.zeros((2, 8)), floats, np.zeros(2)),
+        lambda: _compiled.row_products([floats], floats, np.zeros(1)),
         lambda: cost([8], [3], 5),
         lambda: cost([-1], [3], 5),
         lambda: cost([7], [4], 5),
         lambda: cost([7], [-1], 5),
         lambda: cost([7, 1], [1], 5),
         lambda: cost([7], (3,), 5),
-        lambda: cost([7], [3], 5, context=7),
+        lambda: cost([7], [3], 5, context=[0] * 7),
+        lambda: cost([7], [3], 5, columns=np.zeros(31)),
+        lambda: cost([7], [3], 5, columns=np.zeros((8, 4)).T),
+        lambda: cost([7], [3], 5, columns=[0.0] * 32),
+        lambda: cost([7], [3], 5, union=doubles[:7]),
+        lambda: cost([7], [3], 5, union=floats),
+        lambda: cost([7], [3], 5, length=floats[:7]),
+        lambda: cost([7], [3], 5, length=doubles),
+        lambda: cost([7], [3], 5, added=np.zeros(16)[::2]),
+        lambda: cost([7], [3], 5, products=doubles[:7]),
+        lambda: cost(np.array([7], dtype=np.int32), [3], 5),
         lambda: cost([], [], 5),
     ):
         with pytest.raises(ValueError, match="does not fit"):
@@ -308,10 +305,50 @@ def test_arrays_that_do_not_fit_are_refused():
     for call in (
         lambda: cost([7], [3.0], 5),
         lambda: cost([7], [2**70], 5),
-        lambda: _kernels.move_towards(floats, floats),
-        lambda: _kernels.move_towards(floats, floats, "a"),
-        lambda: _kernels.to_probabilities(floats, 2.0, 0.1, 0.9, 1.0, floats),
-        lambda: _kernels.unpack_counts("123456", 8, 0, 2, 3, 0, -1, np.zeros(6, np.uint32)),
+        lambda: cost([7], [3], 5, weights=(1.0, 1.0, 1.0, 1.0)),
+        lambda: cost([7], [3], 5, weights=fitting),
+        lambda: cost([7], [3], 5, weights=weights._replace(anchor="a")),
+        lambda: cost([7], [3], 5, context=[0] * 7 + ["a"]),
+        lambda: _compiled.move_towards(floats, floats),
+        lambda: _compiled.move_towards(floats, floats, "a"),
+        lambda: _compiled.to_probabilities(floats, 2.0, 0.1, 0.9, 1.0, floats),
+        lambda: _compiled.unpack_counts("123456", 8, 0, 2, 3, 0, -1, np.zeros(6, np.uint32)),
     ):
         with pytest.raises((TypeError, OverflowError)):
             call()
+
+
+@needs_compiler
+@pytest.mark.parametrize("position", [0, 1, 4])
+@pytest.mark.parametrize(
+    "unfit",
+    [
+        pytest.param(lambda array: array.astype(np.complex64), id="dtype"),
+        pytest.param(lambda array: np.concatenate((array, array[:1])), id="too long"),
+        pytest.param(lambda array: array[:-1], id="too short"),
+        pytest.param(lambda array: np.concatenate((array, array))[::2], id="every second item"),
+        pytest.param(lambda array: array[::-1], id="backwards"),
+        pytest.param(lambda array: array.view(array.dtype.newbyteorder()), id="byte order"),
+        pytest.param(lambda array: np.frombuffer(b"x" + array.tobytes(), array.dtype, offset=1), id="unaligned"),
+        pytest.param(memoryview, id="no array"),
+        pytest.param(lambda array: None, id="none"),
+    ],
+)
+def test_no_array_is_taken_that_is_not_as_it_must_be(position, unfit):
+    """Each array of one call in turn: every kernel takes its arrays in the same way."""
+    from eldr.kernels import _compiled
+
+    arguments = [np.zeros(8, np.uint32), np.zeros(8, np.float32), 1.0, 1.0, np.zeros(8, np.float32)]
+    _compiled.own_frequencies(*arguments)
+    arguments[position] = unfit(arguments[position])
+    with pytest.raises(ValueError, match="does not fit"):
+        _compiled.own_frequencies(*arguments)
+
+
+@pytest.mark.parametrize("wish", ["1", ""])
+def test_the_environment_asks_for_numpy(wish):
+    found = not wish and importlib.util.find_spec("eldr.kernels._compiled") is not None
+    show = "from eldr import kernels; print(kernels.COMPILED, kernels.placement_cost.__module__)"
+    environment = os.environ | {"ELDR_NO_EXTENSIONS": wish}
+    shown = subprocess.run([sys.executable, "-c", show], env=environment, check=True, capture_output=True, text=True)
+    assert shown.stdout.split() == [str(found), "eldr.kernels._compiled" if found else "eldr.kernels._numpy"]

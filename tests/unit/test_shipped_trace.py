@@ -4,11 +4,11 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import eldr_small_moe
 import numpy as np
 import pytest
 
 from eldr.cli.main import main
-from eldr.demo.model import MODEL
 from eldr.trace import read_trace
 from eldr.workloads.kinds import KINDS
 
@@ -28,7 +28,7 @@ def raw():
 def test_it_is_a_small_whole_recording_of_the_shipped_model():
     assert TRACE.stat().st_size <= MAX_BYTES
     trace = read_trace(TRACE)
-    config = json.loads((MODEL / "config.json").read_text())
+    config = json.loads((eldr_small_moe.folder() / "config.json").read_text())
     geometry = (config["num_hidden_layers"], config["num_experts"], config["num_experts_per_tok"])
     assert (trace.meta.layers, trace.meta.experts, trace.meta.top_k) == geometry
     assert trace.requests >= 200

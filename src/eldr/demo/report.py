@@ -14,14 +14,14 @@ from eldr.report.plots import COLOURS, bars, distributions, heat_map, scatter
 from eldr.workloads.kinds import KINDS
 
 SMALL_MODEL = (
-    "The model is small and trained for this demo: 3.5 million parameters, over bytes, on eight kinds of text. Its "
-    "training rewards experts that follow the text, and half of the kinds have a script of their own, so its locality "
-    "is larger than a real model's. What the demo shows is that the mechanism works on real engines from end to end, "
-    "not how much it saves."
+    "The model is small and was trained for this demo: 3.5 million parameters, over bytes, on eight kinds of text. Its "
+    "training rewards experts that follow the text, and half of the kinds have their own script. Its locality is "
+    "therefore larger than a real model's. The demo shows that the mechanism works end to end on real engines, not how "
+    "much it saves."
 )
 NO_SPEED = (
-    "All engines share this machine's cores, and on a CPU a step does not read expert weights the way a GPU's does: "
-    "these times show that requests flow. They are no evidence of speed, for or against any policy."
+    "All engines share this machine's cores, and a CPU does not read expert weights the way a GPU does. These times "
+    "show that requests flow. They are no evidence of speed, for or against any policy."
 )
 PROMPT_CHARS, OUTPUT_CHARS = 90, 60
 
@@ -32,22 +32,22 @@ def write_report(result: DemoResult, requests: list[Request], path: Path) -> Non
     calibration = result.calibration
     document = page(
         "eldr demo",
-        f"{len(result.runs)} policies, {len(requests)} streaming requests each, over real vLLM workers on the CPU: "
+        f"{len(result.runs)} policies with {len(requests)} streaming requests each, on real vLLM workers on the CPU: "
         f"1 prefill, {len(workers)} decode, NIXL hand-off. Model: {calibration.geometry}.",
         _headline(result),
         section(
             "Where each kind of prompt was decoded",
             paragraph(
-                "Requests of a kind (row) that each decode worker served (column). No policy is told the kind; "
-                "locality-band sees which experts the prompt used."
+                "How many requests of each kind (row) each decode worker served (column). No policy is told the kind, "
+                "but locality-band sees which experts the prompt used."
             ),
             row(*(_placement(run, result.workers, workers) for run in result.runs)),
         ),
         section(
             "Distinct experts per decode step and MoE layer",
             paragraph(
-                f"Mean of what each decode worker counted itself, 0 to {calibration.geometry.experts}. "
-                "Fewer distinct experts are fewer expert weights to read."
+                f"Mean of each decode worker's own counts, from 0 to {calibration.geometry.experts}. A step with fewer "
+                "distinct experts reads fewer expert weights."
             ),
             row(_active_experts(result, workers), _zones(result)),
             paragraph(SMALL_MODEL, note=True),
@@ -69,7 +69,7 @@ def _headline(result: DemoResult) -> Html:
         items.append(Tile(f"{before:.1f} → {after:.1f}", change, "accent"))
     spreads = [_spread(run, result.workers) for run in result.runs]
     if first is not last:
-        caption = f"decode workers that a kind of prompt is spread over, {first.policy} → {last.policy}"
+        caption = f"decode workers per kind of prompt, {first.policy} → {last.policy}"
         items.append(Tile(f"{spreads[0]} → {spreads[-1]}", caption, "accent"))
     ties = f"; {check.ties} ties of logits" if check.ties else ""
     requests = sum(len(run.outcomes) for run in result.runs)
@@ -77,7 +77,7 @@ def _headline(result: DemoResult) -> Html:
     items += [
         Tile(
             f"{check.equal} of {check.total}",
-            f"outputs equal those of one plain vLLM worker{ties}",
+            f"outputs equal to those of one plain vLLM worker{ties}",
             "bad" if check.differences else "good",
         ),
         Tile(str(errors), f"errors in {requests} requests", "bad" if errors else "good"),
@@ -100,13 +100,13 @@ def _active_experts(result: DemoResult, workers: list[str]) -> Html:
     for run in result.runs:
         means = [run.active[url].mean if url in run.active else None for url in result.workers]
         series[run.policy] = [mean or 0.0 for mean in [*means, run.active_experts_mean]]
-    return figure(bars(series, [*workers, "all"], "distinct experts"), "by decode worker, and over all")
+    return figure(bars(series, [*workers, "all"], "distinct experts"), "by decode worker, and over all of them")
 
 
 def _zones(result: DemoResult) -> Html:
     picture = result.calibration.picture
     names = [f"zone {number}" for number in range(len(picture.centroids))]
-    caption = f"signatures of the calibration prompts on two axes; rho = {result.calibration.signature.rho:.2f}"
+    caption = f"signatures of the calibration prompts on two axes, rho = {result.calibration.signature.rho:.2f}"
     return figure(scatter(picture.points, picture.labels.tolist(), picture.centroids, names), caption)
 
 
@@ -142,9 +142,9 @@ def _latency(runs: list[PolicyRun]) -> Html:
 
 def _verdict(result: DemoResult) -> str:
     check = result.check
-    text = f"{check.equal} of {check.total} outputs are equal to the text that a single plain vLLM worker gives."
+    text = f"{check.equal} of {check.total} outputs are equal to the text of a single plain vLLM worker."
     if check.ties:
-        text += f" {check.ties} differ at a token where the reference's two largest logits are closer than 1e-4: ties."
+        text += f" {check.ties} differ by a tie: there the reference's two largest logits are closer than 1e-4."
     for difference in check.differences[:10]:
         text += f" Request {difference.number} under {difference.policy} differs: {difference.reason}."
     return text + " One request of each kind:"

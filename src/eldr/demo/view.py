@@ -100,9 +100,11 @@ class View:
             self.console.print(self.figures(), self.placements())
         check = result.check
         verdict = Text("PASSED ", "bold green") if result.passed else Text("FAILED ", "bold red")
-        verdict.append(f"{check.equal} of {check.total} outputs equal those of a single plain vLLM worker", "default")
+        verdict.append(
+            f"{check.equal} of {check.total} outputs are equal to those of a single plain vLLM worker", "default"
+        )
         if check.ties:
-            verdict.append(f", {check.ties} more differ only by a tie of logits", "default")
+            verdict.append(f", {check.ties} more differ only by tied logits", "default")
         self.console.print("", verdict)
         for difference in check.differences[:5]:
             self.console.print(
@@ -134,7 +136,7 @@ class View:
                 _decimal(run.active_experts_mean),
                 _decimal(spread),
             )
-        table.caption = f"* {len(self.workers) + 2} engines share this machine's cores: no evidence of speed"
+        table.caption = f"* no evidence of speed: {len(self.workers) + 2} engines share this machine's cores"
         table.caption_justify = "left"
         return table
 

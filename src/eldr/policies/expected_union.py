@@ -104,7 +104,7 @@ class ExpectedUnion(Policy):
         self._predictor = predictor
         self._cost, self._scope = cost, scope
         self._worker_costs = dict(worker_costs or {})
-        self._others_weight, self._anchor, self._tail_guard = others_weight, anchor, tail_guard
+        self._weights = kernels.PlacementWeights(others_weight, anchor, tail_guard, GUARD_EXPERT_SHARE)
         self._step_tokens, self._ranks = step_tokens, ranks
         self._rng = random.Random(seed)
         self._workers: list[str] = []
@@ -137,7 +137,12 @@ class ExpectedUnion(Policy):
         self._random.set_mean(self._mean_profile)
         for _ in self._workers:
             self._unions.append()
-        self._costs = _cost_columns([self._step_cost(worker) for worker in self._workers])
+        self._set_fleet(_cost_columns([self._step_cost(worker) for worker in self._workers]))
+
+    def _set_fleet(self, columns: NDArray[np.float64]) -> None:
+        """Workers have come or gone, and the arrays of `unions` with them. columns: as in `FleetState`."""
+        unions = self._unions
+        self._fleet = kernels.FleetState(columns, unions.union, unions.context, unions.length)
 
     def _step_cost(self, worker: str) -> StepCost:
         assert self._geometry is not None
@@ -161,23 +166,17 @@ class ExpectedUnion(Policy):
         step that the placement costs, anchor included; infinity behind the tail guard, which always lets the least step
         time through."""
         unions = self._unions
-        direction = arrival.direction if self._anchor > 0 else None
+        direction = arrival.direction if self._weights.anchor > 0 else None
         cost = np.empty(len(load))
         best = kernels.placement_cost(
-            self._costs,
-            unions.union,
+            self._fleet,
+            self._weights,
             unions.added(arrival.profile),
-            unions.context,
             np.zeros(unions.count) if direction is None else unions.along(direction),
-            unions.length,
             self._random.experts(max(load) + 1),
             rows,
             load,
             arrival.context_tokens,
-            self._others_weight,
-            self._anchor,
-            self._tail_guard,
-            GUARD_EXPERT_SHARE,
             cost,
         )
         return best, cost
@@ -256,7 +255,7 @@ class ExpectedUnion(Policy):
         self._all_rows = np.arange(len(self._workers))
         if self._geometry is not None:
             self._unions.append()
-            self._costs = np.append(self._costs, _cost_columns([self._step_cost(worker)]), axis=1)
+            self._set_fleet(np.append(self._fleet.columns, _cost_columns([self._step_cost(worker)]), axis=1))
 
     def left(self, worker: str) -> None:
         row = self._row.pop(worker)
@@ -268,8 +267,9 @@ class ExpectedUnion(Policy):
         self._running = {key: entry for key, entry in self._running.items() if key[1] != worker}
         if self._geometry is not None:
             self._unions.remove(row)
-            self._costs[:, row] = self._costs[:, -1]
-            self._costs = np.ascontiguousarray(self._costs[:, :-1])
+            columns = self._fleet.columns
+            columns[:, row] = columns[:, -1]
+            self._set_fleet(np.ascontiguousarray(columns[:, :-1]))
 
     def picture(self) -> Picture | None:
         if self._geometry is None:
@@ -280,6 +280,6 @@ class ExpectedUnion(Policy):
 
 
 def _cost_columns(costs: list[StepCost]) -> NDArray[np.float64]:
-    """float64 [4, W]: base, per expert, per token and per context token, seconds."""
+    """float64 [4, W], as in `FleetState`."""
     columns = [(cost.base_s, cost.per_expert_s, cost.per_token_s, cost.per_context_token_s) for cost in costs]
     return np.ascontiguousarray(np.array(columns, dtype=np.float64).reshape(-1, 4).T)

@@ -22,11 +22,12 @@ BAR_WIDTH = 40
 # Colours repeat after eight groups; with more than this they say nothing any more.
 MAX_COLOURED = 24
 RHO_NOTE = (
-    "rho: rank correlation of signature distance and decode-profile distance on the calibration requests themselves; "
-    "expect less on new ones."
+    "rho is the rank correlation of signature distance and decode-profile distance, on the calibration requests "
+    "themselves. Expect less on new requests."
 )
 PICTURE_NOTE = (
-    "Signatures on their two main axes; the crosses are the centroids. Zones that overlap here may lie apart."
+    "Signatures on their two main axes. Crosses mark the centroids. Zones that overlap here may be separate in other "
+    "dimensions."
 )
 
 
@@ -101,7 +102,7 @@ def calibration_blocks(calibration: Calibration) -> list[Html]:
         if len(set(labels)) <= MAX_COLOURED
     ]
     return [
-        section("What it holds", table(("", ""), _facts(calibration), text=True)),
+        section("Contents", table(("", ""), _facts(calibration), text=True)),
         section("Calibration requests", paragraph(PICTURE_NOTE), row(*plots)),
         section(
             "Zones and transforms",

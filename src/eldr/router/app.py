@@ -1,4 +1,4 @@
-"""Puts the router together: endpoints, start, graceful end."""
+"""Puts the router together: its parts, its start and its graceful end. The one file that sees all packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from eldr.errors import EldrError
 from eldr.policies.base import Policy
@@ -16,9 +15,9 @@ from eldr.policies.logged import LoggedPolicy
 from eldr.policies.options import PolicyOptions
 from eldr.policies.refit import RefitSchedule
 from eldr.router.api.admin import AdminApi
-from eldr.router.api.keys import ADMIN, ApiKeys, is_admin
+from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
-from eldr.router.api.models import ModelsFlow
+from eldr.router.api.routes import ClientApi
 from eldr.router.api.ui.state import UiState
 from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port, read_key
 from eldr.router.fleet.discovery.base import Source
@@ -28,12 +27,13 @@ from eldr.router.fleet.discovery.static import StaticSource
 from eldr.router.fleet.membership import Membership
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.sweep import sweep
-from eldr.router.fleet.workers import Fleet
-from eldr.router.http.errors import ApiError
+from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.http.admin_key import AdminKey
+from eldr.router.http.client import WorkerPool
 from eldr.router.http.limits import ConnectionWatch
-from eldr.router.http.server import ClientConnection, Handler, Request
-from eldr.router.http.tls import HANDSHAKE_TIMEOUT_S, ServerTls, worker_context
-from eldr.router.observe import logs
+from eldr.router.http.listeners import Listeners
+from eldr.router.http.server import ClientConnection
+from eldr.router.http.tls import ServerTls, worker_context
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.decision_log import DecisionLog, log_header
 from eldr.router.observe.tracing import Tracing
@@ -41,29 +41,20 @@ from eldr.router.placement.admission import Admission
 from eldr.router.placement.decode import Placements
 from eldr.router.placement.prefill import PrefillRing
 from eldr.router.placement.refits import ZoneRefits
-from eldr.router.request import openai
-from eldr.router.request.attempts import RetryBudget
-from eldr.router.request.flow import Flow
-from eldr.router.request.intake import RETRY_AFTER_S
+from eldr.router.protocols.vllm_nixl import VllmNixl
+from eldr.router.request.attempts import Retries
+from eldr.router.request.intake import Intake
+from eldr.router.request.legs import Legs
 from eldr.router.request.services import Services
 from eldr.settings import adopt
 
 log = logging.getLogger("eldr.router")
 
-BACKLOG = 4096
 CLOSE_POLL_S = 0.02
 # How long a stopping router leaves connections open on which nothing runs. A client may just be sending on one, and a
 # request that meets a close is lost; so each gets to send one more, and is told then that the connection closes.
 # Clients forget idle connections after some seconds themselves (httpx after 5).
 IDLE_LINGER_S = 5.0
-# For what was cut off to be told so.
-END_S = 1.0
-# What a client may take the router's own address for.
-ADMIN_PATHS = frozenset((b"/ui", b"/admin/workers", b"/admin/drain"))
-# What may be asked without an API key: load balancers probe it.
-OPEN_PATHS = frozenset((b"/health", b"/ready"))
-# What a 405 says of an endpoint of this method.
-ALLOWED = {b"GET": b"GET, HEAD", b"POST": b"POST"}
 
 
 class Router:
@@ -71,6 +62,8 @@ class Router:
 
     config_file: the file to watch, and how to read it again; None if there is none.
     inherited: sockets that listen already, for clients and for the admin API; what is missing is opened.
+
+    It holds every part that has a beginning, an end or something to read again, which is why there are so many.
     """
 
     def __init__(
@@ -82,63 +75,50 @@ class Router:
     ) -> None:
         self._config = config
         self._dns_names = config.workers.dns_names
-        self._inherited = inherited
-        self._file: FileSource | None = None
         self._config_file = config_file
-        self.connections: set[ClientConnection] = set()
-        self.closing = False
-        self._flows: dict[asyncio.Task[None], Flow | ModelsFlow] = {}
+        self._file: FileSource | None = None
         self._background: list[asyncio.Task[None]] = []
-        self._server: asyncio.Server | None = None
-        self._admin_server: asyncio.Server | None = None
-        self._keys = None if config.listen.api_key_file is None else ApiKeys(config.listen.api_key_file)
-        self._tls = (
-            None
-            if config.listen.tls_cert is None or config.listen.tls_key is None
-            else ServerTls(config.listen.tls_cert, config.listen.tls_key)
-        )
-        fleet = Fleet()
-        metrics = Metrics()
+        listen, observe = config.listen, config.observe
+        metrics, fleet = Metrics(), Fleet()
+        pools: dict[Worker, WorkerPool] = {}
         self._decision_log: DecisionLog | None = None
-        if config.observe.decision_log is not None:
-            self._decision_log = DecisionLog(config.observe.decision_log, metrics)
+        if observe.decision_log is not None:
+            self._decision_log = DecisionLog(observe.decision_log, metrics)
             self._decision_log.write(log_header(config.placement).to_wire())
             policy = LoggedPolicy(policy, self._decision_log.write)
         self._refits = _zone_refits(policy, config.placement.options, metrics)
-        admission = Admission(fleet, config.queue)
-        outcomes = Outcomes(fleet, admission, metrics, config.ejection)
-        self.services = Services(
-            config=config,
-            fleet=fleet,
-            pools={},
-            ring=PrefillRing(fleet, config.placement.prefix_window_bytes),
-            admission=admission,
-            placements=Placements(policy, fleet, metrics, config.placement.seed),
-            metrics=metrics,
-            outcomes=outcomes,
-            budget=RetryBudget(config.retry.retry_ratio, config.retry.retry_burst),
-            throttle=logs.Throttle(),
-            client_header=(
-                None if config.listen.client_header is None else config.listen.client_header.lower().encode()
-            ),
-            tracing=(
-                None
-                if config.observe.otel_endpoint is None
-                else Tracing(config.observe.otel_endpoint, config.observe.otel_sampling)
-            ),
-            admin_key=None if config.listen.admin_key_file is None else read_key(config.listen.admin_key_file),
+        self._keys = None if listen.api_key_file is None else ApiKeys(listen.api_key_file)
+        self.admin_key = AdminKey(listen.admin_key_file)
+        self._tls = (
+            None if listen.tls_cert is None or listen.tls_key is None else ServerTls(listen.tls_cert, listen.tls_key)
         )
-        self.membership = self._build_membership()
-        self.admin = AdminApi(self.membership, lambda: self.services.admin_key, UiState(self.services))
-        self._collector = RouterCollector(metrics, fleet, admission, self.services.placements.picture)
-        self._routes = {
-            openai.COMPLETIONS: (b"POST", self._completion),
-            openai.CHAT: (b"POST", self._completion),
-            b"/v1/models": (b"GET", self._models),
-            b"/health": (b"GET", self._health),
-            b"/ready": (b"GET", self._ready),
-            b"/metrics": (b"GET", self._metrics),
-        }
+
+        ring = PrefillRing(fleet)
+        placements = Placements(policy, fleet, metrics, config.placement.seed)
+        self._outcomes = Outcomes(fleet, metrics, config.ejection)
+        admission = Admission(fleet, config.queue)
+        # In this order: the queue looks when the others have.
+        for part in (ring, placements, self._outcomes, admission):
+            fleet.on_change(part.fleet_changed)
+
+        protocol = VllmNixl()
+        legs = Legs(fleet, pools, self._outcomes, protocol, metrics)
+        retries = Retries(config.retry, self._outcomes, metrics)
+        tracing = None if observe.otel_endpoint is None else Tracing(observe.otel_endpoint, observe.otel_sampling)
+        intake = Intake(config, fleet, admission, protocol, self.admin_key, tracing)
+        self.services = Services(config, intake, admission, ring, placements, protocol, legs, retries, fleet, metrics)
+        self.membership = Membership(
+            config.workers,
+            fleet,
+            pools,
+            lambda worker: legs.leave(worker, int(retries.budget.left)),
+            None if config.workers.worker_api_key_file is None else read_key(config.workers.worker_api_key_file),
+            worker_context(config.workers.worker_ca),
+        )
+        collector = RouterCollector(metrics, fleet, admission, placements.picture)
+        self.clients = ClientApi(self.services, self._keys, self.admin_key, collector)
+        self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services))
+        self._listeners = Listeners(config.clients, self._tls, inherited)
 
     # Start and end.
 
@@ -147,40 +127,23 @@ class Router:
 
         Raises EldrError if a port is taken or a worker can never be used as it is named.
         """
+        listen = self._config.listen
         try:
             await self.membership.follow(self._sources())
             loop = asyncio.get_running_loop()
             self._background = [
-                loop.create_task(sweep(self.services.pools, self.services.outcomes)),
-                loop.create_task(ConnectionWatch(self.connections).run()),
+                loop.create_task(sweep(self.services.legs.pools, self._outcomes)),
+                loop.create_task(ConnectionWatch(self.clients.connections).run()),
                 loop.create_task(ConnectionWatch(self.admin.connections).run()),
             ]
             if self._refits is not None:
                 self._background.append(loop.create_task(self._refits.run()))
-            host, port = self._config.listen.host, self._config.listen.port
-            self._server = await self._listen(self, host, port, self._inherited[:1])
-            if self._config.listen.admin_listen is not None:
-                host, port = host_and_port("admin_listen", self._config.listen.admin_listen)
-                self._admin_server = await self._listen(self.admin, host, port, self._inherited[1:2])
+            await self._listeners.open(self.clients, listen.host, listen.port)
+            if listen.admin_listen is not None:
+                await self._listeners.open(self.admin, *host_and_port("admin_listen", listen.admin_listen))
         except EldrError:
             await self.stop(0)
             raise
-
-    async def _listen(
-        self, handler: Handler, host: str, port: int, inherited: Sequence[socket.socket]
-    ) -> asyncio.Server:
-        tls = self._tls
-        where: dict[str, Any] = {"sock": inherited[0]} if inherited else {"host": host, "port": port}
-        try:
-            return await asyncio.get_running_loop().create_server(
-                lambda: cast(Any, ClientConnection(handler, self._config.clients)),
-                **where,
-                backlog=BACKLOG,
-                ssl=None if tls is None else tls.context,
-                ssl_handshake_timeout=None if tls is None else HANDSHAKE_TIMEOUT_S,
-            )
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error}") from None
 
     def _sources(self) -> list[Source]:
         config = self._config
@@ -194,25 +157,73 @@ class Router:
     @property
     def port(self) -> int:
         """The port it listens on, which the system chose if the configured one is 0."""
-        assert self._server is not None
-        return int(self._server.sockets[0].getsockname()[1])
+        return self._listeners.port(0)
 
     @property
     def admin_port(self) -> int:
         """The port of the admin API."""
-        assert self._admin_server is not None
-        return int(self._admin_server.sockets[0].getsockname()[1])
+        return self._listeners.port(1)
 
     @property
     def sockets(self) -> list[socket.socket]:
         """The listening sockets, in the order of `inherited`."""
-        servers = (self._server, self._admin_server)
-        return [sock for server in servers if server is not None for sock in server.sockets[:1]]
+        return self._listeners.sockets
+
+    @property
+    def connections(self) -> set[ClientConnection]:
+        """The open connections of clients."""
+        return self.clients.connections
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return self.clients.running
+
+    @property
+    def closing(self) -> bool:
+        """Whether it takes no more requests."""
+        return self.clients.closing
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more requests, let those that run finish within `grace_s` seconds, cut off the rest."""
+        clients = self.clients
+        clients.closing = True
+        self._listeners.close()
+        deadline_s = time.monotonic() + grace_s
+        await self._finish(deadline_s)
+        await clients.end_all()
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.membership.close()
+        for connection in list(clients.connections):
+            connection.close()
+        while clients.connections and time.monotonic() < deadline_s:  # the last bytes are on their way
+            await asyncio.sleep(CLOSE_POLL_S)
+        for connection in (*clients.connections, *self.admin.connections):
+            connection.abort()
+        for pool in self.services.legs.pools.values():
+            pool.close()
+        if self._decision_log is not None:
+            self._decision_log.close()
+        if self.services.intake.tracing is not None:
+            await asyncio.to_thread(self.services.intake.tracing.close)
+
+    async def _finish(self, deadline_s: float) -> None:
+        """Let running requests end, and clients with an open connection send one more."""
+        idle_until_s = min(deadline_s, time.monotonic() + IDLE_LINGER_S)
+        while (self.running or self.connections) and (now_s := time.monotonic()) < deadline_s:
+            if now_s >= idle_until_s:
+                for connection in list(self.connections):
+                    connection.close_if_idle()
+            await asyncio.sleep(CLOSE_POLL_S)
+
+    # While it runs.
 
     def reload(self) -> None:
         """Read keys, certificate and configuration file again; running requests go on. What cannot be used stays as
         it was, which the log says."""
-        for read in (self.reload_secrets, self._reload_admin_key):
+        for read in (self.reload_secrets, self.admin_key.reload):
             try:
                 read()
             except ConfigError as error:
@@ -229,9 +240,10 @@ class Router:
         if self._tls is not None:
             self._tls.reload()
 
-    def _reload_admin_key(self) -> None:
-        if self._config.listen.admin_key_file is not None:
-            self.services.admin_key = read_key(self._config.listen.admin_key_file)
+    def reopen_decision_log(self) -> None:
+        """Go on in a new file after the old one was renamed."""
+        if self._decision_log is not None:
+            self._decision_log.reopen()
 
     def _reloaded(self, new: RouterConfig) -> None:
         """Take over of a new configuration what can change while the router runs; name what cannot."""
@@ -244,128 +256,6 @@ class Router:
         log.setLevel(config.observe.log_level.upper())
         self.services.admission.set_limits(config.queue)
         self.membership.set_max_inflight(config.workers.max_inflight)
-
-    async def stop(self, grace_s: float) -> None:
-        """Take no more requests, let those that run finish within `grace_s` seconds, cut off the rest."""
-        self.closing = True
-        for server in (self._server, self._admin_server):
-            if server is not None:
-                server.close()
-        deadline_s = time.monotonic() + grace_s
-        await self._finish(deadline_s)
-        await asyncio.sleep(0)  # a task that never ran could tell its client nothing
-        for flow in list(self._flows.values()):
-            flow.end_now(ApiError(503, "the router stops", retry_after_s=RETRY_AFTER_S))
-        if self._flows:
-            await asyncio.wait(self._flows, timeout=END_S)
-        for task in (*self._flows, *self._background):
-            task.cancel()
-        await asyncio.gather(*self._flows, *self._background, return_exceptions=True)
-        await self.membership.close()
-        for connection in list(self.connections):
-            connection.close()
-        while self.connections and time.monotonic() < deadline_s:  # the last bytes are on their way
-            await asyncio.sleep(CLOSE_POLL_S)
-        for connection in list(self.connections):
-            connection.abort()
-        for connection in list(self.admin.connections):
-            connection.abort()
-        for pool in self.services.pools.values():
-            pool.close()
-        if self._decision_log is not None:
-            self._decision_log.close()
-        if self.services.tracing is not None:
-            await asyncio.to_thread(self.services.tracing.close)
-
-    def reopen_decision_log(self) -> None:
-        """Go on in a new file after the old one was renamed."""
-        if self._decision_log is not None:
-            self._decision_log.reopen()
-
-    async def _finish(self, deadline_s: float) -> None:
-        """Let running requests end, and clients with an open connection send one more."""
-        idle_until_s = min(deadline_s, time.monotonic() + IDLE_LINGER_S)
-        while (self._flows or self.connections) and (now_s := time.monotonic()) < deadline_s:
-            if now_s >= idle_until_s:
-                for connection in list(self.connections):
-                    connection.close_if_idle()
-            await asyncio.sleep(CLOSE_POLL_S)
-
-    def _build_membership(self) -> Membership:
-        config, services = self._config, self.services
-        return Membership(
-            config.workers,
-            services.fleet,
-            services.pools,
-            services.ring,
-            services.outcomes,
-            services.placements,
-            services.went_down,
-            None if config.workers.worker_api_key_file is None else read_key(config.workers.worker_api_key_file),
-            worker_context(config.workers.worker_ca),
-        )
-
-    # Requests.
-
-    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
-        if self._keys is None or path in OPEN_PATHS:
-            return ""
-        given = headers.get(b"authorization")
-        client = self._keys.client(given)
-        if client is None and is_admin(given, self.services.admin_key):
-            client = ADMIN
-        if client is None:
-            raise ApiError(401, "an API key is needed, as Authorization: Bearer KEY")
-        return client
-
-    def handle(self, request: Request, connection: ClientConnection) -> None:
-        route = self._routes.get(request.path)
-        try:
-            if route is None and request.path in ADMIN_PATHS:
-                raise ApiError(404, f"{request.path.decode()} is served at the address of --admin-listen alone")
-            if route is None:
-                raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, self._routes)))
-            method, answer = route
-            if request.method != method and (request.method, method) != (b"HEAD", b"GET"):
-                raise ApiError(405, f"Method Not Allowed: use {method.decode()}")
-        except ApiError as error:
-            self.refused(error)
-            connection.respond_error(error, b"" if route is None else b"allow: %b\r\n" % ALLOWED[route[0]])
-            return
-        answer(request, connection)
-
-    def refused(self, error: ApiError) -> None:
-        self.services.metrics.requests["other", error.status] += 1
-
-    def _completion(self, request: Request, connection: ClientConnection) -> None:
-        self._run(Flow(self.services, connection, request))
-
-    def _models(self, request: Request, connection: ClientConnection) -> None:
-        self._run(ModelsFlow(self.services, connection, request))
-
-    def _run(self, flow: Flow | ModelsFlow) -> None:
-        task = flow.start()
-        if task is not None:
-            self._flows[task] = flow
-            task.add_done_callback(self._flows.pop)
-
-    def _health(self, request: Request, connection: ClientConnection) -> None:
-        connection.respond(200, b"{}")
-
-    def _ready(self, request: Request, connection: ClientConnection) -> None:
-        fleet = self.services.fleet
-        if fleet.ready and not self.closing:
-            connection.respond(200, b"{}")
-            return
-        missing = [role for role in ("prefill", "decode") if not fleet.any_available(role)]
-        connection.respond_error(
-            ApiError(503, f"no {' and no '.join(missing)} worker is available" if missing else "stopping")
-        )
-
-    def _metrics(self, request: Request, connection: ClientConnection) -> None:
-        accept = request.headers.get(b"accept", b"").decode("latin-1")
-        body, content_type = self._collector.exposition(accept)
-        connection.respond(200, body, content_type.encode())
 
 
 def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> ZoneRefits | None:

@@ -52,10 +52,10 @@ def main_section(rows: Rows, prefix: str) -> Section:
         for workers in values(of(rows, cost_scope=scope), "workers")
     ]
     text = (
-        f"{_oracle_share(step)}The headline scope is the whole decode step (attention, dense layers and output head, "
-        "which no routing changes, included); the table also has the MoE layers alone, where the same saving is a "
-        "larger share. Policies in purple and pink know what no router can know: true decode "
-        "profiles, and every future step of all running requests (greedy, so no upper bound)."
+        f"{_oracle_share(step)}The pictures show the whole decode step. It includes attention, dense layers and the "
+        "output head, which routing cannot change. The tables also have the MoE layers alone, where the same saving "
+        "is a larger share. Two policies know more than any router can. The purple one knows true decode profiles. "
+        "The pink one knows every future step of all running requests, but it is greedy, so it is no upper bound."
     )
     return Section("Who is faster", f"{prefix}-main", REPLAYED, text, tuple(pictures), tuple(numbers))
 
@@ -81,7 +81,7 @@ def _oracle_share(step: Rows) -> str:
             parts.append(f"{share:.0f} % at {workers} workers")
     if not parts:
         return ""
-    return f"Expected-union keeps {' and '.join(parts)} of the mean gain that true decode profiles would give. "
+    return f"Expected-union reaches {' and '.join(parts)} of the mean gain that true decode profiles would give. "
 
 
 def changes_figure(rows: Rows) -> Figure:
@@ -110,7 +110,7 @@ def workloads_section(rows: Rows, prefix: str) -> Section:
         for name in names
     )
     mixes = "; ".join(f"{name}: {of(rows, workload=name)[0]['kinds']}" for name in names)
-    text = f"The mixes of the paper's workloads, from the requests of these kinds in this recording: {mixes}."
+    text = f"The paper's workloads, mixed from this recording's requests of the same kinds. {mixes}."
     columns = {"workload": words("workload"), **POLICY, **tpot_columns()}
     return Section("Named workloads", f"{prefix}-workloads", REPLAYED, text, pictures, (Numbers(columns, rows),))
 
@@ -119,12 +119,12 @@ def load_section(rows: Rows, prefix: str) -> Section:
     workers = rows[0]["workers"]
     picture = Picture(
         f"{prefix}-load",
-        f"{workers} decode workers. Left and middle: TPOT; right: change of the median against the best load balancer.",
+        f"{workers} decode workers. Left and middle: TPOT. Right: change of the median against the best load balancer.",
         lambda: _load(rows),
     )
     text = (
-        "The same arrivals for every policy at each rate. Where decode steps get shorter, requests leave earlier and "
-        "batches shrink; so the gain of a policy that saves experts grows on itself."
+        "At each rate, every policy gets the same arrivals. When decode steps get shorter, requests leave earlier and "
+        "batches shrink. Saved experts therefore make the next steps shorter too."
     )
     columns = {"rate /s": number("rate", 1), **POLICY, **tpot_columns()}
     return Section("TPOT against load", f"{prefix}-load", REPLAYED, text, (picture,), (Numbers(columns, rows),))
@@ -160,15 +160,15 @@ def goodput_section(rows: Rows, prefix: str) -> Section:
     )
     cut = [row for row in rows if not row["reached"]]
     note = (
-        f" {len(cut)} of {len(rows)} searches ended at the length of the recording and not at the limit, so their "
+        f" The recording was too short for {len(cut)} of {len(rows)} searches. They never reached the limit, so their "
         "rates are lower bounds (marked with an arrow)."
         if cut
         else ""
     )
     text = (
-        "What an operator buys: how many requests a second the fleet takes under a promise on the tail. "
-        f"Limits are {', '.join(f'{row:g}' for row in values(rows, 'relative_limit'))} times the p99 of jsq at mean "
-        f"batch 7.{note}"
+        "How many requests per second can the fleet serve while p99 TPOT stays within a limit? The limits are "
+        f"{' and '.join(f'{row:g}' for row in values(rows, 'relative_limit'))} times the p99 of jsq at mean batch "
+        f"7.{note}"
     )
     columns = {
         "limit ms": number("limit_ms"),
@@ -224,13 +224,13 @@ def knobs_section(rows: Rows, prefix: str) -> Section:
     workers = rows[0]["workers"]
     picture = Picture(
         f"{prefix}-frontier",
-        f"{workers} decode workers, mean batch 7 under jsq. Lower left is better; rings mark the defaults. Points "
-        "carry the value of the knob (∞: none).",
+        f"{workers} decode workers, mean batch 7 under jsq. Lower left is better. Rings mark the defaults, and numbers "
+        "give the value of the knob (∞: off).",
         lambda: _frontier(rows),
     )
     text = (
-        "Each curve turns one knob and leaves the others at their defaults. Median against tail: a wider band, a "
-        "tighter guard or no anchor trade one for the other."
+        "Each curve turns one knob and leaves the others at their defaults. A wider band, a tighter guard or no anchor "
+        "trades the median for the tail, or the other way round."
     )
     columns = {"knob": words("knob"), "value": _value, "default": words("default"), **tpot_columns()}
     return Section(
@@ -286,14 +286,15 @@ def _label_points(axis: object, line: Sequence[Row], colour: str) -> None:
 def pools_section(rows: Rows, prefix: str, in_flight_at_most: int) -> Section:
     picture = Picture(
         f"{prefix}-pools",
-        "Change of TPOT against the best load balancer, by decode workers. " + BEST.split(",")[1].strip().capitalize(),
+        "Change of TPOT against the best load balancer, by number of decode workers. "
+        + BEST.split(",")[1].strip().capitalize(),
         lambda: _pools(rows),
     )
-    short = "" if in_flight_at_most >= 280 else ", so 40 workers cannot be replayed at batch 7, which takes 280"
+    short = "" if in_flight_at_most >= 280 else ". 40 workers at batch 7 would need 280, so they cannot be replayed"
     text = (
         "No request of the recording is ever in flight twice, because a copy would share all its experts with its "
-        f"original. This recording carries at most {in_flight_at_most} requests in flight{short}. Each mean batch is "
-        "shown for the pools that can have it."
+        f"original. This recording allows at most {in_flight_at_most} requests in flight{short}. Each mean batch is "
+        "shown for every pool that it can fill."
     )
     columns = {"batch under jsq": number("batch_target", 1), "workers": words("workers"), **POLICY, **tpot_columns()}
     return Section("Size of the pool", f"{prefix}-pools", REPLAYED, text, (picture,), (Numbers(columns, rows),))

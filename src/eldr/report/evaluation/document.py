@@ -16,11 +16,11 @@ from eldr.report.html import Html, Tile
 from eldr.report.style import as_png, as_svg, style
 
 HOW_TO_READ = (
-    "Recorded: which experts real models chose, token by token. Replayed: a simulated fleet of decode workers over "
-    "those recordings; the distinct experts of every step are exact, every policy is the code that the router runs. "
-    "Modelled: the time of a step, from its distinct experts, batch and context ({cost}); so absolute milliseconds are "
-    "those of that device, and the changes between policies are what to look at. Not in the replay: prefill, transfer "
-    "of KV caches, failures. Measured: only what says so."
+    "Recorded: the experts that real models chose, token by token. Replayed: a simulated fleet of decode workers on "
+    "those recordings. The distinct experts of every step are exact, and every policy is the code that the router "
+    "runs. Modelled: the time of a step, from its distinct experts, batch and context ({cost}). Absolute milliseconds "
+    "belong to the modelled device, so look at the changes between policies instead. Not in the replay: prefill, "
+    "transfer of KV caches, failures. Measured: only the sections that are marked as measured."
 )
 
 
@@ -47,9 +47,9 @@ class TracePart:
         note = f" {about['note'].strip().rstrip('.').capitalize()}." if about["note"] else ""
         return (
             f"{about['name']}: {about['requests']} recorded requests, {about['layers']} MoE layers x "
-            f"{about['experts']} experts, top-{about['top_k']}; prompts of {about['prompt_tokens_p50']:.0f} tokens, "
-            f"{about['decode_steps_p50']:.0f} decode steps (medians). Labels: {kinds}.{note} Half of the requests "
-            "calibrate, the other half are served; a new split for every seed."
+            f"{about['experts']} experts, top-{about['top_k']}. Medians: prompts of {about['prompt_tokens_p50']:.0f} "
+            f"tokens, {about['decode_steps_p50']:.0f} decode steps. Labels: {kinds}.{note} Half of the requests "
+            "calibrate and the other half are served. Each seed makes a new split."
         )
 
 
@@ -100,7 +100,9 @@ def _shares(main: Rows) -> str:
     found = {workers: comparisons.oracle_share(of(step, workers=workers)) for workers in values(step, "workers")}
     known = [f"{share:.0f} % at {workers} workers" for workers, share in found.items() if share is not None]
     return (
-        f"In mean TPOT the fitted predictor keeps {', '.join(known)} of the gain with true profiles." if known else ""
+        f"The fitted predictor gives {' and '.join(known)} of the gain in mean TPOT with true profiles."
+        if known
+        else ""
     )
 
 
@@ -119,7 +121,7 @@ def evaluation_blocks(results: Results) -> list[Html]:
         blocks += [_section(section) for section in part.sections]
         blocks += [html.paragraph(f"Left out, {name}: {reason}", note=True) for name, reason in part.skipped.items()]
     if common:
-        blocks.append(html.part("What it costs", "Independent of the recordings.", "costs"))
+        blocks.append(html.part("What it costs", "These figures do not depend on the recordings.", "costs"))
         blocks += [_section(section) for section in common]
     return blocks
 
@@ -159,11 +161,11 @@ def _tiles(trace: TraceResults) -> Html:
     items = [
         Tile(both(ours), f"median / p99 TPOT of expected-union {against}", "accent"),
         Tile(both(paper), "the same of locality-band, the paper's policy"),
-        Tile(experts, f"distinct experts of {trace.about['experts']} a step and layer, jsq → expected-union"),
+        Tile(experts, f"distinct experts of {trace.about['experts']} per step and layer, jsq → expected-union"),
     ]
     share = comparisons.oracle_share(list(rows.values()))
     if share is not None:
-        items.append(Tile(f"{share:.0f} %", "of the gain that knowing the true decode profiles would give"))
+        items.append(Tile(f"{share:.0f} %", "of the gain that true decode profiles would give"))
     return html.tiles(items)
 
 
@@ -171,8 +173,8 @@ def write_evaluation(results: Results, folder: Path) -> None:
     """Write report.html, README.md and the pictures into `folder`. Raises OSError."""
     title = "Evaluation of eldr"
     subtitle = (
-        f"Recorded models: {len(results.traces)}. {results.made['seeds']} paired runs in the main comparison and "
-        f"{results.made['requests']} measured requests a run."
+        f"Recorded models: {len(results.traces)}. The main comparison has {results.made['seeds']} paired runs of "
+        f"{results.made['requests']} measured requests each."
     )
     html.write_page(html.page(title, subtitle, *evaluation_blocks(results)), folder / "report.html")
     pictures = folder / "pictures"
@@ -198,8 +200,8 @@ def _write_picture(picture: Picture, folder: Path) -> None:
 
 def _readme(title: str, subtitle: str, results: Results, parts: list[TracePart], common: list[Section]) -> str:
     lines = [f"# {title}", "", subtitle, ""]
-    lines += ["`make evaluate` makes this page anew; [report.html](report.html) is the same to look at, [results.json]"
-              "(results.json) the same for machines.", ""]  # fmt: skip
+    lines += ["`make evaluate` makes this page. [report.html](report.html) has the same content as a web page, and "
+              "[results.json](results.json) as data.", ""]  # fmt: skip
     if results.traces:
         lines += [HOW_TO_READ.format(cost=results.traces[0].about["cost_source"]), ""]
     for part in parts:

@@ -37,13 +37,13 @@ def ablations_section(rows: Rows, prefix: str) -> Section:
     picture = Picture(
         f"{prefix}-ablations",
         f"locality-band, {reference['workers']} decode workers. Change of TPOT against the unchanged method "
-        "(count x IDF, selected layers, balanced zones, tau 0.1, two-nearest), 95 % intervals over paired seeds; "
-        "right: rho on requests that nothing was fitted on, the line marks the unchanged method.",
+        "(count x IDF, selected layers, balanced zones, tau 0.1, two-nearest), with 95 % intervals over paired seeds. "
+        "Right: rho on held-out requests. The line marks the unchanged method.",
         lambda: _ablations(rows),
     )
     text = (
-        "One step of the paper's method is changed at a time. rho is the rank correlation of signature distance and "
-        "decode-profile distance: how well prompts tell which requests will share experts."
+        "Each row changes one step of the paper's method. rho is the rank correlation of signature distance and "
+        "decode-profile distance. It tells how well prompts predict which requests will share experts."
     )
     columns = {
         "changed": words("ablation"),
@@ -91,12 +91,12 @@ def drift_section(rows: Rows, prefix: str) -> Section:
     kinds = of(rows, grouping="labels", sort="change", policy="jsq")
     named = "".join(f" {row['phase'].capitalize()} the switch: {row['kinds']}." for row in kinds if row.get("kinds"))
     text = (
-        "Everything is calibrated on the requests served before the switch; then others come, of which nothing was "
-        "calibrated. Refitted zones follow the last seconds of traffic. By labels: whole kinds of the recording."
+        "All policies are calibrated on the requests served before the switch. The requests after it were not part of "
+        "calibration. Refitted zones follow the last seconds of traffic. The switch by labels exchanges whole kinds of "
+        "the recording."
         + named
-        + " By main axis: requests on either side of the "
-        "median of the main axis of expert use, the strongest change that the recording allows; no real traffic is "
-        "known to change like that."
+        + " The switch by main axis serves one side of the median of the main axis of expert use, then the other. It "
+        "is the strongest change that the recording allows. No real traffic is known to change like that."
     )
     columns = {
         "switch by": words("grouping"),
@@ -131,7 +131,7 @@ def _caption(rows: Rows) -> str:
     row = rows[0]
     by = "labels" if row["grouping"] == "labels" else "main axis of expert use"
     return (
-        f"Switch by {by}. {row['workers']} decode workers, {row['rate']:.0f} requests a second; TPOT of the requests "
+        f"Switch by {by}. {row['workers']} decode workers, {row['rate']:.0f} requests per second. TPOT of the requests "
         f"that arrive in each interval, mean of {row['seeds']} runs."
     )
 

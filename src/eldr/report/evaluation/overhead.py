@@ -24,12 +24,12 @@ from eldr.report.style import make_panels, policy_style
 def memory_section(rows: Rows) -> Section:
     picture = Picture(
         "memory",
-        "Memory of the counts, one byte a (layer, expert) and KV block, relative to the KV cache in bfloat16.",
+        "Memory of the counts relative to a KV cache in bfloat16, at one byte per (layer, expert) and KV block.",
         lambda: _memory(rows),
     )
     text = (
-        "A row of counts belongs to each KV-cache block and lives as long as its content. Larger blocks share one row "
-        "between more tokens."
+        "Each KV-cache block has one row of counts, which lives as long as the block's content. In larger blocks, more "
+        "tokens share a row."
     )
     columns = {
         "model": words("model"),
@@ -65,8 +65,8 @@ def _memory(rows: Rows) -> Figure:
 
 def capture_section(rows: Rows) -> Section:
     text = (
-        "The connector's own operations at 48 layers x 128 experts, top-8, on one core of this machine's CPU. On a GPU "
-        "they are queued kernels beside the forward pass; that cost has not been measured here."
+        "The connector's own operations at 48 layers x 128 experts, top-8, on one CPU core of this machine. On a GPU "
+        "they are kernels queued beside the forward pass. Their cost there has not been measured."
     )
     columns = {"operation": words("what"), "prompt tokens": words("prompt_tokens"), "median us": number("p50_us", 0)}
     return Section("Capture", "capture", MEASURED, text, (), (Numbers(columns, rows),))
@@ -75,13 +75,13 @@ def capture_section(rows: Rows) -> Section:
 def decisions_section(rows: Rows, prefix: str) -> Section:
     picture = Picture(
         f"{prefix}-decisions",
-        f"Time of the router's steps for one request, {rows[0]['workers']} decode workers, this recording's prompts. "
-        "Bars: median; numbers: median / p99.",
+        f"Time of the router's steps for one request, with {rows[0]['workers']} decode workers and this recording's "
+        "prompts. Bars show the median, numbers the median / p99.",
         lambda: _decisions(rows),
     )
     text = (
-        "CPU time of one Python thread: what else the machine did is not in it. A request takes each step once. "
-        f"Inner loops ran in {rows[0]['loops']}."
+        "CPU time of one Python thread, without anything else that the machine did. Each request takes every step of "
+        f"its policy once. Inner loops ran in {rows[0]['loops']}."
     )
     columns = {
         "step": words("what"),

@@ -33,17 +33,17 @@ def kinds_section(rows: Rows, load: Rows, prefix: str) -> Section:
     """load: rows of the comparison over load, whose batches and active experts are shown beside."""
     picture = Picture(
         f"{prefix}-experts",
-        "Left: distinct experts of a decode step and layer against its batch. Middle: change against random batches. "
-        "Right: what each policy's batches activate in the replay over load.",
+        "Left: distinct experts per decode step and layer against batch size. Middle: change against random batches. "
+        "Right: experts that each policy's batches activate in the replay over load.",
         lambda: _experts(rows, load),
     )
     seven = of(rows, batch=7, requests="one kind")
     alike = of(rows, batch=7, requests="alike")
-    text = "What routing on experts lives on: batches of similar requests activate fewer distinct experts. "
+    text = "Batches of similar requests activate fewer distinct experts. All gains come from this. "
     if seven and alike:
         text += (
-            f"At batch 7 requests of one label activate {-seven[0]['vs_mixed']:.0f} % fewer than mixed ones. Labels "
-            f"say only part of it: those most alike in their decode activate {-alike[0]['vs_mixed']:.0f} % fewer."
+            f"At batch 7, requests of one label activate {-seven[0]['vs_mixed']:.0f} % fewer than mixed ones. Labels "
+            f"tell only part of it: requests most alike in their decoding activate {-alike[0]['vs_mixed']:.0f} % fewer."
         )
     columns = {
         "batch": words("batch"),
@@ -97,13 +97,14 @@ def correlation_section(rows: Rows, prefix: str) -> Section:
     (total,) = of(rows, sort="all")
     picture = Picture(
         f"{prefix}-correlation",
-        "Pearson's r over requests, for each (layer, expert): its share of the prompt's tokens against its share of "
-        "the decode's. Left: by layer, band from the 10th to the 90th percentile of experts. Right: all experts.",
+        "Pearson's r over requests, for each (layer, expert), between its share of the prompt's tokens and its share "
+        "of the decoded tokens. Left: by layer, with a band from the 10th to the 90th percentile of experts. Right: "
+        "all experts.",
         lambda: _correlation(rows),
     )
     text = (
-        f"A prompt tells which experts its answer will use: r is {total['r_p50']:.2f} in the median over "
-        f"{total['experts']} experts, {total['r_p10']:.2f} to {total['r_p90']:.2f} (10th to 90th percentile)."
+        f"A prompt predicts which experts its answer will use. Over {total['experts']} experts, the median of r is "
+        f"{total['r_p50']:.2f}, and the 10th to 90th percentile is {total['r_p10']:.2f} to {total['r_p90']:.2f}."
     )
     columns = {"layer": words("layer"), "r p10": number("r_p10"), "r median": number("r_p50"), "r p90": number("r_p90")}
     return Section(
@@ -144,11 +145,11 @@ def signatures_section(rows: Rows, prefix: str) -> Section:
     (layers,) = of(rows, sort="layers")
     picture = Picture(
         f"{prefix}-signatures",
-        "Signatures of all requests on their two main axes (PCA). Left: coloured by zone, numbers are the centroids. "
-        "Right: by label. Zones that overlap here may lie apart in the other dimensions.",
+        "Signatures of all requests on their two main axes (PCA). Left: coloured by zone, with numbered centroids. "
+        "Right: coloured by label. Zones that overlap here may be separate in other dimensions.",
         lambda: _signatures(rows),
     )
-    text = f"Layer selection keeps {layers['kept']} of {layers['of']} layers. rho of each transform is in-sample here."
+    text = f"Layer selection keeps {layers['kept']} of {layers['of']} layers. The rho of each transform is in-sample."
     columns = {"transform": words("transform"), "rho (in-sample)": number("rho_in_sample", 3)}
     zones = {"zone": words("zone"), "requests": words("requests")}
     return Section(
@@ -199,8 +200,8 @@ def predictors_section(rows: Rows, share: str, prefix: str) -> Section:
     judged = of(rows, sort="judgement")
     picture = Picture(
         f"{prefix}-predictor",
-        "Requests that nothing was fitted on. Left and middle: distinct experts a layer of whole batches of 2 to 16, "
-        "each point one batch; on the line the prediction is right. Right: single probabilities.",
+        "Held-out requests. Left and middle: distinct experts per layer of whole batches of 2 to 16. Each point is one "
+        "batch, and on the line the prediction is right. Right: single probabilities.",
         lambda: _reliability(rows),
     )
     parts = []
@@ -213,10 +214,10 @@ def predictors_section(rows: Rows, share: str, prefix: str) -> Section:
             }
             r2 = sum(row["r2"] for row in mine) / len(mine)
             parts.append(
-                f"{name}: R2 {r2:.2f}, experts of a batch of 7 over-predicted by {bias['random']:+.2f} (random) and "
-                f"{bias['alike']:+.2f} (alike)"
+                f"{name.capitalize()}: R2 {r2:.2f}; predicted minus recorded experts of a batch of 7: "
+                f"{bias['random']:+.2f} (random), {bias['alike']:+.2f} (alike)"
             )
-    text = f"Routing needs unions of whole batches, so predictors are judged on them. {'; '.join(parts)}. {share}"
+    text = f"Routing needs unions of whole batches, so predictors are judged on them. {'. '.join(parts)}. {share}"
     columns = {
         "predictor": words("predictor"),
         "seed": words("seed"),

@@ -8,12 +8,12 @@ from typing import Any
 
 import orjson
 
-from eldr.router.api.keys import ADMIN, is_admin
 from eldr.router.api.ui.page import TYPE, page
 from eldr.router.api.ui.state import UiState
 from eldr.router.config.endpoint import Endpoint, Role, UrlError, worker_url
 from eldr.router.fleet.membership import Membership, MembershipError
 from eldr.router.fleet.workers import Worker
+from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.errors import ApiError
 from eldr.router.http.server import ClientConnection, Request
 
@@ -26,10 +26,10 @@ class AdminApi:
     """Answers admin requests; a handler of `ClientConnection`. Every request but that for the page needs the admin key:
     the page holds nothing of the fleet, and asks for the key to get it.
 
-    key: gives the key as it is now. ui: what the page shows.
+    ui: what the page shows.
     """
 
-    def __init__(self, membership: Membership, key: Callable[[], bytes | None], ui: UiState) -> None:
+    def __init__(self, membership: Membership, key: AdminKey, ui: UiState) -> None:
         self._ui = ui
         self.connections: set[ClientConnection] = set()
         self.closing = False
@@ -44,9 +44,9 @@ class AdminApi:
         """Nothing is counted here: the router's metrics are about its clients."""
 
     def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
-        if path != PAGE and not is_admin(headers.get(b"authorization"), self._key()):
+        if path != PAGE and not self._key.is_in(headers):
             raise ApiError(401, "the admin API needs its key as Authorization: Bearer KEY (see --admin-key-file)")
-        return ADMIN
+        return "admin"
 
     def handle(self, request: Request, connection: ClientConnection) -> None:
         if request.method == b"GET" and request.path == PAGE:

@@ -11,8 +11,6 @@ from eldr.router.config.settings import ConfigError
 
 MAX_NAME_BYTES = 64
 SCHEME = b"bearer"
-# The name of whoever has the admin key.
-ADMIN = "admin"
 
 
 class ApiKeys:
@@ -68,15 +66,6 @@ class ApiKeys:
         digest = self._digest(key.strip())
         held, name = self._clients.get(digest, (bytes(len(digest)), None))
         return name if hmac.compare_digest(held, digest) else None
-
-
-def is_admin(authorization: bytes | None, admin_key: bytes | None) -> bool:
-    """Whether this Authorization header holds the admin key; never, where there is none."""
-    return (
-        authorization is not None
-        and admin_key is not None
-        and hmac.compare_digest(authorization, b"Bearer " + admin_key)
-    )
 
 
 def _visible(text: bytes) -> bool:

@@ -57,7 +57,7 @@ class ModelsFlow:
         self._count(503)
 
     async def _ask(self, worker: Worker) -> Answer:
-        pool = self._services.pools[worker]
+        pool = self._services.legs.pools[worker]
         connection = await pool.connection()
         answer = Answer()
         request = pool.request(b"GET", b"/v1/models", client_authorization=client_authorization(self._request))

@@ -8,7 +8,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from eldr.router.config.endpoint import rank_of
@@ -109,16 +109,13 @@ class Capacity:
 
 
 class LoadWatch:
-    """Reads one worker's metrics every `interval_s` seconds; sets the limit of a decode worker, and tells `changed`."""
+    """Reads one worker's metrics every `interval_s` seconds; and sets the limit of a decode worker."""
 
-    def __init__(
-        self, fleet: Fleet, worker: Worker, pool: WorkerPool, interval_s: float, changed: Callable[[], None]
-    ) -> None:
+    def __init__(self, fleet: Fleet, worker: Worker, pool: WorkerPool, interval_s: float) -> None:
         self._fleet = fleet
         self._worker = worker
         self._pool = pool
         self._interval_s = interval_s
-        self._changed = changed
         self.capacity = Capacity(worker.max_inflight)
         self._active = (0.0, 0.0)
 
@@ -147,7 +144,6 @@ class LoadWatch:
             self._worker.load = (load.waiting, load.kv_usage)
             if self._worker.role == "decode":
                 self._fleet.set_limit(self._worker, self.capacity.heard(load, self._worker.in_flight))
-                self._changed()
         return engines
 
     def _note_active(self, active: tuple[float, float] | None) -> None:

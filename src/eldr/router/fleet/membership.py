@@ -14,12 +14,9 @@ from eldr.router.config.endpoint import Endpoint, Endpoints, Role, rank_of
 from eldr.router.config.groups import WorkerSettings
 from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.load_watch import LoadWatch
-from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.probe import HealthProbe
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.client import ExchangeError, WorkerPool
-from eldr.router.placement.decode import Placements
-from eldr.router.placement.prefill import PrefillRing
 
 log = logging.getLogger("eldr.router")
 
@@ -39,8 +36,8 @@ class _Member:
     """What belongs to one worker.
 
     load: watches how much the engine has to do. refusal: why it can never be used, empty if it can. fit: since it came
-    up it was found to serve the right model. joined: the policy knows of it. watching: the tasks of probe and load.
-    leaving: the task that waits for its last request.
+    up it was found to serve the right model. watching: the tasks of probe and load. leaving: the task that waits for
+    its last request.
     """
 
     worker: Worker
@@ -48,7 +45,6 @@ class _Member:
     load: LoadWatch
     refusal: str = ""
     fit: bool = False
-    joined: bool = False
     watching: list[asyncio.Task[None]] = field(default_factory=list)
     leaving: asyncio.Task[None] | None = None
 
@@ -56,9 +52,8 @@ class _Member:
 class Membership:
     """Takes workers in and lets them go, by hand or as sources name them.
 
-    A new worker gets nothing until a probe has found it alive and serving the right model; the policy hears of it
-    only then. `pools` gains and loses the connections of each worker. went_down: told of a worker that answers no
-    probes any more.
+    A new worker gets nothing until a probe has found it alive and serving the right model. `pools` gains and loses the
+    connections of each worker. went_down: told of a worker that answers no probes any more.
     """
 
     def __init__(
@@ -66,9 +61,6 @@ class Membership:
         config: WorkerSettings,
         fleet: Fleet,
         pools: dict[Worker, WorkerPool],
-        ring: PrefillRing,
-        outcomes: Outcomes,
-        placements: Placements,
         went_down: Callable[[Worker], None],
         worker_key: bytes | None,
         ssl_context: ssl.SSLContext,
@@ -76,20 +68,19 @@ class Membership:
         self._config = config
         self._fleet = fleet
         self._pools = pools
-        self._ring = ring
-        self._outcomes = outcomes
-        self._placements = placements
         self._went_down = went_down
         self._worker_key = worker_key
         self._ssl_context = ssl_context
         self._members: dict[Worker, _Member] = {}
         self._watching: list[asyncio.Task[None]] = []
-        self._started = False
 
     # By what sources say.
 
     async def follow(self, sources: list[Source]) -> None:
-        """Take in and probe once what the sources name now, then keep up with what they name."""
+        """Take in and probe once what the sources name now, then keep up with what they name.
+
+        The first workers join together, in configured order, whichever answers its probe first: policies number them.
+        """
         for source in sources:
             snapshots = aiter(source.watch())
             known = await anext(snapshots)
@@ -97,12 +88,11 @@ class Membership:
                 if self._find(endpoint) is None:
                     self._add(endpoint, source.name)
             self._watching.append(asyncio.create_task(self._keep_up(source.name, snapshots, known)))
-        await asyncio.gather(*(member.probe.probe() for member in self._members.values()))
-        self._started = True
+        with self._fleet.told_together():
+            await asyncio.gather(*(member.probe.probe() for member in self._members.values()))
         for member in self._members.values():
             if member.refusal:
                 raise MembershipError(f"{member.worker.role} worker {member.worker.url}: {member.refusal}")
-            self._changed(member)
             self._start_watching(member)
 
     def _config_order(self, endpoint: Endpoint) -> tuple[bool, int, str]:
@@ -158,7 +148,6 @@ class Membership:
         worker.source = source
         self._pools[worker].reopen()  # it may have been cut off just now
         self._fleet.set_draining(worker, False)
-        self._outcomes.fleet_changed()
         return worker
 
     def drain(self, worker: Worker, timeout_s: float | None = None) -> None:
@@ -168,7 +157,6 @@ class Membership:
             member.leaving.cancel()
         log.info("%s worker %s drains", worker.role, worker.url)
         self._fleet.set_draining(worker, True)
-        self._outcomes.fleet_changed()
         timeout_s = self._config.drain_timeout_s if timeout_s is None else timeout_s
         member.leaving = asyncio.create_task(self._leave(member, timeout_s))
 
@@ -190,15 +178,10 @@ class Membership:
     def _remove(self, member: _Member) -> None:
         worker = member.worker
         del self._members[worker]
-        self._fleet.remove(worker)
-        self._ring.rebuild()
         for task in member.watching:
             task.cancel()
-        if member.joined and worker.role == "decode":
-            self._placements.left(worker)
-        self._outcomes.forget(worker)
         self._pools.pop(worker).close()
-        self._outcomes.fleet_changed()
+        self._fleet.remove(worker)
         log.info("%s worker %s has left", worker.role, worker.url)
 
     def set_max_inflight(self, most: int) -> None:
@@ -208,7 +191,6 @@ class Membership:
                 member.load.capacity.most = most
                 if member.worker.load is None:
                     self._fleet.set_limit(member.worker, most)
-        self._outcomes.fleet_changed()
 
     # Within.
 
@@ -236,25 +218,18 @@ class Membership:
             changed=lambda: self._changed(member),
             check=lambda: self._check(member),
         )
-        load = LoadWatch(self._fleet, worker, pool, config.load_interval_s, self._outcomes.fleet_changed)
+        load = LoadWatch(self._fleet, worker, pool, config.load_interval_s)
         member = self._members[worker] = _Member(worker, probe, load)
-        self._ring.rebuild()
         return member
 
     def _start_watching(self, member: _Member) -> None:
         member.watching = [asyncio.create_task(member.probe.run()), asyncio.create_task(member.load.run())]
 
     def _changed(self, member: _Member) -> None:
-        """A probe has found the worker up or down. The first workers join together, in configured order."""
-        worker = member.worker
-        if worker.healthy and self._started and not member.joined:
-            member.joined = True
-            if worker.role == "decode":
-                self._placements.joined(worker)
-        member.fit &= worker.healthy
-        self._outcomes.fleet_changed()
-        if not worker.healthy and member.joined:
-            self._went_down(worker)
+        """A probe has found the worker up or down."""
+        member.fit &= member.worker.healthy
+        if not member.worker.healthy:
+            self._went_down(member.worker)
 
     async def _check(self, member: _Member) -> None:
         """Raise ExchangeError, which keeps the worker out, unless it serves the fleet's model."""

@@ -12,7 +12,6 @@ from eldr.router.config.groups import EjectionSettings
 from eldr.router.fleet.ejection import EjectionRules, Ejections, Standing
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.observe.counters import Metrics
-from eldr.router.placement.admission import Admission
 
 log = logging.getLogger("eldr.router")
 
@@ -20,9 +19,8 @@ log = logging.getLogger("eldr.router")
 class Outcomes:
     """Hears how legs end and keeps the workers' ejections in the fleet."""
 
-    def __init__(self, fleet: Fleet, admission: Admission, metrics: Metrics, config: EjectionSettings) -> None:
+    def __init__(self, fleet: Fleet, metrics: Metrics, config: EjectionSettings) -> None:
         self._fleet = fleet
-        self._admission = admission
         self._metrics = metrics
         rules = EjectionRules(
             consecutive=config.eject_failures,
@@ -46,23 +44,14 @@ class Outcomes:
         if worker.ejected and self._ejections[worker.role].ended(worker.url):
             self._apply(worker)
 
-    def forget(self, worker: Worker) -> None:
-        """A worker has left the fleet. Of what still ends there nothing is kept: where addresses come and go all the
-        time, as in a cluster of containers, it would grow for ever."""
-        self._ejections[worker.role].forget(worker.url)
-        self._metrics.forget(worker.role, worker.url)
-
-    def _here(self, worker: Worker) -> bool:
-        return self._fleet.workers(worker.role).get(worker.url) is worker
-
     def succeeded(self, worker: Worker) -> None:
-        if self._here(worker) and self._ejections[worker.role].succeeded(worker.url, time.monotonic()):
+        if self._fleet.has(worker) and self._ejections[worker.role].succeeded(worker.url, time.monotonic()):
             self._apply(worker)
             _report(logging.INFO, "back in service: its trial succeeded", worker)
 
     def failed(self, worker: Worker, reason: str) -> None:
         """A leg failed by the worker's fault; `reason` is a metric label."""
-        if not self._here(worker):
+        if not self._fleet.has(worker):
             return
         self._metrics.failures[worker.role, worker.url, reason] += 1
         if worker.draining:
@@ -72,6 +61,13 @@ class Outcomes:
             self._metrics.ejections[worker.role, worker.url, why] += 1
             self._apply(worker)
             _report(logging.WARNING, "ejected", worker, why=why, last_failure=reason)
+
+    def refused(self, worker: Worker, reason: str) -> None:
+        """It takes no connections: it gets nothing more until a probe succeeds."""
+        if worker.healthy:
+            _report(logging.WARNING, "takes no connections", worker)
+        self._fleet.set_healthy(worker, False)
+        self.failed(worker, reason)
 
     def sweep(self, now_s: float) -> None:
         """Begin the trials that are due."""
@@ -83,10 +79,13 @@ class Outcomes:
                     _report(logging.INFO, "on trial", workers[url])
         self._relieve(now_s)
 
-    def fleet_changed(self) -> None:
-        """A worker came, went, or changed its health."""
+    def fleet_changed(self, worker: Worker) -> None:
+        """A listener of the fleet. Nothing is kept of workers that have left: where addresses come and go all the time,
+        as in a cluster of containers, it would grow for ever."""
+        if not self._fleet.has(worker):
+            self._ejections[worker.role].forget(worker.url)
+            self._metrics.forget(worker.role, worker.url)
         self._relieve(time.monotonic())
-        self._admission.changed()
 
     def _relieve(self, now_s: float) -> None:
         """End ejections that what is left of the fleet cannot afford."""
@@ -102,9 +101,7 @@ class Outcomes:
 
     def _apply(self, worker: Worker) -> None:
         standing = self._ejections[worker.role].standing(worker.url)
-        on_trial = standing is Standing.TRIAL
-        self._fleet.set_ejected(worker, standing in (Standing.OUT, Standing.TRYING), on_trial)
-        self._admission.changed()
+        self._fleet.set_ejected(worker, standing in (Standing.OUT, Standing.TRYING), standing is Standing.TRIAL)
 
 
 def _report(level: int, what: str, worker: Worker, **fields: object) -> None:

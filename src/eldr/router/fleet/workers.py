@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from eldr.errors import EldrError
@@ -80,7 +81,10 @@ class Worker:
 
 
 class Fleet:
-    """All workers. The view of eligible decode workers is kept up to date with every change, never rebuilt."""
+    """All workers, and who wants to hear of their changes.
+
+    The view of eligible decode workers is kept up to date with every change, never rebuilt.
+    """
 
     def __init__(self) -> None:
         self._workers: dict[Role, dict[str, Worker]] = {"prefill": {}, "decode": {}}
@@ -88,6 +92,36 @@ class Fleet:
         self._decode_slots = 0
         # Since when a role has had no available worker, monotonic; None while it has one.
         self._gone_since_s: dict[Role, float | None] = {"prefill": -math.inf, "decode": -math.inf}
+        self._listeners: list[Callable[[Worker], None]] = []
+        self._held: set[Worker] | None = None
+
+    def on_change(self, listener: Callable[[Worker], None]) -> None:
+        """Call `listener` with every worker that came, went, or may get another number of requests than before.
+
+        The change is made when it is told. Listeners are called in the order in which they were added. Requests in
+        flight are no change.
+        """
+        self._listeners.append(listener)
+
+    @contextmanager
+    def told_together(self) -> Iterator[None]:
+        """Hold back what there is to tell, and tell it at the end in the order in which workers were added."""
+        self._held = set()
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            for workers in self._workers.values():
+                for worker in list(workers.values()):
+                    if worker in held:
+                        self._tell(worker)
+
+    def _tell(self, worker: Worker) -> None:
+        if self._held is not None:
+            self._held.add(worker)
+            return
+        for listener in self._listeners:
+            listener(worker)
 
     def add(self, url: str, role: Role, max_inflight: int) -> Worker:
         """A new worker, unhealthy until told otherwise. Raises FleetError if the fleet has it already."""
@@ -95,12 +129,17 @@ class Fleet:
             raise FleetError(f"{role} worker {url} is in the fleet already")
         worker = Worker(url, role, max_inflight)
         self._workers[role][url] = worker
+        self._tell(worker)
         return worker
 
     def remove(self, worker: Worker) -> None:
         if self._workers[worker.role].pop(worker.url, None) is None:
             raise FleetError(f"{worker.role} worker {worker.url} is not in the fleet")
         self._fleet_changed(worker)
+
+    def has(self, worker: Worker) -> bool:
+        """Whether it is there; one that joined later under the same URL is another."""
+        return self._workers[worker.role].get(worker.url) is worker
 
     def workers(self, role: Role) -> Mapping[str, Worker]:
         """URL -> worker, in the order in which they were added."""
@@ -175,11 +214,12 @@ class Fleet:
         elif self._gone_since_s[worker.role] is None:
             self._gone_since_s[worker.role] = time.monotonic()
         self._refresh(worker)
+        self._tell(worker)
 
     def _refresh(self, worker: Worker) -> None:
         if worker.role != "decode":
             return
-        if worker.available and worker.in_flight < worker.max_inflight and worker.url in self._workers["decode"]:
+        if worker.available and worker.in_flight < worker.max_inflight and self.has(worker):
             self._eligible[worker.url] = worker.in_flight
         else:
             self._eligible.pop(worker.url, None)

@@ -54,10 +54,11 @@ def content_type(headers: Mapping[bytes, bytes]) -> bytes:
     return given if given == JSON or CONTENT_TYPE.fullmatch(given) else UNKNOWN_TYPE
 
 
-def retry_after_line(headers: Mapping[bytes, bytes]) -> bytes:
-    """The worker's Retry-After as a header line, nothing if it sent none that makes sense."""
+def answer_headers(headers: Mapping[bytes, bytes]) -> tuple[bytes, bytes]:
+    """What a client is told of a worker's headers: the content type, and Retry-After as a line if it makes sense."""
     given = headers.get(b"retry-after")
-    return b"retry-after: %b\r\n" % given if given is not None and RETRY_AFTER.fullmatch(given) else b""
+    retry_after = b"retry-after: %b\r\n" % given if given is not None and RETRY_AFTER.fullmatch(given) else b""
+    return content_type(headers), retry_after
 
 
 def _meant_for_us(headers: dict[bytes, bytes], name: bytes) -> bool:

@@ -7,7 +7,6 @@ here: its own trace context, if it has one, goes on to the workers as it came.
 from __future__ import annotations
 
 import random
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +93,8 @@ class RequestTrace:
         line = f"00-{trace.format_trace_id(own.trace_id)}-{trace.format_span_id(own.span_id)}-01"
         self.headers = trace_lines(line.encode(), state)
 
-    def leg(self, name: str, began_s: float, worker: str | None = None) -> None:
-        """A part of the request that ends now, with the exception that is being handled, if one is."""
+    def leg(self, name: str, began_s: float, worker: str | None = None, error: BaseException | None = None) -> None:
+        """A part of the request that ends now, with `error` if it failed."""
         span = self._tracer.start_span(
             name,
             self._inside,
@@ -103,7 +102,6 @@ class RequestTrace:
             attributes={} if worker is None else {"server.address": worker},
             start_time=self._unix_ns(began_s),
         )
-        error = sys.exception()
         if error is not None:
             # Its kind alone: what a worker says may hold a part of a prompt.
             span.set_status(self._trace.StatusCode.ERROR, type(error).__name__)

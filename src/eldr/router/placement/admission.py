@@ -11,17 +11,22 @@ import math
 import time
 from collections import defaultdict
 
+from eldr.router.config.endpoint import Role
 from eldr.router.config.groups import QueueLimits
-from eldr.router.fleet.workers import Fleet
+from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.errors import ApiError
 from eldr.router.placement.fair_queue import FairQueue, QueueFullError
 
 PRIORITIES = ("high", "normal", "low")
+RETRY_AFTER_S = 2
 MAX_RETRY_AFTER_S = 60
 
 
-class NoWorkerError(Exception):
-    """No worker of a role is available at all."""
+class NoWorkerError(ApiError):
+    """There is no worker of a role, and it is no use to wait for one any longer."""
+
+    def __init__(self, role: Role) -> None:
+        super().__init__(503, f"no {role} worker is available", retry_after_s=RETRY_AFTER_S)
 
 
 class Claim:
@@ -94,7 +99,7 @@ class Admission:
         """
         slots = self._slots()
         if slots == 0 and not self._worker_may_return():
-            raise NoWorkerError
+            raise NoWorkerError("decode")
         if not self.queued and self.admitted < slots:
             self.admitted += 1
             return
@@ -128,15 +133,28 @@ class Admission:
         while self.queued and (slots == 0 or self.admitted < slots):
             turn = self._pop()
             if slots == 0:
-                turn.end(NoWorkerError())
+                turn.end(NoWorkerError("decode"))
             elif not turn.admitted.done():
                 self._last_wait_s = time.monotonic() - turn.since_s
                 self.admitted += 1
                 turn.end(None)
 
+    def fleet_changed(self, worker: Worker) -> None:
+        """A listener of the fleet."""
+        self.changed()
+
+    def patience_s(self, role: Role) -> float:
+        """How much longer to wait for a worker of `role`: without end while one is available.
+
+        A worker that is restarted is back within seconds. A role that stays away is refused at once.
+        """
+        gone_s = self._fleet.gone_for_s(role)
+        return math.inf if gone_s is None else self._limits.worker_wait_s - gone_s
+
     def _worker_may_return(self) -> bool:
         """Whether the queue is kept although there is no decode worker; it is looked at again when that is over."""
-        left_s = self._limits.worker_wait_s - (self._fleet.gone_for_s("decode") or 0.0)
+        # Workers without a single slot are as good as none.
+        left_s = min(self.patience_s("decode"), self._limits.worker_wait_s)
         if left_s > 0 and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(left_s, self._look_again)
         return left_s > 0
@@ -145,15 +163,23 @@ class Admission:
         self._timer = None
         self.changed()
 
-    async def until_changed(self, timeout_s: float) -> bool:
-        """Wait, having been admitted, until a worker may have become eligible; False if none did in time."""
+    async def until_changed(self, role: Role, limit_s: float = math.inf) -> bool:
+        """Wait, having been admitted, until a worker of `role` may have become eligible; False after `limit_s` seconds.
+
+        Raises NoWorkerError if there has been none for too long.
+        """
+        patience_s = self.patience_s(role)
+        if patience_s <= 0:
+            raise NoWorkerError(role)
+        if limit_s <= 0:
+            return False
         waiter = asyncio.get_running_loop().create_future()
         self._placing.append(waiter)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(min(limit_s, patience_s)):
                 await waiter
         except TimeoutError:
-            return False
+            return patience_s <= limit_s
         return True
 
     def _slots(self) -> int:

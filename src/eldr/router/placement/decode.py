@@ -34,21 +34,22 @@ class Placed(NamedTuple):
 
 
 class Placement:
-    """One request on one decode worker, from the decision until `end`."""
+    """One request on one decode worker, from the decision until the end of its `with`."""
 
     __slots__ = ("_owner", "_request", "decision", "worker")
 
     def __init__(self, owner: Placements, request: DecodeRequest, worker: Worker, decision: Decision) -> None:
-        self._owner: Placements | None = owner
+        self._owner = owner
         self._request = request
         self.worker = worker
         self.decision = decision
 
-    def end(self) -> None:
-        """The request no longer runs there. Only the first call counts."""
-        owner, self._owner = self._owner, None
-        if owner is not None:
-            owner.ended(self._request, self.worker)
+    def __enter__(self) -> Placement:
+        return self
+
+    def __exit__(self, kind: object, error: object, where: object) -> None:
+        """The request no longer runs there."""
+        self._owner.ended(self._request, self.worker)
 
 
 class Placements:
@@ -60,6 +61,7 @@ class Placements:
         self._metrics = metrics
         self._fallback = ShortestQueue(seed)
         self._throttle = Throttle()
+        self._joined: set[str] = set()
         self.recent: deque[Placed] = deque(maxlen=KEPT)
 
     @property
@@ -74,11 +76,17 @@ class Placements:
             self._failed("failed to show its state", exc_info=True)
             return None
 
-    def joined(self, worker: Worker) -> None:
-        self._policy.joined(worker.url)
-
-    def left(self, worker: Worker) -> None:
-        self._policy.left(worker.url)
+    def fleet_changed(self, worker: Worker) -> None:
+        """A listener of the fleet. The policy hears of a worker when it is first up, and when it leaves."""
+        if worker.role != "decode":
+            return
+        if not self._fleet.has(worker):
+            if worker.url in self._joined:
+                self._joined.discard(worker.url)
+                self._policy.left(worker.url)
+        elif worker.healthy and worker.url not in self._joined:
+            self._joined.add(worker.url)
+            self._policy.joined(worker.url)
 
     def place(self, request: DecodeRequest, excluded: Collection[str]) -> Placement | None:
         """A worker for `request`, which now runs there; None if no worker is eligible.
@@ -104,13 +112,11 @@ class Placements:
                 worker.in_flight,
             )
         )
-        self._fleet.started(worker)
         self._tell(self._policy.started, request, worker)
         request.forget_counts()
         return Placement(self, request, worker, decision)
 
     def ended(self, request: DecodeRequest, worker: Worker) -> None:
-        self._fleet.finished(worker)
         self._tell(self._policy.finished, request, worker)
 
     def _decide(self, request: DecodeRequest, eligible: Mapping[str, int]) -> Decision:

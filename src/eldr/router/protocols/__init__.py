@@ -1,1 +1,1 @@
-"""How an engine takes a prefill and a decode leg: one file for each way."""
+"""What is said over HTTP: the OpenAI API of clients, and what engines expect of a prefill and a decode leg."""

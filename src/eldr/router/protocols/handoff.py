@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from eldr.counts import CountsError, ExpertCounts, decode_counts
+from eldr.router.fleet.workers import Worker
 
 # How long a hand-off whose lease is unknown (a prefill worker without our connector) may wait in the router. NIXL's
 # own lease is 30 s by default.
@@ -47,15 +48,16 @@ class HandOff:
     counts_wire: the counts as the worker sent them. Both are gone once the hand-off is spent, but for a recording's
         counts_wire.
     prompt_tokens: as the prefill worker counted them, 0 if it did not say.
-    request_name: what the prefill worker calls the request whose blocks these are.
+    source: the prefill worker. name: what it calls the request whose blocks these are.
     """
 
-    def __init__(self, params: dict[str, Any], prompt_tokens: int, sent_s: float) -> None:
+    def __init__(self, params: dict[str, Any], source: Worker, name: object, prompt_tokens: int, sent_s: float) -> None:
         self._params = params
         self._spent = False
         received_s = time.monotonic()
+        self.source = source
+        self.name = name
         self.prompt_tokens = prompt_tokens
-        self.request_name: object = params.get("remote_request_id")
         self.counts: ExpertCounts | None = None
         self.counts_error: CountsError | None = None
         self.counts_wire = params.pop("eldr_counts", None)
@@ -91,15 +93,3 @@ class HandOff:
         if record:
             params["eldr_record"] = True
         return params
-
-
-def read_handoff(answer: object, sent_s: float) -> HandOff | None:
-    """The hand-off in a prefill worker's answer, None if it holds none (a worker that hands nothing off)."""
-    if not isinstance(answer, dict):
-        return None
-    params = answer.get("kv_transfer_params")
-    if not isinstance(params, dict) or params.get("do_remote_prefill") is not True:
-        return None
-    usage = answer.get("usage")
-    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    return HandOff(params, tokens if type(tokens) is int else 0, sent_s)

@@ -12,7 +12,7 @@ from eldr.router.http.errors import ApiError
 from eldr.router.http.forwarding import content_type
 from eldr.router.http.server import ClientConnection
 from eldr.router.observe.counters import ITL_BOUNDS_S, Metrics
-from eldr.router.request.verdict import ERROR_EVENT, Names, WrongAnswerError, check_first_event, check_status
+from eldr.router.request.verdict import ERROR_EVENT, WrongAnswerError, check_status
 
 DONE_EVENT = b"data: [DONE]\n\n"
 # Its longest form, with line ends of two bytes each.
@@ -24,6 +24,55 @@ USAGE_MARK = b'"choices":[]'
 COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d{1,9})')
 
 
+class TokenTimes:
+    """When the tokens of a stream came, counted as they do.
+
+    events: server-sent events passed on. first_s, last_s: monotonic times, 0 before there are any.
+    """
+
+    def __init__(self, metrics: Metrics, received_s: float, wants_usage: bool) -> None:
+        self._metrics = metrics
+        self._gaps = metrics.itl.counts
+        self._received_s = received_s
+        self._wants_usage = wants_usage
+        self._usage = b""
+        self.events = 0
+        self.first_s = 0.0
+        self.last_s = 0.0
+
+    def begin(self) -> None:
+        self.first_s = time.monotonic()
+        self._metrics.ttft.observe(self.first_s - self._received_s)
+
+    def heard(self, events: int, data: bytes) -> None:
+        """So many events came at once."""
+        self.events += events
+        now_s = time.monotonic()
+        if self.last_s:
+            self._gaps[bisect_left(ITL_BOUNDS_S, now_s - self.last_s)] += 1
+        self.last_s = now_s
+        if self._wants_usage and USAGE_MARK in data:
+            self._usage = data
+
+    def observe(self, extra_events: int, whole: bool) -> float | None:
+        """Count the mean time between tokens, and give it; None if there is none, as of a stream that is not whole.
+
+        The usage says how many there were, where the client asked for it. Otherwise every event counts as one, less
+        `extra_events` and the usage; a worker that falls behind puts several into one event, which is then slower.
+        """
+        metrics = self._metrics
+        metrics.stream_events += self.events
+        if self.last_s:
+            metrics.itl.sum += self.last_s - self.first_s
+        found = COMPLETION_TOKENS.search(self._usage)
+        tokens = int(found[1]) if found else self.events - extra_events - self._wants_usage
+        if tokens < 2 or not whole:
+            return None
+        tpot_s = (self.last_s - self.first_s) / (tokens - 1)
+        metrics.tpot.observe(tpot_s)
+        return tpot_s
+
+
 class DecodeAnswer(Answer):
     """Hears the answer of a decode leg.
 
@@ -31,43 +80,31 @@ class DecodeAnswer(Answer):
     repaired. After that (`begun`) `finished` always resolves: a stream that broke, or ended without [DONE], ends with
     an error event and a connection closed short of the stream's end.
 
-    on_begun: called when the first event is there. broken: why the stream is not whole, None if it is.
-    events: server-sent events passed on. vLLM's stream carries no transfer parameters, so nothing is taken out.
+    first_event: called with the first event; raises WrongAnswerError if it is not fit for the client.
+    broken: how the worker failed a stream that had begun, None if it did not. cut: whether the router ended it.
+    vLLM's stream carries no transfer parameters, so nothing is taken out.
     """
 
     def __init__(
         self,
         client: ClientConnection,
-        metrics: Metrics,
-        response_headers: bytes,
-        received_s: float,
-        leg_id: str,
-        names: Names,
-        *,
+        times: TokenTimes,
+        head_lines: bytes,
+        first_event: Callable[[bytes], None],
         wants_stream: bool | None,
-        wants_usage: bool,
-        on_begun: Callable[[], None],
     ) -> None:
         super().__init__()
-        self._leg_id = leg_id
-        self._names = names
+        self._client = client
+        self._head_lines = head_lines
+        self._first_event = first_event
         self._wants_stream = wants_stream
-        self._on_begun = on_begun
+        self._is_stream = False
         self._held = b""
         self._tail = b""
         self._done = False
-        self._client = client
-        self._metrics = metrics
-        self._gaps = metrics.itl.counts
-        self._response_headers = response_headers
-        self._received_s = received_s
-        self._wants_usage = wants_usage
-        self._usage = b""
-        self._is_stream = False
+        self.times = times
         self.broken: ExchangeError | None = None
-        self.events = 0
-        self.first_s = 0.0
-        self.last_s = 0.0
+        self.cut = False
 
     def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
         super().on_head(status, headers)
@@ -82,37 +119,30 @@ class DecodeAnswer(Answer):
             return
         if not self.begun:
             framed = None
-            data = self._first_event(data)
+            data = self._begin(data)
             if not data:
                 return
         # JSON escapes its line ends: a bare empty line can only be the end of an event.
         events = data.count(b"\n\n")
-        self.events += events
         if events == 1 and data == DONE_EVENT:
             self._done = True
+            self.times.events += 1
         else:
-            now_s = time.monotonic()
-            if self.last_s:
-                self._gaps[bisect_left(ITL_BOUNDS_S, now_s - self.last_s)] += 1
-            self.last_s = now_s
+            self.times.heard(events, data)
             self._tail = data if len(data) >= DONE_BYTES else (self._tail + data)[-DONE_BYTES:]
-        if self._wants_usage and USAGE_MARK in data:
-            self._usage = data
         self._client.write(data, framed)
 
-    def _first_event(self, data: bytes) -> bytes:
+    def _begin(self, data: bytes) -> bytes:
         """All that came so far, once the first event in it is complete and fit for the client; else nothing."""
         self._held += data
         if b"\n\n" not in self._held and b"\r\n\r\n" not in self._held:
             if len(self._held) > MAX_FIRST_EVENT_BYTES:
                 raise WrongAnswerError("a first event without an end")
             return b""
-        check_first_event(self._held, self._leg_id, self._names)
+        self._first_event(self._held)
         self.begun = True
-        self._on_begun()
-        self.first_s = time.monotonic()
-        self._metrics.ttft.observe(self.first_s - self._received_s)
-        self._client.begin_stream(self.headers[b"content-type"], self._response_headers)
+        self.times.begin()
+        self._client.begin_stream(self.headers[b"content-type"], self._head_lines)
         held, self._held = self._held, b""
         return held
 
@@ -142,28 +172,15 @@ class DecodeAnswer(Answer):
         if not self.begun:
             super().on_failed(error)
             return
-        self.break_off(error, ApiError(504 if error.timed_out else 502, "the worker broke off within the answer"))
+        self.broken = error
+        self._end_short(ApiError(504 if error.timed_out else 502, "the worker broke off within the answer"))
 
-    def break_off(self, why: ExchangeError, error: ApiError) -> None:
-        """End a stream that has begun short of its end: the client hears `error`."""
-        self.broken = why
+    def cut_off(self, error: ApiError) -> None:
+        """End a stream that has begun short of its end, which is not the worker's fault: the client hears `error`."""
+        self.cut = True
+        self._end_short(error)
+
+    def _end_short(self, error: ApiError) -> None:
         self._client.write(b"data: %b\n\n" % error.body())
         self._client.break_stream()
         super().on_done()
-
-    def observe_tpot(self, extra_events: int) -> float | None:
-        """Count the mean time between tokens, and give it; None if there is none.
-
-        The usage says how many there were, where the client asked for it. Otherwise every event counts as one, less
-        `extra_events` and the usage; a worker that falls behind puts several into one event, which is then slower.
-        """
-        self._metrics.stream_events += self.events
-        if self.last_s:
-            self._metrics.itl.sum += self.last_s - self.first_s
-        found = COMPLETION_TOKENS.search(self._usage)
-        tokens = int(found[1]) if found else self.events - extra_events - self._wants_usage
-        if tokens < 2 or self.broken is not None:
-            return None
-        tpot_s = (self.last_s - self.first_s) / (tokens - 1)
-        self._metrics.tpot.observe(tpot_s)
-        return tpot_s

@@ -1,6 +1,23 @@
-"""How many retries a router may add to its load."""
+"""How often a request is tried, and where: each on its own few times, all together within a budget."""
 
 from __future__ import annotations
+
+import logging
+
+from eldr.router.config.endpoint import Role
+from eldr.router.config.groups import RetrySettings
+from eldr.router.fleet.outcomes import Outcomes
+from eldr.router.observe.counters import Metrics
+from eldr.router.observe.logs import Throttle
+from eldr.router.placement.admission import NoWorkerError
+from eldr.router.request.legs import LegFailure, LegRefused, RelayedError
+
+log = logging.getLogger("eldr.router")
+
+# Connections that one worker may refuse one request: each ends what the worker gets until a probe succeeds.
+MOST_REFUSALS = 3
+# After these failures of a decode leg the pull may have been at fault, and with it the prefill worker.
+PULL_FAILURES = ("status", "timeout")
 
 
 class RetryBudget:
@@ -23,3 +40,71 @@ class RetryBudget:
             return False
         self.left -= 1.0
         return True
+
+
+class Retries:
+    """What the attempts of all requests share."""
+
+    def __init__(self, config: RetrySettings, outcomes: Outcomes, metrics: Metrics) -> None:
+        self.most = config.retries
+        self.budget = RetryBudget(config.retry_ratio, config.retry_burst)
+        self.outcomes = outcomes
+        self.metrics = metrics
+        self.throttle = Throttle()
+
+
+class Attempts:
+    """The attempts of one request. tried: URLs of workers that failed it, by role; others are chosen first."""
+
+    def __init__(self, shared: Retries, request_id: str) -> None:
+        self._shared = shared
+        self._id = request_id
+        self._asked: dict[Role, int] = {"prefill": 0, "decode": 0}
+        self._refusals: dict[str, int] = {}
+        self._repeated = 0
+        self.tried: dict[Role, set[str]] = {"prefill": set(), "decode": set()}
+        shared.budget.request()
+
+    def next_name(self, role: Role) -> str:
+        """The X-Request-Id of the next leg. Every leg has its own; the first decode leg, whose answer the client sees,
+        has the request's."""
+        self._asked[role] = number = self._asked[role] + 1
+        return self._id if role == "decode" and number == 1 else f"{self._id}-{role}-{number}"
+
+    def refused(self, refused: LegRefused) -> None:
+        """No byte was sent: the leg goes to another worker, which costs no retry.
+
+        Raises NoWorkerError for a worker that answers its probes and refuses again and again.
+        """
+        worker, shared = refused.worker, self._shared
+        self._refusals[worker.url] = refusals = self._refusals.get(worker.url, 0) + 1
+        self.tried[worker.role].add(worker.url)
+        shared.metrics.retries[worker.role, refused.reason] += 1
+        shared.metrics.timeouts["connect"] += refused.timed_out
+        shared.outcomes.refused(worker, refused.reason)
+        if refusals == MOST_REFUSALS:
+            raise NoWorkerError(worker.role)
+
+    def failed(self, failure: LegFailure) -> None:
+        """Take one more attempt. Raises what the client gets, ApiError or RelayedError, if there is none to be had."""
+        shared, leg, reason = self._shared, failure.leg, failure.reason
+        if failure.worker is not None:
+            self.tried[leg].add(failure.worker.url)
+        if failure.source is not None and reason in PULL_FAILURES:
+            self.tried["prefill"].add(failure.source.url)
+        why_not = None
+        if self._repeated == shared.most:
+            why_not = "tries"
+        elif not shared.budget.take():
+            why_not = "budget"
+        url = None if failure.worker is None else failure.worker.url
+        fields = {"id": self._id, "worker": url, "reason": reason, "retried": why_not is None}
+        # Of a fleet's failure one line each for a while; the rest is counted, and there for who asks for it.
+        level = logging.WARNING if shared.throttle.due(f"{leg} {reason} {url}") else logging.DEBUG
+        log.log(level, "%s", failure, extra={"fields": fields})
+        if why_not is None:
+            self._repeated += 1
+            shared.metrics.retries[leg, reason] += 1
+            return
+        shared.metrics.retries_denied[leg, why_not] += 1
+        raise RelayedError(failure.answer) if failure.answer is not None else failure.error

@@ -7,18 +7,19 @@ import random
 from typing import Any
 
 from eldr.policies.base import DecodeRequest
-from eldr.router.api.keys import is_admin
+from eldr.router.config.settings import RouterConfig
+from eldr.router.fleet.workers import Fleet
+from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.errors import ApiError
 from eldr.router.http.forwarding import client_authorization, trace_context, trace_lines
 from eldr.router.http.server import Request
-from eldr.router.observe.tracing import RequestTrace
-from eldr.router.placement.admission import PRIORITIES, Claim
+from eldr.router.observe.tracing import RequestTrace, Tracing
+from eldr.router.placement.admission import PRIORITIES, Admission, Claim, NoWorkerError
+from eldr.router.protocols import openai
+from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
-from eldr.router.request import openai
 from eldr.router.request.deadlines import Deadlines
-from eldr.router.request.services import Services
 
-RETRY_AFTER_S = 2
 MAX_ID_BYTES = 128
 MAX_LABEL_BYTES = 64
 # What a request is taken to cost in the queue: its text at about four bytes a token, and the tokens it asks for.
@@ -31,13 +32,14 @@ _decode_requests = itertools.count()
 
 
 class Job:
-    """One completion or chat request, checked.
+    """One completion or chat request, checked. An attribute is a fact about the request; none is state of its course.
 
     body: what the client sent, less its request_id; empty once the answer streams. why_whole: why it cannot be handed
-    off, None if it can.
+    off, None if it can. max_tokens: the client's limit, None if there is none.
     record: whether its experts are wanted. leg_headers: header lines for either leg. authorization: the client's own,
     for workers that have no key of the router's. deadlines: until when it must be answered.
-    stream: whether the answer is to be streamed; None for what is no boolean, which a worker may read either way.
+    stream, wants_usage: whether the answer is to be streamed, and to end with the usage; stream is None for a value
+    that is no boolean.
     claim: on a turn in the queue. trace: None unless it is sampled.
     """
 
@@ -52,8 +54,8 @@ class Job:
         leg_headers: bytes,
         authorization: bytes | None,
         label: str | None,
+        max_tokens: int | None,
         deadlines: Deadlines,
-        stream: bool | None,
         claim: Claim,
         trace: RequestTrace | None,
     ) -> None:
@@ -65,8 +67,10 @@ class Job:
         self.leg_headers = leg_headers
         self.authorization = authorization
         self.label = label
+        self.max_tokens = max_tokens
         self.deadlines = deadlines
-        self.stream = stream
+        self.stream = openai.wants_stream(body)
+        self.wants_usage = openai.wants_usage(body)
         self.claim = claim
         self.trace = trace
 
@@ -77,7 +81,7 @@ class Job:
             0 if handoff is None else handoff.prompt_tokens,
             None if handoff is None else handoff.counts,
             self.label,
-            openai.max_tokens(self.path, self.body),
+            self.max_tokens,
             None if handoff is None else handoff.counts_wire,
         )
 
@@ -88,91 +92,101 @@ def request_id(request: Request) -> str:
     return (_visible(chosen, MAX_ID_BYTES) if chosen else None) or f"{random.getrandbits(128):032x}"
 
 
-def take_in(request: Request, request_id: str, services: Services) -> Job:
-    """The job that a request is. Raises ApiError."""
-    headers = request.headers
-    if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
-        raise ApiError(415, "Content-Type must be application/json")
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise ApiError(415, "a body with a Content-Encoding is not understood: send it as it is")
-    body = openai.parse_body(request.path, request.body)
-    in_body = body.pop("request_id", None)
-    if isinstance(in_body, str) and b"x-request-id" not in headers:
-        request_id = _visible(in_body.encode(), MAX_ID_BYTES) or request_id
-    why_whole = openai.why_not_handed_off(request.path, body)
-    record = _wants_record(request, body, services.admin_key)
-    if record and why_whole is not None:
-        raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
-    _check_fleet(body.get("model"), services)
-    label = headers.get(b"x-eldr-label")
-    trace = None if services.tracing is None else services.tracing.begin(request, request_id, body.get("model"))
-    return Job(
-        request_id=request_id,
-        path=request.path,
-        body=body,
-        why_whole=why_whole,
-        record=record,
-        leg_headers=b"content-type: application/json\r\n"
-        + (trace_lines(*trace_context(request)) if trace is None else trace.headers),
-        trace=trace,
-        # The admin key is for this router alone.
-        authorization=None if record else client_authorization(request),
-        label=_visible(label, MAX_LABEL_BYTES) if label else None,
-        stream=_wants_stream(body),
-        deadlines=Deadlines.of(headers, request.received_s, services.config.timeouts.request_timeout_s),
-        claim=_claim(request, body, services),
-    )
+class Intake:
+    """Takes requests in. tracing: None if no traces are made."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        fleet: Fleet,
+        admission: Admission,
+        protocol: LegProtocol,
+        admin_key: AdminKey,
+        tracing: Tracing | None,
+    ) -> None:
+        self._timeouts = config.timeouts
+        self._fleet = fleet
+        self._admission = admission
+        self._protocol = protocol
+        self._admin_key = admin_key
+        self.tracing = tracing
+        client_header = config.listen.client_header
+        self._client_header = None if client_header is None else client_header.lower().encode()
+
+    def take(self, request: Request, request_id: str) -> Job:
+        """The job that a request is. Raises ApiError."""
+        headers = request.headers
+        if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+            raise ApiError(415, "Content-Type must be application/json")
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise ApiError(415, "a body with a Content-Encoding is not understood: send it as it is")
+        body = openai.parse_body(request.path, request.body, self._protocol.reserved)
+        in_body = body.pop("request_id", None)
+        if isinstance(in_body, str) and b"x-request-id" not in headers:
+            request_id = _visible(in_body.encode(), MAX_ID_BYTES) or request_id
+        why_whole = self._protocol.why_whole(request.path, body)
+        from_admin = self._admin_key.is_in(headers)
+        record = _wants_record(request, body, from_admin)
+        if record and why_whole is not None:
+            raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
+        self._check_fleet(body.get("model"))
+        label = headers.get(b"x-eldr-label")
+        max_tokens = openai.max_tokens(request.path, body)
+        trace = None if self.tracing is None else self.tracing.begin(request, request_id, body.get("model"))
+        return Job(
+            request_id=request_id,
+            path=request.path,
+            body=body,
+            why_whole=why_whole,
+            record=record,
+            leg_headers=b"content-type: application/json\r\n"
+            + (trace_lines(*trace_context(request)) if trace is None else trace.headers),
+            trace=trace,
+            authorization=None if from_admin else client_authorization(request),
+            label=_visible(label, MAX_LABEL_BYTES) if label else None,
+            max_tokens=max_tokens,
+            deadlines=Deadlines.of(headers, request.received_s, self._timeouts.request_timeout_s),
+            claim=self._claim(request, body, max_tokens),
+        )
+
+    def _claim(self, request: Request, body: dict[str, Any], max_tokens: int | None) -> Claim:
+        """Which client's turn this is, and how urgent: by header X-Eldr-Priority, else by vLLM's field `priority`."""
+        named = request.headers.get(b"x-eldr-priority")
+        if named is not None:
+            if named not in PRIORITY_NAMES:
+                raise ApiError(400, f"X-Eldr-Priority must be one of {', '.join(PRIORITIES)}")
+            priority = PRIORITY_NAMES[named]
+        else:
+            stated = body.get("priority")
+            # vLLM handles lower numbers first; 0 is its default.
+            priority = 1 if type(stated) is not int or stated == 0 else 0 if stated < 0 else 2
+        cost = len(request.body) // BYTES_PER_TOKEN + (UNSTATED_TOKENS if max_tokens is None else max_tokens)
+        if self._client_header is not None:
+            client = request.headers.get(self._client_header, b"")
+        else:
+            client = request.client.encode() or request.headers.get(b"authorization", b"")
+        return Claim(client, priority, cost)
+
+    def _check_fleet(self, model: str | None) -> None:
+        if self._admission.patience_s("decode") <= 0:
+            raise NoWorkerError("decode")
+        if not self._fleet.any_available("decode"):
+            return  # whoever comes back knows whether it serves the model
+        if model and not self._fleet.serves(model):
+            raise ApiError(404, f"The model `{model}` does not exist.", param="model")
 
 
-def no_worker(role: str) -> ApiError:
-    return ApiError(503, f"no {role} worker is available", retry_after_s=RETRY_AFTER_S)
-
-
-def _visible(value: bytes, most_bytes: int) -> str | None:
-    if len(value) <= most_bytes and all(0x20 < byte < 0x7F for byte in value):
-        return value.decode()
-    return None
-
-
-def _claim(request: Request, body: dict[str, Any], services: Services) -> Claim:
-    """Which client's turn this is, and how urgent: by header X-Eldr-Priority, else by vLLM's field `priority`."""
-    named = request.headers.get(b"x-eldr-priority")
-    if named is not None:
-        if named not in PRIORITY_NAMES:
-            raise ApiError(400, f"X-Eldr-Priority must be one of {', '.join(PRIORITIES)}")
-        priority = PRIORITY_NAMES[named]
-    else:
-        stated = body.get("priority")
-        # vLLM handles lower numbers first; 0 is its default.
-        priority = 1 if type(stated) is not int or stated == 0 else 0 if stated < 0 else 2
-    tokens = openai.max_tokens(request.path, body)
-    cost = len(request.body) // BYTES_PER_TOKEN + (UNSTATED_TOKENS if tokens is None else tokens)
-    if services.client_header is not None:
-        client = request.headers.get(services.client_header, b"")
-    else:
-        client = request.client.encode() or request.headers.get(b"authorization", b"")
-    return Claim(client, priority, cost)
-
-
-def _wants_record(request: Request, body: dict[str, Any], admin_key: bytes | None) -> bool:
+def _wants_record(request: Request, body: dict[str, Any], from_admin: bool) -> bool:
     if request.headers.get(b"x-eldr-record") != b"1":
         return False
-    if not is_admin(request.headers.get(b"authorization"), admin_key):
+    if not from_admin:
         raise ApiError(403, "recording needs the admin key as Authorization: Bearer KEY (see --admin-key-file)")
     if body.get("stream"):
         raise ApiError(400, "recording needs stream: false", param="stream")
     return True
 
 
-def _wants_stream(body: dict[str, Any]) -> bool | None:
-    stream = body.get("stream", False)
-    return stream if isinstance(stream, bool) else None
-
-
-def _check_fleet(model: str | None, services: Services) -> None:
-    if services.patience_s("decode") <= 0:
-        raise no_worker("decode")
-    if not services.fleet.any_available("decode"):
-        return  # whoever comes back knows whether it serves the model
-    if model and not services.fleet.serves(model):
-        raise ApiError(404, f"The model `{model}` does not exist.", param="model")
+def _visible(value: bytes, most_bytes: int) -> str | None:
+    if len(value) <= most_bytes and all(0x20 < byte < 0x7F for byte in value):
+        return value.decode()
+    return None

@@ -1,18 +1,26 @@
-"""One leg at one worker: the bytes it is sent, what its answer is worth, and who is to blame if it is worth nothing."""
+"""One leg: an attempt of a request at one worker, its end, and who is to blame if it is worth nothing."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import defaultdict
+from types import TracebackType
+from typing import Any
 
 from eldr.router.config.endpoint import Role
-from eldr.router.fleet.workers import Worker
-from eldr.router.http.client import Answer, ExchangeError, WorkerPool
+from eldr.router.fleet.outcomes import Outcomes
+from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.http.client import Answer, ConnectError, ExchangeError, WorkerConnection, WorkerPool
 from eldr.router.http.errors import ApiError
-from eldr.router.protocols.handoff import HandOff, read_handoff
-from eldr.router.request.intake import RETRY_AFTER_S, Job
-from eldr.router.request.services import Services
-from eldr.router.request.verdict import check_completion, check_handoff, check_status
+from eldr.router.observe.counters import Metrics
+from eldr.router.observe.logs import Throttle
+from eldr.router.placement.admission import RETRY_AFTER_S
+from eldr.router.protocols.base import LegProtocol
+from eldr.router.protocols.handoff import HandOff
+from eldr.router.request.intake import Job
+from eldr.router.request.verdict import Names, WorkerStatusError, check_completion, check_first_event, check_status
 
 log = logging.getLogger("eldr.router")
 
@@ -28,105 +36,239 @@ class RelayedError(Exception):
         self.answer = answer
 
 
+class LegRefused(Exception):  # noqa: N818 - it may well be repaired
+    """The worker took no connection: no byte was sent, and a hand-off is as good as before."""
+
+    def __init__(self, worker: Worker, error: ConnectError) -> None:
+        super().__init__(str(error))
+        self.worker = worker
+        self.reason = error.reason
+        self.timed_out = error.timed_out
+
+
 class LegFailure(Exception):  # noqa: N818 - it may well be repaired
     """A leg that did not succeed and may be tried again: nothing of its answer has reached the client.
 
-    reason: a metric label. error: what the client hears if nothing is tried any more, or `answer`, the worker's own
-    answer, where it gave one. worker: its URL, None if there was none.
+    reason: a metric label. worker: None if there was none. source: the prefill worker whose blocks it was to pull.
+    answer: the worker's own answer, which the client gets if nothing is tried any more.
     """
 
     def __init__(
-        self, leg: Role, reason: str, why: object, *, worker: str | None = None, answer: Answer | None = None
+        self,
+        leg: Role,
+        reason: str,
+        why: object,
+        *,
+        worker: Worker | None = None,
+        source: Worker | None = None,
+        answer: Answer | None = None,
     ) -> None:
         super().__init__(f"{leg} leg: {why}")
         self.leg = leg
         self.reason = reason
         self.worker = worker
+        self.source = source
         self.answer = answer
 
     @property
     def error(self) -> ApiError:
+        """What the client hears if there is no answer to pass on."""
         if self.reason == "timeout":
             return ApiError(504, f"the {self.leg} worker did not answer in time", retry_after_s=RETRY_AFTER_S)
         return ApiError(502, f"no {self.leg} worker completed the request", retry_after_s=RETRY_AFTER_S)
 
 
-def request_bytes(pool: WorkerPool, job: Job, leg_id: str, body: bytes) -> bytes:
-    """The bytes of one leg. vLLM names the request after X-Request-Id: every leg and attempt has its own."""
-    headers = b"%bx-request-id: %b\r\n" % (job.leg_headers, leg_id.encode())
-    return pool.request(b"POST", job.path, headers, body, job.authorization)
+class Legs:
+    """What the legs of all requests share.
+
+    pools: the connections to each worker. answer_names, handoff_names: whether workers name answers after their legs,
+    by role, path and stream, and hand-offs too.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        pools: dict[Worker, WorkerPool],
+        outcomes: Outcomes,
+        protocol: LegProtocol,
+        metrics: Metrics,
+    ) -> None:
+        self.fleet = fleet
+        self.pools = pools
+        self.outcomes = outcomes
+        self.protocol = protocol
+        self.metrics = metrics
+        self.answer_names: defaultdict[tuple[Role, bytes, bool | None], Names] = defaultdict(Names)
+        self.handoff_names = Names()
+        self.throttle = Throttle()
+
+    def count(self, handoff: HandOff) -> None:
+        self.metrics.handoffs += 1
+        error = handoff.counts_error
+        if error is not None:
+            self.metrics.counts_errors[error.reason] += 1
+            if self.throttle.due(error.reason):
+                log.warning("expert counts of %s cannot be used: %s", handoff.source.url, error)
+
+    def leave(self, worker: Worker, most: int) -> None:
+        """A worker answers no probes: up to `most` legs that wait there for an answer are tried elsewhere, if there is
+        an elsewhere. Streams that have begun are left to their own deadline; the worker may only be slow."""
+        if self.fleet.any_available(worker.role):
+            moved = self.pools[worker].give_up_waiting("the worker answers no probes", most)
+            if moved:
+                log.warning("%d waiting exchanges leave %s worker %s", moved, worker.role, worker.url)
 
 
-async def prefill(services: Services, job: Job, worker: Worker, leg_id: str, body: bytes) -> HandOff | None:
-    """A hand-off, None if the worker gives none. Raises ConnectError, LegFailure or RelayedError."""
-    pool = services.pools[worker]
-    services.outcomes.began(worker)
-    services.fleet.started(worker)
-    try:
-        connection = await pool.connection()
-        answer = Answer()
-        sent_s = time.monotonic()
-        connection.start(answer, request_bytes(pool, job, leg_id, body), services.config.timeouts.prefill_timeout_s)
-        await connection.finish(answer)
-        check_answered(services, worker, answer)
-        handoff = _handoff(services, job, worker, answer, leg_id, sent_s)
-        services.outcomes.succeeded(worker)
-    except ExchangeError as error:
-        services.metrics.timeouts["prefill"] += error.timed_out
-        raise blame(services, worker, error.reason, error) from None
-    finally:
-        services.fleet.finished(worker)
-        services.outcomes.ended(worker)
-    now_s = time.monotonic()
-    services.metrics.prefill.observe(now_s - sent_s)
-    if handoff is not None:
-        worker.lease_until_s = max(worker.lease_until_s, now_s + handoff.left_s(now_s))
-    return handoff
+class Leg:
+    """One attempt of a request at one worker, for the time of a `with`: the worker has one request more in flight, it
+    may be its trial, and the time counts in the request's trace.
 
+    name: its X-Request-Id, after which vLLM names the answer. source: the prefill worker whose blocks it is to pull.
+    """
 
-def _handoff(
-    services: Services, job: Job, worker: Worker, answer: Answer, leg_id: str, sent_s: float
-) -> HandOff | None:
-    """Raises ExchangeError."""
-    fields = check_completion(answer, leg_id, services.answer_names["prefill", job.path, False])
-    handoff = read_handoff(fields, sent_s)
-    if handoff is None:
-        if services.throttle.due("no_handoff"):
-            log.warning("prefill worker %s hands nothing off; its requests run whole", worker.url)
-        return None
-    check_handoff(handoff.request_name, leg_id, services.handoff_names)
-    services.metrics.handoffs += 1
-    if handoff.counts_error is not None:
-        reason = handoff.counts_error.reason
-        services.metrics.counts_errors[reason] += 1
-        if services.throttle.due(reason):
-            log.warning("expert counts of %s cannot be used: %s", worker.url, handoff.counts_error)
-    return handoff
+    def __init__(self, shared: Legs, job: Job, worker: Worker, source: Worker | None = None) -> None:
+        self._shared = shared
+        self._job = job
+        self._source = source
+        self._connection: WorkerConnection | None = None
+        self._answer: Answer | None = None
+        self._began_s = 0.0
+        self._sent_s = 0.0
+        self.worker = worker
+        self.name = ""
 
+    def __enter__(self) -> Leg:
+        self._began_s = time.monotonic()
+        self._shared.outcomes.began(self.worker)
+        self._shared.fleet.started(self.worker)
+        return self
 
-def check_answered(services: Services, worker: Worker, answer: Answer, pulled_from: str | None = None) -> None:
-    """Nothing for status 200. Raises LegFailure for an error of the worker, RelayedError for one of the client."""
-    check_status(answer.status)
-    if answer.status in WORKERS_ERRORS:
-        raise blame(services, worker, "status", f"status {answer.status}", pulled_from, answer)
-    if answer.status != 200:
-        services.outcomes.succeeded(worker)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._connection is not None and self._answer is None:  # nothing was sent
+            self._shared.pools[self.worker].release(self._connection)
+        self._connection = None
+        self._shared.fleet.finished(self.worker)
+        self._shared.outcomes.ended(self.worker)
+        if self._job.trace is not None:
+            self._job.trace.leg(self.worker.role, self._began_s, self.worker.url, error)
+
+    async def connect(self) -> None:
+        """Raises LegRefused."""
+        try:
+            self._connection = await self._shared.pools[self.worker].connection()
+        except ConnectError as error:
+            raise LegRefused(self.worker, error) from None
+
+    async def ask(
+        self,
+        name: str,
+        body: bytes,
+        answer: Answer,
+        limit_s: float,
+        idle_limit_s: float = math.inf,
+        *,
+        paused: bool = False,
+    ) -> dict[str, Any]:
+        """Send the request and wait until all of `answer` is there: the fields of a whole completion, none of a stream.
+
+        limit_s: longest wait for the answer, or for a stream's beginning. idle_limit_s: longest silence after that.
+        paused: whether the answer is not to be read yet. Raises LegFailure, or RelayedError for an error of the
+        client's.
+        """
+        job, connection = self._job, self._connection
+        assert connection is not None
+        self.name = name
+        self._answer = answer
+        self._sent_s = time.monotonic()
+        headers = b"%bx-request-id: %b\r\n" % (job.leg_headers, name.encode())
+        request = self._shared.pools[self.worker].request(b"POST", job.path, headers, body, job.authorization)
+        connection.start(answer, request, limit_s, idle_limit_s)
+        if paused:
+            connection.pause(answer)
+        try:
+            await connection.finish(answer)
+            if answer.begun:
+                return {}
+            check_status(answer.status)
+            if answer.status in WORKERS_ERRORS:
+                raise WorkerStatusError(f"status {answer.status}")
+            if answer.status == 200:
+                return check_completion(answer, self._shared.protocol, name, self._names())
+        except ExchangeError as error:
+            self._shared.metrics.timeouts[self._deadline()] += error.timed_out
+            raise self.failed(error, answer if isinstance(error, WorkerStatusError) else None) from None
+        self.succeeded()
         raise RelayedError(answer)
 
+    def first_event(self, event: bytes) -> None:
+        """A stream has begun: nothing will be tried again. Raises WrongAnswerError if it is not this leg's."""
+        check_first_event(event, self._shared.protocol, self.name, self._names())
+        self._job.body = {}  # a thousand streams with long prompts would hold a gigabyte
+        if self.worker.ejected:  # its trial shall not last as long as the stream
+            self.succeeded()
 
-def blame(
-    services: Services,
-    worker: Worker,
-    reason: str,
-    why: object,
-    pulled_from: str | None = None,
-    answer: Answer | None = None,
-) -> LegFailure:
-    """The failure to raise, put down to the worker.
+    def read_handoff(self, fields: dict[str, Any]) -> HandOff | None:
+        """What a prefill gave, None if the worker hands nothing off.
 
-    pulled_from: the prefill worker whose blocks it was to pull; if that one is gone, the pull fails everywhere.
-    """
-    source = None if pulled_from is None else services.fleet.workers("prefill").get(pulled_from)
-    if pulled_from is None or (source is not None and source.available):
-        services.outcomes.failed(worker, reason)
-    return LegFailure(worker.role, reason, why, worker=worker.url, answer=answer)
+        Raises LegFailure for the hand-off of another leg: its blocks would be read as this prompt's.
+        """
+        shared, worker = self._shared, self.worker
+        handoff = shared.protocol.read_handoff(fields, worker, self._sent_s)
+        now_s = time.monotonic()
+        if handoff is None:
+            if shared.throttle.due("no_handoff"):
+                log.warning("prefill worker %s hands nothing off; its requests run whole", worker.url)
+        else:
+            try:
+                shared.handoff_names.check(shared.protocol.handoff_is_named_after(handoff, self.name))
+            except ExchangeError as error:
+                raise self.failed(error) from None
+            shared.count(handoff)
+            worker.lease_until_s = max(worker.lease_until_s, now_s + handoff.left_s(now_s))
+        shared.metrics.prefill.observe(now_s - self._sent_s)
+        self.succeeded()
+        return handoff
+
+    def succeeded(self) -> None:
+        self._shared.outcomes.succeeded(self.worker)
+
+    def failed(self, error: ExchangeError, answer: Answer | None = None) -> LegFailure:
+        """The failure to raise, put down to the worker; but if the worker whose blocks it was to pull is gone, the pull
+        would have failed everywhere."""
+        source = self._source
+        if source is None or (self._shared.fleet.has(source) and source.available):
+            self._shared.outcomes.failed(self.worker, error.reason)
+        return LegFailure(self.worker.role, error.reason, error, worker=self.worker, source=source, answer=answer)
+
+    def broke(self, error: ExchangeError) -> None:
+        """The worker broke off a stream that had begun."""
+        self._shared.outcomes.failed(self.worker, "broken_stream")
+        self._shared.metrics.broken_streams += 1
+        self._shared.metrics.timeouts["idle"] += error.timed_out
+        fields = {"id": self._job.request_id, "worker": self.worker.url, "reason": error.reason}
+        log.warning("stream broken off: %s", error, extra={"fields": fields})
+
+    def _names(self) -> Names:
+        return self._shared.answer_names[self.worker.role, self._job.path, self._job.stream]
+
+    def _deadline(self) -> str:
+        """The deadline that `limit_s` is, as a metric label."""
+        if self.worker.role == "prefill":
+            return "prefill"
+        return "first_byte" if self._job.stream else "answer"
+
+    # The client's pace. An exchange that has ended hears nothing of it.
+
+    def abort(self) -> None:
+        if self._connection is not None and self._answer is not None:
+            self._connection.abort(self._answer)
+
+    def pause(self) -> None:
+        if self._connection is not None and self._answer is not None:
+            self._connection.pause(self._answer)
+
+    def resume(self) -> None:
+        if self._connection is not None and self._answer is not None:
+            self._connection.resume(self._answer)

@@ -13,6 +13,7 @@ import orjson
 
 from eldr.router.http.client import Answer, ExchangeError
 from eldr.router.http.heads import STATUS_LINES
+from eldr.router.protocols.base import LegProtocol
 
 # How vLLM begins an error in a stream whose status is already sent.
 ERROR_EVENT = b'data: {"error"'
@@ -26,6 +27,12 @@ class WrongAnswerError(ExchangeError):
     """An answer, good HTTP, that is not the answer to this request."""
 
     reason: ClassVar[str] = "wrong_answer"
+
+
+class WorkerStatusError(ExchangeError):
+    """A status that says that the worker failed, with its own words for the client."""
+
+    reason: ClassVar[str] = "status"
 
 
 class Names:
@@ -48,32 +55,23 @@ def check_status(status: int) -> None:
         raise WrongAnswerError(f"status {status}")
 
 
-def check_completion(answer: Answer, leg_id: str, names: Names) -> dict[str, Any]:
+def check_completion(answer: Answer, protocol: LegProtocol, leg_name: str, names: Names) -> dict[str, Any]:
     """The fields of a whole completion with status 200. Raises ExchangeError if it is none."""
     fields = answer.json()
     if not isinstance(fields, dict) or fields.get("error") is not None or not isinstance(fields.get("choices"), list):
         raise WrongAnswerError("status 200 without a completion")
-    name = fields.get("id")
-    names.check(isinstance(name, str) and name.endswith("-" + leg_id))
+    names.check(protocol.is_named_after(fields.get("id"), leg_name))
     return fields
 
 
-def check_handoff(name: object, leg_id: str, names: Names) -> None:
-    """Raises WrongAnswerError if `name`, the hand-off's remote_request_id, is another request's.
-
-    vLLM's internal id is the answer's, with a random part behind it.
-    """
-    names.check(isinstance(name, str) and f"-{leg_id}-" in name)
-
-
-def check_first_event(event: bytes, leg_id: str, names: Names) -> None:
+def check_first_event(event: bytes, protocol: LegProtocol, leg_name: str, names: Names) -> None:
     """Raises WrongAnswerError for an event that reports the failure of the worker, or is another request's."""
     if event.startswith(ERROR_EVENT):
         code = _error_code(event)
         if code is None or code >= 500:
             raise WrongAnswerError(f"status 200 with error {code}")
     elif event.startswith(OBJECT):
-        names.check(b"-" + orjson.dumps(leg_id)[1:] in event[:ID_WITHIN_BYTES])
+        names.check(protocol.event_is_named_after(event[:ID_WITHIN_BYTES], leg_name))
 
 
 def _error_code(event: bytes) -> int | None:

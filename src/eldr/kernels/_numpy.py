@@ -1,9 +1,4 @@
-"""The inner loops of expert counts and expected-union: in C where the installation could compile them, else in numpy.
-
-A request's 6,144 probabilities (48 x 128) pass through some thirty numpy calls, each a walk over memory and an
-allocation; in C they take a fourth of the time. Both give the same integers; floats agree to a few units in the last
-place. Every array is C-contiguous. `COMPILED` says which are in use.
-"""
+"""The kernels in numpy. They run where the compiled ones are missing, and say what both compute."""
 
 from __future__ import annotations
 
@@ -12,19 +7,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-Counts = NDArray[np.uint32]
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
-
-try:
-    import eldr._kernels as _kernels
-except ImportError:
-    _kernels = None  # type: ignore[assignment]
-
-COMPILED = _kernels is not None
-
-# Survival is kept in 16 bits, as a fraction of this.
-CERTAIN = 65535
+from eldr.kernels._types import CERTAIN, Counts, Doubles, FleetState, Floats, PlacementWeights
 
 
 def unpack_counts(
@@ -142,55 +125,35 @@ def row_products(rows: Floats | NDArray[np.uint16], vector: Floats, out: Doubles
 
 
 def placement_cost(
-    columns: Doubles,
-    union: Doubles,
+    fleet: FleetState,
+    weights: PlacementWeights,
     added: Doubles,
-    context: list[int],
     products: Doubles,
-    length: Floats,
     at_random: Doubles,
     rows: NDArray[np.int64],
     load: list[int],
     context_tokens: float,
-    others_weight: float,
-    anchor: float,
-    tail_guard: float,
-    guard_share: float,
     out: Doubles,
 ) -> int:
     """What expected-union minimises, into `out`, [N]: seconds per step, infinity behind the tail guard. Returns the
     index of the least.
 
-    columns: [4, W], a step's base, per expert, per token and per context token, seconds. union, added, context: [W].
-    products: [W], of each worker's direction with the request's, and `length` of the worker's: similarity is their
-    ratio. at_random: [batch + 1], experts of a batch so large drawn at random. rows: [N], the workers to choose from,
-    with `load`, [N].
+    Of the request: `added`, [W], the experts that it adds to each worker's union; `products`, [W], of its direction
+    with each worker's, which over `fleet.length` are similarities; `context_tokens` of its prompt. at_random:
+    [batch + 1], experts of a batch so large drawn at random. rows: [N], the workers to choose from, with `load`, [N].
     """
-    loads, contexts = np.array(load, dtype=np.float64), np.array(context, dtype=np.float64)
-    base_s, expert_s, token_s, context_s = columns[:, rows]
-    similarity = products[rows] / np.maximum(length[rows], np.float32(1e-6))
+    loads, contexts = np.array(load, dtype=np.float64), np.array(fleet.context, dtype=np.float64)
+    base_s, expert_s, token_s, context_s = fleet.columns[:, rows]
+    similarity = products[rows] / np.maximum(fleet.length[rows], np.float32(1e-6))
     added = added[rows]
-    then = union[rows] + added
+    then = fleet.union[rows] + added
     added_s = expert_s * added + token_s + context_s * context_tokens
     longer_s = base_s + expert_s * then + token_s * (loads + 1) + context_s * (contexts[rows] + context_tokens)
     expert_time_s = float((expert_s * then).sum()) / len(rows)
-    out[:] = longer_s + others_weight * loads * added_s
-    out += anchor * (float(loads.sum()) / len(rows) + 1) * expert_time_s * (similarity.max() - similarity)
+    out[:] = longer_s + weights.others * loads * added_s
+    out += weights.anchor * (float(loads.sum()) / len(rows) + 1) * expert_time_s * (similarity.max() - similarity)
     random_experts = at_random[np.array(load) + 1]
     saved_s = max(float((expert_s * (random_experts - then)).sum()) / len(rows), 0.0)
-    margin_s = tail_guard * (saved_s + guard_share * expert_time_s) + 1e-12
+    margin_s = weights.tail_guard * (saved_s + weights.guard_share * expert_time_s) + 1e-12
     out[longer_s > float(longer_s.sum()) / len(rows) + margin_s] = np.inf
     return int(out.argmin())
-
-
-if _kernels is not None:
-    row_products = _kernels.row_products
-    placement_cost = _kernels.placement_cost
-    unpack_counts = _kernels.unpack_counts
-    own_frequencies = _kernels.own_frequencies
-    to_probabilities = _kernels.to_probabilities
-    encode_signature = _kernels.encode_signature
-    encode_exposure = _kernels.encode_exposure
-    shift_exposure = _kernels.shift_exposure
-    unit_direction = _kernels.unit_direction
-    move_towards = _kernels.move_towards

@@ -1,0 +1,55 @@
+"""The inner loops of expert counts and expected-union: in C where the installation could compile them, else in numpy.
+
+A request's 6,144 probabilities (48 x 128) pass through some thirty numpy calls, each a walk over memory and an
+allocation; in C they take a fourth of the time. Both give the same integers; floats agree to a few units in the last
+place. Every array is C-contiguous. `COMPILED` says which are in use; ELDR_NO_EXTENSIONS=1 in the environment asks for
+numpy. The docstrings are in `_numpy`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from eldr.kernels._numpy import from_fractions
+from eldr.kernels._types import CERTAIN, FleetState, PlacementWeights
+
+# The compiled kernels have no types of their own: their signatures are those of the numpy ones.
+if TYPE_CHECKING or os.environ.get("ELDR_NO_EXTENSIONS"):
+    from eldr.kernels import _numpy as _chosen
+else:
+    try:
+        from eldr.kernels import _compiled as _chosen
+    except ImportError:
+        from eldr.kernels import _numpy as _chosen
+
+__all__ = [
+    "CERTAIN",
+    "COMPILED",
+    "FleetState",
+    "PlacementWeights",
+    "encode_exposure",
+    "encode_signature",
+    "from_fractions",
+    "move_towards",
+    "own_frequencies",
+    "placement_cost",
+    "row_products",
+    "shift_exposure",
+    "to_probabilities",
+    "unit_direction",
+    "unpack_counts",
+]
+
+COMPILED = _chosen.__name__.endswith("._compiled")
+
+encode_exposure = _chosen.encode_exposure
+encode_signature = _chosen.encode_signature
+move_towards = _chosen.move_towards
+own_frequencies = _chosen.own_frequencies
+placement_cost = _chosen.placement_cost
+row_products = _chosen.row_products
+shift_exposure = _chosen.shift_exposure
+to_probabilities = _chosen.to_probabilities
+unit_direction = _chosen.unit_direction
+unpack_counts = _chosen.unpack_counts

@@ -1,0 +1,270 @@
+# cython: language_level=3, binding=False, boundscheck=False, wraparound=False, cdivision=True
+"""The loops of loops.h as Python functions. `_numpy` says what each computes.
+
+Types and sizes of arrays are checked against each other here: a wrong call raises ValueError or TypeError, and never
+reads or writes outside of an array. Arrays are taken through numpy's C API. A typed memoryview takes 100 ns to make,
+and a placement has eight arrays and takes 200 ns in all.
+"""
+
+from cpython.long cimport PyLong_AsSsize_t
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.math cimport sqrtf
+from libc.stdint cimport UINT32_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cimport numpy as cnp
+from numpy cimport NPY_FLOAT32, NPY_FLOAT64, NPY_INT64, NPY_UINT8, NPY_UINT16, NPY_UINT32
+
+from eldr.kernels._types import FleetState, PlacementWeights
+
+cnp.import_array()
+
+
+cdef extern from "loops.h" nogil:
+    enum:
+        NO_MEMORY
+
+    struct Fleet "fleet":
+        const double *columns
+        const double *unions
+        const int64_t *context
+        const float *length
+        Py_ssize_t workers
+
+    struct Weights "weights":
+        double others
+        double anchor
+        double tail_guard
+        double guard_share
+
+    struct Request "request":
+        const double *added
+        const double *products
+        double context_tokens
+
+    struct Candidates "candidates":
+        const int64_t *rows
+        const int64_t *load
+        Py_ssize_t count
+        const double *at_random
+
+    int unpack_layers(const uint8_t *data, Py_ssize_t length, int low_bits, int high_bits, Py_ssize_t layers,
+                      Py_ssize_t experts, uint64_t sum, uint32_t most, uint32_t *out)
+    void frequencies(const uint32_t *counts, const float *mean, float prior, float scale, Py_ssize_t size, float *out)
+    void probabilities(const float *score, Py_ssize_t layers, Py_ssize_t experts, float least, float most,
+                       float target, float *out)
+    void signature_codes(const float *signature, Py_ssize_t size, uint8_t *out)
+    void exposure_codes(const float *profile, float most, float scale, Py_ssize_t size, uint8_t *out)
+    void add(const uint8_t *code, Py_ssize_t size, uint32_t *exposure)
+    void subtract(const uint8_t *code, Py_ssize_t size, uint32_t *exposure)
+    double survive(const uint32_t *exposure, float unit, Py_ssize_t size, uint16_t *survival)
+    float move(float *own, const float *target, float share, Py_ssize_t size)
+    bint direction(const float *own, const float *mean, Py_ssize_t layers, Py_ssize_t experts, Py_ssize_t every,
+                   float *out)
+    void products(const float *row, const float *vector, Py_ssize_t rows, Py_ssize_t size, double *out)
+    void fraction_products(const uint16_t *row, const float *vector, Py_ssize_t rows, Py_ssize_t size, double *out)
+    Py_ssize_t place(const Fleet *of, const Weights *by, const Request *asked, const Candidates *among, double *cost)
+
+
+cdef object unfit(str name, str wanted):
+    return ValueError(f"{name} does not fit: it must be {wanted}")
+
+
+cdef object unfit_array(str name, int dtype, Py_ssize_t size):
+    wanted = f"a C-contiguous {cnp.PyArray_DescrFromType(dtype)} array"
+    return unfit(name, wanted if size < 0 else f"{wanted} of {size} items")
+
+
+cdef inline Py_ssize_t size_of(object array) noexcept:
+    """Items of an array; -1 for anything else, which no array has."""
+    return cnp.PyArray_SIZE(array) if cnp.PyArray_Check(array) else -1
+
+
+cdef inline void *readable(object array, str name, int dtype, Py_ssize_t size) except? NULL:
+    """The data of an array of this type with `size` items."""
+    if (
+        not cnp.PyArray_Check(array)
+        or cnp.PyArray_TYPE(array) != dtype
+        or not cnp.PyArray_ISCARRAY_RO(array)
+        or cnp.PyArray_SIZE(array) != size
+    ):
+        raise unfit_array(name, dtype, size)
+    return cnp.PyArray_DATA(array)
+
+
+cdef inline void *writable(object array, str name, int dtype, Py_ssize_t size) except? NULL:
+    """The same of an array that may be written to."""
+    cdef void *data = readable(array, name, dtype, size)
+    if not cnp.PyArray_ISWRITEABLE(array):
+        raise unfit(name, "writable")
+    return data
+
+
+cdef bint take_whole_numbers(object found, str name, Py_ssize_t count, int64_t *out) except False:
+    """Copy a list of `count` whole numbers. No Python code runs meanwhile, so the list cannot change."""
+    cdef Py_ssize_t i
+    if not isinstance(found, list) or len(<list> found) != count:
+        raise unfit(name, f"a list of {count} whole numbers")
+    for i in range(count):
+        out[i] = PyLong_AsSsize_t((<list> found)[i])
+    return True
+
+
+def unpack_counts(
+    bytes data not None, int low_bits, int high_bits, Py_ssize_t layers, Py_ssize_t experts, uint64_t total,
+    uint64_t most, out
+):
+    if not (0 <= low_bits <= 32 and 0 <= high_bits <= 32 - low_bits):
+        raise unfit("low_bits or high_bits", "from 0 to 32, and both together at most 32")
+    if not (0 < layers < 1 << 20 and 0 < experts < 1 << 20):
+        raise unfit("layers or experts", "from 1 to 2^20 - 1")
+    if most > UINT32_MAX:
+        raise unfit("most", "below 2^32")
+    cdef uint32_t *numbers = <uint32_t *> writable(out, "out", NPY_UINT32, layers * experts)
+    cdef int found = unpack_layers(data, len(data), low_bits, high_bits, layers, experts, total, <uint32_t> most, numbers)
+    if found == NO_MEMORY:
+        raise MemoryError
+    return found
+
+
+def own_frequencies(counts, mean, float prior, float scale, out):
+    cdef Py_ssize_t size = size_of(counts)
+    frequencies(
+        <uint32_t *> readable(counts, "counts", NPY_UINT32, size),
+        <float *> readable(mean, "mean", NPY_FLOAT32, size),
+        prior,
+        scale,
+        size,
+        <float *> writable(out, "out", NPY_FLOAT32, size),
+    )
+
+
+def to_probabilities(scores, Py_ssize_t layers, float least, float most, float target, out):
+    cdef Py_ssize_t size = size_of(scores)
+    if layers <= 0 or size <= 0 or size % layers != 0:
+        raise unfit("scores", f"{layers} layers of equal size")
+    probabilities(
+        <float *> readable(scores, "scores", NPY_FLOAT32, size),
+        layers,
+        size // layers,
+        least,
+        most,
+        target,
+        <float *> writable(out, "out", NPY_FLOAT32, size),
+    )
+
+
+def encode_signature(signature, out):
+    cdef Py_ssize_t size = size_of(signature)
+    signature_codes(
+        <float *> readable(signature, "signature", NPY_FLOAT32, size),
+        size,
+        <uint8_t *> writable(out, "out", NPY_UINT8, size),
+    )
+
+
+def encode_exposure(profile, float most, float scale, out):
+    cdef Py_ssize_t size = size_of(profile)
+    exposure_codes(
+        <float *> readable(profile, "profile", NPY_FLOAT32, size),
+        most,
+        scale,
+        size,
+        <uint8_t *> writable(out, "out", NPY_UINT8, size),
+    )
+
+
+def shift_exposure(codes, Py_ssize_t sign, float unit, exposures, survivals, Py_ssize_t row):
+    cdef Py_ssize_t size = size_of(codes), all_rows = size_of(exposures)
+    if size <= 0 or all_rows % size != 0:
+        raise unfit("codes", "as long as a row of exposures")
+    if not 0 <= row < all_rows // size:
+        raise unfit("row", "one of exposures")
+    cdef uint8_t *code = <uint8_t *> readable(codes, "codes", NPY_UINT8, size)
+    cdef uint32_t *exposure = <uint32_t *> writable(exposures, "exposures", NPY_UINT32, all_rows) + row * size
+    cdef uint16_t *survival = <uint16_t *> writable(survivals, "survivals", NPY_UINT16, all_rows) + row * size
+    if sign > 0:
+        add(code, size, exposure)
+    else:
+        subtract(code, size, exposure)
+    return <double> size - survive(exposure, unit, size, survival)
+
+
+def move_towards(own, target, float share):
+    cdef Py_ssize_t size = size_of(own)
+    cdef float *moved = <float *> writable(own, "own", NPY_FLOAT32, size)
+    return <double> sqrtf(move(moved, <float *> readable(target, "target", NPY_FLOAT32, size), share, size))
+
+
+def unit_direction(own, mean, Py_ssize_t layers, Py_ssize_t every, out):
+    cdef Py_ssize_t size = size_of(own)
+    if layers <= 0 or size <= 0 or size % layers != 0:
+        raise unfit("own", f"{layers} layers of equal size")
+    if every <= 0:
+        raise unfit("every", "positive")
+    cdef Py_ssize_t experts = size // layers
+    cdef Py_ssize_t taken = ((layers - 1) // every + 1) * experts
+    return direction(
+        <float *> readable(own, "own", NPY_FLOAT32, size),
+        <float *> readable(mean, "mean", NPY_FLOAT32, size),
+        layers,
+        experts,
+        every,
+        <float *> writable(out, "out", NPY_FLOAT32, taken),
+    )
+
+
+def row_products(rows, vector, out):
+    cdef Py_ssize_t count = size_of(out), size = size_of(vector)
+    if size < 0 or count > 0 and size_of(rows) // count != size:
+        raise unfit("vector", "as long as a row of rows")
+    cdef float *factors = <float *> readable(vector, "vector", NPY_FLOAT32, size)
+    cdef double *found = <double *> writable(out, "out", NPY_FLOAT64, count)
+    if cnp.PyArray_Check(rows) and cnp.PyArray_TYPE(rows) == NPY_UINT16:
+        fraction_products(<uint16_t *> readable(rows, "rows", NPY_UINT16, count * size), factors, count, size, found)
+    else:
+        products(<float *> readable(rows, "rows", NPY_FLOAT32, count * size), factors, count, size, found)
+
+
+def placement_cost(fleet, weights, added, products, at_random, rows, load, double context_tokens, out):
+    if type(fleet) is not FleetState or type(weights) is not PlacementWeights:
+        raise TypeError("a placement takes a FleetState and PlacementWeights")
+    columns, union, context, length = <tuple> fleet
+    others, anchor, tail_guard, guard_share = <tuple> weights
+    # Before any data is looked at: what is no float runs Python, which could resize an array.
+    cdef Weights by = Weights(others, anchor, tail_guard, guard_share)
+
+    cdef Py_ssize_t of_columns = size_of(columns), workers = of_columns // 4, batches = size_of(at_random)
+    cdef Py_ssize_t count = size_of(rows), i
+    if count < 1:
+        raise unfit("rows", "at least one worker")
+    cdef Fleet of
+    of.columns = <double *> readable(columns, "columns", NPY_FLOAT64, workers * 4)
+    of.unions = <double *> readable(union, "union", NPY_FLOAT64, workers)
+    of.length = <float *> readable(length, "length", NPY_FLOAT32, workers)
+    of.workers = workers
+    cdef Request asked
+    asked.added = <double *> readable(added, "added", NPY_FLOAT64, workers)
+    asked.products = <double *> readable(products, "products", NPY_FLOAT64, workers)
+    asked.context_tokens = context_tokens
+    cdef Candidates among
+    among.rows = <int64_t *> readable(rows, "rows", NPY_INT64, count)
+    among.count = count
+    among.at_random = <double *> readable(at_random, "at_random", NPY_FLOAT64, batches)
+    cdef double *cost = <double *> writable(out, "out", NPY_FLOAT64, count)
+
+    cdef int64_t *numbers = <int64_t *> PyMem_Malloc((count + workers) * sizeof(int64_t))
+    if numbers == NULL:
+        raise MemoryError
+    try:
+        take_whole_numbers(load, "load", count, numbers)
+        take_whole_numbers(context, "context", workers, numbers + count)
+        for i in range(count):
+            if not 0 <= among.rows[i] < workers:
+                raise unfit("rows", f"of {workers} workers")
+            if not 0 <= numbers[i] < batches - 1:
+                raise unfit("load", f"below the {batches - 1} requests of at_random")
+        among.load = numbers
+        of.context = numbers + count
+        return place(&of, &by, &asked, &among, cost)
+    finally:
+        PyMem_Free(numbers)

@@ -1,0 +1,128 @@
+"""The address for clients: which request may come in, and who answers it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from eldr.router.api.keys import ApiKeys
+from eldr.router.api.metrics import RouterCollector
+from eldr.router.api.models import ModelsFlow
+from eldr.router.config.endpoint import ROLES
+from eldr.router.http.admin_key import AdminKey
+from eldr.router.http.errors import ApiError
+from eldr.router.http.server import ClientConnection, Request
+from eldr.router.placement.admission import RETRY_AFTER_S
+from eldr.router.protocols import openai
+from eldr.router.request.flow import Flow
+from eldr.router.request.services import Services
+
+# What a client may take this address for.
+ADMIN_PATHS = frozenset((b"/ui", b"/admin/workers", b"/admin/drain"))
+# What may be asked without an API key: load balancers probe it.
+OPEN_PATHS = frozenset((b"/health", b"/ready"))
+# What a 405 says of an endpoint of this method.
+ALLOWED = {b"GET": b"GET, HEAD", b"POST": b"POST"}
+# For what was cut off to be told so.
+END_S = 1.0
+
+
+class ClientApi:
+    """Answers clients; a handler of `ClientConnection`.
+
+    keys: None if everybody may ask. closing: no more requests are taken.
+    """
+
+    def __init__(
+        self, services: Services, keys: ApiKeys | None, admin_key: AdminKey, collector: RouterCollector
+    ) -> None:
+        self._services = services
+        self._keys = keys
+        self._admin_key = admin_key
+        self._collector = collector
+        self._running: dict[asyncio.Task[None], Flow | ModelsFlow] = {}
+        self.connections: set[ClientConnection] = set()
+        self.closing = False
+        self._routes = {
+            openai.COMPLETIONS: (b"POST", self._completion),
+            openai.CHAT: (b"POST", self._completion),
+            b"/v1/models": (b"GET", self._models),
+            b"/health": (b"GET", self._health),
+            b"/ready": (b"GET", self._ready),
+            b"/metrics": (b"GET", self._metrics),
+        }
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return len(self._running)
+
+    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
+        if self._keys is None or path in OPEN_PATHS:
+            return ""
+        client = self._keys.client(headers.get(b"authorization"))
+        if client is None and self._admin_key.is_in(headers):
+            client = "admin"
+        if client is None:
+            raise ApiError(401, "an API key is needed, as Authorization: Bearer KEY")
+        return client
+
+    def handle(self, request: Request, connection: ClientConnection) -> None:
+        route = self._routes.get(request.path)
+        try:
+            if route is None and request.path in ADMIN_PATHS:
+                raise ApiError(404, f"{request.path.decode()} is served at the address of --admin-listen alone")
+            if route is None:
+                raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, self._routes)))
+            method, answer = route
+            if request.method != method and (request.method, method) != (b"HEAD", b"GET"):
+                raise ApiError(405, f"Method Not Allowed: use {method.decode()}")
+        except ApiError as error:
+            self.refused(error)
+            connection.respond_error(error, b"" if route is None else b"allow: %b\r\n" % ALLOWED[route[0]])
+            return
+        answer(request, connection)
+
+    def refused(self, error: ApiError) -> None:
+        self._services.metrics.requests["other", error.status] += 1
+
+    async def end_all(self) -> None:
+        """Tell the clients of all running requests that the router stops, and end what does not end by itself."""
+        await asyncio.sleep(0)  # a task that never ran could tell its client nothing
+        for flow in list(self._running.values()):
+            flow.end_now(ApiError(503, "the router stops", retry_after_s=RETRY_AFTER_S))
+        if self._running:
+            await asyncio.wait(self._running, timeout=END_S)
+        tasks = list(self._running)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _completion(self, request: Request, connection: ClientConnection) -> None:
+        self._run(Flow(self._services, connection, request))
+
+    def _models(self, request: Request, connection: ClientConnection) -> None:
+        self._run(ModelsFlow(self._services, connection, request))
+
+    def _run(self, flow: Flow | ModelsFlow) -> None:
+        task = flow.start()
+        if task is not None:
+            self._running[task] = flow
+            task.add_done_callback(self._running.pop)
+
+    def _health(self, request: Request, connection: ClientConnection) -> None:
+        connection.respond(200, b"{}")
+
+    def _ready(self, request: Request, connection: ClientConnection) -> None:
+        fleet = self._services.fleet
+        if fleet.ready and not self.closing:
+            connection.respond(200, b"{}")
+            return
+        missing = [role for role in ROLES if not fleet.any_available(role)]
+        connection.respond_error(
+            ApiError(503, f"no {' and no '.join(missing)} worker is available" if missing else "stopping")
+        )
+
+    def _metrics(self, request: Request, connection: ClientConnection) -> None:
+        accept = request.headers.get(b"accept", b"").decode("latin-1")
+        body, content_type = self._collector.exposition(accept)
+        connection.respond(200, body, content_type.encode())

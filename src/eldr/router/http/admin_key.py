@@ -1,0 +1,28 @@
+"""The key of recording and of the admin API. It is for this router alone and never goes to a worker."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from pathlib import Path
+
+from eldr.router.config.settings import read_key
+
+
+class AdminKey:
+    """The key in a one-line file; without a file nobody has it. Raises ConfigError for a file that cannot be used."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._line: bytes | None = None
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the file again. Raises ConfigError, and keeps the key it has, if it cannot be used."""
+        if self._path is not None:
+            self._line = b"Bearer " + read_key(self._path)
+
+    def is_in(self, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether the Authorization header holds the key."""
+        given = headers.get(b"authorization")
+        return given is not None and self._line is not None and hmac.compare_digest(given, self._line)

@@ -1,0 +1,107 @@
+"""The OpenAI API as clients speak it: bodies of /v1/completions and /v1/chat/completions, and what they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import orjson
+
+from eldr.router.http.errors import ApiError
+
+COMPLETIONS = b"/v1/completions"
+CHAT = b"/v1/chat/completions"
+
+# A token id in a JSON array takes about this many bytes of text.
+BYTES_PER_TOKEN = 4
+
+
+def parse_body(path: bytes, raw: bytes, reserved: Collection[str]) -> dict[str, Any]:
+    """The body as an object. Duplicate keys are resolved here, to the last one, once for all who read it.
+
+    reserved: fields that only the router may send, beside those that begin with `eldr_`.
+    Raises ApiError 400 for what is not a JSON object, carries such fields, or has no prompt.
+    """
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"the request body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "the request body must be a JSON object")
+    _refuse_router_fields(body, "", reserved)
+    extra = body.get("vllm_xargs")
+    if isinstance(extra, dict):
+        _refuse_router_fields(extra, "vllm_xargs.", reserved)
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise ApiError(400, "model must be a string", param="model")
+    if path == CHAT:
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise ApiError(400, "messages must be a non-empty array", param="messages")
+    elif not body.get("prompt") and not body.get("prompt_embeds"):
+        raise ApiError(400, "prompt must be given and not empty", param="prompt")
+    return body
+
+
+def _refuse_router_fields(fields: dict[str, Any], where: str, reserved: Collection[str]) -> None:
+    for key in fields:
+        if key in reserved or key.startswith("eldr_"):
+            raise ApiError(400, f"{where}{key} is set by the router, not by a client", param=f"{where}{key}")
+
+
+def max_tokens(path: bytes, body: dict[str, Any]) -> int | None:
+    """The client's limit on generated tokens, None if there is none."""
+    value = body.get("max_completion_tokens") if path == CHAT else None
+    if value is None:
+        value = body.get("max_tokens")
+    return value if type(value) is int else None
+
+
+def wants_usage(body: dict[str, Any]) -> bool:
+    """Whether a stream shall end with the usage."""
+    options = body.get("stream_options")
+    return isinstance(options, dict) and bool(options.get("include_usage"))
+
+
+def wants_stream(body: dict[str, Any]) -> bool | None:
+    """Whether the answer is to be streamed; None for a value that is no boolean, which a worker may read either way."""
+    stream = body.get("stream", False)
+    return stream if isinstance(stream, bool) else None
+
+
+def prompt_start(path: bytes, body: dict[str, Any], window_bytes: int) -> bytes:
+    """What requests with the same start have in common, `window_bytes` of it; for chat as `chat_start` has it."""
+    if path == CHAT:
+        return chat_start(body["messages"], window_bytes)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        # At most window_bytes characters can lie in the first window_bytes bytes.
+        return prompt[:window_bytes].encode()[:window_bytes]
+    if isinstance(prompt, list):
+        return orjson.dumps(prompt[: max(1, window_bytes // BYTES_PER_TOKEN)])
+    return orjson.dumps(prompt)
+
+
+def chat_start(messages: list[Any], window_bytes: int) -> bytes:
+    """The start of a conversation as canonical JSON: all leading system messages and `window_bytes` beyond them.
+
+    A system prompt is shared by many conversations: within a fixed window from the very start a long one would send
+    them all to one worker. Each worker caches it once, and the conversations spread by what follows it.
+    """
+    leading = 0
+    while leading < len(messages) and _is_system(messages[leading]):
+        leading += 1
+    start = orjson.dumps(messages[:leading], option=orjson.OPT_SORT_KEYS)
+    rest = b""
+    for message in messages[leading:]:
+        rest += orjson.dumps(message, option=orjson.OPT_SORT_KEYS)
+        if len(rest) >= window_bytes:
+            break
+    return start + rest[:window_bytes]
+
+
+def _is_system(message: object) -> bool:
+    return isinstance(message, dict) and message.get("role") in ("system", "developer")
