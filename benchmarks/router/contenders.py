@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ class Contender:
         return shutil.which(self.program) is not None
 
 
-def _eldr(fleet: Fleet, folder: Path) -> list[str]:
+def _eldr(program: str, fleet: Fleet, folder: Path) -> list[str]:
     key_file, decision_log = folder / "api.key", folder / "decisions.jsonl"
     key_file.write_text(API_KEY + "\n")
     decision_log.unlink(missing_ok=True)
@@ -67,7 +68,12 @@ def _eldr(fleet: Fleet, folder: Path) -> list[str]:
     config = folder / "eldr.toml"
     # A TOML value of these kinds is written as in JSON.
     config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
-    return [ELDR, "serve", "--config", str(config)]
+    return [program, "serve", "--config", str(config)]
+
+
+def other_eldr(program: str) -> Contender:
+    """Another build of eldr, to be measured beside this one."""
+    return Contender("eldr-other", program, partial(_eldr, program), legs=2, with_counts=True)
 
 
 def _rust(name: str, pd_flag: str, *, bootstrap: bool, level: str) -> Contender:
@@ -114,7 +120,7 @@ listen proxy
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("eldr", ELDR, _eldr, legs=2, with_counts=True),
+        Contender("eldr", ELDR, partial(_eldr, ELDR), legs=2, with_counts=True),
         _rust("sglang-router", "--pd-disaggregation", bootstrap=True, level="warn"),
         _rust("vllm-router", "--vllm-pd-disaggregation", bootstrap=False, level="warning"),
         Contender("haproxy", "haproxy", _haproxy, legs=1),

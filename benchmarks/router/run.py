@@ -1,6 +1,6 @@
 """What a router costs: eldr beside the public P/D routers and a plain proxy, in one run, before the same mock fleet.
 
-    python benchmarks/router/run.py [--quick] [--rounds 3] [--only eldr,haproxy]
+    python benchmarks/router/run.py [--quick] [--rounds 3] [--only eldr,haproxy] [--other-eldr PATH]
 
 One C process plays 2 prefill and 16 decode workers, another the clients; router and load have a core each. CPU time is
 that of the router's process as the kernel accounts it, so that a busy machine changes loads and latencies but hardly
@@ -21,13 +21,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contenders import API_KEY, CONTENDERS, ROOT, Contender, Fleet
+from contenders import API_KEY, CONTENDERS, ROOT, Contender, Fleet, other_eldr
 from processes import compile_c, cpu_s, peak_mib, running
 from rich.console import Console
 from rich.progress import Progress
@@ -169,8 +169,11 @@ class Bench:
         return seen, router_end - router_begin
 
 
-def run_rounds(bench: Bench, names: list[str], rounds: int, console: Console) -> list[dict[str, Figures]]:
+def run_rounds(
+    bench: Bench, contenders: Mapping[str, Contender], rounds: int, console: Console
+) -> list[dict[str, Figures]]:
     """One dictionary a round: contender -> figures."""
+    names = [DIRECT, *contenders]
     results = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=rounds * len(names))
@@ -179,7 +182,7 @@ def run_rounds(bench: Bench, names: list[str], rounds: int, console: Console) ->
             figures = {}
             for name in names[turn:] + names[:turn]:
                 progress.update(task, description=f"round {number + 1} of {rounds}: {name}")
-                figures[name] = bench.direct() if name == DIRECT else bench.router(CONTENDERS[name])
+                figures[name] = bench.direct() if name == DIRECT else bench.router(contenders[name])
                 progress.advance(task)
             results.append(figures)
     return results
@@ -190,6 +193,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one round of short windows: a look, no measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(CONTENDERS), help="routers to measure, by commas")
+    parser.add_argument("--other-eldr", metavar="PATH", help="another build's program `eldr`, to compare with this one")
     parser.add_argument("--port", type=int, default=26100, help="first of 24 free ports")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON instead of a table")
     args = parser.parse_args()
@@ -200,10 +204,13 @@ def main() -> int:
     wanted = args.only.split(",")
     if unknown := [name for name in wanted if name not in CONTENDERS]:
         raise SystemExit(f"no such router: {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
-    missing = [name for name in wanted if not CONTENDERS[name].installed]
-    names = [DIRECT, *(name for name in wanted if name not in missing)]
+    chosen = [CONTENDERS[name] for name in wanted]
+    if args.other_eldr is not None:
+        chosen.append(other_eldr(args.other_eldr))
+    missing = [contender.name for contender in chosen if not contender.installed]
+    contenders = {contender.name: contender for contender in chosen if contender.installed}
     bench = Bench(OUT, plan, args.port)
-    summary = summarise(run_rounds(bench, names, plan.rounds, console), SATURATED)
+    summary = summarise(run_rounds(bench, contenders, plan.rounds, console), SATURATED)
     summary |= {"missing": missing, "quick": args.quick, "load_average": os.getloadavg()[0]}
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     if args.json:
