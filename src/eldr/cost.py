@@ -149,7 +149,11 @@ def find_cost(name_or_path: str) -> CostModel:
     """The preset of that name, else the cost file at that path. Raises CostError if it is neither."""
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
-    if not Path(name_or_path).exists():
+    try:
+        found = Path(name_or_path).exists()
+    except OSError:  # such as a name that is too long
+        found = False
+    if not found:
         raise CostError(f"cost {name_or_path!r} is no file and no preset; presets: {', '.join(PRESETS)}")
     return load_cost(name_or_path)
 

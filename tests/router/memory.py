@@ -6,8 +6,8 @@ import asyncio
 import itertools
 import re
 
+from eldr.router.config.groups import ClientLimits
 from eldr.router.http.client import WorkerConnection, WorkerPool
-from eldr.router.http.limits import ClientLimits
 from eldr.router.http.server import ClientConnection
 
 LIMITS = ClientLimits(

@@ -174,7 +174,7 @@ def test_certificate_and_key_must_belong_together(tmp_path):
     with pytest.raises(ConfigError, match="tls_key"):
         served.reload()
     with pytest.raises(ConfigError, match="go together"):
-        RouterConfig(prefill=("http://p",), decode=("http://d",), tls_cert=cert)
+        RouterConfig.of(prefill=("http://p",), decode=("http://d",), tls_cert=cert)
 
 
 # What a client can make the router send.

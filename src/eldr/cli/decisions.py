@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eldr.cli.policy_flags import add_option_flags, given_options
+from eldr.policies.options import PolicyOptions
+from eldr.settings import add_flags, given
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--policy", metavar="NAME", help="let another policy choose")
     flag("--seed", type=int, help="of another policy (as the log says)")
     flag("--json", action="store_true", help="print the result as JSON")
-    add_option_flags(parser)
+    add_flags(parser, PolicyOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _is_other(arguments: argparse.Namespace) -> bool:
     """Whether another policy than the log's is asked for."""
-    return bool(given_options(arguments)) or arguments.policy is not None or arguments.seed is not None
+    return bool(given(arguments, PolicyOptions)) or arguments.policy is not None or arguments.seed is not None
 
 
 def _maker(arguments: argparse.Namespace) -> Callable[[LogHeader], Policy]:
@@ -78,7 +79,7 @@ def _maker(arguments: argparse.Namespace) -> Callable[[LogHeader], Policy]:
     def make(header: LogHeader) -> Policy:
         return make_policy(
             arguments.policy or header.policy,
-            header.options.changed(given_options(arguments)),
+            header.options.changed(given(arguments, PolicyOptions)),
             calibration=_calibration(arguments, header),
             seed=header.seed if arguments.seed is None else arguments.seed,
         )

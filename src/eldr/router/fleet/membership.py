@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from eldr.errors import EldrError
 from eldr.router.config.endpoint import Endpoint, Endpoints, Role, rank_of
-from eldr.router.config.settings import RouterConfig
+from eldr.router.config.groups import WorkerSettings
 from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.load_watch import LoadWatch
 from eldr.router.fleet.probe import HealthProbe
@@ -58,7 +58,7 @@ class Membership:
 
     def __init__(
         self,
-        config: RouterConfig,
+        config: WorkerSettings,
         fleet: Fleet,
         pools: dict[Worker, WorkerPool],
         went_down: Callable[[Worker], None],

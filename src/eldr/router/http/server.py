@@ -16,9 +16,9 @@ from typing import Protocol, cast
 
 import httptools
 
+from eldr.router.config.groups import ClientLimits
 from eldr.router.http.errors import ApiError
 from eldr.router.http.heads import answer_head, error_headers
-from eldr.router.http.limits import ClientLimits
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 128

@@ -15,20 +15,21 @@ from typing import Any
 import orjson
 
 from eldr.policies.logged import LogHeader
-from eldr.router.config.settings import ConfigError, RouterConfig
+from eldr.router.config.groups import PlacementSettings
+from eldr.router.config.settings import ConfigError
 from eldr.router.observe.line_file import LineFile
 
 # Some two seconds of a thousand requests a second with counts of 48 x 128 experts.
 BUFFER_BYTES = 16 * 2**20
 
 
-def log_header(config: RouterConfig) -> LogHeader:
+def log_header(placement: PlacementSettings) -> LogHeader:
     """What repeats the decisions of a router with this configuration."""
-    path = config.calibration
+    path = placement.calibration
     return LogHeader(
-        policy=config.policy,
-        seed=config.seed,
-        options=config.policy_options(),
+        policy=placement.policy,
+        seed=placement.seed,
+        options=placement.options,
         calibration=None if path is None else str(path),
         calibration_sha256=None if path is None else hashlib.sha256(path.read_bytes()).hexdigest(),
     )
