@@ -6,8 +6,9 @@ import asyncio
 import itertools
 import re
 
-from eldr.router.http.client import WorkerConnection, WorkerPool
+from eldr.router.http.client import WorkerConnection
 from eldr.router.http.limits import ClientLimits
+from eldr.router.http.pool import WorkerPool
 from eldr.router.http.server import ClientConnection
 
 LIMITS = ClientLimits(

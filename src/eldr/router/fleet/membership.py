@@ -17,7 +17,8 @@ from eldr.router.fleet.load_watch import LoadWatch
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.probe import HealthProbe
 from eldr.router.fleet.workers import Fleet, Worker
-from eldr.router.http.client import ExchangeError, WorkerPool
+from eldr.router.http.client import ExchangeError
+from eldr.router.http.pool import WorkerPool
 from eldr.router.placement.decode import Placements
 from eldr.router.placement.prefill import PrefillRing
 

@@ -7,8 +7,9 @@ import time
 
 from eldr.router.config.endpoint import Role
 from eldr.router.fleet.workers import Worker
-from eldr.router.http.client import Answer, ExchangeError, WorkerPool
+from eldr.router.http.client import Answer, ExchangeError
 from eldr.router.http.errors import ApiError
+from eldr.router.http.pool import WorkerPool
 from eldr.router.protocols.handoff import HandOff, read_handoff
 from eldr.router.request.intake import RETRY_AFTER_S, Job
 from eldr.router.request.services import Services

@@ -11,7 +11,8 @@ from eldr.router.config.endpoint import Role
 from eldr.router.config.settings import RouterConfig
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet, Worker
-from eldr.router.http.client import ConnectError, WorkerPool
+from eldr.router.http.client import ConnectError
+from eldr.router.http.pool import WorkerPool
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 from eldr.router.observe.tracing import Tracing
