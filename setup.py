@@ -32,7 +32,8 @@ COMPILED = [
     "router/placement/admission", "router/placement/decode", "router/placement/fair_queue", "router/placement/prefill",
     "router/fleet/ejection", "router/fleet/outcomes", "router/fleet/workers",
     "router/observe/counters", "router/observe/decision_log",
-    "router/http/client", "router/http/forwarding", "router/http/heads", "router/http/pool", "router/http/server",
+    "router/http/client", "router/http/exchange", "router/http/forwarding", "router/http/heads", "router/http/message",
+    "router/http/pool", "router/http/server",
 ]  # fmt: skip
 
 extensions = [

@@ -31,8 +31,10 @@ from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.sweep import sweep
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.errors import ApiError
+from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.limits import ClientLimits, ConnectionWatch
-from eldr.router.http.server import ClientConnection, Handler, Request
+from eldr.router.http.message import Request
+from eldr.router.http.server import ClientConnection, Handler
 from eldr.router.http.tls import HANDSHAKE_TIMEOUT_S, ServerTls, worker_context
 from eldr.router.observe import logs
 from eldr.router.observe.counters import Metrics
@@ -326,7 +328,7 @@ class Router:
             raise ApiError(401, "an API key is needed, as Authorization: Bearer KEY")
         return client
 
-    def handle(self, request: Request, connection: ClientConnection) -> None:
+    def handle(self, request: Request, connection: ClientExchange) -> None:
         route = self._routes.get(request.path)
         try:
             if route is None and request.path in ADMIN_PATHS:
@@ -345,10 +347,10 @@ class Router:
     def refused(self, error: ApiError) -> None:
         self.services.metrics.requests["other", error.status] += 1
 
-    def _completion(self, request: Request, connection: ClientConnection) -> None:
+    def _completion(self, request: Request, connection: ClientExchange) -> None:
         self._run(Flow(self.services, connection, request))
 
-    def _models(self, request: Request, connection: ClientConnection) -> None:
+    def _models(self, request: Request, connection: ClientExchange) -> None:
         self._run(ModelsFlow(self.services, connection, request))
 
     def _run(self, flow: Flow | ModelsFlow) -> None:
@@ -357,10 +359,10 @@ class Router:
             self._flows[task] = flow
             task.add_done_callback(self._flows.pop)
 
-    def _health(self, request: Request, connection: ClientConnection) -> None:
+    def _health(self, request: Request, connection: ClientExchange) -> None:
         connection.respond(200, b"{}")
 
-    def _ready(self, request: Request, connection: ClientConnection) -> None:
+    def _ready(self, request: Request, connection: ClientExchange) -> None:
         fleet = self.services.fleet
         if fleet.ready and not self.closing:
             connection.respond(200, b"{}")
@@ -370,7 +372,7 @@ class Router:
             ApiError(503, f"no {' and no '.join(missing)} worker is available" if missing else "stopping")
         )
 
-    def _metrics(self, request: Request, connection: ClientConnection) -> None:
+    def _metrics(self, request: Request, connection: ClientExchange) -> None:
         accept = request.headers.get(b"accept", b"").decode("latin-1")
         body, content_type = self._collector.exposition(accept)
         connection.respond(200, body, content_type.encode())

@@ -15,7 +15,8 @@ from eldr.router.fleet.workers import Worker
 from eldr.router.http import forwarding
 from eldr.router.http.client import Answer, ConnectError, ExchangeError, SilenceError, WorkerConnection
 from eldr.router.http.errors import ApiError
-from eldr.router.http.server import ClientConnection, Request
+from eldr.router.http.exchange import ClientExchange
+from eldr.router.http.message import Request
 from eldr.router.placement.admission import NoWorkerError
 from eldr.router.placement.decode import Placement
 from eldr.router.protocols.handoff import HandOff
@@ -38,7 +39,7 @@ MOST_REFUSALS = 3
 class Flow:
     """Answers one completion or chat request; also the listener that hears of its client."""
 
-    def __init__(self, services: Services, connection: ClientConnection, request: Request) -> None:
+    def __init__(self, services: Services, connection: ClientExchange, request: Request) -> None:
         self._services = services
         self._connection = connection
         self._request = request

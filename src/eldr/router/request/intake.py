@@ -10,7 +10,7 @@ from eldr.policies.base import DecodeRequest
 from eldr.router.api.keys import is_admin
 from eldr.router.http.errors import ApiError
 from eldr.router.http.forwarding import client_authorization, trace_context, trace_lines
-from eldr.router.http.server import Request
+from eldr.router.http.message import Request
 from eldr.router.observe.tracing import RequestTrace
 from eldr.router.placement.admission import PRIORITIES, Claim
 from eldr.router.protocols.handoff import HandOff
