@@ -29,9 +29,9 @@ from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.sweep import sweep
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.admin_key import AdminKey
-from eldr.router.http.client import WorkerPool
 from eldr.router.http.limits import ConnectionWatch
 from eldr.router.http.listeners import Listeners
+from eldr.router.http.pool import WorkerPool
 from eldr.router.http.server import ClientConnection
 from eldr.router.http.tls import ServerTls, worker_context
 from eldr.router.observe.counters import Metrics

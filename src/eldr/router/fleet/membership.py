@@ -16,7 +16,8 @@ from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.load_watch import LoadWatch
 from eldr.router.fleet.probe import HealthProbe
 from eldr.router.fleet.workers import Fleet, Worker
-from eldr.router.http.client import ExchangeError, WorkerPool
+from eldr.router.http.client import ExchangeError
+from eldr.router.http.pool import WorkerPool
 
 log = logging.getLogger("eldr.router")
 

@@ -11,8 +11,9 @@ import orjson
 
 from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
+from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.forwarding import answer_headers
-from eldr.router.http.server import ClientConnection, Request
+from eldr.router.http.message import Request
 from eldr.router.placement.decode import Placement
 from eldr.router.protocols import openai
 from eldr.router.protocols.handoff import HandOff
@@ -34,7 +35,7 @@ NO_WAIT_S = 0.0005
 class Flow:
     """Answers one completion or chat request; also the listener that hears of its client."""
 
-    def __init__(self, services: Services, client: ClientConnection, request: Request) -> None:
+    def __init__(self, services: Services, client: ClientExchange, request: Request) -> None:
         self._services = services
         self._client = client
         self._request = request

@@ -12,7 +12,7 @@ from eldr.router.fleet.workers import Fleet
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.errors import ApiError
 from eldr.router.http.forwarding import client_authorization, trace_context, trace_lines
-from eldr.router.http.server import Request
+from eldr.router.http.message import Request
 from eldr.router.observe.tracing import RequestTrace, Tracing
 from eldr.router.placement.admission import PRIORITIES, Admission, Claim, NoWorkerError
 from eldr.router.protocols import openai
