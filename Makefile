@@ -36,7 +36,7 @@ browser:  ## install Chromium for the tests of the page, where there is none (De
 	  || { echo 'Install Chromium or Chrome yourself, or name its program in ELDR_CHROMIUM.' >&2; exit 1; }
 
 fuzz: $(DEV)/.installed  ## hostile input to every reader of bytes, for FUZZ_SECONDS in all (120)
-	$(DEV)/bin/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
+	$(DEV)/bin/python -m tests.fuzz.fuzz --seconds $(FUZZ_SECONDS)
 
 test: $(DEV)/.installed $(VLLM)/.test-installed  ## every test, those on real vLLM 0.32 workers included
 	-@$(MAKE) --no-print-directory browser

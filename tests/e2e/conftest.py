@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from real_fleet import Fleet, Router, client_of, new_worker
 
 from eldr.demo.model import write_model
+from tests.e2e.real_fleet import Fleet, Router, client_of, new_worker
 
 
 @pytest.fixture(scope="session")

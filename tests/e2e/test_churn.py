@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from real_fleet import LEASE_S, MODEL, call, client_of, metric
+
+from tests.e2e.real_fleet import LEASE_S, MODEL, call, client_of, metric
 
 PROMPTS = [f"fn item_{n}(a: u{n}, b: u{n}) -> u{n} {{ let sum = a + {n} * b; return " for n in range(12)]
 TOKENS = 40

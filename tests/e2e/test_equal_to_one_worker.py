@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from real_fleet import MODEL, call, metric
+
+from tests.e2e.real_fleet import MODEL, call, metric
 
 TEXT = "def area(width, height):\n    return width * height\n\ndef volume(width, height, depth):\n    return "
 OTHER = "The tenant shall pay the rent on the first day of each month; the landlord shall "

@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import openai
 import pytest
-from real_fleet import LEASE_S, MODEL, client_of, metric
+
+from tests.e2e.real_fleet import LEASE_S, MODEL, client_of, metric
 
 PROMPT = "let x{n} = {n}; let y{n} = x{n} + 1; print(y{n}); // number {n} "
 

@@ -11,9 +11,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from real_fleet import MODEL, call, client_of, metric
 
 from eldr.demo.processes import free_ports
+from tests.e2e.real_fleet import MODEL, call, client_of, metric
 
 PROMPT = "The {n}th of all stories begins in a small house by the sea. "
 PROMPTS = 24

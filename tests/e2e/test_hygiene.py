@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from real_fleet import MODEL, call
+
+from tests.e2e.real_fleet import MODEL, call
 
 ASK = {"model": MODEL, "prompt": "Sing, goddess, of the anger", "max_tokens": 4, "temperature": 0}
 

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from real_fleet import MODEL, client_of, metric
 
 from eldr.trace import read_trace
+from tests.e2e.real_fleet import MODEL, client_of, metric
 
 KINDS = {
     "code": "for i in range({n}):\n    total[{n}] += values[i] * {n}\n",

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from targets import CHANGES, TARGETS
+
+from tests.fuzz.targets import CHANGES, TARGETS
 
 CORPUS = Path(__file__).parent / "corpus"
 SEEDS = {name: sorted(path.read_bytes() for path in (CORPUS / name).iterdir()) for name in TARGETS}

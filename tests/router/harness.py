@@ -16,13 +16,13 @@ from typing import Any
 import aiohttp
 import pytest
 import uvloop
-from fake_worker import FakeWorker
 
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import ShortestQueue
 from eldr.router.app import Router, build_policy
 from eldr.router.config.settings import RouterConfig
 from eldr.router.request import answer
+from tests.router.fake_worker import FakeWorker
 
 # For tests that put something of their own into the router, which compiled code does not take.
 interpreted = pytest.mark.skipif(not answer.__file__.endswith(".py"), reason="this router is compiled")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import make_trace
 
 from eldr.activation import (
     LEAST,
@@ -23,6 +22,7 @@ from eldr.activation import (
 from eldr.calibration import CalibrationError, fit_calibration, load_calibration
 from eldr.counts import ExpertCounts
 from eldr.fileio import write_npz
+from tests.synthetic import make_trace
 
 
 def counts_of(trace, request):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_calibration, make_trace
 
 from eldr.calibration import CalibrationError, fit_calibration, load_calibration
 from eldr.signature import SignatureError
 from eldr.trace import read_trace, write_trace
 from eldr.zones import ZonesError
+from tests.synthetic import make_calibration, make_trace
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from synthetic import make_calibration
 
 from eldr.cli.main import main
 from eldr.policies import PolicyOptions
+from tests.synthetic import make_calibration
 
 
 @pytest.mark.parametrize(

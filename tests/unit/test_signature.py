@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cosine
 from scipy.stats import spearmanr
-from synthetic import make_trace
 
 from eldr.signature import TRANSFORMS, SignatureError, SignatureModel, rho, sample_pairs
+from tests.synthetic import make_trace
 
 COUNT_TRANSFORMS = ("count_idf", "count", "sqrt_count", "binary")
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_trace
 
 from eldr.trace import TraceError, TraceMeta, read_trace, write_trace
+from tests.synthetic import make_trace
 
 ARRAYS = ("prefill_counts", "prompt_tokens", "decode_experts", "decode_offsets", "label")
 

@@ -8,16 +8,16 @@ import re
 from pathlib import Path
 
 import pytest
-from fake_worker import counts_wire, reply
-from harness import ASK, on_uvloop, running, until
 
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.router.api.metrics import FAILURES, FRESH_BURST, FRESH_PER_S
 from eldr.router.fleet.load_watch import parse_active_experts
 from eldr.router.http.client import ExchangeError, UpstreamError
 from eldr.router.request import verdict  # noqa: F401  # defines an ExchangeError
+from tests.router.fake_worker import counts_wire, reply
+from tests.router.harness import ASK, on_uvloop, running, until
 
-DASHBOARD = Path(__file__).parents[2] / "dashboards" / "eldr.json"
+DASHBOARD = Path(__file__).parents[3] / "dashboards" / "eldr.json"
 ALERTS = DASHBOARD.with_name("alerts.yml")
 OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=underscores"
 NAME = re.compile(r"\b(?:eldr|process)_[a-z0-9_]+")

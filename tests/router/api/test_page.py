@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from fake_worker import counts_wire
-from harness import ASK, Setup, on_uvloop, running, until
 from playwright.async_api import Page, async_playwright, expect
 
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.load import ShortestQueue
+from tests.router.fake_worker import counts_wire
+from tests.router.harness import ASK, Setup, on_uvloop, running, until
 
 KEY = "the-admin-key"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -14,13 +14,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from fake_worker import FakeWorker, begin_stream, chunk, reply
-from harness import ASK, Setup, on_uvloop, running, until
 
 from eldr.demo.ports import free_ports
 from eldr.policies.expected_union import ExpectedUnion
+from tests.router.fake_worker import FakeWorker, begin_stream, chunk, reply
+from tests.router.harness import ASK, Setup, on_uvloop, running, until
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ALERTS = ROOT / "dashboards" / "alerts.yml"
 CONFIG = """
 global: {{scrape_interval: 200ms, evaluation_interval: 200ms}}

@@ -11,8 +11,6 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from fake_worker import counts_wire
-from harness import interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +26,8 @@ from eldr.router.protocols.handoff import UNKNOWN_LEASE_S, Lease, read_handoff
 from eldr.router.request.answer import DecodeAnswer
 from eldr.router.request.openai import CHAT, COMPLETIONS, without_transfer_params
 from eldr.router.request.verdict import Names
+from tests.router.fake_worker import counts_wire
+from tests.router.harness import interpreted
 
 TWO = {"prefill": ["http://p:1"], "decode": ["http://d:1"]}
 THREE = {"prefill": ("http://p0:8100",), "decode": ("http://d0:8200", "http://d1:8200")}

@@ -8,8 +8,6 @@ import time
 from functools import partial
 
 import pytest
-from fake_worker import FakeWorker
-from harness import ASK, Reply, Scripted, on_uvloop, running, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +15,8 @@ from eldr.router.app import Router
 from eldr.router.config.endpoint import Endpoint, UrlError, rank_of, worker_url, worker_urls
 from eldr.router.config.settings import ConfigError, RouterConfig
 from eldr.router.fleet.discovery.dns import DnsSource
+from tests.router.fake_worker import FakeWorker
+from tests.router.harness import ASK, Reply, Scripted, on_uvloop, running, until
 
 KEY = "an-admin-key"
 

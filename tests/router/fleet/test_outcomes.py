@@ -6,10 +6,10 @@ import asyncio
 import time
 
 import pytest
-from fake_worker import reply
-from harness import ASK, Scripted, on_uvloop, running, until
 
 from eldr.router.http.client import ConnectError
+from tests.router.fake_worker import reply
+from tests.router.harness import ASK, Scripted, on_uvloop, running, until
 
 EJECTING = {"eject_failures": 2, "eject_base_s": 0.5, "eject_max_s": 2.0}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import hear, split
+
+from tests.router.memory import hear, split
 
 
 @st.composite

@@ -25,13 +25,13 @@ import h2.events
 import httpx2
 import openai
 import pytest
-from certificates import certificate
-from fake_worker import FakeWorker, begin_stream, chunk, end_stream, reply
-from harness import ASK, Setup, on_uvloop, running, until
 
 from eldr.demo.ports import free_ports
+from tests.router.certificates import certificate
+from tests.router.fake_worker import FakeWorker, begin_stream, chunk, end_stream, reply
+from tests.router.harness import ASK, Setup, on_uvloop, running, until
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 STREAM = {**ASK, "stream": True}
 
 

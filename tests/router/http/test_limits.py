@@ -12,17 +12,17 @@ import warnings
 
 import aiohttp
 import pytest
-from certificates import certificate
-from fake_worker import begin_stream, chunk, reply
-from harness import ASK, CHAT, interpreted, on_uvloop, running, until
-from memory import LIMITS, MemoryTransport, Recorder
-from test_router_http import exchange, post, status_of
 
 from eldr.router.api.keys import ApiKeys
 from eldr.router.config.settings import ConfigError, RouterConfig
 from eldr.router.http.server import ClientConnection
 from eldr.router.http.tls import ServerTls
 from eldr.router.observe import logs
+from tests.router.certificates import certificate
+from tests.router.fake_worker import begin_stream, chunk, reply
+from tests.router.harness import ASK, CHAT, interpreted, on_uvloop, running, until
+from tests.router.memory import LIMITS, MemoryTransport, Recorder
+from tests.router.wire import exchange, post, status_of
 
 KEYS = b"# clients\nsecret-of-alice alice\n\nsecret-of-bob\n"
 
@@ -514,7 +514,7 @@ def test_an_exception_is_logged_without_what_it_says(capfd):
     fields = json.loads(line)
     assert fields["message"] == "it failed"
     assert fields["exception"].startswith("ValueError\n")
-    assert "test_router_security.py" in fields["exception"]
+    assert "test_limits.py" in fields["exception"]
     assert "int(PROMPT)" in fields["exception"]
     assert PROMPT not in line
 

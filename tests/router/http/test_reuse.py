@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from harness import interpreted
 
 from eldr.router.http.client import Answer, ExchangeError, WorkerConnection, WorkerPool
+from tests.router.harness import interpreted
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: worker\r\n\r\n"
 PATIENCE_S = 30.0

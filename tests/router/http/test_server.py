@@ -8,43 +8,13 @@ import re
 import socket
 
 import pytest
-from harness import ASK, CHAT, on_uvloop, running, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import feed, split
 
 from eldr.router.http.server import MAX_HEAD_BYTES, MAX_PIPELINED, WRITE_HIGH_BYTES
-
-BODY = json.dumps(ASK).encode()
-POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-
-
-def post(body: bytes = BODY, extra: bytes = b"") -> bytes:
-    return POST + extra + b"content-length: %d\r\n\r\n%b" % (len(body), body)
-
-
-GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
-
-
-async def exchange(setup, data: bytes) -> bytes:
-    """Everything that comes back for `data` until the router closes; it must close."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", setup.router.port)
-    writer.write(data)
-    try:
-        async with asyncio.timeout(10):
-            return await reader.read()
-    finally:
-        writer.close()
-
-
-def answers_in(raw: bytes) -> int:
-    return len(re.findall(rb"HTTP/1\.1 \d{3} [A-Z]", raw))
-
-
-def status_of(raw: bytes) -> int:
-    assert raw.startswith(b"HTTP/1.1 ")
-    return int(raw[9:12])
-
+from tests.router.harness import ASK, CHAT, on_uvloop, running, until
+from tests.router.memory import feed, split
+from tests.router.wire import BODY, GET, POST, answers_in, exchange, post, status_of
 
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n"
 

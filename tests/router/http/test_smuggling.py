@@ -10,8 +10,9 @@ import json
 import re
 
 import pytest
-from harness import ASK, on_uvloop, running
-from test_router_http import exchange
+
+from tests.router.harness import ASK, on_uvloop, running
+from tests.router.wire import exchange
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"

@@ -12,9 +12,6 @@ import time
 import aiohttp
 import numpy as np
 import pytest
-from fake_worker import EXPERTS, LAYERS, TOP_K, FakeWorker
-from harness import ASK, on_uvloop, running, until
-from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
 from eldr.cli.main import main
@@ -24,6 +21,9 @@ from eldr.router.config.endpoint import Endpoint
 from eldr.router.config.settings import ConfigError
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.decision_log import DecisionLog
+from tests.router.fake_worker import EXPERTS, LAYERS, TOP_K, FakeWorker
+from tests.router.harness import ASK, on_uvloop, running, until
+from tests.synthetic import make_trace
 
 
 def lines_of(path):

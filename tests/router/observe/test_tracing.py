@@ -7,12 +7,12 @@ import re
 
 import pytest
 from aiohttp import web
-from harness import ASK, on_uvloop, running
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
 from eldr.router.observe.tracing import Tracing
+from tests.router.harness import ASK, on_uvloop, running
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from fake_worker import reply
-from harness import ASK, CHAT, interpreted, on_uvloop, running, until
 
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.client import ConnectError
+from tests.router.fake_worker import reply
+from tests.router.harness import ASK, CHAT, interpreted, on_uvloop, running, until
 
 
 async def hold(worker, seen, reader, writer):

@@ -7,8 +7,6 @@ import socket
 from collections import Counter, deque
 
 import pytest
-from fake_worker import FakeWorker
-from harness import ASK, Scripted, on_uvloop, running, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +18,8 @@ from eldr.router.fleet.workers import Fleet
 from eldr.router.http.errors import ApiError
 from eldr.router.placement.admission import PRIORITIES, Admission, Claim, Limits, NoWorkerError
 from eldr.router.placement.fair_queue import MAX_COST, FairQueue, QueueFullError
+from tests.router.fake_worker import FakeWorker
+from tests.router.harness import ASK, Scripted, on_uvloop, running, until
 
 # The queue.
 

@@ -10,13 +10,13 @@ from multiprocessing import active_children
 
 import numpy as np
 import pytest
-from fake_worker import EXPERTS, LAYERS, TOP_K
-from harness import ASK, Scripted, on_uvloop, running, until
-from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
 from eldr.cli.main import main
 from eldr.counts import ExpertCounts, encode_counts
+from tests.router.fake_worker import EXPERTS, LAYERS, TOP_K
+from tests.router.harness import ASK, Scripted, on_uvloop, running, until
+from tests.synthetic import make_trace
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fake_worker import FakeWorker, begin_stream
-from harness import ASK, CHAT, Scripted, on_uvloop, running, until
 
 from eldr.router.app import Router
 from eldr.router.config.settings import RouterConfig
+from tests.router.fake_worker import FakeWorker, begin_stream
+from tests.router.harness import ASK, CHAT, Scripted, on_uvloop, running, until
 
 
 def request_bytes(prompt, close=False, **fields):

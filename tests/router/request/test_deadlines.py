@@ -8,12 +8,12 @@ import math
 
 import openai
 import pytest
-from fake_worker import begin_stream, chunk
-from harness import ASK, on_uvloop, raw_stream, running, until
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eldr.router.request.deadlines import Deadlines
+from tests.router.fake_worker import begin_stream, chunk
+from tests.router.harness import ASK, on_uvloop, raw_stream, running, until
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import socket
 import time
 
 import pytest
-from fake_worker import begin_stream, chunk, end_stream, reply
-from harness import ASK, CHAT, Scripted, on_uvloop, raw_stream, running, until
+
+from tests.router.fake_worker import begin_stream, chunk, end_stream, reply
+from tests.router.harness import ASK, CHAT, Scripted, on_uvloop, raw_stream, running, until
 
 
 def handoffs_sent(setup):

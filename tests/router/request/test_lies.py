@@ -13,8 +13,9 @@ from collections import Counter
 
 import aiohttp
 import pytest
-from fake_worker import begin_stream, chunk, end_stream, reply
-from harness import ASK, CHAT, Scripted, on_uvloop, raw_stream, running, until
+
+from tests.router.fake_worker import begin_stream, chunk, end_stream, reply
+from tests.router.harness import ASK, CHAT, Scripted, on_uvloop, raw_stream, running, until
 
 ERROR = {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": 500}}
 

@@ -9,12 +9,12 @@ import time
 
 import openai as openai_client
 import pytest
-from certificates import certificate
-from fake_worker import EXPERTS, LAYERS, counts_wire, reply
-from harness import ASK, CHAT, Scripted, interpreted, on_uvloop, running, until
 
 from eldr.router.observe import logs
 from eldr.router.request import intake
+from tests.router.certificates import certificate
+from tests.router.fake_worker import EXPERTS, LAYERS, counts_wire, reply
+from tests.router.harness import ASK, CHAT, Scripted, interpreted, on_uvloop, running, until
 
 
 @on_uvloop

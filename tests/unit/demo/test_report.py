@@ -5,7 +5,6 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from synthetic import make_calibration
 
 from eldr.demo.measure import ActiveExperts, PolicyRun
 from eldr.demo.outputs import Difference, OutputCheck
@@ -16,6 +15,7 @@ from eldr.load.outcome import Outcome
 from eldr.load.request import Request
 from eldr.workloads.kinds import KINDS
 from eldr.workloads.prompt import Prompt
+from tests.synthetic import make_calibration
 
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
 VOID = {"meta", "br", "hr", "img", "input", "link"}

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
 from eldr.cli.main import main
@@ -23,6 +22,7 @@ from eldr.report.evaluation import write_evaluation
 from eldr.report.evaluation.comparisons import pools_section, workloads_section
 from eldr.report.style import style
 from eldr.trace import write_trace
+from tests.synthetic import make_trace
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_trace
 
 from eldr.activation import ActivationModel
 from eldr.cost import CostError, CostModel, MoeLayerCost, RestCost
@@ -13,6 +12,7 @@ from eldr.policies import PolicyError, PolicyOptions
 from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import GUARD_EXPERT_SHARE, ExpectedUnion
 from eldr.policies.unions import Geometry, RandomBatches, encode_exposure
+from tests.synthetic import make_trace
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 MOE_ONLY = CostModel("test", "none", "made up", MoeLayerCost(100.0, 10.0, 1.0))

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from synthetic import make_calibration
 
 from eldr.counts import ExpertCounts
 from eldr.policies import POLICY_NAMES, PolicyError, PolicyOptions, make_policy
 from eldr.policies.base import DecodeRequest
+from tests.synthetic import make_calibration
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 # Similarities nearer than this to the edge of the band may fall either way in float32.

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
-from synthetic import draw, make_calibration, make_trace
 
 from eldr.calibration import fit_calibration
 from eldr.counts import ExpertCounts
@@ -30,6 +29,7 @@ from eldr.policies.refit import (
 from eldr.replay.decisions import Line, repeat_decisions
 from eldr.replay.experiment import Laboratory, Settings
 from eldr.zones import align_zones
+from tests.synthetic import draw, make_calibration, make_trace
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 

@@ -6,7 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from synthetic import make_trace
 
 from eldr.cost import StepCost
 from eldr.policies.base import Decision, Policy
@@ -15,6 +14,7 @@ from eldr.replay.engine import Engine, FleetSpec, RunResult
 from eldr.replay.errors import ReplayError
 from eldr.replay.packed import pack_trace
 from eldr.replay.workload import Workload
+from tests.synthetic import make_trace
 
 COST = StepCost(base_s=0.01, per_expert_s=0.0, per_token_s=0.0, per_context_token_s=0.0)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
 from eldr.cli.main import main
@@ -19,6 +18,7 @@ from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.logged import LoggedPolicy, LogHeader
 from eldr.replay.decisions import Line, read_lines, repeat_decisions
 from eldr.replay.errors import ReplayError
+from tests.synthetic import make_trace
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_trace
 
 from eldr.cost import StepCost
 from eldr.policies import make_policy
@@ -16,6 +15,7 @@ from eldr.replay.engine import Engine, FleetSpec, WorkerLimits, union_rows
 from eldr.replay.errors import ReplayError
 from eldr.replay.packed import pack_rows, pack_trace
 from eldr.replay.workload import Workload
+from tests.synthetic import make_trace
 
 COST = StepCost(1e-3, 1e-4, 2e-4, 1e-6)
 MOE = StepCost(5e-4, 1e-4, 1e-4)

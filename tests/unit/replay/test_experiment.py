@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
 from eldr.cli import replay as cli
@@ -26,6 +25,7 @@ from eldr.replay.split import Mix, split_trace, take_requests
 from eldr.replay.statistics import paired_change
 from eldr.replay.workload import draw_order, poisson_arrivals, traced_arrivals
 from eldr.trace import TraceError, write_trace
+from tests.synthetic import make_trace
 
 LABELS = ["code"] * 20 + ["math"] * 20 + ["law"] * 20
 STEPS = np.full(60, 5)

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from synthetic import make_trace
 
 from eldr.replay.packed import pack_trace
 from eldr.replay.predictors import judge
+from tests.synthetic import make_trace
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
-from synthetic import make_trace
 
 from eldr.cli.main import main
 from eldr.replay.errors import ReplayError
@@ -13,6 +12,7 @@ from eldr.replay.experiment import Laboratory, Settings
 from eldr.replay.split import Mix
 from eldr.replay.workload import ServedKind, mixed_draw_order
 from eldr.trace import write_trace
+from tests.synthetic import make_trace
 
 
 def test_pools_are_drawn_from_by_share():

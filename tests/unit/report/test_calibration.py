@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from rich.console import Console
-from synthetic import make_calibration
 
 from eldr.errors import EldrError
 from eldr.report.calibration import calibration_as_json, calibration_page, render_calibration
+from tests.synthetic import make_calibration
 
 
 @pytest.fixture

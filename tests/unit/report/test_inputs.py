@@ -5,12 +5,12 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from synthetic import make_calibration, make_trace
 
 from eldr.cli.main import main
 from eldr.cost import PRESETS
 from eldr.report.style import POLICY_STYLES, policy_order, policy_style
 from eldr.trace import write_trace
+from tests.synthetic import make_calibration, make_trace
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
