@@ -31,6 +31,10 @@ ASK = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 
 
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
 def on_uvloop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     """Run a test on the event loop that the router is made for."""
 

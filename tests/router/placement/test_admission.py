@@ -1,25 +1,20 @@
-"""Who waits, who is refused and who goes first; what vLLM says of its load; data-parallel ranks."""
+"""Who waits, who is refused and who goes first."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
+import random
 from collections import Counter, deque
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eldr.errors import EldrError
-from eldr.router.app import Router
-from eldr.router.config.settings import RouterConfig
-from eldr.router.fleet.load_watch import Capacity, EngineLoad, parse_active_experts, parse_load
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.errors import ApiError
 from eldr.router.placement.admission import PRIORITIES, Admission, Claim, Limits, NoWorkerError
 from eldr.router.placement.fair_queue import MAX_COST, FairQueue, QueueFullError
-from tests.router.fake_worker import FakeWorker
-from tests.router.harness import ASK, Scripted, on_uvloop, running, until
+from tests.router.harness import ASK, on_uvloop, running, until
 
 # The queue.
 
@@ -309,161 +304,46 @@ async def test_one_clients_flood_leaves_others_their_turn():
         assert max(place for place, tenant in enumerate(done) if tenant == "other") < 9
 
 
-# What engines say.
+def test_admission_under_random_load_and_cancellation():
+    async def run():
+        fleet = Fleet()
+        worker = fleet.add("http://d:1", "decode", 5)
+        fleet.set_healthy(worker, True)
+        admission = Admission(fleet, Limits(2**31, 2**31, 60.0, 0.0))
+        rng = random.Random(0)
+        inside, most = 0, 0
+        entered = []
 
-METRICS = """# HELP vllm:num_requests_waiting Number of requests waiting to be processed.
-# TYPE vllm:num_requests_waiting gauge
-vllm:num_requests_waiting{{engine="{engine}",model_name="tiny"}} {waiting}
-vllm:num_requests_waiting_by_reason{{engine="{engine}",model_name="tiny",reason="capacity"}} {capacity}
-vllm:num_requests_waiting_by_reason{{engine="{engine}",model_name="tiny",reason="deferred"}} 9.0
-vllm:kv_cache_usage_perc{{engine="{engine}",model_name="tiny"}} {kv}
-vllm:e2e_request_latency_seconds_bucket{{engine="{engine}",le="0.3",model_name="tiny"}} 12.0
-"""
+        async def request(n):
+            nonlocal inside, most
+            await admission.enter(Claim(b"", 1, 1))
+            inside += 1
+            most = max(most, inside)
+            entered.append(n)
+            try:
+                await asyncio.sleep(rng.random() / 1000)
+            finally:
+                inside -= 1
+                admission.leave()
 
+        tasks = []
+        for n in range(2000):
+            tasks.append(asyncio.create_task(request(n)))
+            if rng.random() < 0.3:
+                tasks[rng.randrange(len(tasks))].cancel()
+            if rng.random() < 0.2:
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert most == 5
+        assert entered == sorted(entered)
+        assert (admission.admitted, admission.queued) == (0, 0)
 
-def said(waiting=0, kv=0.5, engine=0):
-    return METRICS.format(engine=engine, waiting=waiting + 9, capacity=waiting, kv=kv)
-
-
-def test_load_is_read_from_the_exposition():
-    both = parse_load((said(3, 0.25) + said(0, 1e-3, engine=1)).encode())
-    assert both == {0: EngineLoad(3, 0.25), 1: EngineLoad(0, 0.001)}
-    older = "\n".join(line for line in said(3).splitlines() if "by_reason" not in line)
-    assert parse_load(older.encode()) == {0: EngineLoad(12, 0.5)}
-    assert parse_load(b"go_goroutines 7\n") == {}
-    assert parse_load(b"vllm:num_requests_waiting{} 3") == {0: EngineLoad(3, 0.0)}
-    assert parse_load(b"a_vllm:num_requests_waiting{} 3\n# vllm:num_requests_waiting{} 3\n") == {}
-
-
-@pytest.mark.parametrize("value", ["1e999", "-1e999", "1e", "+", "nan", "3 4", ""])
-def test_what_is_no_number_is_passed_over(value):
-    assert parse_load(f"vllm:num_requests_waiting{{}} {value}\n".encode()) == {}
-    assert parse_active_experts(f"vllm:eldr_active_experts_sum{{}} {value}\n".encode(), 0) is None
-
-
-def test_active_experts_are_read_of_one_engine():
-    line = 'vllm:eldr_active_experts_{}{{engine="{}",model_name="tiny"}} {}\n'
-    text = "".join(
-        line.format(name, engine, value + engine) for engine in (0, 1) for name, value in (("sum", 50), ("count", 4))
-    )
-    assert parse_active_experts(text.encode(), 1) == (51.0, 5.0)
-    assert parse_active_experts(text.encode(), 2) is None
+    asyncio.run(run())
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.binary(max_size=200)
-    | st.text(max_size=100).map(lambda t: f"vllm:num_requests_waiting{{{t}}} {t}".encode())
-    | st.from_regex(r'vllm:num_requests_waiting\{engine="[0-9]{1,30}"\} [0-9.eE+-]+\n', fullmatch=True).map(str.encode)
-)
-def test_any_text_is_read_without_harm(text):
-    parse_load(text)
+def test_nobody_is_admitted_to_an_empty_fleet():
+    async def run():
+        with pytest.raises(NoWorkerError):
+            await Admission(Fleet(), Limits(1, 1, 1.0, 60.0)).enter(Claim(b"", 1, 1))
 
-
-def test_what_waits_in_an_engine_lowers_its_limit_and_room_raises_it_again():
-    capacity = Capacity(256)
-    queued = EngineLoad(40, 1.0)
-    assert capacity.heard(queued, 100) == 256  # one look may be chance
-    assert capacity.heard(queued, 100) == 60
-    assert capacity.heard(EngineLoad(0, 0.95), 60) == 60  # nothing waits, and nothing is free
-    assert capacity.heard(EngineLoad(0, 0.5), 30) == 60  # the limit does not bind
-    limits = [capacity.heard(EngineLoad(0, 0.5), 256) for _ in range(40)]
-    assert limits[0] == 67
-    assert limits == sorted(limits)
-    assert limits[-1] == 256
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.integers(1, 300),
-    st.lists(st.tuples(st.integers(0, 400), st.floats(0, 1), st.integers(0, 300)), max_size=50),
-)
-def test_a_learned_limit_stays_between_one_and_the_configured(most, looks):
-    capacity = Capacity(most)
-    for waiting, kv_usage, in_flight in looks:
-        assert 1 <= capacity.heard(EngineLoad(waiting, kv_usage), in_flight) <= most
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 200), st.integers(1, 256))
-def test_the_limit_finds_what_an_engine_can_run(room, most):
-    """An engine that runs `room` requests under endless demand: in the end nearly as many are sent, hardly more."""
-    capacity, sent = Capacity(most), []
-    for _ in range(300):
-        in_flight = capacity.limit
-        sent.append(in_flight)
-        waiting = max(0, in_flight - room)
-        capacity.heard(EngineLoad(waiting, min(1.0, 0.8 * in_flight / room)), in_flight)
-    wanted = min(room, most)
-    assert all(wanted <= limit <= wanted + max(1, wanted // 8) for limit in sent[-100:])
-
-
-@on_uvloop
-async def test_a_worker_with_a_queue_of_its_own_gets_less():
-    async with running(decode=2, max_inflight=8, load_interval_s=0.05) as s:
-        s.decode[0].metrics = said(0)
-        fleet = s.router.services.fleet
-        first = fleet.workers("decode")[s.decode[0].url]
-        for worker in s.decode:
-            worker.token_gap_s = 0.2
-        tasks = [asyncio.create_task(s.post()) for _ in range(12)]
-        await until(lambda: sum(worker.running for worker in s.decode) == 12, "all run")
-        s.decode[0].metrics = said(4, 0.97)
-        await until(lambda: first.max_inflight < 8, "the limit falls")
-        assert fleet.decode_slots == 8 + first.max_inflight
-        assert first.max_inflight == 2
-        assert await s.metric("eldr_worker_waiting", worker=s.decode[0].url) == 4
-        assert await s.metric("eldr_worker_kv_usage_ratio", worker=s.decode[0].url) == 0.97
-        assert await s.metric("eldr_inflight_limit", worker=s.decode[0].url) == 2
-        assert {(await task).status for task in tasks} == {200}
-
-
-# Data parallelism.
-
-
-@on_uvloop
-async def test_ranks_of_one_server_are_workers_of_their_own():
-    prefill, decode = await FakeWorker("prefill").start(), await FakeWorker("decode").start()
-    decode.metrics = said(engine=0) + said(engine=1)
-    policy = Scripted()
-    router = Router(RouterConfig(prefill=(prefill.url,), decode=(decode.url + "#dp=2",), port=0), policy)
-    await router.start()
-    try:
-        assert policy.heard == [("joined", f"{decode.url}#rank=0"), ("joined", f"{decode.url}#rank=1")]
-        for number in (1, 0, 1):
-            policy._choose = lambda request, in_flight, number=number: f"{decode.url}#rank={number}"
-            reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
-            writer.write(
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-                b"x-data-parallel-rank: 7\r\nconnection: close\r\ncontent-length: 31\r\n\r\n"
-                b'{"prompt": "x","max_tokens": 4}'
-            )
-            assert b" 200 " in (await reader.read()).splitlines()[0]
-            writer.close()
-        assert [seen.headers["x-data-parallel-rank"] for seen in decode.generated] == ["1", "0", "1"]
-        assert "x-data-parallel-rank" not in prefill.generated[0].headers
-    finally:
-        await prefill.stop()
-        await decode.stop()
-        await router.stop(0)
-
-
-@pytest.mark.parametrize(
-    ("engines", "suffix", "said_of_it"),
-    [(4, "", "#dp=4"), (2, "#rank=2", "none of rank 2"), (1, "#dp=2", "none of rank 1")],
-)
-@on_uvloop
-async def test_a_url_that_does_not_name_one_engine_is_refused_at_start(engines, suffix, said_of_it):
-    prefill, decode = await FakeWorker("prefill").start(), await FakeWorker("decode").start()
-    decode.metrics = "".join(said(engine=engine) for engine in range(engines))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    router = Router(RouterConfig(prefill=(prefill.url,), decode=(decode.url + suffix,), port=port), Scripted())
-    try:
-        with pytest.raises(EldrError, match=said_of_it):
-            await router.start()
-        with pytest.raises(OSError):
-            await asyncio.open_connection("127.0.0.1", port)
-    finally:
-        await prefill.stop()
-        await decode.stop()
+    asyncio.run(run())

@@ -1,0 +1,29 @@
+"""A client of the admin API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from tests.router.harness import Reply
+
+KEY = "an-admin-key"
+
+
+async def ask_admin(s, method, path, body=None, key=KEY):
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    url = f"http://127.0.0.1:{s.router.admin_port}{path}"
+    async with s.session.request(method, url, data=data, headers=headers) as answer:
+        return Reply(answer.status, answer.headers, await answer.read())
+
+
+async def listed(s):
+    workers = (await ask_admin(s, "GET", "/admin/workers")).json()["workers"]
+    return {(worker["role"], worker["url"]): worker for worker in workers}
+
+
+async def until_state(s, role, url, state):
+    async with asyncio.timeout(20):
+        while (await listed(s)).get((role, url), {"state": "gone"})["state"] != state:
+            await asyncio.sleep(0.01)

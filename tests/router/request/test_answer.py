@@ -1,0 +1,60 @@
+"""Time per output token."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from eldr.router.observe.counters import Metrics
+from eldr.router.request.answer import DecodeAnswer
+from eldr.router.request.verdict import Names
+from tests.router.harness import interpreted
+
+
+class Silent:
+    """A client connection that takes everything."""
+
+    def begin_stream(self, content_type, extra):
+        pass
+
+    def write(self, data, framed=None):
+        pass
+
+    def end_stream(self):
+        pass
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("usage", "expected_s"),
+    [(False, (3.0 - 1.0) / (3 - 1)), (True, (4.0 - 1.0) / (7 - 1))],
+)
+def test_time_per_output_token_is_taken_over_tokens(monkeypatch, usage, expected_s):
+    """Seven tokens in three events, a second apart; only the usage tells that there were seven."""
+
+    async def run():
+        metrics = Metrics()
+        answer = DecodeAnswer(
+            Silent(), metrics, b"", 0.0, "id", Names(), wants_stream=True, wants_usage=usage, on_begun=bool
+        )
+        answer.on_head(200, {b"content-type": b"text/event-stream"})
+        pieces = [b'data: {"choices":[{"text":"%b"}]}\n\n' % text for text in (b"a", b"bcd", b"efg")]
+        if usage:
+            pieces.append(b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":7}}\n\n')
+        pieces.append(b"data: [DONE]\n\n")
+        clock = iter(float(n) for n in range(1, 20))
+        now_s = 0.0
+        monkeypatch.setattr("eldr.router.request.answer.time", SimpleNamespace(monotonic=lambda: now_s))
+        for piece in pieces:
+            now_s = next(clock)
+            answer.on_body(piece)
+        answer.on_done()
+        answer.observe_tpot(1)
+        assert metrics.stream_events == len(pieces)
+        return metrics.tpot
+
+    tpot = asyncio.run(run())
+    assert sum(tpot.counts) == 1
+    assert tpot.sum == pytest.approx(expected_s)
