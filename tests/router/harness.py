@@ -151,12 +151,12 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 
 class Scripted(Policy):
-    """Chooses what it is told, and keeps what it hears."""
+    """Chooses by a rule that tests may change, and keeps what it hears."""
 
     name = "scripted"
 
     def __init__(self, choose: Callable[[DecodeRequest, Mapping[str, int]], str] | None = None) -> None:
-        self._choose = choose or (lambda request, in_flight: min(in_flight, key=in_flight.__getitem__))
+        self.rule = choose or (lambda request, in_flight: min(in_flight, key=in_flight.__getitem__))
         self.asked: list[tuple[DecodeRequest, dict[str, int]]] = []
         self.heard: list[tuple[str, str]] = []
 
@@ -166,7 +166,7 @@ class Scripted(Policy):
             request.request_id, request.prompt_tokens, request.counts, request.label, request.max_tokens
         )
         self.asked.append((kept, dict(in_flight)))
-        return Decision(self._choose(request, in_flight), "scripted")
+        return Decision(self.rule(request, in_flight), "scripted")
 
     def started(self, request: DecodeRequest, worker: str) -> None:
         self.heard.append(("started", worker))

@@ -42,6 +42,13 @@ class Recorder:
         self.errors.append(error.status)
 
 
+class Holding(Recorder):
+    """A handler that keeps requests and answers none."""
+
+    def handle(self, request, connection):
+        self.requests.append((request.method, request.path, request.headers, request.body))
+
+
 class MemoryTransport(asyncio.Transport):
     """stalls: numbers of the writes behind which the peer does not read for a turn of the event loop."""
 
@@ -81,6 +88,30 @@ class MemoryTransport(asyncio.Transport):
 
     def abort(self):
         self.closed = True
+
+
+class UnreadTransport(MemoryTransport):
+    """To a peer that reads nothing but in `take`. unsent: bytes that wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unsent = 0
+        self._high = 0
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        self._high = high
+
+    def write(self, data):
+        super().write(data)
+        above = self.unsent > self._high
+        self.unsent += len(data)
+        if self.unsent > self._high and not above:
+            self.protocol.pause_writing()
+
+    def take(self):
+        above, self.unsent = self.unsent > self._high, 0
+        if above:
+            self.protocol.resume_writing()
 
 
 def feed(pieces: list[bytes], stalls: frozenset[int] = frozenset()):

@@ -5,10 +5,9 @@ import importlib.util
 
 import pytest
 
-from eldr import cost_measure
 from eldr.cli import calibrate_cost as cost_cli
 from eldr.cost import CostError, load_cost
-from eldr.cost_measure import GEOMETRIES, LayerGeometry, measure
+from eldr.cost_measure import GEOMETRIES, LayerGeometry, active_counts, measure
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 SMALL = LayerGeometry(hidden=64, expert_hidden=32, experts=16, top_k=2)
@@ -21,9 +20,9 @@ def parse(*words):
 
 
 def test_active_experts_that_tokens_can_reach():
-    assert cost_measure._active_counts(SMALL, 1) == [2]
-    assert cost_measure._active_counts(SMALL, 3) == [2, 4]
-    assert cost_measure._active_counts(SMALL, 64) == [2, 4, 8, 16]
+    assert active_counts(SMALL, 1) == [2]
+    assert active_counts(SMALL, 3) == [2, 4]
+    assert active_counts(SMALL, 64) == [2, 4, 8, 16]
 
 
 def test_known_geometries_have_the_weights_of_their_models():

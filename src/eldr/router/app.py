@@ -208,6 +208,11 @@ class Router:
         return int(self._admin_server.sockets[0].getsockname()[1])
 
     @property
+    def running(self) -> int:
+        """Requests that are being answered, those that wait for a worker included."""
+        return len(self._flows)
+
+    @property
     def sockets(self) -> list[socket.socket]:
         """The listening sockets, in the order of `inherited`."""
         servers = (self._server, self._admin_server)

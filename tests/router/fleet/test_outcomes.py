@@ -36,7 +36,7 @@ def later(setup):
 async def test_a_decode_worker_that_fails_is_ejected_tried_and_taken_back():
     policy = Scripted()
     async with running(decode=2, policy=policy, **{**EJECTING, "eject_base_s": 60.0, "eject_max_s": 60.0}) as s:
-        policy._choose = to(s, 0)
+        policy.rule = to(s, 0)
         bad, good = s.decode
         bad.behaviour = fail
         for _ in range(2):
@@ -102,7 +102,7 @@ async def test_a_prefill_worker_comes_back_by_its_trial():
 async def test_a_trial_whose_client_leaves_is_no_verdict():
     policy = Scripted()
     async with running(decode=2, policy=policy, **EJECTING) as s:
-        policy._choose = to(s, 0)
+        policy.rule = to(s, 0)
         bad = s.decode[0]
         bad.behaviour = fail
         for _ in range(2):
@@ -123,7 +123,7 @@ async def test_a_trial_whose_client_leaves_is_no_verdict():
 async def test_a_long_streams_trial_ends_with_its_first_event():
     policy = Scripted()
     async with running(decode=2, policy=policy, **EJECTING) as s:
-        policy._choose = to(s, 0)
+        policy.rule = to(s, 0)
         bad = s.decode[0]
         bad.behaviour = fail
         for _ in range(2):
@@ -155,7 +155,7 @@ async def test_an_ejected_worker_comes_back_when_the_others_go_down():
     policy = Scripted()
     settings = {**EJECTING, "eject_base_s": 60.0, "eject_max_s": 60.0}
     async with running(decode=2, policy=policy, **settings) as s:
-        policy._choose = to(s, 0)
+        policy.rule = to(s, 0)
         s.decode[0].behaviour = fail
         for _ in range(2):
             await s.post()
@@ -202,7 +202,7 @@ async def test_requests_leave_a_worker_that_stops_answering_its_probes(refused_f
     policy = Scripted()
     async with running(decode=2, policy=policy, health_timeout_s=0.2) as s:
         stopped, other = s.decode
-        policy._choose = to(s, 0)
+        policy.rule = to(s, 0)
         stopped.behaviour = hang
         tasks = [asyncio.create_task(s.post({**ASK, "stream": n % 2 == 0})) for n in range(6)]
         await until(lambda: len(stopped.generated) == 6, "they wait there")

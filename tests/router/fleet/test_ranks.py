@@ -25,7 +25,7 @@ async def test_ranks_of_one_server_are_workers_of_their_own():
     try:
         assert policy.heard == [("joined", f"{decode.url}#rank=0"), ("joined", f"{decode.url}#rank=1")]
         for number in (1, 0, 1):
-            policy._choose = lambda request, in_flight, number=number: f"{decode.url}#rank={number}"
+            policy.rule = lambda request, in_flight, number=number: f"{decode.url}#rank={number}"
             reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
             writer.write(
                 b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"

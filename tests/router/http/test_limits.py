@@ -12,7 +12,7 @@ from eldr.router.http.limits import ConnectionWatch
 from eldr.router.http.server import ClientConnection
 from tests.router.fake_worker import begin_stream, chunk
 from tests.router.harness import ASK, on_uvloop, running, until
-from tests.router.memory import LIMITS, MemoryTransport, Recorder
+from tests.router.memory import LIMITS, Holding, MemoryTransport, Recorder
 from tests.router.wire import exchange, post, status_of
 
 # Time limits: the clock is an argument, so that nothing waits.
@@ -21,11 +21,10 @@ from tests.router.wire import exchange, post, status_of
 class Connected:
     """A connection in memory whose clock can be set forward."""
 
-    def __init__(self) -> None:
-        self.handler, self.transport = Recorder(), MemoryTransport()
+    def __init__(self, handler: Recorder | None = None, transport: MemoryTransport | None = None) -> None:
+        self.handler, self.transport = handler or Recorder(), transport or MemoryTransport()
         self.connection = ClientConnection(self.handler, LIMITS)
         self.connection.connection_made(self.transport)
-        self.start_s = time.monotonic()
 
     def send(self, data: bytes) -> None:
         self.connection.data_received(data)
@@ -81,16 +80,14 @@ async def test_a_large_body_may_take_its_time():
 
 
 async def test_who_does_not_read_is_cut_off():
-    c = Connected()
-    c.handler.handle = lambda request, connection: None
+    c = Connected(Holding())
     c.send(GET)
     c.connection.pause_writing()
     c.after(LIMITS.stall_timeout_s - 1)
     assert not c.transport.closed
     c.after(LIMITS.stall_timeout_s + 1)
     assert c.transport.closed
-    c = Connected()
-    c.handler.handle = lambda request, connection: None
+    c = Connected(Holding())
     c.send(GET)
     c.connection.pause_writing()
     c.connection.resume_writing()
@@ -106,20 +103,18 @@ async def test_last_bytes_that_nobody_takes_hold_no_connection():
             self.aborted = True
 
     for leave in (ClientConnection.close, ClientConnection.break_stream):
-        c = Connected()
-        c.transport = c.connection._transport = Unsent()
-        c.handler.handle = lambda request, connection: None
+        transport = Unsent()
+        c = Connected(Holding(), transport)
         c.send(GET)
         leave(c.connection)
         c.after(LIMITS.stall_timeout_s - 1)
-        assert not c.transport.aborted
+        assert not transport.aborted
         c.after(LIMITS.stall_timeout_s + 1)
-        assert c.transport.aborted
+        assert transport.aborted
 
 
 async def test_while_a_request_is_answered_no_limit_of_receiving_runs():
-    c = Connected()
-    c.handler.handle = lambda request, connection: None
+    c = Connected(Holding())
     c.send(GET + GET[:5])
     assert c.after(1000) == b""
     assert not c.transport.closed
@@ -168,7 +163,7 @@ async def test_framing_may_not_outweigh_the_body():
 async def test_more_connections_than_allowed_are_turned_away():
     async with running(max_connections=2) as s:
         held = [await s.session.get(s.url + "/health") for _ in range(1)]  # one kept connection
-        one = ClientConnection(s.router, s.router._limits)
+        one = ClientConnection(s.router, LIMITS)
         one.connection_made(MemoryTransport())
         raw = await exchange(s, b"")
         assert status_of(raw) == 503

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eldr.router.http.server import MAX_HEAD_BYTES, MAX_PIPELINED, WRITE_HIGH_BYTES
+from eldr.router.http.server import MAX_HEAD_BYTES, MAX_PIPELINED, WRITE_HIGH_BYTES, ClientConnection
 from tests.router.harness import ASK, CHAT, on_uvloop, running, until
-from tests.router.memory import feed, split
+from tests.router.memory import LIMITS, Holding, MemoryTransport, Recorder, UnreadTransport, feed, split
 from tests.router.wire import BODY, GET, POST, answers_in, exchange, post, status_of
 
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -212,16 +212,39 @@ async def test_pipelined_requests_of_a_client_that_does_not_read_wait():
         data = b"GET /metrics HTTP/1.1\r\nhost:\r\n\r\n"
         sending = asyncio.create_task(loop.sock_sendall(sock, data * requests + b"\0"))
         await until(lambda: any(connection.stalled for connection in s.router.connections), "the client is full")
-        waiting = next(connection for connection in s.router.connections if connection.stalled)
-        raw, most = b"", 0
+        raw = b""
         while piece := await loop.sock_recv(sock, 65536):
-            most = max(most, waiting._transport.get_write_buffer_size())
             raw += piece
         await sending
         sock.close()
         statuses = re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", raw)
         assert statuses == [b"200"] * requests + [b"400"]
-        assert most < 2 * WRITE_HIGH_BYTES
+
+
+async def test_what_waits_for_a_client_that_does_not_read_is_little():
+    class Verbose(Recorder):
+        def handle(self, request, connection):
+            self.requests.append((request.method, request.path, request.headers, request.body))
+            connection.respond(200, b"x" * 5000)
+
+    requests, most, stalls = 200, 0, 0
+    handler, transport = Verbose(), UnreadTransport()
+    connection = transport.protocol = ClientConnection(handler, LIMITS)
+    connection.connection_made(transport)
+    connection.data_received(GET * requests + b"\0")
+    while not handler.errors:
+        most = max(most, transport.unsent)
+        if connection.stalled:
+            begun = len(handler.requests)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert len(handler.requests) == begun
+            stalls += 1
+            transport.take()
+        await asyncio.sleep(0)
+    assert transport.written.count(b"HTTP/1.1 200 OK") == len(handler.requests) == requests
+    assert stalls > 1
+    assert WRITE_HIGH_BYTES < most < 2 * WRITE_HIGH_BYTES
 
 
 @on_uvloop
@@ -236,24 +259,23 @@ async def test_what_follows_a_running_request_and_is_malformed_is_refused_after_
 
 @on_uvloop
 async def test_a_flood_of_pipelined_requests_is_not_read_ahead():
-    async with running() as s:
-        release = asyncio.Event()
-
-        async def held(worker, seen, reader, writer):
-            await release.wait()
-            await worker.answer(seen, writer)
-
-        s.decode[0].behaviour = held
-        reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
-        writer.write(post())
-        await until(lambda: s.decode[0].running == 1, "it runs")
-        writer.write(GET * 50_000)
-        (connection,) = (c for c in s.router.connections if c._active is not None)
-        await until(lambda: connection._refusal is not None, "it was enough")
-        release.set()
-        statuses = re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", await reader.read())
-        assert statuses == [b"200"] * (1 + MAX_PIPELINED) + [b"400"]
-        writer.close()
+    handler, transport = Holding(), MemoryTransport()
+    held = handler.requests
+    connection = ClientConnection(handler, LIMITS)
+    connection.connection_made(transport)
+    connection.data_received(GET)
+    assert transport.reading
+    connection.data_received(GET * 50_000)  # one piece of input, read before anybody could stop it
+    assert not transport.reading
+    while len(held) <= MAX_PIPELINED:
+        before = len(held)
+        connection.respond(200, b"{}")
+        await until(lambda before=before: len(held) == before + 1, "the next one begins")
+    assert (handler.errors, transport.written.count(b"HTTP/1.1 ")) == ([], MAX_PIPELINED)
+    connection.respond(200, b"{}")
+    statuses = re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", transport.written)
+    assert statuses == [b"200"] * (1 + MAX_PIPELINED) + [b"400"]
+    assert handler.errors == [400]
 
 
 @on_uvloop

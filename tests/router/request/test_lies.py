@@ -459,7 +459,7 @@ async def test_all_of_it_at_once(seed):
         single_use(s)
         for worker in (*s.prefill, *s.decode):
             worker.behaviour = None
-        await until(lambda: not s.router._flows, "every request ends")
+        await until(lambda: s.router.running == 0, "every request ends")
         workers = s.router.services.fleet.workers
         out = lambda: [w for role in ("prefill", "decode") for w in workers(role).values() if w.ejected or w.on_trial]  # noqa: E731
         number = 0

@@ -32,7 +32,7 @@ async def serve():
         runners.append(runner)
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        return f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        return f"http://127.0.0.1:{runner.addresses[0][1]}"
 
     yield start
     for runner in runners:

@@ -11,7 +11,7 @@ from eldr.counts import ExpertCounts
 from eldr.policies import PolicyError, PolicyOptions
 from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import GUARD_EXPERT_SHARE, ExpectedUnion
-from eldr.policies.unions import Geometry, RandomBatches, encode_exposure
+from eldr.policies.unions import Geometry, Profile, RandomBatches, encode_exposure
 from tests.synthetic import make_trace
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -57,10 +57,10 @@ def one_hot_profiles():
     return np.array([first.reshape(-1), second.reshape(-1)] * 50)
 
 
-def placement_costs(policy, load):
-    """What the last choice would cost on each worker, all of them eligible with these loads."""
-    best, costs = policy._placement_cost(policy._latest, np.arange(len(load)), load)
-    assert costs[best] == min(costs)
+def placement_costs(policy, asked, load):
+    """What the request would cost on each worker of `load`; the policy chooses the least."""
+    costs = policy.costs(asked, load)
+    assert costs[policy.choose(asked, load).worker] == min(costs.values())
     return costs
 
 
@@ -94,10 +94,9 @@ def test_the_cost_is_the_one_of_its_definition():
         step_s = (LAYERS * (100 + len(rows)) + 10 * (1 - survival).sum()) * 1e-6
         added_s = (LAYERS * 1 + 10 * (survival * profiles[8]).sum()) * 1e-6
         costs[worker] = step_s + added_s + 0.7 * len(rows) * added_s
-    policy.choose(request(8), load)
-    found = placement_costs(policy, list(load.values()))
+    found = placement_costs(policy, request(8), load)
     # Probabilities are kept in one byte: up to half a step of 2 sqrt(p) / 255.
-    assert found == pytest.approx(list(costs.values()), rel=5e-3)
+    assert found == pytest.approx(costs, rel=5e-3)
     assert policy.choose(request(8), load).worker == min(costs, key=costs.get)
 
 
@@ -121,14 +120,15 @@ def test_the_tail_guard_is_the_one_of_its_definition():
     placed = {"a": [0, 1, 2], "b": [6, 7], "c": [8, 9, 10]}
     load = {worker: len(rows) for worker, rows in placed.items()}
     left_out = []
+    # Eight starts: the policy looks at the mean anew with the 1st, 2nd, 4th and 8th.
+    assert sum(load.values()) == 8
     for guard in (0.0, 0.5, 1.0, 5.0):
         policy = Given(profiles, anchor=0, tail_guard=guard)
         for worker, rows in placed.items():
             policy.joined(worker)
             for row in rows:
                 policy.started(request(row), worker)
-        policy._random.set_mean(policy._mean_profile)  # as of the last start, not of one a while ago
-        mean = policy._mean_profile.astype(np.float64)
+        mean = profiles[np.concatenate(list(placed.values()))].astype(np.float64).mean(axis=0)
         longer_us, experts, at_random = [], [], []
         for rows in placed.values():
             with_it = (1 - np.prod(1 - profiles[[*rows, 11]].astype(np.float64), axis=0)).sum()
@@ -137,9 +137,8 @@ def test_the_tail_guard_is_the_one_of_its_definition():
             at_random.append((1 - (1 - mean) ** (len(rows) + 1)).sum())
         saved_us = 10 * max(0.0, np.mean(at_random) - np.mean(experts))
         limit_us = np.mean(longer_us) + guard * (saved_us + GUARD_EXPERT_SHARE * 10 * np.mean(experts))
-        policy.choose(request(11), load)
-        found = placement_costs(policy, list(load.values()))
-        left_out.append(np.isinf(found).tolist())
+        found = placement_costs(policy, request(11), load)
+        left_out.append(np.isinf(list(found.values())).tolist())
         assert left_out[-1] == (np.array(longer_us) > limit_us).tolist()
     assert left_out[0] != left_out[-1]
 
@@ -171,17 +170,16 @@ def test_with_expert_parallelism_the_busiest_rank_counts():
         active = 1 - np.prod(1 - profiles[rows].astype(np.float64), axis=0)
         return active.reshape(LAYERS, 2, EXPERTS // 2).sum(axis=2).max(axis=1).sum()
 
-    policy.choose(request(5), {"a": 2, "b": 3})
-    found = placement_costs(policy, [2, 3])
-    expected = []
-    for rows in placed.values():
+    found = placement_costs(policy, request(5), {"a": 2, "b": 3})
+    expected = {}
+    for worker, rows in placed.items():
         step_us = LAYERS * (100 + len(rows)) + 10 * busiest(rows)
         added_us = LAYERS + 10 * (busiest([*rows, 5]) - busiest(rows))
-        expected.append((step_us + added_us + len(rows) * added_us) * 1e-6)
+        expected[worker] = (step_us + added_us + len(rows) * added_us) * 1e-6
     assert found == pytest.approx(expected, rel=5e-3)
     for row in (0, 1):
         policy.finished(request(row), "a")
-    assert policy._unions.union[policy._row["a"]] == 0
+    assert policy.unions.union[policy.row("a")] == 0
 
 
 def test_ranks_that_do_not_divide_the_experts():
@@ -196,13 +194,16 @@ def test_ranks_that_do_not_divide_the_experts():
 
 def test_steps_of_several_tokens():
     """Twice the tokens of a step: probabilities of activating an expert in either, and twice the token's cost."""
-    one, two = ExpectedUnion(cost=MOE_ONLY, scope="moe"), ExpectedUnion(cost=MOE_ONLY, scope="moe", step_tokens=2.0)
-    for policy in (one, two):
+    asked = request(0)
+    frequency = (asked.counts.counts / asked.counts.prompt_tokens).astype(np.float32).reshape(-1)
+    one, two = (ExpectedUnion(step_tokens=tokens).predict(asked, asked.counts, frequency) for tokens in (1.0, 2.0))
+    assert two == pytest.approx(1 - (1 - one) ** 2, abs=1e-6)
+    profiles = one_hot_profiles()
+    for tokens in (1.0, 2.0):
+        policy = Given(profiles, anchor=0, step_tokens=tokens)
         policy.joined("a")
-        policy.choose(request(0), {"a": 0})
-    profile = one._latest.profile
-    assert two._latest.profile == pytest.approx(1 - (1 - profile) ** 2, abs=1e-6)
-    assert two._costs[2] == pytest.approx(2 * one._costs[2])
+        cost_us = LAYERS * (100 + 1 * tokens) + 10 * profiles[0].sum()
+        assert placement_costs(policy, request(0), {"a": 0}) == {"a": pytest.approx(cost_us * 1e-6)}
 
 
 def test_the_tail_guard_leaves_out_a_worker_whose_steps_are_long():
@@ -272,9 +273,8 @@ def test_a_predictor_sets_the_geometry():
 
 
 def state(policy, worker):
-    row = policy._row[worker]
-    unions = policy._unions
-    return unions._exposure[row], unions._survival[row], unions.union[row], unions.context[row]
+    unions, row = policy.unions, policy.row(worker)
+    return unions.exposure[row], unions.survival[row], unions.union[row], unions.context[row]
 
 
 def assert_state_of(policy, running):
@@ -284,7 +284,7 @@ def assert_state_of(policy, running):
         fresh.joined(worker)
         for row in rows:
             fresh.started(request(row), worker)
-    if fresh._geometry is None:
+    if fresh.unions is None:
         return
     for worker in running:
         for one, other in zip(state(policy, worker), state(fresh, worker), strict=True):
@@ -336,9 +336,8 @@ def test_no_drift_in_a_million_events():
     policy = Given(profiles)
     policy.joined("a")
     policy.started(request(0), "a")
-    unions, row = policy._unions, policy._row["a"]
-    entries = [policy._running["0", "a"]]
-    entries = [type(entries[0])(encode_exposure(profile), 7) for profile in profiles]
+    unions, row = policy.unions, policy.row("a")
+    entries = [Profile(encode_exposure(profile), 7) for profile in profiles]
     running = []
     for pick in rng.integers(0, 200, 1_000_000).tolist():
         if len(running) > 100 or (running and pick < 100):
