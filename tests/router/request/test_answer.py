@@ -1,8 +1,9 @@
-"""Time per output token."""
+"""Time per output token, and between tokens."""
 
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from types import SimpleNamespace
 
 import pytest
@@ -53,8 +54,11 @@ def test_time_per_output_token_is_taken_over_tokens(monkeypatch, usage, expected
         answer.on_done()
         answer.observe_tpot(1)
         assert metrics.stream_events == len(pieces)
-        return metrics.tpot
+        return metrics
 
-    tpot = asyncio.run(run())
-    assert sum(tpot.counts) == 1
-    assert tpot.sum == pytest.approx(expected_s)
+    metrics = asyncio.run(run())
+    assert sum(metrics.tpot.counts) == 1
+    assert metrics.tpot.sum == pytest.approx(expected_s)
+    gaps = 3 if usage else 2
+    assert metrics.itl.counts[bisect_left(metrics.itl.bounds, 1.0)] == sum(metrics.itl.counts) == gaps
+    assert metrics.itl.sum == pytest.approx(gaps)

@@ -6,7 +6,6 @@ import asyncio
 import http.client
 import json
 import socket
-import time
 
 import pytest
 
@@ -285,7 +284,7 @@ async def test_a_client_that_closes_at_done_has_been_answered():
         async with s.session.post(s.url + "/v1/completions", json={**ASK, "stream": True}) as answer:
             await answer.content.readuntil(b"[DONE]\n\n")
             answer.close()
-        await until(lambda: not s.router._flows, "the request ends")
+        await until(lambda: s.router.running == 0, "the request ends")
         assert await s.metric("eldr_request_total", endpoint="/v1/completions", status="200") == 1
         assert await s.metric("eldr_client_disconnects_total") == 0
         assert await s.metric("eldr_inflight") == 0
@@ -424,9 +423,8 @@ async def test_stopping_cuts_off_what_does_not_finish():
         s.decode[0].behaviour = hang
         task = asyncio.create_task(s.post())
         await until(lambda: s.decode[0].running == 1, "it runs")
-        started = time.monotonic()
-        await s.router.stop(0.3)
-        assert time.monotonic() - started < 5
+        async with asyncio.timeout(30):
+            await s.router.stop(0.3)
         assert (await task).status == 503
         await until(lambda: s.decode[0].generated[0].aborted, "the worker hears of it")
 
@@ -446,7 +444,7 @@ async def test_stopping_sends_what_was_written_to_a_slow_reader():
             b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             b"content-length: %d\r\n\r\n%b" % (len(body), body)
         )
-        await until(lambda: s.decode[0].generated and not s.router._flows, "the answer is written")
+        await until(lambda: s.decode[0].generated and s.router.running == 0, "the answer is written")
         stopping = asyncio.create_task(s.router.stop(20))
         received = await asyncio.to_thread(_read_answer, client)
         assert len(received) == 20_000_024

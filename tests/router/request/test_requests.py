@@ -13,7 +13,7 @@ import pytest
 from eldr.router.observe import logs
 from eldr.router.request import intake
 from tests.router.certificates import certificate
-from tests.router.fake_worker import EXPERTS, LAYERS, counts_wire, reply
+from tests.router.fake_worker import EXPERTS, LAYERS, begin_stream, chunk, counts_wire, end_stream, reply
 from tests.router.harness import ASK, CHAT, Scripted, interpreted, on_uvloop, running, until
 
 
@@ -26,7 +26,7 @@ async def test_prefill_then_decode():
         (prefill,), (decode,) = s.prefill[0].generated, s.decode[0].generated
         assert prefill.body["kv_transfer_params"] == {"do_remote_decode": True, "do_remote_prefill": False}
         params = decode.body["kv_transfer_params"]
-        assert params["remote_engine_id"] == s.prefill[0]._transfer_params(prefill)["remote_engine_id"]
+        assert params["remote_engine_id"] == s.prefill[0].engine_id
         assert params["remote_block_ids"] == [[1]]
         assert "eldr_counts" not in params
         assert {k: v for k, v in decode.body.items() if k != "kv_transfer_params"} == ASK
@@ -48,12 +48,23 @@ async def test_a_stream_equals_the_workers_own(path):
 
 @on_uvloop
 async def test_events_arrive_as_the_worker_sends_them():
+    heard = asyncio.Semaphore(0)
+
+    async def one_by_one(worker, seen, reader, writer):
+        await begin_stream(writer)
+        for event in worker.events(seen, list("abcd"), False):
+            await chunk(writer, event)
+            await heard.acquire()  # nothing more before the client has it
+        await end_stream(writer)
+
     async with running() as s:
-        s.decode[0].token_gap_s = 0.2
+        s.decode[0].behaviour = one_by_one
         async with s.session.post(s.url + "/v1/completions", json={**ASK, "stream": True}) as answer:
-            arrivals = [time.monotonic() async for _ in answer.content.iter_any()]
-        assert len(arrivals) >= 4
-        assert arrivals[-1] - arrivals[0] >= 0.5
+            (seen,) = s.decode[0].generated
+            for event in s.decode[0].events(seen, list("abcd"), False):
+                assert await answer.content.readexactly(len(event)) == event
+                heard.release()
+            assert await answer.content.read() == b""
 
 
 @on_uvloop
