@@ -125,7 +125,7 @@ async def _stream(pieces: list[bytes]) -> None:
         Names(),
         wants_stream=True,
         wants_usage=True,
-        on_begun=bool,
+        on_begun=lambda: None,
     )
     answer.on_head(200, {b"content-type": b"text/event-stream"})
     try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from tests.router.admin import KEY
 
 
 @pytest.fixture
-def admin(tmp_path):
+def admin(tmp_path: Path) -> dict[str, Any]:
     """Settings that turn the admin API on."""
     key = tmp_path / "admin.key"
     key.write_text(KEY + "\n")

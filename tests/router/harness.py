@@ -27,8 +27,8 @@ from tests.router.fake_worker import FakeWorker
 # For tests that put something of their own into the router, which compiled code does not take.
 interpreted = pytest.mark.skipif(not answer.__file__.endswith(".py"), reason="this router is compiled")
 
-ASK = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+ASK: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -142,7 +142,7 @@ async def running(
             await router.stop(0)
 
 
-async def until(condition: Callable[[], bool], what: str) -> None:
+async def until(condition: Callable[[], object], what: str) -> None:
     """Wait for a condition that must come true."""
     deadline_s = time.monotonic() + 20
     while not condition():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from eldr.router.config.settings import ConfigError, RouterConfig
@@ -16,7 +19,7 @@ from tests.router.harness import ASK, on_uvloop, running
      ("GET", "/anything")],
 )  # fmt: skip
 @on_uvloop
-async def test_nothing_works_without_the_key(admin, key, method, path):
+async def test_nothing_works_without_the_key(admin: dict[str, Any], key: str, method: str, path: str) -> None:
     async with running(**admin) as s:
         answer = await ask_admin(s, method, path, {"url": s.decode[0].url, "role": "decode"}, key=key)
         assert answer.status == 401
@@ -25,19 +28,19 @@ async def test_nothing_works_without_the_key(admin, key, method, path):
 
 
 @on_uvloop
-async def test_the_public_address_has_no_admin_api(admin):
+async def test_the_public_address_has_no_admin_api(admin: dict[str, Any]) -> None:
     async with running(**admin) as s:
         assert (await s.get("/admin/workers", {"authorization": f"Bearer {KEY}"})).status == 404
         assert (await ask_admin(s, "POST", "/v1/completions", ASK)).status == 404
 
 
-def test_there_is_no_admin_api_without_a_key():
+def test_there_is_no_admin_api_without_a_key() -> None:
     with pytest.raises(ConfigError, match="admin_key_file"):
         RouterConfig(prefill=("http://p:1",), decode=("http://d:1",), admin_listen="127.0.0.1:0")
 
 
 @pytest.mark.parametrize("listen", ["8001", ":8001", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:70000", "::1:8001"])
-def test_a_bad_admin_address_is_refused(tmp_path, listen):
+def test_a_bad_admin_address_is_refused(tmp_path: Path, listen: str) -> None:
     with pytest.raises(ConfigError, match="admin_listen"):
         RouterConfig(admin_listen=listen, admin_key_file=tmp_path / "key")
 
@@ -65,7 +68,9 @@ def test_a_bad_admin_address_is_refused(tmp_path, listen):
     ],
 )
 @on_uvloop
-async def test_wrong_admin_requests_are_explained(admin, method, path, body, status, said):
+async def test_wrong_admin_requests_are_explained(
+    admin: dict[str, Any], method: str, path: str, body: Any, status: int, said: str
+) -> None:
     async with running(**admin) as s:
         answer = await ask_admin(s, method, path, body)
         assert answer.status == status
@@ -74,7 +79,7 @@ async def test_wrong_admin_requests_are_explained(admin, method, path, body, sta
 
 
 @on_uvloop
-async def test_a_url_with_two_roles_must_be_told_apart(admin):
+async def test_a_url_with_two_roles_must_be_told_apart(admin: dict[str, Any]) -> None:
     async with running(**admin) as s:
         url = s.decode[0].url
         await ask_admin(s, "POST", "/admin/workers", {"url": url, "role": "prefill"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from eldr.router.api.keys import ApiKeys
@@ -13,14 +15,14 @@ KEYS = b"# clients\nsecret-of-alice alice\n\nsecret-of-bob\n"
 
 
 @pytest.fixture
-def key_file(tmp_path):
+def key_file(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
     path.write_bytes(KEYS)
     return path
 
 
 @on_uvloop
-async def test_only_clients_with_a_key_may_ask(key_file):
+async def test_only_clients_with_a_key_may_ask(key_file: Path) -> None:
     async with running(api_key_file=key_file) as s:
         for headers in ({}, bearer("secret-of-carol"), {"authorization": "Basic secret-of-bob"}, bearer("")):
             answer = await s.post(headers=headers)
@@ -39,14 +41,14 @@ async def test_only_clients_with_a_key_may_ask(key_file):
 
 
 @on_uvloop
-async def test_a_body_is_not_read_from_whoever_has_no_key(key_file):
+async def test_a_body_is_not_read_from_whoever_has_no_key(key_file: Path) -> None:
     async with running(api_key_file=key_file) as s:
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 30000000\r\nexpect: 100-continue\r\n\r\n"
         assert status_of(await exchange(s, head)) == 401
 
 
 @on_uvloop
-async def test_the_clients_key_reaches_no_worker(key_file):
+async def test_the_clients_key_reaches_no_worker(key_file: Path) -> None:
     async with running(api_key_file=key_file) as s:
         await s.post(headers=bearer("secret-of-alice"))
         await s.get("/v1/models", headers=bearer("secret-of-alice"))
@@ -57,7 +59,7 @@ async def test_the_clients_key_reaches_no_worker(key_file):
 
 
 @on_uvloop
-async def test_the_admin_key_is_a_key_too(key_file, tmp_path):
+async def test_the_admin_key_is_a_key_too(key_file: Path, tmp_path: Path) -> None:
     (tmp_path / "admin").write_text("the-admin-key\n")
     async with running(api_key_file=key_file, admin_key_file=tmp_path / "admin") as s:
         assert (await s.post(headers={**bearer("the-admin-key"), "x-eldr-record": "1"})).status == 200
@@ -66,7 +68,7 @@ async def test_the_admin_key_is_a_key_too(key_file, tmp_path):
 
 
 @interpreted
-def test_keys_are_known_by_name_and_can_be_replaced(key_file):
+def test_keys_are_known_by_name_and_can_be_replaced(key_file: Path) -> None:
     keys = ApiKeys(key_file)
     assert keys.client(b"Bearer secret-of-alice") == "alice"
     assert keys.client(b"Bearer secret-of-bob") == "client-4"
@@ -95,7 +97,7 @@ def test_keys_are_known_by_name_and_can_be_replaced(key_file):
     ("text", "why"),
     [(b"# none\n", "no key"), (b"a\nb b\na\n", ":3: the same key"), (b"a b c\n", ":1: expected"), (b"\xff\n", ":1:")],
 )
-def test_a_bad_key_file_is_refused_without_showing_a_key(key_file, text, why):
+def test_a_bad_key_file_is_refused_without_showing_a_key(key_file: Path, text: bytes, why: str) -> None:
     key_file.write_bytes(text.replace(b"a", b"hidden"))
     with pytest.raises(ConfigError, match=why) as raised:
         ApiKeys(key_file)
@@ -105,7 +107,7 @@ def test_a_bad_key_file_is_refused_without_showing_a_key(key_file, text, why):
 
 
 @on_uvloop
-async def test_metrics_show_no_key_and_no_name_of_a_client(key_file):
+async def test_metrics_show_no_key_and_no_name_of_a_client(key_file: Path) -> None:
     async with running(api_key_file=key_file) as s:
         await s.post(headers=bearer("secret-of-alice"))
         text = (await s.get("/metrics", headers=bearer("secret-of-alice"))).body

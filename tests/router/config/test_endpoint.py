@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from eldr.router.config.settings import RouterConfig
         ("http://d:1#rank=3", "http://d:1#rank=3"),
     ],
 )
-def test_urls_of_workers(text, url):
+def test_urls_of_workers(text: str, url: str) -> None:
     assert worker_url(text) == url
     assert worker_urls(text) == (url,)
 
@@ -36,15 +38,16 @@ def test_urls_of_workers(text, url):
         "http://d:1#rank=1#rank=2",
     ],
 )  # fmt: skip
-def test_what_is_no_url_of_a_worker(text):
+def test_what_is_no_url_of_a_worker(text: str) -> None:
     with pytest.raises(UrlError):
         worker_urls(text)
 
 
-def test_ranks_of_one_url():
+def test_ranks_of_one_url() -> None:
     assert worker_urls("http://d:1#dp=2") == ("http://d:1#rank=0", "http://d:1#rank=1")
     assert [rank_of(url) for url in (*worker_urls("http://d:1#dp=2"), "http://d:1")] == [0, 1, None]
-    config = RouterConfig(prefill=["http://p:1"], decode=["http://d:1#dp=3"])
+    lists: dict[str, Any] = {"prefill": ["http://p:1"], "decode": ["http://d:1#dp=3"]}  # as a file gives them
+    config = RouterConfig(**lists)
     assert config.decode == tuple(f"http://d:1#rank={rank}" for rank in range(3))
     with pytest.raises(UrlError):
         worker_url("http://d:1#dp=2")
@@ -52,7 +55,7 @@ def test_ranks_of_one_url():
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=40).map("http://".__add__) | st.text(max_size=40))
-def test_any_text_is_a_url_or_an_error(text):
+def test_any_text_is_a_url_or_an_error(text: str) -> None:
     try:
         urls = worker_urls(text)
     except UrlError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,11 +12,11 @@ from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, MoeLayerCost
 from eldr.errors import EldrError
 from eldr.router.config.settings import ConfigError, RouterConfig, read_key
 
-TWO = {"prefill": ["http://p:1"], "decode": ["http://d:1"]}
-THREE = {"prefill": ("http://p0:8100",), "decode": ("http://d0:8200", "http://d1:8200")}
+TWO: dict[str, Any] = {"prefill": ["http://p:1"], "decode": ["http://d:1"]}
+THREE: dict[str, Any] = {"prefill": ("http://p0:8100",), "decode": ("http://d0:8200", "http://d1:8200")}
 
 
-def test_options_of_policies_from_a_file_and_flags(tmp_path):
+def test_options_of_policies_from_a_file_and_flags(tmp_path: Path) -> None:
     cost = CostModel("measured", "cpu", "made up", MoeLayerCost(10.0, 2.0, 0.5))
     cost.save(tmp_path / "d1.json")
     file = tmp_path / "eldr.toml"
@@ -27,7 +29,8 @@ def test_options_of_policies_from_a_file_and_flags(tmp_path):
     assert (options.cost_scope, options.tail_guard, options.anchor, options.others_weight) == ("moe", math.inf, 0.2, 2)
     assert options.cost == PRESETS[DEFAULT_PRESET]
     assert options.worker_costs == {"http://d1:8200": cost}
-    of_flags = RouterConfig(**THREE, cost_scope="moe", worker_costs=[("http://d0:8200", str(tmp_path / "d1.json"))])
+    pairs: Any = [("http://d0:8200", str(tmp_path / "d1.json"))]  # as flags give them
+    of_flags = RouterConfig(**THREE, cost_scope="moe", worker_costs=pairs)
     assert of_flags.policy_options().worker_costs == {"http://d0:8200": cost}
 
 
@@ -50,12 +53,12 @@ def test_options_of_policies_from_a_file_and_flags(tmp_path):
         ({"worker_costs": {"d0": "x"}}, "'d0' is not a worker's URL"),
     ],
 )
-def test_options_of_policies_that_cannot_be_used(changed, message):
+def test_options_of_policies_that_cannot_be_used(changed: Any, message: str) -> None:
     with pytest.raises(EldrError, match=message):
         RouterConfig(**THREE, **changed).policy_options()
 
 
-def test_configuration_from_a_file_and_flags(tmp_path):
+def test_configuration_from_a_file_and_flags(tmp_path: Path) -> None:
     file = tmp_path / "eldr.toml"
     file.write_text(
         'prefill = ["http://p0:8100/"]\ndecode = ["https://d0:8200", "http://[::1]:8201"]\n'
@@ -94,12 +97,12 @@ def test_configuration_from_a_file_and_flags(tmp_path):
         ({"calibration": 4}, "calibration"),
     ],
 )
-def test_a_bad_setting_is_refused_by_name(change, key):
+def test_a_bad_setting_is_refused_by_name(change: Any, key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         RouterConfig(**{**TWO, **change})
 
 
-def test_bad_files(tmp_path):
+def test_bad_files(tmp_path: Path) -> None:
     file = tmp_path / "eldr.toml"
     with pytest.raises(ConfigError, match=r"eldr\.toml"):
         RouterConfig.load(file, {})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,13 +20,13 @@ from tests.router.harness import Scripted, on_uvloop, until
 # The watched file.
 
 
-def toml(workers):
+def toml(workers: list[FakeWorker]) -> str:
     lists = {role: [w.url for w in workers if w.role == role] for role in ("prefill", "decode")}
     return "\n".join(f"{role} = {json.dumps(urls)}" for role, urls in lists.items()) + "\nhealth_interval_s = 0.1\n"
 
 
 @on_uvloop
-async def test_workers_follow_the_configuration_file(tmp_path, caplog):
+async def test_workers_follow_the_configuration_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     workers = [await FakeWorker(role).start() for role in ("prefill", "decode", "decode", "prefill")]
     file = tmp_path / "eldr.toml"
     file.write_text(toml(workers[:2]))
@@ -32,14 +34,17 @@ async def test_workers_follow_the_configuration_file(tmp_path, caplog):
     router = Router(load(), Scripted(), (file, load))
     await router.start()
     try:
-        urls = lambda: [w.url for w in router.membership.workers()]  # noqa: E731
+
+        def urls() -> list[str]:
+            return [worker.url for worker in router.membership.workers()]
+
         assert urls() == [w.url for w in workers[:2]]
         file.write_text(toml(workers))
         await until(lambda: len(list(router.services.fleet.available("decode"))) == 2, "the new one is up")
         assert set(urls()) == {w.url for w in workers}
         for broken in ("prefill = [", "unknown = 1", 'decode = ["nonsense"]', 'decode = "http://x:1"', "decode = []"):
             file.write_text(broken + f"\n# {broken}")
-            await until(lambda broken=broken: caplog.text.count("stays as it was") > 0, "it is said")
+            await until(lambda: "stays as it was" in caplog.text, "it is said")
             caplog.clear()
             assert set(urls()) == {w.url for w in workers}
         file.unlink()
@@ -62,11 +67,11 @@ async def test_workers_follow_the_configuration_file(tmp_path, caplog):
 class Names:
     """A name server's answers, one after the other; the last one stays."""
 
-    def __init__(self, *answers):
+    def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)
         self.asked = 0
 
-    async def __call__(self, host, port):
+    async def __call__(self, host: str, port: int) -> Any:
         self.asked += 1
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
@@ -74,11 +79,11 @@ class Names:
         return answer
 
 
-def endpoints(*addresses):
+def endpoints(*addresses: Any) -> frozenset[Endpoint]:
     return frozenset(Endpoint(f"http://{address}:8200", "decode") for address in addresses)
 
 
-async def first_sets(names, count):
+async def first_sets(names: Names, count: int) -> Any:
     found = []
     async for workers in DnsSource("http://decode.local:8200", "decode", 0.001, names).watch():
         found.append(workers)
@@ -87,20 +92,20 @@ async def first_sets(names, count):
     raise AssertionError("it must never end")
 
 
-def test_addresses_of_a_name_become_workers_and_failures_keep_them():
+def test_addresses_of_a_name_become_workers_and_failures_keep_them() -> None:
     names = Names(["10.0.0.1", "10.0.0.2"], OSError("down"), TimeoutError(), [], ["10.0.0.2", "10.0.0.1"], ["10.0.0.3"])
     found = asyncio.run(first_sets(names, 2))
     assert found == [endpoints("10.0.0.1", "10.0.0.2"), endpoints("10.0.0.3")]
     assert names.asked == 6
 
 
-def test_a_name_that_cannot_be_resolved_at_first_is_no_worker_yet():
+def test_a_name_that_cannot_be_resolved_at_first_is_no_worker_yet() -> None:
     found = asyncio.run(first_sets(Names(OSError("down"), OSError("down"), ["fd00::1"]), 2))
     assert found == [frozenset(), frozenset({Endpoint("http://[fd00::1]:8200", "decode")})]
 
 
 @on_uvloop
-async def test_workers_follow_a_name(monkeypatch):
+async def test_workers_follow_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """127.0.0.1, 127.0.0.2, ... are all this host: one fake worker listens on each, all on one port."""
     first = await FakeWorker("decode", host="127.0.0.1").start()
     port = int(first.url.rsplit(":", 1)[1])
@@ -115,7 +120,10 @@ async def test_workers_follow_a_name(monkeypatch):
     router = Router(config, Scripted())
     await router.start()
     try:
-        up = lambda: {w.url for w in router.services.fleet.available("decode")}  # noqa: E731
+
+        def up() -> set[str]:
+            return {worker.url for worker in router.services.fleet.available("decode")}
+
         assert up() == {first.url}
         names.answers[:] = [["127.0.0.1", "127.0.0.2"]]
         await until(lambda: up() == {first.url, second.url}, "the second joins")
@@ -132,6 +140,6 @@ async def test_workers_follow_a_name(monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["dns+https://d:1", "dns+http://d:1#dp=2", "dns+d:1", "dns+http://d:1/x"])
-def test_names_that_cannot_be_followed_are_refused(url):
+def test_names_that_cannot_be_followed_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="decode"):
         RouterConfig(prefill=("http://p:1",), decode=(url,))

@@ -13,7 +13,7 @@ from tests.router.engine_metrics import said
 from tests.router.harness import on_uvloop, running, until
 
 
-def test_load_is_read_from_the_exposition():
+def test_load_is_read_from_the_exposition() -> None:
     both = parse_load((said(3, 0.25) + said(0, 1e-3, engine=1)).encode())
     assert both == {0: EngineLoad(3, 0.25), 1: EngineLoad(0, 0.001)}
     older = "\n".join(line for line in said(3).splitlines() if "by_reason" not in line)
@@ -24,12 +24,12 @@ def test_load_is_read_from_the_exposition():
 
 
 @pytest.mark.parametrize("value", ["1e999", "-1e999", "1e", "+", "nan", "3 4", ""])
-def test_what_is_no_number_is_passed_over(value):
+def test_what_is_no_number_is_passed_over(value: str) -> None:
     assert parse_load(f"vllm:num_requests_waiting{{}} {value}\n".encode()) == {}
     assert parse_active_experts(f"vllm:eldr_active_experts_sum{{}} {value}\n".encode(), 0) is None
 
 
-def test_active_experts_are_read_of_one_engine():
+def test_active_experts_are_read_of_one_engine() -> None:
     line = 'vllm:eldr_active_experts_{}{{engine="{}",model_name="tiny"}} {}\n'
     text = "".join(
         line.format(name, engine, value + engine) for engine in (0, 1) for name, value in (("sum", 50), ("count", 4))
@@ -44,11 +44,11 @@ def test_active_experts_are_read_of_one_engine():
     | st.text(max_size=100).map(lambda t: f"vllm:num_requests_waiting{{{t}}} {t}".encode())
     | st.from_regex(r'vllm:num_requests_waiting\{engine="[0-9]{1,30}"\} [0-9.eE+-]+\n', fullmatch=True).map(str.encode)
 )
-def test_any_text_is_read_without_harm(text):
+def test_any_text_is_read_without_harm(text: bytes) -> None:
     parse_load(text)
 
 
-def test_what_waits_in_an_engine_lowers_its_limit_and_room_raises_it_again():
+def test_what_waits_in_an_engine_lowers_its_limit_and_room_raises_it_again() -> None:
     capacity = Capacity(256)
     queued = EngineLoad(40, 1.0)
     assert capacity.heard(queued, 100) == 256  # one look may be chance
@@ -66,7 +66,7 @@ def test_what_waits_in_an_engine_lowers_its_limit_and_room_raises_it_again():
     st.integers(1, 300),
     st.lists(st.tuples(st.integers(0, 400), st.floats(0, 1), st.integers(0, 300)), max_size=50),
 )
-def test_a_learned_limit_stays_between_one_and_the_configured(most, looks):
+def test_a_learned_limit_stays_between_one_and_the_configured(most: int, looks: list[tuple[int, float, int]]) -> None:
     capacity = Capacity(most)
     for waiting, kv_usage, in_flight in looks:
         assert 1 <= capacity.heard(EngineLoad(waiting, kv_usage), in_flight) <= most
@@ -74,7 +74,7 @@ def test_a_learned_limit_stays_between_one_and_the_configured(most, looks):
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 256))
-def test_the_limit_finds_what_an_engine_can_run(room, most):
+def test_the_limit_finds_what_an_engine_can_run(room: int, most: int) -> None:
     """An engine that runs `room` requests under endless demand: in the end nearly as many are sent, hardly more."""
     capacity, sent = Capacity(most), []
     for _ in range(300):
@@ -87,7 +87,7 @@ def test_the_limit_finds_what_an_engine_can_run(room, most):
 
 
 @on_uvloop
-async def test_a_worker_with_a_queue_of_its_own_gets_less():
+async def test_a_worker_with_a_queue_of_its_own_gets_less() -> None:
     async with running(decode=2, max_inflight=8, load_interval_s=0.05) as s:
         s.decode[0].metrics = said(0)
         fleet = s.router.services.fleet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.router.harness import ASK, Scripted, on_uvloop, running, until
 
 
 @on_uvloop
-async def test_a_worker_joins_and_gets_requests_once_it_was_probed(admin):
+async def test_a_worker_joins_and_gets_requests_once_it_was_probed(admin: dict[str, Any]) -> None:
     policy = Scripted(lambda request, in_flight: list(in_flight)[-1])
     new = await FakeWorker("decode").start()
     async with running(policy=policy, **admin) as s:
@@ -37,7 +38,7 @@ async def test_a_worker_joins_and_gets_requests_once_it_was_probed(admin):
 
 
 @on_uvloop
-async def test_a_prefill_worker_that_joins_takes_its_share_of_the_ring(admin):
+async def test_a_prefill_worker_that_joins_takes_its_share_of_the_ring(admin: dict[str, Any]) -> None:
     new = await FakeWorker("prefill").start()
     async with running(**admin) as s:
         try:
@@ -52,7 +53,9 @@ async def test_a_prefill_worker_that_joins_takes_its_share_of_the_ring(admin):
 
 @pytest.mark.parametrize("settings", [{}, {"model": "tiny"}])
 @on_uvloop
-async def test_a_worker_with_another_model_gets_nothing_until_it_serves_the_right_one(admin, settings):
+async def test_a_worker_with_another_model_gets_nothing_until_it_serves_the_right_one(
+    admin: dict[str, Any], settings: dict[str, Any]
+) -> None:
     policy = Scripted()
     new = await FakeWorker("decode", model="another").start()
     async with running(policy=policy, **admin, **settings) as s:
@@ -73,7 +76,7 @@ async def test_a_worker_with_another_model_gets_nothing_until_it_serves_the_righ
 
 
 @on_uvloop
-async def test_a_worker_that_is_not_there_yet_joins_when_it_comes(admin):
+async def test_a_worker_that_is_not_there_yet_joins_when_it_comes(admin: dict[str, Any]) -> None:
     new = await FakeWorker("decode").start()
     await new.stop()
     async with running(policy=Scripted(), **admin) as s:
@@ -86,15 +89,15 @@ async def test_a_worker_that_is_not_there_yet_joins_when_it_comes(admin):
 
 
 @on_uvloop
-async def test_a_router_may_start_empty_and_be_filled(admin):
+async def test_a_router_may_start_empty_and_be_filled(admin: dict[str, Any]) -> None:
     config = RouterConfig(port=0, health_interval_s=0.1, **admin)
     router = Router(config, Scripted())
-    workers = [await FakeWorker(role).start() for role in ("prefill", "decode")]
+    prefill, decode = workers = [await FakeWorker(role).start() for role in ("prefill", "decode")]
     await router.start()
     try:
         assert not router.services.fleet.ready
-        for worker in workers:
-            router.membership.join(Endpoint(worker.url, worker.role), "admin")
+        router.membership.join(Endpoint(prefill.url, "prefill"), "admin")
+        router.membership.join(Endpoint(decode.url, "decode"), "admin")
         await until(lambda: router.services.fleet.ready, "both are up")
     finally:
         for worker in workers:
@@ -106,7 +109,7 @@ async def test_a_router_may_start_empty_and_be_filled(admin):
 
 
 @on_uvloop
-async def test_a_draining_worker_finishes_what_it_runs_and_then_is_gone(admin):
+async def test_a_draining_worker_finishes_what_it_runs_and_then_is_gone(admin: dict[str, Any]) -> None:
     policy = Scripted(lambda request, in_flight: next(iter(in_flight)))
     async with running(decode=2, policy=policy, **admin) as s:
         first, second = s.decode
@@ -129,7 +132,7 @@ async def test_a_draining_worker_finishes_what_it_runs_and_then_is_gone(admin):
 
 @pytest.mark.parametrize("by", ["drain", "delete"])
 @on_uvloop
-async def test_what_does_not_finish_in_time_is_cut_off(admin, by):
+async def test_what_does_not_finish_in_time_is_cut_off(admin: dict[str, Any], by: str) -> None:
     async with running(decode=2, policy=Scripted(lambda r, in_flight: next(iter(in_flight))), **admin) as s:
         first, second = s.decode
         first.tokens, first.token_gap_s = ["x"] * 1000, 0.05
@@ -152,7 +155,7 @@ async def test_what_does_not_finish_in_time_is_cut_off(admin, by):
 
 
 @on_uvloop
-async def test_a_prefill_worker_stays_until_nobody_may_pull_from_it(admin):
+async def test_a_prefill_worker_stays_until_nobody_may_pull_from_it(admin: dict[str, Any]) -> None:
     async with running(prefill=2, **admin) as s:
         held, free = s.prefill
         held.lease, free.lease = {"left_s": 3600.0}, {"left_s": 1.5}
@@ -167,7 +170,7 @@ async def test_a_prefill_worker_stays_until_nobody_may_pull_from_it(admin):
 
 
 @on_uvloop
-async def test_a_worker_that_is_taken_back_while_it_is_cut_off_serves_again(admin):
+async def test_a_worker_that_is_taken_back_while_it_is_cut_off_serves_again(admin: dict[str, Any]) -> None:
     async with running(**admin) as s:
         worker = s.decode[0]
         worker.tokens, worker.token_gap_s = ["x"] * 1000, 0.05
@@ -182,7 +185,7 @@ async def test_a_worker_that_is_taken_back_while_it_is_cut_off_serves_again(admi
 
 
 @on_uvloop
-async def test_a_draining_worker_can_be_taken_back(admin):
+async def test_a_draining_worker_can_be_taken_back(admin: dict[str, Any]) -> None:
     async with running(decode=1, worker_wait_s=0, **admin) as s:
         worker = s.decode[0]
         worker.tokens, worker.token_gap_s = ["x"] * 4, 0.1
@@ -197,7 +200,7 @@ async def test_a_draining_worker_can_be_taken_back(admin):
 
 
 @on_uvloop
-async def test_a_worker_may_leave_and_come_back_as_often_as_it_likes(admin):
+async def test_a_worker_may_leave_and_come_back_as_often_as_it_likes(admin: dict[str, Any]) -> None:
     async with running(decode=2, **admin) as s:
         worker = s.decode[0]
         for _ in range(5):
@@ -210,14 +213,14 @@ async def test_a_worker_may_leave_and_come_back_as_often_as_it_likes(admin):
 
 
 @on_uvloop
-async def test_under_load_workers_come_and_go_and_no_request_is_lost(admin):
+async def test_under_load_workers_come_and_go_and_no_request_is_lost(admin: dict[str, Any]) -> None:
     spare = [await FakeWorker("decode").start() for _ in range(3)]
     async with running(decode=3, max_inflight=4, **admin) as s:
         for worker in (*s.decode, *spare):
             worker.token_gap_s = 0.005
         statuses = []
 
-        async def client(n):
+        async def client(n: int) -> None:
             for k in range(25):
                 answer = await s.post({**ASK, "prompt": f"{n} {k}", "stream": k % 2 == 0})
                 statuses.append((answer.status, b"d" in answer.body))

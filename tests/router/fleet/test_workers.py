@@ -11,7 +11,7 @@ from eldr.router.fleet.workers import Fleet, FleetError
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=80))
-def test_the_eligible_view_is_what_a_fresh_look_gives(steps):
+def test_the_eligible_view_is_what_a_fresh_look_gives(steps: list[tuple[int, int]]) -> None:
     fleet = Fleet()
     workers = [fleet.add(f"http://d:{n}", "decode", 2) for n in range(4)]
     for action, index in steps:
@@ -31,7 +31,7 @@ def test_the_eligible_view_is_what_a_fresh_look_gives(steps):
         assert fleet.decode_slots == sum(2 for w in workers if w.healthy and not w.draining)
 
 
-def test_a_removed_worker_is_gone_even_when_its_last_request_ends_later():
+def test_a_removed_worker_is_gone_even_when_its_last_request_ends_later() -> None:
     fleet = Fleet()
     worker = fleet.add("http://d:1", "decode", 2)
     fleet.set_healthy(worker, True)
@@ -43,7 +43,7 @@ def test_a_removed_worker_is_gone_even_when_its_last_request_ends_later():
         fleet.remove(worker)
 
 
-def test_one_url_may_have_both_roles_but_not_one_twice():
+def test_one_url_may_have_both_roles_but_not_one_twice() -> None:
     fleet = Fleet()
     fleet.add("http://w:1", "prefill", 1)
     fleet.add("http://w:1", "decode", 1)

@@ -10,7 +10,7 @@ import pytest
 
 from eldr.router.http.limits import ConnectionWatch
 from eldr.router.http.server import ClientConnection
-from tests.router.fake_worker import begin_stream, chunk
+from tests.router.fake_worker import FakeWorker, Seen, begin_stream, chunk
 from tests.router.harness import ASK, on_uvloop, running, until
 from tests.router.memory import LIMITS, Holding, MemoryTransport, Recorder
 from tests.router.wire import exchange, post, status_of
@@ -38,7 +38,7 @@ GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
 
 
-async def test_a_connection_without_requests_is_closed_in_silence():
+async def test_a_connection_without_requests_is_closed_in_silence() -> None:
     for sent in (b"", GET, b"\r\n"):
         c = Connected()
         c.send(sent)
@@ -60,7 +60,7 @@ async def test_a_connection_without_requests_is_closed_in_silence():
         (POST + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n", LIMITS.body_timeout_s),
     ],
 )
-async def test_a_request_that_does_not_arrive_in_time_is_refused(sent, limit_s):
+async def test_a_request_that_does_not_arrive_in_time_is_refused(sent: bytes, limit_s: float) -> None:
     c = Connected()
     for byte in sent:
         c.send(bytes([byte]))  # a byte now and then does not renew the time
@@ -72,14 +72,14 @@ async def test_a_request_that_does_not_arrive_in_time_is_refused(sent, limit_s):
     assert c.handler.errors == [408]
 
 
-async def test_a_large_body_may_take_its_time():
+async def test_a_large_body_may_take_its_time() -> None:
     c = Connected()
     c.send(POST + b"content-length: 10000\r\n\r\n" + b" " * 9000)
     assert c.after(LIMITS.body_timeout_s + 0.4) == b""
     assert b"408" in c.after(LIMITS.body_timeout_s + 1.4)
 
 
-async def test_who_does_not_read_is_cut_off():
+async def test_who_does_not_read_is_cut_off() -> None:
     c = Connected(Holding())
     c.send(GET)
     c.connection.pause_writing()
@@ -95,11 +95,11 @@ async def test_who_does_not_read_is_cut_off():
     assert not c.transport.closed
 
 
-async def test_last_bytes_that_nobody_takes_hold_no_connection():
+async def test_last_bytes_that_nobody_takes_hold_no_connection() -> None:
     class Unsent(MemoryTransport):
         aborted = False
 
-        def abort(self):
+        def abort(self) -> None:
             self.aborted = True
 
     for leave in (ClientConnection.close, ClientConnection.break_stream):
@@ -113,7 +113,7 @@ async def test_last_bytes_that_nobody_takes_hold_no_connection():
         assert transport.aborted
 
 
-async def test_while_a_request_is_answered_no_limit_of_receiving_runs():
+async def test_while_a_request_is_answered_no_limit_of_receiving_runs() -> None:
     c = Connected(Holding())
     c.send(GET + GET[:5])
     assert c.after(1000) == b""
@@ -122,17 +122,19 @@ async def test_while_a_request_is_answered_no_limit_of_receiving_runs():
 
 @pytest.mark.parametrize("sent", [b"GET /health HT", POST + b"content-length: 4\r\n\r\n{}"])
 @on_uvloop
-async def test_the_router_watches_its_connections(sent):
+async def test_the_router_watches_its_connections(sent: bytes) -> None:
     async with running(head_timeout_s=0.1, body_timeout_s=0.1) as s:
         assert status_of(await exchange(s, sent)) == 408
         assert await s.metric("eldr_request_total", endpoint="other", status="408") == 1
 
 
 @on_uvloop
-async def test_a_client_that_stops_reading_frees_its_worker():
+async def test_a_client_that_stops_reading_frees_its_worker() -> None:
     async with running(stall_timeout_s=0.1) as s:
 
-        async def endless(worker, seen, reader, writer):
+        async def endless(
+            worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
             await begin_stream(writer)
             while True:
                 await chunk(writer, b"data: {}\n\n" * 10_000)
@@ -146,7 +148,7 @@ async def test_a_client_that_stops_reading_frees_its_worker():
         writer.close()
 
 
-async def test_framing_may_not_outweigh_the_body():
+async def test_framing_may_not_outweigh_the_body() -> None:
     c = Connected()
     c.send(POST + b"transfer-encoding: chunked\r\n\r\n")
     for _ in range(20):
@@ -160,7 +162,7 @@ async def test_framing_may_not_outweigh_the_body():
 
 
 @on_uvloop
-async def test_more_connections_than_allowed_are_turned_away():
+async def test_more_connections_than_allowed_are_turned_away() -> None:
     async with running(max_connections=2) as s:
         held = [await s.session.get(s.url + "/health") for _ in range(1)]  # one kept connection
         one = ClientConnection(s.router, LIMITS)
@@ -173,12 +175,12 @@ async def test_more_connections_than_allowed_are_turned_away():
         assert held
 
 
-async def test_every_connection_is_looked_at_once_a_period_and_none_that_is_closed():
+async def test_every_connection_is_looked_at_once_a_period_and_none_that_is_closed() -> None:
     class Connection:
-        def __init__(self):
-            self.looks = []
+        def __init__(self) -> None:
+            self.looks: list[float] = []
 
-        def check(self, now_s):
+        def check(self, now_s: float) -> None:
             self.looks.append(now_s)
             connections.discard(closed)
 

@@ -6,14 +6,15 @@ import asyncio
 import json
 import re
 import socket
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eldr.router.http.server import MAX_HEAD_BYTES, MAX_PIPELINED, WRITE_HIGH_BYTES, ClientConnection
+from eldr.router.http.server import MAX_HEAD_BYTES, MAX_PIPELINED, WRITE_HIGH_BYTES, ClientConnection, Request
 from tests.router.harness import ASK, CHAT, on_uvloop, running, until
-from tests.router.memory import LIMITS, Holding, MemoryTransport, Recorder, UnreadTransport, feed, split
+from tests.router.memory import LIMITS, Holding, MemoryTransport, Recorder, Said, UnreadTransport, feed, split
 from tests.router.wire import BODY, GET, POST, answers_in, exchange, post, status_of
 
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -57,12 +58,12 @@ MALFORMED = {
 
 
 @pytest.fixture(scope="module")
-def answers():
+def answers() -> dict[str, bytes]:
     """What the router says to each malformed request, all asked of one router."""
-    collected = {}
+    collected: dict[str, bytes] = {}
 
     @on_uvloop
-    async def ask_all():
+    async def ask_all() -> None:
         async with running() as s:
             names = list(MALFORMED)
             raws = await asyncio.gather(*(exchange(s, MALFORMED[name]) for name in names))
@@ -73,7 +74,7 @@ def answers():
     return collected
 
 
-def test_a_second_offer_to_upgrade_is_refused():
+def test_a_second_offer_to_upgrade_is_refused() -> None:
     offer = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n"
     requests, errors, statuses = feed([offer * 2])
     assert len(requests) == 1
@@ -82,7 +83,7 @@ def test_a_second_offer_to_upgrade_is_refused():
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_requests_are_refused_once_and_the_connection_closed(answers, name):
+def test_malformed_requests_are_refused_once_and_the_connection_closed(answers: dict[str, bytes], name: str) -> None:
     raw = answers[name]
     assert status_of(raw) in (400, 413, 505)
     assert answers_in(raw) == 1  # nothing after the error was taken for a request
@@ -92,7 +93,7 @@ def test_malformed_requests_are_refused_once_and_the_connection_closed(answers, 
 
 
 @on_uvloop
-async def test_limits():
+async def test_limits() -> None:
     async with running(max_body_bytes=1000) as s:
         assert (await s.post(b" " * 1000)).status == 400
         assert status_of(await exchange(s, post(b" " * 1001))) == 413
@@ -110,7 +111,7 @@ async def test_limits():
 
 
 @on_uvloop
-async def test_a_refused_body_is_not_reset_before_its_answer_is_read():
+async def test_a_refused_body_is_not_reset_before_its_answer_is_read() -> None:
     async with running(max_body_bytes=1000) as s:
         reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
         writer.write(POST + b"content-length: 3000000\r\n\r\n")
@@ -145,7 +146,7 @@ async def test_a_refused_body_is_not_reset_before_its_answer_is_read():
     ],
 )
 @on_uvloop
-async def test_bad_requests_get_an_openai_error(path, body, status, param):
+async def test_bad_requests_get_an_openai_error(path: str, body: Any, status: int, param: str | None) -> None:
     async with running() as s:
         answer = await s.post(body, path)
         assert answer.status == status
@@ -157,7 +158,7 @@ async def test_bad_requests_get_an_openai_error(path, body, status, param):
 
 
 @on_uvloop
-async def test_methods_and_media_types():
+async def test_methods_and_media_types() -> None:
     async with running() as s:
         assert (await s.get("/v1/completions")).status == 405
         assert (await s.get("/v1/completions")).headers["allow"] == "POST"
@@ -170,7 +171,7 @@ async def test_methods_and_media_types():
 
 
 @on_uvloop
-async def test_head_is_get_without_the_body():
+async def test_head_is_get_without_the_body() -> None:
     async with running() as s:
         for path in (b"/health", b"/ready", b"/v1/models", b"/metrics"):
             head, get = [
@@ -188,7 +189,7 @@ async def test_head_is_get_without_the_body():
 
 
 @on_uvloop
-async def test_pipelined_requests_are_answered_in_their_order():
+async def test_pipelined_requests_are_answered_in_their_order() -> None:
     async with running() as s:
         s.decode[0].token_gap_s = 0.02
         data = GET + post(extra=b"x-request-id: r1\r\n") + GET + post(extra=b"x-request-id: r2\r\n") + GET
@@ -200,7 +201,7 @@ async def test_pipelined_requests_are_answered_in_their_order():
 
 
 @on_uvloop
-async def test_pipelined_requests_of_a_client_that_does_not_read_wait():
+async def test_pipelined_requests_of_a_client_that_does_not_read_wait() -> None:
     """Else their answers, longer than the requests, would pile up in the router."""
     requests = 200
     async with running() as s:
@@ -221,9 +222,9 @@ async def test_pipelined_requests_of_a_client_that_does_not_read_wait():
         assert statuses == [b"200"] * requests + [b"400"]
 
 
-async def test_what_waits_for_a_client_that_does_not_read_is_little():
+async def test_what_waits_for_a_client_that_does_not_read_is_little() -> None:
     class Verbose(Recorder):
-        def handle(self, request, connection):
+        def handle(self, request: Request, connection: ClientConnection) -> None:
             self.requests.append((request.method, request.path, request.headers, request.body))
             connection.respond(200, b"x" * 5000)
 
@@ -248,7 +249,7 @@ async def test_what_waits_for_a_client_that_does_not_read_is_little():
 
 
 @on_uvloop
-async def test_what_follows_a_running_request_and_is_malformed_is_refused_after_it():
+async def test_what_follows_a_running_request_and_is_malformed_is_refused_after_it() -> None:
     async with running() as s:
         s.decode[0].token_gap_s = 0.02
         raw = await exchange(s, post() + b"NONSENSE\r\n\r\n")
@@ -258,7 +259,7 @@ async def test_what_follows_a_running_request_and_is_malformed_is_refused_after_
 
 
 @on_uvloop
-async def test_a_flood_of_pipelined_requests_is_not_read_ahead():
+async def test_a_flood_of_pipelined_requests_is_not_read_ahead() -> None:
     handler, transport = Holding(), MemoryTransport()
     held = handler.requests
     connection = ClientConnection(handler, LIMITS)
@@ -279,7 +280,7 @@ async def test_a_flood_of_pipelined_requests_is_not_read_ahead():
 
 
 @on_uvloop
-async def test_http_1_0_gets_a_stream_without_chunks():
+async def test_http_1_0_gets_a_stream_without_chunks() -> None:
     async with running() as s:
         body = json.dumps({**ASK, "stream": True}).encode()
         raw = await exchange(s, post(body).replace(b"HTTP/1.1\r\nhost: x\r\n", b"HTTP/1.0\r\n"))
@@ -292,7 +293,7 @@ async def test_http_1_0_gets_a_stream_without_chunks():
 
 
 @on_uvloop
-async def test_expect_100_continue():
+async def test_expect_100_continue() -> None:
     async with running() as s:
         reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
         writer.write(POST + b"expect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(BODY))
@@ -304,7 +305,7 @@ async def test_expect_100_continue():
 
 
 @on_uvloop
-async def test_absolute_targets_and_queries():
+async def test_absolute_targets_and_queries() -> None:
     async with running() as s:
         close = b"host: x\r\nconnection: close\r\n\r\n"
         assert status_of(await exchange(s, b"GET http://router:1/health?x=1 HTTP/1.1\r\n" + close)) == 200
@@ -318,7 +319,7 @@ bodies = st.binary(max_size=300)
 
 
 @st.composite
-def requests(draw):
+def requests(draw: st.DrawFn) -> tuple[bytes, tuple[bytes, bytes, dict[bytes, bytes], bytes]]:
     """Bytes of one valid request, and what it says."""
     headers = draw(st.dictionaries(names, values, max_size=5))
     body = draw(bodies)
@@ -337,7 +338,7 @@ def requests(draw):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(requests(), min_size=1, max_size=4), st.lists(st.integers(0, 4000), max_size=20))
-def test_however_the_bytes_are_split_the_requests_are_the_same(sent, cuts):
+def test_however_the_bytes_are_split_the_requests_are_the_same(sent: list[tuple[bytes, Said]], cuts: list[int]) -> None:
     data = b"".join(raw for raw, _ in sent)
     got, errors, statuses = feed(split(data, cuts))
     assert got == [said for _, said in sent]
@@ -351,7 +352,9 @@ def test_however_the_bytes_are_split_the_requests_are_the_same(sent, cuts):
     st.lists(st.integers(0, 4000), max_size=12),
     st.frozensets(st.integers(1, 12)),
 )
-def test_any_bytes_give_the_same_answers_however_they_are_split_and_the_answers_read(pieces, cuts, stalls):
+def test_any_bytes_give_the_same_answers_however_they_are_split_and_the_answers_read(
+    pieces: list[bytes], cuts: list[int], stalls: frozenset[int]
+) -> None:
     data = b"".join(pieces)
     whole = feed([data]) if data else feed([])
     assert feed(split(data, cuts)) == whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import warnings
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -14,7 +15,7 @@ from tests.router.certificates import certificate
 from tests.router.harness import ASK, on_uvloop, running
 
 
-def too_old(authority) -> ssl.SSLContext:
+def too_old(authority: Path) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=authority)
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
@@ -23,7 +24,7 @@ def too_old(authority) -> ssl.SSLContext:
 
 
 @on_uvloop
-async def test_tls_towards_clients(tmp_path):
+async def test_tls_towards_clients(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path, "router")
     async with running(tls_cert=cert, tls_key=key) as s:
         url = f"https://127.0.0.1:{s.router.port}"
@@ -49,7 +50,7 @@ async def test_tls_towards_clients(tmp_path):
                 await fresh.get(url + "/health", ssl=tls)
 
 
-def test_certificate_and_key_must_belong_together(tmp_path):
+def test_certificate_and_key_must_belong_together(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path, "one")
     _, other = certificate(tmp_path, "other")
     with pytest.raises(ConfigError, match="tls_cert"):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
+from pathlib import Path
 
 import aiohttp
 import pytest
 
 from eldr.router.observe import logs
-from tests.router.fake_worker import begin_stream, chunk, reply
-from tests.router.harness import ASK, CHAT, bearer, on_uvloop, running
+from tests.router.fake_worker import FakeWorker, Seen, begin_stream, chunk, reply
+from tests.router.harness import ASK, CHAT, Setup, bearer, on_uvloop, running
 from tests.router.wire import exchange
 
 PROMPT = "the-prompt-is-private"
@@ -21,7 +23,9 @@ SECRETS = ("the-client-key", "the-worker-key", "the-admin-key", PROMPT, ANSWER)
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 @on_uvloop
-async def test_no_secret_no_prompt_and_no_answer_is_logged(level, tmp_path, capfd):
+async def test_no_secret_no_prompt_and_no_answer_is_logged(
+    level: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     files = {}
     for name in ("client", "worker", "admin"):
         (tmp_path / name).write_text(f"the-{name}-key\n")
@@ -46,25 +50,33 @@ async def test_no_secret_no_prompt_and_no_answer_is_logged(level, tmp_path, capf
         assert secret not in written.err + written.out
 
 
-async def _every_kind_of_failure(s) -> None:
+async def _every_kind_of_failure(s: Setup) -> None:
     headers = bearer("the-client-key")
     chat = {**CHAT, "messages": [{"role": "user", "content": PROMPT}]}
     ask = {**ASK, "prompt": PROMPT}
 
-    async def garbage(worker, seen, reader, writer):
+    async def garbage(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         writer.write(f"HTTP/1.1 200 {ANSWER}\r\ncontent-length: {ANSWER}\r\n\r\n{ANSWER}".encode())
         await writer.drain()
 
-    async def not_json(worker, seen, reader, writer):
+    async def not_json(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await reply(writer, 200, f'{{"choices": {ANSWER}'.encode())
 
-    async def error(worker, seen, reader, writer):
+    async def error(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reply(writer, 500, json.dumps({"error": {"message": f"{PROMPT} {ANSWER}"}}).encode())
 
-    async def closes(worker, seen, reader, writer):
+    async def closes(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         writer.close()
 
-    async def breaks_off(worker, seen, reader, writer):
+    async def breaks_off(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         if worker.role == "prefill":
             await worker.answer(seen, writer)
             return
@@ -72,7 +84,9 @@ async def _every_kind_of_failure(s) -> None:
         await chunk(writer, f'data: {{"text": "{ANSWER}"}}\n\n'.encode())
         writer.close()
 
-    async def bad_counts(worker, seen, reader, writer):
+    async def bad_counts(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         params = {"do_remote_prefill": True, "eldr_counts": {"v": 2, "data": ANSWER}}
         await reply(writer, 200, json.dumps({"choices": [{"text": ANSWER}], "kv_transfer_params": params}).encode())
 
@@ -95,7 +109,7 @@ async def _every_kind_of_failure(s) -> None:
     logging.getLogger("eldr.router").warning("the log is open")
 
 
-def test_an_exception_is_logged_without_what_it_says(capfd):
+def test_an_exception_is_logged_without_what_it_says(capfd: pytest.CaptureFixture[str]) -> None:
     logs.set_up("warning")
     try:
         int(PROMPT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter, deque
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,11 +22,13 @@ from tests.router.harness import ASK, on_uvloop, running, until
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2 * MAX_COST)), max_size=60), st.data())
-def test_nothing_is_lost_and_a_clients_items_keep_their_order(pushed, data):
-    queue = FairQueue(2**31)
+def test_nothing_is_lost_and_a_clients_items_keep_their_order(
+    pushed: list[tuple[str, int]], data: st.DataObject
+) -> None:
+    queue: FairQueue[tuple[Any, int]] = FairQueue(2**31)
     for number, (client, cost) in enumerate(pushed):
         assert queue.push((client, number), client.encode(), cost) is None
-    left = {(client, number) for number, (client, _) in enumerate(pushed)}
+    left: set[Any] = {(client, number) for number, (client, _) in enumerate(pushed)}
     for item in data.draw(st.sets(st.sampled_from(sorted(left)))) if left else ():
         assert queue.remove(item, item[0].encode())
         assert not queue.remove(item, item[0].encode())
@@ -46,30 +49,32 @@ def test_nothing_is_lost_and_a_clients_items_keep_their_order(pushed, data):
     st.lists(st.lists(st.integers(1, MAX_COST), min_size=60, max_size=60), min_size=2, max_size=4),
     st.integers(10, 60),
 )
-def test_clients_that_always_wait_get_the_same_cost_through(costs, pops):
+def test_clients_that_always_wait_get_the_same_cost_through(costs: list[list[int]], pops: int) -> None:
     """The bound of start-time fair queuing: two clients differ by their largest items at most."""
-    queue = FairQueue(2**31)
+    queue: FairQueue[tuple[Any, int]] = FairQueue(2**31)
     for client, own in enumerate(costs):
         for number, cost in enumerate(own):
             queue.push((client, number), b"%d" % client, cost)
     served = Counter(dict.fromkeys(range(len(costs)), 0))
     for _ in range(pops):
-        client, number = queue.pop()
+        item = queue.pop()
+        assert item is not None
+        client, number = item
         served[client] += costs[client][number]
     assert max(served.values()) - min(served.values()) <= 2 * MAX_COST
 
 
-def test_a_flood_of_one_client_does_not_keep_another_waiting():
-    queue = FairQueue(1000)
+def test_a_flood_of_one_client_does_not_keep_another_waiting() -> None:
+    queue: FairQueue[Any] = FairQueue(1000)
     for number in range(900):
         queue.push(number, b"flood", 500)
     queue.push("late", b"other", 500)
     assert "late" in [queue.pop() for _ in range(2)]
 
 
-def test_a_client_that_asks_one_by_one_is_not_ahead_of_one_that_queues():
+def test_a_client_that_asks_one_by_one_is_not_ahead_of_one_that_queues() -> None:
     """What it got before still counts when it comes back, so that it gets no more than the other."""
-    queue = FairQueue(1000)
+    queue: FairQueue[Any] = FairQueue(1000)
     for number in range(100):
         queue.push(number, b"queues", 100)
     queue.push("again", b"one by one", 1000)
@@ -83,9 +88,10 @@ def test_a_client_that_asks_one_by_one_is_not_ahead_of_one_that_queues():
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from("aaaaabbc"), min_size=1, max_size=80), st.integers(1, 12))
-def test_a_full_queue_gives_way_to_clients_with_less_than_their_share(clients, limit):
+def test_a_full_queue_gives_way_to_clients_with_less_than_their_share(clients: list[str], limit: int) -> None:
     """Against a plain model: per client a list, the longest of which loses its newest item."""
-    queue, model = FairQueue(limit), {}
+    queue: FairQueue[Any] = FairQueue(limit)
+    model: dict[Any, Any] = {}
     for number, client in enumerate(clients):
         own = len(model.get(client, ()))
         try:
@@ -108,25 +114,25 @@ def test_a_full_queue_gives_way_to_clients_with_less_than_their_share(clients, l
 # Admission.
 
 
-def fleet_of(slots):
+def fleet_of(slots: int) -> Fleet:
     fleet = Fleet()
     if slots:
         fleet.set_healthy(fleet.add("http://d:1", "decode", slots), True)
     return fleet
 
 
-async def settle():
+async def settle() -> None:
     for _ in range(3):
         await asyncio.sleep(0)
 
 
 @on_uvloop
-async def test_higher_priorities_go_first_and_each_has_its_own_bound():
+async def test_higher_priorities_go_first_and_each_has_its_own_bound() -> None:
     admission = Admission(fleet_of(1), Limits(100, 2, 60.0, 0.0))
     await admission.enter(Claim(b"", 1, 1))
     order, tasks = [], []
 
-    async def wait(number, priority):
+    async def wait(number: int, priority: int) -> None:
         await admission.enter(Claim(b"c", priority, 1))
         order.append((PRIORITIES[priority], number))
 
@@ -146,7 +152,7 @@ async def test_higher_priorities_go_first_and_each_has_its_own_bound():
 
 
 @on_uvloop
-async def test_who_waits_too_long_is_told_so_and_holds_no_place():
+async def test_who_waits_too_long_is_told_so_and_holds_no_place() -> None:
     admission = Admission(fleet_of(1), Limits(100, 10, 0.05, 0.0))
     await admission.enter(Claim(b"", 1, 1))
     with pytest.raises(ApiError) as caught:
@@ -158,7 +164,7 @@ async def test_who_waits_too_long_is_told_so_and_holds_no_place():
 
 
 @on_uvloop
-async def test_the_newest_of_the_longest_gives_way():
+async def test_the_newest_of_the_longest_gives_way() -> None:
     admission = Admission(fleet_of(1), Limits(100, 3, 60.0, 0.0))
     await admission.enter(Claim(b"", 1, 1))
     flood = [asyncio.create_task(admission.enter(Claim(b"flood", 1, 1))) for _ in range(3)]
@@ -174,7 +180,7 @@ async def test_the_newest_of_the_longest_gives_way():
 
 
 @on_uvloop
-async def test_no_more_streams_than_allowed_however_large_the_fleet():
+async def test_no_more_streams_than_allowed_however_large_the_fleet() -> None:
     admission = Admission(fleet_of(1000), Limits(3, 10, 60.0, 0.0))
     tasks = [asyncio.create_task(admission.enter(Claim(b"", 1, 1))) for _ in range(5)]
     await settle()
@@ -197,8 +203,10 @@ async def test_no_more_streams_than_allowed_however_large_the_fleet():
     ),
     st.sampled_from([0.0, 60.0]),
 )
-def test_whatever_happens_every_request_ends_once_and_none_is_counted_twice(steps, worker_wait_s):
-    async def run():
+def test_whatever_happens_every_request_ends_once_and_none_is_counted_twice(
+    steps: list[tuple[str, bytes, int]], worker_wait_s: float
+) -> None:
+    async def run() -> None:
         fleet = Fleet()
         worker = fleet.add("http://d:1", "decode", 2)
         fleet.set_healthy(worker, True)
@@ -232,7 +240,7 @@ def test_whatever_happens_every_request_ends_once_and_none_is_counted_twice(step
 
 
 @on_uvloop
-async def test_a_full_queue_answers_429_with_retry_after():
+async def test_a_full_queue_answers_429_with_retry_after() -> None:
     async with running(max_inflight=1, max_queued=1, queue_timeout_s=30) as s:
         s.decode[0].token_gap_s = 0.2
         first = asyncio.create_task(s.post())
@@ -250,7 +258,7 @@ async def test_a_full_queue_answers_429_with_retry_after():
 
 
 @on_uvloop
-async def test_a_wait_that_is_too_long_ends_with_503():
+async def test_a_wait_that_is_too_long_ends_with_503() -> None:
     async with running(max_inflight=1, queue_timeout_s=0.1) as s:
         s.decode[0].token_gap_s = 1.0
         first = asyncio.create_task(s.post())
@@ -268,7 +276,7 @@ async def test_a_wait_that_is_too_long_ends_with_503():
      ({"x-eldr-priority": "high"}, {"priority": 9}, "high")],
 )  # fmt: skip
 @on_uvloop
-async def test_priorities_of_requests(headers, body, name):
+async def test_priorities_of_requests(headers: dict[str, str], body: dict[str, Any], name: str) -> None:
     async with running(max_inflight=1) as s:
         s.decode[0].token_gap_s = 0.05
         first = asyncio.create_task(s.post())
@@ -280,7 +288,7 @@ async def test_priorities_of_requests(headers, body, name):
 
 
 @on_uvloop
-async def test_an_unknown_priority_is_refused():
+async def test_an_unknown_priority_is_refused() -> None:
     async with running() as s:
         answer = await s.post(headers={"x-eldr-priority": "urgent"})
         assert answer.status == 400
@@ -288,12 +296,12 @@ async def test_an_unknown_priority_is_refused():
 
 
 @on_uvloop
-async def test_one_clients_flood_leaves_others_their_turn():
+async def test_one_clients_flood_leaves_others_their_turn() -> None:
     async with running(max_inflight=1, client_header="X-Tenant") as s:
         s.decode[0].token_gap_s = 0.01
         done = []
 
-        async def ask(tenant):
+        async def ask(tenant: str) -> None:
             assert (await s.post(headers={"x-tenant": tenant})).status == 200
             done.append(tenant)
 
@@ -304,8 +312,8 @@ async def test_one_clients_flood_leaves_others_their_turn():
         assert max(place for place, tenant in enumerate(done) if tenant == "other") < 9
 
 
-def test_admission_under_random_load_and_cancellation():
-    async def run():
+def test_admission_under_random_load_and_cancellation() -> None:
+    async def run() -> None:
         fleet = Fleet()
         worker = fleet.add("http://d:1", "decode", 5)
         fleet.set_healthy(worker, True)
@@ -314,7 +322,7 @@ def test_admission_under_random_load_and_cancellation():
         inside, most = 0, 0
         entered = []
 
-        async def request(n):
+        async def request(n: int) -> None:
             nonlocal inside, most
             await admission.enter(Claim(b"", 1, 1))
             inside += 1
@@ -341,8 +349,8 @@ def test_admission_under_random_load_and_cancellation():
     asyncio.run(run())
 
 
-def test_nobody_is_admitted_to_an_empty_fleet():
-    async def run():
+def test_nobody_is_admitted_to_an_empty_fleet() -> None:
+    async def run() -> None:
         with pytest.raises(NoWorkerError):
             await Admission(Fleet(), Limits(1, 1, 1.0, 60.0)).enter(Claim(b"", 1, 1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,32 +22,41 @@ def ring_of(workers: int, window: int = 1024) -> tuple[Fleet, PrefillRing]:
     return fleet, ring
 
 
-def chat(*contents: str, system: str | None = None) -> dict:
+def chosen(ring: PrefillRing, key: Any) -> str:
+    """The URL of the worker that the ring chooses."""
+    choice = ring.choose(key)
+    assert choice is not None
+    return choice[0].url
+
+
+def chat(*contents: str, system: str | None = None) -> dict[str, Any]:
     messages = [] if system is None else [{"role": "system", "content": system}]
     roles = ("user", "assistant")
     return {"messages": messages + [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]}
 
 
-def test_keys_spread_evenly_and_keep_their_worker_when_another_leaves():
+def test_keys_spread_evenly_and_keep_their_worker_when_another_leaves() -> None:
     fleet, ring = ring_of(8)
     keys = [ring.key(COMPLETIONS, {"prompt": f"prompt {n}"}) for n in range(8000)]
-    before = [ring.choose(key)[0].url for key in keys]
+    before = [chosen(ring, key) for key in keys]
     shares = Counter(before).values()
     assert len(shares) == 8
     assert max(shares) < 1.35 * 1000
     gone = next(iter(fleet.workers("prefill").values()))
     fleet.set_healthy(gone, False)
-    after = [ring.choose(key)[0].url for key in keys]
+    after = [chosen(ring, key) for key in keys]
     assert gone.url not in after
     assert all(b == a for b, a in zip(before, after, strict=True) if b != gone.url)
 
 
-def test_load_is_bounded_and_spills_go_to_one_next_worker():
+def test_load_is_bounded_and_spills_go_to_one_next_worker() -> None:
     fleet, ring = ring_of(4)
     key = ring.key(COMPLETIONS, {"prompt": "all the same"})
     spills = 0
     for sent in range(400):
-        worker, spilled = ring.choose(key)
+        choice = ring.choose(key)
+        assert choice is not None
+        worker, spilled = choice
         spills += spilled
         fleet.started(worker)
         most = max(w.in_flight for w in fleet.workers("prefill").values())
@@ -56,7 +66,7 @@ def test_load_is_bounded_and_spills_go_to_one_next_worker():
     assert spills == 400 - 125
 
 
-def test_the_same_start_has_the_same_key_within_the_window():
+def test_the_same_start_has_the_same_key_within_the_window() -> None:
     _, ring = ring_of(2, window=16)
     assert ring.key(COMPLETIONS, {"prompt": "x" * 16 + "a"}) == ring.key(COMPLETIONS, {"prompt": "x" * 16 + "b"})
     assert ring.key(COMPLETIONS, {"prompt": "x" * 15 + "a"}) != ring.key(COMPLETIONS, {"prompt": "x" * 15 + "b"})
@@ -66,15 +76,15 @@ def test_the_same_start_has_the_same_key_within_the_window():
     assert ring.key(COMPLETIONS, {"prompt": [1, 2]}) != ring.key(COMPLETIONS, {"prompt": [1, 3]})
 
 
-def test_a_long_shared_system_prompt_does_not_collapse_onto_one_worker():
+def test_a_long_shared_system_prompt_does_not_collapse_onto_one_worker() -> None:
     fleet, ring = ring_of(4)
     system = "You are a helpful assistant. " * 500
-    chosen = [ring.choose(ring.key(CHAT, chat(f"question {n}", system=system)))[0].url for n in range(400)]
-    assert max(Counter(chosen).values()) < 200
-    assert len(set(chosen)) == len(fleet.workers("prefill"))
+    urls = [chosen(ring, ring.key(CHAT, chat(f"question {n}", system=system))) for n in range(400)]
+    assert max(Counter(urls).values()) < 200
+    assert len(set(urls)) == len(fleet.workers("prefill"))
 
 
-def test_a_conversation_stays_when_it_grows_beyond_the_window():
+def test_a_conversation_stays_when_it_grows_beyond_the_window() -> None:
     _, ring = ring_of(4, window=64)
     first = chat("tell me a story about " + "a" * 80, system="be brief")
     later = chat("tell me a story about " + "a" * 80, "once", "go on", system="be brief")
@@ -82,7 +92,7 @@ def test_a_conversation_stays_when_it_grows_beyond_the_window():
     assert ring.key(CHAT, first) != ring.key(CHAT, chat("tell me a story about " + "a" * 80, system="be long"))
 
 
-def test_the_order_of_keys_in_a_message_does_not_matter():
+def test_the_order_of_keys_in_a_message_does_not_matter() -> None:
     _, ring = ring_of(2)
     a = {"messages": [{"role": "user", "content": "x"}]}
     b = {"messages": [{"content": "x", "role": "user"}]}
@@ -91,7 +101,7 @@ def test_the_order_of_keys_in_a_message_does_not_matter():
 
 @settings(max_examples=50, deadline=None)
 @given(st.recursive(st.none() | st.integers(0, 9) | st.text(max_size=5), lambda s: st.lists(s, max_size=3)))
-def test_any_json_has_a_key(value):
+def test_any_json_has_a_key(value: Any) -> None:
     _, ring = ring_of(2)
     ring.key(COMPLETIONS, {"prompt": value})
     ring.key(CHAT, {"messages": [value]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -10,12 +11,12 @@ from eldr.router.protocols.handoff import UNKNOWN_LEASE_S, Lease, read_handoff
 from tests.router.fake_worker import counts_wire
 
 
-def answer(**params):
+def answer(**params: Any) -> dict[str, Any]:
     return {"kv_transfer_params": {"do_remote_prefill": True, **params}, "usage": {"prompt_tokens": 4}}
 
 
 @pytest.mark.parametrize("skew_s", [-3600.0, -1.0, 0.0, 1.0, 3600.0])
-def test_a_lease_survives_any_clock(skew_s):
+def test_a_lease_survives_any_clock(skew_s: float) -> None:
     sent_s, received_s, now_unix_s = 100.0, 102.0, 5000.0
     wire = {"left_s": 30.0, "unix_s": now_unix_s - 0.5 + skew_s}  # said half a second before it was received
     lease = Lease.from_wire(wire, sent_s, received_s, now_unix_s)
@@ -27,7 +28,7 @@ def test_a_lease_survives_any_clock(skew_s):
 
 
 @pytest.mark.parametrize("wire", [None, 3, {}, {"left_s": "x", "unix_s": 1}, {"left_s": 1}])
-def test_a_lease_that_is_not_stated_is_short(wire):
+def test_a_lease_that_is_not_stated_is_short(wire: Any) -> None:
     before_s = time.monotonic()
     handoff = read_handoff(answer(eldr_lease=wire), before_s)
     after_s = time.monotonic()
@@ -36,7 +37,7 @@ def test_a_lease_that_is_not_stated_is_short(wire):
     assert "eldr_lease" not in handoff.spend(record=False)
 
 
-def test_a_handoff_can_be_spent_once():
+def test_a_handoff_can_be_spent_once() -> None:
     handoff = read_handoff(answer(eldr_counts=counts_wire(4), remote_block_ids=[1]), time.monotonic())
     assert handoff.counts.prompt_tokens == 4
     assert handoff.spend(record=True) == {"do_remote_prefill": True, "remote_block_ids": [1], "eldr_record": True}
@@ -47,5 +48,5 @@ def test_a_handoff_can_be_spent_once():
 @pytest.mark.parametrize(
     "value", [None, [], {}, {"kv_transfer_params": None}, {"kv_transfer_params": {"do_remote_prefill": 1}}]
 )
-def test_an_answer_without_a_handoff(value):
+def test_an_answer_without_a_handoff(value: Any) -> None:
     assert read_handoff(value, 0.0) is None

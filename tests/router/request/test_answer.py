@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from eldr.router.http.server import ClientConnection
 from eldr.router.observe.counters import Metrics
 from eldr.router.request.answer import DecodeAnswer
 from eldr.router.request.verdict import Names
@@ -17,13 +19,13 @@ from tests.router.harness import interpreted
 class Silent:
     """A client connection that takes everything."""
 
-    def begin_stream(self, content_type, extra):
+    def begin_stream(self, content_type: bytes, extra: bytes) -> None:
         pass
 
-    def write(self, data, framed=None):
+    def write(self, data: bytes, framed: None = None) -> None:
         pass
 
-    def end_stream(self):
+    def end_stream(self) -> None:
         pass
 
 
@@ -32,13 +34,23 @@ class Silent:
     ("usage", "expected_s"),
     [(False, (3.0 - 1.0) / (3 - 1)), (True, (4.0 - 1.0) / (7 - 1))],
 )
-def test_time_per_output_token_is_taken_over_tokens(monkeypatch, usage, expected_s):
+def test_time_per_output_token_is_taken_over_tokens(
+    monkeypatch: pytest.MonkeyPatch, usage: bool, expected_s: float
+) -> None:
     """Seven tokens in three events, a second apart; only the usage tells that there were seven."""
 
-    async def run():
+    async def run() -> Metrics:
         metrics = Metrics()
         answer = DecodeAnswer(
-            Silent(), metrics, b"", 0.0, "id", Names(), wants_stream=True, wants_usage=usage, on_begun=bool
+            cast(ClientConnection, Silent()),
+            metrics,
+            b"",
+            0.0,
+            "id",
+            Names(),
+            wants_stream=True,
+            wants_usage=usage,
+            on_begun=lambda: None,
         )
         answer.on_head(200, {b"content-type": b"text/event-stream"})
         pieces = [b'data: {"choices":[{"text":"%b"}]}\n\n' % text for text in (b"a", b"bcd", b"efg")]

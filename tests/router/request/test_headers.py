@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from tests.router.fake_worker import reply
+from tests.router.fake_worker import FakeWorker, Seen, reply
 from tests.router.harness import ASK, CHAT, on_uvloop, running
 
 STEERING = {
@@ -27,7 +29,7 @@ STEERING = {
 
 
 @on_uvloop
-async def test_no_header_steers_the_router_or_a_worker():
+async def test_no_header_steers_the_router_or_a_worker() -> None:
     async with running(decode=2) as s:
         assert (await s.post(headers=STEERING)).status == 200
         for worker in (*s.prefill, *s.decode):
@@ -52,7 +54,7 @@ async def test_no_header_steers_the_router_or_a_worker():
     ],
 )
 @on_uvloop
-async def test_what_goes_on_to_workers(headers, passed):
+async def test_what_goes_on_to_workers(headers: dict[str, str], passed: set[str]) -> None:
     async with running() as s:
         assert (await s.post(headers=headers)).status == 200
         for seen in (*s.prefill[0].generated, *s.decode[0].generated):
@@ -61,7 +63,7 @@ async def test_what_goes_on_to_workers(headers, passed):
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @on_uvloop
-async def test_no_field_names_a_worker(path):
+async def test_no_field_names_a_worker(path: str) -> None:
     body = CHAT if "chat" in path else ASK
     async with running() as s:
         for field in ("kv_transfer_params", "ec_transfer_params", "eldr_lease", "eldr_counts", "eldr_record"):
@@ -72,8 +74,10 @@ async def test_no_field_names_a_worker(path):
 
 
 @on_uvloop
-async def test_a_workers_headers_are_its_own_business():
-    async def talkative(worker, seen, reader, writer):
+async def test_a_workers_headers_are_its_own_business() -> None:
+    async def talkative(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         secrets = "server: vllm\r\nset-cookie: a=b\r\nx-internal: 10.0.0.7\r\naccess-control-allow-origin: *\r\n"
         await reply(writer, 400, b"<script>", f"content-type: text/html\r\n{secrets}")
 

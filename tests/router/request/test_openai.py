@@ -10,12 +10,12 @@ from eldr.router.request.openai import without_transfer_params
 
 
 @pytest.mark.parametrize("raw", [b'{"a":1}', b'["kv"]', b'{"text":"kv_transfer_params","kv_transfer_params":null}'])
-def test_an_answer_without_transfer_parameters_is_left_as_it_is(raw):
+def test_an_answer_without_transfer_parameters_is_left_as_it_is(raw: bytes) -> None:
     assert json.loads(without_transfer_params(raw)) == json.loads(raw)
 
 
 @pytest.mark.parametrize("colon", [b":", b" : "])
 @pytest.mark.parametrize("key", [b"kv_transfer_params", b"ec_transfer_params"])
-def test_transfer_parameters_are_taken_out(key, colon):
+def test_transfer_parameters_are_taken_out(key: bytes, colon: bytes) -> None:
     raw = b'{"text":"x","%b"%b{"remote_host":"10.0.0.1"}}' % (key, colon)
     assert json.loads(without_transfer_params(raw)) == {"text": "x", key.decode(): None}
