@@ -55,9 +55,9 @@ class Geometry:
 
 
 class Unions:
-    """One row a worker. Matrices have room for more, C rows, of which those in use come first.
+    """One row a worker. Matrices have room for more, C rows, of which those in use, W, come first.
 
-    exposure: uint32 [C, D], sum of -log2(1 - p) of the running requests, in units of _UNIT. survival: uint16 [C, D],
+    exposure: uint32 [W, D], sum of -log2(1 - p) of the running requests, in units of _UNIT. survival: uint16 [W, D],
     the probability that none of them activates an expert, 2^-exposure, as a fraction of CERTAIN. union: float64 [W],
     expected distinct experts that a step waits for, summed over layers: all of them, with expert parallelism those of
     the busiest rank (`busiest_rank_experts`). context: W, tokens of running prompts. direction: float32
@@ -74,9 +74,17 @@ class Unions:
         self.union = np.zeros(0)
         self.context: list[int] = []
 
+    @property
+    def exposure(self) -> NDArray[np.uint32]:
+        return self._exposure[: self.count]
+
+    @property
+    def survival(self) -> NDArray[np.uint16]:
+        return self._survival[: self.count]
+
     def by_layer(self) -> NDArray[np.float64]:
         """float64 [W, L]: expected distinct experts of a step in each layer."""
-        survival = self._survival[: self.count].reshape(self.count, self._geometry.layers, self._geometry.experts)
+        survival = self.survival.reshape(self.count, self._geometry.layers, self._geometry.experts)
         return np.asarray(self._geometry.experts - survival.sum(axis=2) / kernels.CERTAIN)
 
     def append(self) -> None:
@@ -116,7 +124,7 @@ class Unions:
 
     def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
         """float64 [W]: distinct experts that a request adds to what each worker's steps wait for."""
-        survival = self._survival[: self.count]
+        survival = self.survival
         geometry = self._geometry
         if geometry.ranks == 1:
             return _row_products(survival, profile)

@@ -6,16 +6,19 @@ import asyncio
 import os
 import re
 import shutil
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from fake_worker import counts_wire
-from harness import ASK, Setup, on_uvloop, running, until
-from playwright.async_api import Page, async_playwright, expect
+from playwright.async_api import Locator, Page, async_playwright, expect
 
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.load import ShortestQueue
+from tests.router.fake_worker import FakeWorker, Seen, counts_wire
+from tests.router.harness import ASK, Setup, on_uvloop, running, until
 
 KEY = "the-admin-key"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -37,7 +40,14 @@ def browser_path() -> str:
 
 
 @asynccontextmanager
-async def shown(tmp_path, policy=None, key: str | None = KEY, width: int = 1400, fine: str = " 401 ", **settings):
+async def shown(
+    tmp_path: Path,
+    policy: ExpectedUnion | None = None,
+    key: str | None = KEY,
+    width: int = 1400,
+    fine: str = " 401 ",
+    **settings: Any,
+) -> AsyncIterator[Any]:
     """A router, and its page in a browser; with the key given, unless it is None.
 
     What the browser complains of fails the test, unless it matches `fine`.
@@ -67,15 +77,15 @@ async def enter(page: Page, key: str) -> None:
     await page.get_by_role("button", name="Show").click()
 
 
-def row(page: Page, worker):
+def row(page: Page, worker: FakeWorker) -> Locator:
     return page.locator("tr", has_text=worker.url.removeprefix("http://")).first
 
 
-async def held(s: Setup, count: int, label: str = "code"):
+async def held(s: Setup, count: int, label: str = "code") -> Any:
     """Streams that run until the returned event is set."""
     release = asyncio.Event()
 
-    async def hold(worker, seen, reader, writer):
+    async def hold(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await release.wait()
         await worker.answer(seen, writer)
 
@@ -88,7 +98,7 @@ async def held(s: Setup, count: int, label: str = "code"):
 
 
 @on_uvloop
-async def test_nothing_is_shown_without_the_key(tmp_path):
+async def test_nothing_is_shown_without_the_key(tmp_path: Path) -> None:
     async with shown(tmp_path, key=None) as (s, page):
         await expect(page.get_by_role("heading", name="Admin key")).to_be_visible()
         await expect(page.locator("#fleet")).to_be_hidden()
@@ -104,14 +114,14 @@ async def test_nothing_is_shown_without_the_key(tmp_path):
 
 
 @on_uvloop
-async def test_the_clients_address_has_no_page(tmp_path):
+async def test_the_clients_address_has_no_page(tmp_path: Path) -> None:
     async with running() as s:
         assert (await s.get("/ui")).status == 404
         assert (await s.get("/ui/state")).status == 404
 
 
 @on_uvloop
-async def test_load_speed_and_decisions_are_followed(tmp_path):
+async def test_load_speed_and_decisions_are_followed(tmp_path: Path) -> None:
     async with shown(tmp_path, decode=2, max_inflight=4) as (s, page):
         for worker in s.decode:
             await expect(row(page, worker)).to_contain_text("up")
@@ -135,7 +145,7 @@ async def test_load_speed_and_decisions_are_followed(tmp_path):
 
 
 @on_uvloop
-async def test_workers_that_leave_and_fall_are_shown_as_such(tmp_path):
+async def test_workers_that_leave_and_fall_are_shown_as_such(tmp_path: Path) -> None:
     async with shown(tmp_path, decode=3) as (s, page):
         membership = s.router.membership
         release, tasks = await held(s, 3)
@@ -151,7 +161,7 @@ async def test_workers_that_leave_and_fall_are_shown_as_such(tmp_path):
 
 
 @on_uvloop
-async def test_the_heat_map_holds_what_the_policy_expects(tmp_path):
+async def test_the_heat_map_holds_what_the_policy_expects(tmp_path: Path) -> None:
     async with shown(tmp_path, policy=ExpectedUnion(), decode=2) as (s, page):
         for worker in s.prefill:
             worker.counts = counts_wire(4)  # every token chose experts 0 and 1 of 8, in both layers
@@ -167,6 +177,7 @@ async def test_the_heat_map_holds_what_the_policy_expects(tmp_path):
         assert dark[:3] == [18, 62, 140]  # the most that there is
         assert light[:3] == [238, 243, 250]  # nothing
         box = await row(page, busy).locator("canvas").bounding_box()
+        assert box is not None
         await page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 5)
         await expect(page.locator("#tip")).to_contain_text("layer 1: 2.0")
         release.set()
@@ -174,7 +185,7 @@ async def test_the_heat_map_holds_what_the_policy_expects(tmp_path):
 
 
 @on_uvloop
-async def test_what_clients_send_is_shown_as_text(tmp_path):
+async def test_what_clients_send_is_shown_as_text(tmp_path: Path) -> None:
     async with shown(tmp_path, fine="Content Security Policy") as (s, page):
         label = HOSTILE.replace(" ", "/")
         await s.post(headers={"x-eldr-label": label, "x-request-id": label})
@@ -194,7 +205,7 @@ async def test_what_clients_send_is_shown_as_text(tmp_path):
 
 @pytest.mark.parametrize("width", [390, 1400])
 @on_uvloop
-async def test_forty_workers_fit(tmp_path, width):
+async def test_forty_workers_fit(tmp_path: Path, width: int) -> None:
     async with shown(tmp_path, policy=ExpectedUnion(), decode=40, prefill=4, width=width) as (s, page):
         await asyncio.gather(*(s.post(headers={"x-eldr-label": "chat"}) for _ in range(20)))
         await expect(page.locator("#decode tr")).to_have_count(40)
@@ -203,7 +214,7 @@ async def test_forty_workers_fit(tmp_path, width):
 
 
 @on_uvloop
-async def test_everybody_can_use_it(tmp_path):
+async def test_everybody_can_use_it(tmp_path: Path) -> None:
     async with shown(tmp_path, policy=ExpectedUnion(), decode=2) as (s, page):
         await s.post(headers={"x-eldr-label": "chat"})
         await expect(page.locator("#log tr")).to_have_count(1)
@@ -215,7 +226,7 @@ async def test_everybody_can_use_it(tmp_path):
 
 
 @on_uvloop
-async def test_it_can_be_paused_and_says_when_the_router_is_gone(tmp_path):
+async def test_it_can_be_paused_and_says_when_the_router_is_gone(tmp_path: Path) -> None:
     async with shown(tmp_path, fine="INTERNET_DISCONNECTED|Failed to fetch") as (s, page):
         await expect(page.get_by_role("status")).to_have_text("live")
         await page.get_by_role("button", name="Pause").click()

@@ -12,15 +12,16 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fake_worker import FakeWorker, begin_stream, chunk, reply
-from harness import ASK, Setup, on_uvloop, running, until
 
 from eldr.demo.ports import free_ports
 from eldr.policies.expected_union import ExpectedUnion
+from tests.router.fake_worker import FakeWorker, begin_stream, chunk, reply
+from tests.router.harness import ASK, Setup, on_uvloop, running, until
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ALERTS = ROOT / "dashboards" / "alerts.yml"
 CONFIG = """
 global: {{scrape_interval: 200ms, evaluation_interval: 200ms}}
@@ -46,18 +47,18 @@ def promtool(*arguments: str, text: str | None = None) -> None:
 
 
 @on_uvloop
-async def test_the_exposition_is_what_prometheus_wants():
+async def test_the_exposition_is_what_prometheus_wants() -> None:
     async with running(policy=ExpectedUnion()) as s:
         await s.post(STREAM)
         text = (await s.get("/metrics")).body.decode()
     promtool("check", "metrics", text=text)
 
 
-def test_alerts_can_be_loaded():
+def test_alerts_can_be_loaded() -> None:
     promtool("check", "rules", str(ALERTS))
 
 
-def test_alerts_tell_what_they_should_and_nothing_else():
+def test_alerts_tell_what_they_should_and_nothing_else() -> None:
     promtool("test", "rules", str(Path(__file__).with_name("alerts_test.yml")))
 
 
@@ -139,10 +140,10 @@ async def stands_still(worker: FakeWorker, request: object, reader: object, writ
 
 
 @on_uvloop
-async def test_every_expression_of_the_dashboard_has_data(tmp_path):
+async def test_every_expression_of_the_dashboard_has_data(tmp_path: Path) -> None:
     program("prometheus")
-    settings = {"max_inflight": 2, "max_queued": 3, "retries": 1, "load_interval_s": 0.2}
-    ejection = {"eject_failures": 2, "eject_base_s": 0.1, "eject_max_s": 0.1}
+    settings: dict[str, Any] = {"max_inflight": 2, "max_queued": 3, "retries": 1, "load_interval_s": 0.2}
+    ejection: dict[str, Any] = {"eject_failures": 2, "eject_base_s": 0.1, "eject_max_s": 0.1}
     async with (
         running(policy=ExpectedUnion(), prefill=2, decode=2, **settings, **ejection) as s,
         scraped(s, tmp_path) as prometheus,

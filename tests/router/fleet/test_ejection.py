@@ -22,7 +22,7 @@ def eject(ejections: Ejections, worker: str, now_s: float = 0.0, up: list[str] =
     assert fail(ejections, worker, 5, now_s, up)[-1] == "consecutive"
 
 
-def test_failures_in_a_row_eject_and_a_success_between_them_does_not():
+def test_failures_in_a_row_eject_and_a_success_between_them_does_not() -> None:
     ejections = Ejections(EjectionRules(consecutive=3, rate_requests=1000))
     for _ in range(50):
         assert fail(ejections, "a", 2) == [None, None]
@@ -34,7 +34,7 @@ def test_failures_in_a_row_eject_and_a_success_between_them_does_not():
 
 
 @pytest.mark.parametrize(("failures_in_ten", "expected"), [(4, False), (5, True)])
-def test_a_share_of_failures_ejects(failures_in_ten, expected):
+def test_a_share_of_failures_ejects(failures_in_ten: int, expected: bool) -> None:
     ejections = Ejections(EjectionRules(consecutive=1000, rate=0.5, rate_requests=20, window_s=10.0))
     reasons = []
     for n in range(200):
@@ -46,7 +46,7 @@ def test_a_share_of_failures_ejects(failures_in_ten, expected):
     assert ("rate" in reasons) == expected
 
 
-def test_failures_of_long_ago_do_not_count():
+def test_failures_of_long_ago_do_not_count() -> None:
     rules = EjectionRules(consecutive=1000, rate=0.5, rate_requests=20, window_s=10.0)
     ejections = Ejections(rules)
     assert fail(ejections, "a", 19, now_s=0.0) == [None] * 19
@@ -55,7 +55,7 @@ def test_failures_of_long_ago_do_not_count():
 
 
 @given(st.floats(0.1, 10), st.floats(10, 200), st.floats(0, 0.5), st.integers(0, 2**32))
-def test_each_ejection_lasts_twice_as_long_up_to_a_cap(base_s, max_s, jitter, seed):
+def test_each_ejection_lasts_twice_as_long_up_to_a_cap(base_s: float, max_s: float, jitter: float, seed: int) -> None:
     ejections = Ejections(EjectionRules(base_s=base_s, max_s=max_s, jitter=jitter), seed)
     now_s = 0.0
     eject(ejections, "a", now_s)
@@ -68,7 +68,7 @@ def test_each_ejection_lasts_twice_as_long_up_to_a_cap(base_s, max_s, jitter, se
         assert fail(ejections, "a", 1, now_s) == ["trial"]
 
 
-def test_a_worker_that_did_well_for_long_starts_anew():
+def test_a_worker_that_did_well_for_long_starts_anew() -> None:
     ejections = Ejections(EjectionRules(base_s=1.0, max_s=8.0, jitter=0.0))
     now_s = 0.0
     for wait_s, expected_s in ((0.0, 1.0), (7.0, 2.0), (7.0, 4.0), (9.0, 1.0)):
@@ -82,7 +82,7 @@ def test_a_worker_that_did_well_for_long_starts_anew():
         assert ejections.standing("a") is Standing.IN
 
 
-def test_jitter_spreads_the_returns():
+def test_jitter_spreads_the_returns() -> None:
     ends = set()
     for seed in range(20):
         ejections = Ejections(EjectionRules(base_s=100.0, jitter=0.2), seed)
@@ -91,7 +91,7 @@ def test_jitter_spreads_the_returns():
     assert len(ends) > 5
 
 
-def test_a_trial_is_one_request():
+def test_a_trial_is_one_request() -> None:
     ejections = Ejections(EjectionRules(base_s=1.0, jitter=0.0))
     assert not ejections.began("a")
     eject(ejections, "a")
@@ -107,7 +107,7 @@ def test_a_trial_is_one_request():
 
 
 @pytest.mark.parametrize(("workers", "most"), [(1, 0), (2, 1), (3, 1), (4, 2), (16, 8)])
-def test_at_most_half_of_the_workers_are_out(workers, most):
+def test_at_most_half_of_the_workers_are_out(workers: int, most: int) -> None:
     up = [str(n) for n in range(workers)]
     ejections = Ejections(EjectionRules())
     for worker in up:
@@ -115,7 +115,7 @@ def test_at_most_half_of_the_workers_are_out(workers, most):
     assert len(ejections.not_in) == most
 
 
-def test_when_others_go_down_the_oldest_ejection_ends():
+def test_when_others_go_down_the_oldest_ejection_ends() -> None:
     ejections = Ejections(EjectionRules())
     eject(ejections, "b", 0.0)
     eject(ejections, "a", 1.0)
@@ -134,7 +134,9 @@ STEPS = st.tuples(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(STEPS, max_size=200), st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(1, 3))
-def test_whatever_happens_enough_workers_stay_and_every_one_that_went_comes_back(steps, share, consecutive):
+def test_whatever_happens_enough_workers_stay_and_every_one_that_went_comes_back(
+    steps: list[tuple[str, str, float]], share: float, consecutive: int
+) -> None:
     rules = EjectionRules(consecutive=consecutive, share=share, rate_requests=4, base_s=2.0, max_s=30.0)
     ejections = Ejections(rules)
     up, now_s, trying = set(FOUR), 0.0, set()
@@ -173,7 +175,7 @@ def test_whatever_happens_enough_workers_stay_and_every_one_that_went_comes_back
 
 
 @given(st.floats(0, 1), st.integers(0, 50), st.lists(st.booleans(), max_size=300))
-def test_retries_never_exceed_their_share(ratio, burst, wants):
+def test_retries_never_exceed_their_share(ratio: float, burst: int, wants: list[bool]) -> None:
     budget = RetryBudget(ratio, burst)
     retries = 0
     for requests, wanted in enumerate(wants, 1):
@@ -183,7 +185,7 @@ def test_retries_never_exceed_their_share(ratio, burst, wants):
         assert budget.left <= burst
 
 
-def test_a_budget_that_is_not_used_up_grants_every_retry():
+def test_a_budget_that_is_not_used_up_grants_every_retry() -> None:
     budget = RetryBudget(0.2, 10)
     assert [budget.take() for _ in range(11)] == [True] * 10 + [False]
     for _ in range(5):

@@ -1,58 +1,24 @@
-"""Workers that join, drain and leave while the router runs, and what names them: the admin API, a file, DNS."""
+"""Workers that join, drain and leave while the router runs."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import time
-from functools import partial
+from typing import Any
 
 import pytest
-from fake_worker import FakeWorker
-from harness import ASK, Reply, Scripted, on_uvloop, running, until
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from eldr.router.app import Router
-from eldr.router.config.endpoint import Endpoint, UrlError, rank_of, worker_url, worker_urls
-from eldr.router.config.settings import ConfigError, RouterConfig
-from eldr.router.fleet.discovery.dns import DnsSource
-
-KEY = "an-admin-key"
-
-
-@pytest.fixture
-def admin(tmp_path):
-    """Settings that turn the admin API on."""
-    key = tmp_path / "admin.key"
-    key.write_text(KEY + "\n")
-    return {"admin_listen": "127.0.0.1:0", "admin_key_file": key}
-
-
-async def ask_admin(s, method, path, body=None, key=KEY):
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    url = f"http://127.0.0.1:{s.router.admin_port}{path}"
-    async with s.session.request(method, url, data=data, headers=headers) as answer:
-        return Reply(answer.status, answer.headers, await answer.read())
-
-
-async def listed(s):
-    workers = (await ask_admin(s, "GET", "/admin/workers")).json()["workers"]
-    return {(worker["role"], worker["url"]): worker for worker in workers}
-
-
-async def until_state(s, role, url, state):
-    async with asyncio.timeout(20):
-        while (await listed(s)).get((role, url), {"state": "gone"})["state"] != state:
-            await asyncio.sleep(0.01)
-
+from eldr.router.config.endpoint import Endpoint
+from eldr.router.config.settings import RouterConfig
+from tests.router.admin import ask_admin, listed, until_state
+from tests.router.fake_worker import FakeWorker
+from tests.router.harness import ASK, Scripted, on_uvloop, running, until
 
 # Joining.
 
 
 @on_uvloop
-async def test_a_worker_joins_and_gets_requests_once_it_was_probed(admin):
+async def test_a_worker_joins_and_gets_requests_once_it_was_probed(admin: dict[str, Any]) -> None:
     policy = Scripted(lambda request, in_flight: list(in_flight)[-1])
     new = await FakeWorker("decode").start()
     async with running(policy=policy, **admin) as s:
@@ -72,7 +38,7 @@ async def test_a_worker_joins_and_gets_requests_once_it_was_probed(admin):
 
 
 @on_uvloop
-async def test_a_prefill_worker_that_joins_takes_its_share_of_the_ring(admin):
+async def test_a_prefill_worker_that_joins_takes_its_share_of_the_ring(admin: dict[str, Any]) -> None:
     new = await FakeWorker("prefill").start()
     async with running(**admin) as s:
         try:
@@ -87,7 +53,9 @@ async def test_a_prefill_worker_that_joins_takes_its_share_of_the_ring(admin):
 
 @pytest.mark.parametrize("settings", [{}, {"model": "tiny"}])
 @on_uvloop
-async def test_a_worker_with_another_model_gets_nothing_until_it_serves_the_right_one(admin, settings):
+async def test_a_worker_with_another_model_gets_nothing_until_it_serves_the_right_one(
+    admin: dict[str, Any], settings: dict[str, Any]
+) -> None:
     policy = Scripted()
     new = await FakeWorker("decode", model="another").start()
     async with running(policy=policy, **admin, **settings) as s:
@@ -108,7 +76,7 @@ async def test_a_worker_with_another_model_gets_nothing_until_it_serves_the_righ
 
 
 @on_uvloop
-async def test_a_worker_that_is_not_there_yet_joins_when_it_comes(admin):
+async def test_a_worker_that_is_not_there_yet_joins_when_it_comes(admin: dict[str, Any]) -> None:
     new = await FakeWorker("decode").start()
     await new.stop()
     async with running(policy=Scripted(), **admin) as s:
@@ -121,15 +89,15 @@ async def test_a_worker_that_is_not_there_yet_joins_when_it_comes(admin):
 
 
 @on_uvloop
-async def test_a_router_may_start_empty_and_be_filled(admin):
+async def test_a_router_may_start_empty_and_be_filled(admin: dict[str, Any]) -> None:
     config = RouterConfig.of(port=0, health_interval_s=0.1, **admin)
     router = Router(config, Scripted())
-    workers = [await FakeWorker(role).start() for role in ("prefill", "decode")]
+    prefill, decode = workers = [await FakeWorker(role).start() for role in ("prefill", "decode")]
     await router.start()
     try:
         assert not router.services.fleet.ready
-        for worker in workers:
-            router.membership.join(Endpoint(worker.url, worker.role), "admin")
+        router.membership.join(Endpoint(prefill.url, "prefill"), "admin")
+        router.membership.join(Endpoint(decode.url, "decode"), "admin")
         await until(lambda: router.services.fleet.ready, "both are up")
     finally:
         for worker in workers:
@@ -141,7 +109,7 @@ async def test_a_router_may_start_empty_and_be_filled(admin):
 
 
 @on_uvloop
-async def test_a_draining_worker_finishes_what_it_runs_and_then_is_gone(admin):
+async def test_a_draining_worker_finishes_what_it_runs_and_then_is_gone(admin: dict[str, Any]) -> None:
     policy = Scripted(lambda request, in_flight: next(iter(in_flight)))
     async with running(decode=2, policy=policy, **admin) as s:
         first, second = s.decode
@@ -164,7 +132,7 @@ async def test_a_draining_worker_finishes_what_it_runs_and_then_is_gone(admin):
 
 @pytest.mark.parametrize("by", ["drain", "delete"])
 @on_uvloop
-async def test_what_does_not_finish_in_time_is_cut_off(admin, by):
+async def test_what_does_not_finish_in_time_is_cut_off(admin: dict[str, Any], by: str) -> None:
     async with running(decode=2, policy=Scripted(lambda r, in_flight: next(iter(in_flight))), **admin) as s:
         first, second = s.decode
         first.tokens, first.token_gap_s = ["x"] * 1000, 0.05
@@ -187,21 +155,22 @@ async def test_what_does_not_finish_in_time_is_cut_off(admin, by):
 
 
 @on_uvloop
-async def test_a_prefill_worker_stays_until_nobody_may_pull_from_it(admin):
+async def test_a_prefill_worker_stays_until_nobody_may_pull_from_it(admin: dict[str, Any]) -> None:
     async with running(prefill=2, **admin) as s:
-        for worker in s.prefill:
-            worker.lease = {"left_s": 1.5}
+        held, free = s.prefill
+        held.lease, free.lease = {"left_s": 3600.0}, {"left_s": 1.5}
         while not all(worker.generated for worker in s.prefill):
             assert (await s.post({**ASK, "prompt": str(len(s.decode[0].generated))})).status == 200
-        worker = s.prefill[0]
-        first_s = worker.generated[-1].at_s
-        await ask_admin(s, "POST", "/admin/drain", {"url": worker.url})
-        await until_state(s, "prefill", worker.url, "gone")
-        assert time.monotonic() - first_s > 1.4
+        for worker in (held, free):
+            await ask_admin(s, "POST", "/admin/drain", {"url": worker.url})
+        await until_state(s, "prefill", free.url, "gone")
+        assert (await listed(s))["prefill", held.url]["state"] == "draining"
+        s.router.services.fleet.workers("prefill")[held.url].lease_until_s = 0.0
+        await until_state(s, "prefill", held.url, "gone")
 
 
 @on_uvloop
-async def test_a_worker_that_is_taken_back_while_it_is_cut_off_serves_again(admin):
+async def test_a_worker_that_is_taken_back_while_it_is_cut_off_serves_again(admin: dict[str, Any]) -> None:
     async with running(**admin) as s:
         worker = s.decode[0]
         worker.tokens, worker.token_gap_s = ["x"] * 1000, 0.05
@@ -216,7 +185,7 @@ async def test_a_worker_that_is_taken_back_while_it_is_cut_off_serves_again(admi
 
 
 @on_uvloop
-async def test_a_draining_worker_can_be_taken_back(admin):
+async def test_a_draining_worker_can_be_taken_back(admin: dict[str, Any]) -> None:
     async with running(decode=1, worker_wait_s=0, **admin) as s:
         worker = s.decode[0]
         worker.tokens, worker.token_gap_s = ["x"] * 4, 0.1
@@ -231,7 +200,7 @@ async def test_a_draining_worker_can_be_taken_back(admin):
 
 
 @on_uvloop
-async def test_a_worker_may_leave_and_come_back_as_often_as_it_likes(admin):
+async def test_a_worker_may_leave_and_come_back_as_often_as_it_likes(admin: dict[str, Any]) -> None:
     async with running(decode=2, **admin) as s:
         worker = s.decode[0]
         for _ in range(5):
@@ -244,14 +213,14 @@ async def test_a_worker_may_leave_and_come_back_as_often_as_it_likes(admin):
 
 
 @on_uvloop
-async def test_under_load_workers_come_and_go_and_no_request_is_lost(admin):
+async def test_under_load_workers_come_and_go_and_no_request_is_lost(admin: dict[str, Any]) -> None:
     spare = [await FakeWorker("decode").start() for _ in range(3)]
     async with running(decode=3, max_inflight=4, **admin) as s:
         for worker in (*s.decode, *spare):
             worker.token_gap_s = 0.005
         statuses = []
 
-        async def client(n):
+        async def client(n: int) -> None:
             for k in range(25):
                 answer = await s.post({**ASK, "prompt": f"{n} {k}", "stream": k % 2 == 0})
                 statuses.append((answer.status, b"d" in answer.body))
@@ -268,258 +237,3 @@ async def test_under_load_workers_come_and_go_and_no_request_is_lost(admin):
         assert s.router.services.fleet.workers("decode").keys() == {worker.url for worker in spare}
         for worker in spare:
             await worker.stop()
-
-
-# The admin API's manners.
-
-
-@pytest.mark.parametrize("key", ["", "wrong", KEY + "x", KEY[:-1]])
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [("GET", "/admin/workers"), ("POST", "/admin/workers"), ("DELETE", "/admin/workers"), ("POST", "/admin/drain"),
-     ("GET", "/anything")],
-)  # fmt: skip
-@on_uvloop
-async def test_nothing_works_without_the_key(admin, key, method, path):
-    async with running(**admin) as s:
-        answer = await ask_admin(s, method, path, {"url": s.decode[0].url, "role": "decode"}, key=key)
-        assert answer.status == 401
-        assert answer.error["type"] == "AuthenticationError"
-        assert len(s.router.membership.workers()) == 2
-
-
-@on_uvloop
-async def test_the_public_address_has_no_admin_api(admin):
-    async with running(**admin) as s:
-        assert (await s.get("/admin/workers", {"authorization": f"Bearer {KEY}"})).status == 404
-        assert (await ask_admin(s, "POST", "/v1/completions", ASK)).status == 404
-
-
-def test_there_is_no_admin_api_without_a_key():
-    with pytest.raises(ConfigError, match="admin_key_file"):
-        RouterConfig.of(prefill=("http://p:1",), decode=("http://d:1",), admin_listen="127.0.0.1:0")
-
-
-@pytest.mark.parametrize("listen", ["8001", ":8001", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:70000", "::1:8001"])
-def test_a_bad_admin_address_is_refused(tmp_path, listen):
-    with pytest.raises(ConfigError, match="admin_listen"):
-        RouterConfig.of(admin_listen=listen, admin_key_file=tmp_path / "key")
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "body", "status", "said"),
-    [
-        ("POST", "/admin/workers", b"{", 400, "JSON"),
-        ("POST", "/admin/workers", [], 400, "object"),
-        ("POST", "/admin/workers", {"role": "decode"}, 400, "url"),
-        ("POST", "/admin/workers", {"url": "http://d:1"}, 400, "role"),
-        ("POST", "/admin/workers", {"url": "http://d:1", "role": "both"}, 400, "role"),
-        ("POST", "/admin/workers", {"url": "http://d:1", "role": ["decode"]}, 400, "role"),
-        ("POST", "/admin/workers", {"url": 7, "role": "decode"}, 400, "url"),
-        ("POST", "/admin/workers", {"url": "http://d:1/v1", "role": "decode"}, 400, "URL"),
-        ("POST", "/admin/workers", {"url": "http://me:secret@d:1", "role": "decode"}, 400, "URL"),
-        ("POST", "/admin/workers", {"url": "http://d:1", "role": "decode", "weight": 2}, 400, "weight"),
-        ("DELETE", "/admin/workers", {"url": "http://d:1"}, 404, "http://d:1"),
-        ("POST", "/admin/drain", {"url": "http://d:1"}, 404, "http://d:1"),
-        ("POST", "/admin/drain", {"url": "http://d:1", "timeout_s": -1}, 400, "timeout_s"),
-        ("POST", "/admin/drain", {"url": "http://d:1", "timeout_s": True}, 400, "timeout_s"),
-        ("GET", "/admin/drain", None, 405, "POST"),
-        ("PUT", "/admin/workers", {}, 405, "GET"),
-        ("GET", "/admin", None, 404, "/admin/workers"),
-    ],
-)
-@on_uvloop
-async def test_wrong_admin_requests_are_explained(admin, method, path, body, status, said):
-    async with running(**admin) as s:
-        answer = await ask_admin(s, method, path, body)
-        assert answer.status == status
-        assert said in answer.error["message"]
-        assert len(s.router.membership.workers()) == 2
-
-
-@on_uvloop
-async def test_a_url_with_two_roles_must_be_told_apart(admin):
-    async with running(**admin) as s:
-        url = s.decode[0].url
-        await ask_admin(s, "POST", "/admin/workers", {"url": url, "role": "prefill"})
-        assert (await ask_admin(s, "DELETE", "/admin/workers", {"url": url})).status == 404
-        assert (await ask_admin(s, "DELETE", "/admin/workers", {"url": url, "role": "prefill"})).status == 202
-        await until_state(s, "prefill", url, "gone")
-        assert ("decode", url) in await listed(s)
-
-
-# URLs.
-
-
-@pytest.mark.parametrize(
-    ("text", "url"),
-    [
-        ("http://d:1", "http://d:1"),
-        ("https://d.example:8443/", "https://d.example:8443"),
-        ("http://[::1]:8000", "http://[::1]:8000"),
-        ("http://10.0.0.1", "http://10.0.0.1"),
-        ("http://d:1#rank=3", "http://d:1#rank=3"),
-    ],
-)
-def test_urls_of_workers(text, url):
-    assert worker_url(text) == url
-    assert worker_urls(text) == (url,)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "d:1", "http://", "http:///x", "//d:1", "ftp://d:1", "file:///etc/passwd", "unix:///run/x", "HTTP//d",
-        "http://d:1/v1", "http://d:1/..", "http://d:1//", "http://d:1?x=y", "http://u@d:1", "http://u:p@d:1",
-        "http://:p@d:1", "http://@d:1", "http://d:1@e:2", "http://d\\@e", "http://d:0", "http://d:99999", "http://d:+1",
-        "http://d:1:2", "http://d :1", "http://d\r\nx: y", "http://d\x00", "http://dä:1", "http://[::1", "http://d%2e:1",
-        "http://d:1#", "http://d:1#rank=-1", "http://d:1#rank=", "http://d:1#rank=01", "http://d:1#dp=0", "http://d:1#x",
-        "http://d:1#rank=1#rank=2",
-    ],
-)  # fmt: skip
-def test_what_is_no_url_of_a_worker(text):
-    with pytest.raises(UrlError):
-        worker_urls(text)
-
-
-def test_ranks_of_one_url():
-    assert worker_urls("http://d:1#dp=2") == ("http://d:1#rank=0", "http://d:1#rank=1")
-    assert [rank_of(url) for url in (*worker_urls("http://d:1#dp=2"), "http://d:1")] == [0, 1, None]
-    config = RouterConfig.of(prefill=["http://p:1"], decode=["http://d:1#dp=3"])
-    assert config.workers.decode == tuple(f"http://d:1#rank={rank}" for rank in range(3))
-    with pytest.raises(UrlError):
-        worker_url("http://d:1#dp=2")
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text(max_size=40).map("http://".__add__) | st.text(max_size=40))
-def test_any_text_is_a_url_or_an_error(text):
-    try:
-        urls = worker_urls(text)
-    except UrlError:
-        return
-    for url in urls:
-        assert worker_url(url) == url
-        assert not set(url) & set("@\\?% \r\n\x00")
-
-
-# The watched file.
-
-
-def toml(workers):
-    lists = {role: [w.url for w in workers if w.role == role] for role in ("prefill", "decode")}
-    return "\n".join(f"{role} = {json.dumps(urls)}" for role, urls in lists.items()) + "\nhealth_interval_s = 0.1\n"
-
-
-@on_uvloop
-async def test_workers_follow_the_configuration_file(tmp_path, caplog):
-    workers = [await FakeWorker(role).start() for role in ("prefill", "decode", "decode", "prefill")]
-    file = tmp_path / "eldr.toml"
-    file.write_text(toml(workers[:2]))
-    load = partial(RouterConfig.load, file, {"port": 0})
-    router = Router(load(), Scripted(), (file, load))
-    await router.start()
-    try:
-        urls = lambda: [w.url for w in router.membership.workers()]  # noqa: E731
-        assert urls() == [w.url for w in workers[:2]]
-        file.write_text(toml(workers))
-        await until(lambda: len(list(router.services.fleet.available("decode"))) == 2, "the new one is up")
-        assert set(urls()) == {w.url for w in workers}
-        for broken in ("prefill = [", "unknown = 1", 'decode = ["nonsense"]', 'decode = "http://x:1"', "decode = []"):
-            file.write_text(broken + f"\n# {broken}")
-            await until(lambda broken=broken: caplog.text.count("stays as it was") > 0, "it is said")
-            caplog.clear()
-            assert set(urls()) == {w.url for w in workers}
-        file.unlink()
-        await until(lambda: caplog.text.count("stays as it was") > 0, "it is said")
-        assert set(urls()) == {w.url for w in workers}
-        # Replaced by renaming, as careful tools do, one worker of each role left out.
-        other = tmp_path / "new.toml"
-        other.write_text(toml(workers[2:]))
-        other.rename(file)
-        await until(lambda: set(urls()) == {w.url for w in workers[2:]}, "the others are gone")
-    finally:
-        for worker in workers:
-            await worker.stop()
-        await router.stop(0)
-
-
-# Names.
-
-
-class Names:
-    """A name server's answers, one after the other; the last one stays."""
-
-    def __init__(self, *answers):
-        self.answers = list(answers)
-        self.asked = 0
-
-    async def __call__(self, host, port):
-        self.asked += 1
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-def endpoints(*addresses):
-    return frozenset(Endpoint(f"http://{address}:8200", "decode") for address in addresses)
-
-
-async def first_sets(names, count):
-    found = []
-    async for workers in DnsSource("http://decode.local:8200", "decode", 0.001, names).watch():
-        found.append(workers)
-        if len(found) == count:
-            return found
-    raise AssertionError("it must never end")
-
-
-def test_addresses_of_a_name_become_workers_and_failures_keep_them():
-    names = Names(["10.0.0.1", "10.0.0.2"], OSError("down"), TimeoutError(), [], ["10.0.0.2", "10.0.0.1"], ["10.0.0.3"])
-    found = asyncio.run(first_sets(names, 2))
-    assert found == [endpoints("10.0.0.1", "10.0.0.2"), endpoints("10.0.0.3")]
-    assert names.asked == 6
-
-
-def test_a_name_that_cannot_be_resolved_at_first_is_no_worker_yet():
-    found = asyncio.run(first_sets(Names(OSError("down"), OSError("down"), ["fd00::1"]), 2))
-    assert found == [frozenset(), frozenset({Endpoint("http://[fd00::1]:8200", "decode")})]
-
-
-@on_uvloop
-async def test_workers_follow_a_name(monkeypatch):
-    """127.0.0.1, 127.0.0.2, ... are all this host: one fake worker listens on each, all on one port."""
-    first = await FakeWorker("decode", host="127.0.0.1").start()
-    port = int(first.url.rsplit(":", 1)[1])
-    second = await FakeWorker("decode", host="127.0.0.2", port=port).start()
-    prefill = await FakeWorker("prefill").start()
-    names = Names(["127.0.0.1"])
-    monkeypatch.setattr("eldr.router.app.DnsSource", partial(DnsSource, resolve=names))
-    config = RouterConfig.of(
-        prefill=(prefill.url,), decode=(f"dns+http://d.local:{port}",), port=0, dns_interval_s=0.05,
-        health_interval_s=0.1,
-    )  # fmt: skip
-    router = Router(config, Scripted())
-    await router.start()
-    try:
-        up = lambda: {w.url for w in router.services.fleet.available("decode")}  # noqa: E731
-        assert up() == {first.url}
-        names.answers[:] = [["127.0.0.1", "127.0.0.2"]]
-        await until(lambda: up() == {first.url, second.url}, "the second joins")
-        names.answers[:] = [OSError("the name server is down")]
-        asked = names.asked
-        await until(lambda: names.asked > asked + 2, "it was asked again")
-        assert up() == {first.url, second.url}
-        names.answers[:] = [["127.0.0.2"]]
-        await until(lambda: up() == {second.url}, "the first drains")
-    finally:
-        for worker in (first, second, prefill):
-            await worker.stop()
-        await router.stop(0)
-
-
-@pytest.mark.parametrize("url", ["dns+https://d:1", "dns+http://d:1#dp=2", "dns+d:1", "dns+http://d:1/x"])
-def test_names_that_cannot_be_followed_are_refused(url):
-    with pytest.raises(ConfigError, match="decode"):
-        RouterConfig.of(prefill=("http://p:1",), decode=(url,))

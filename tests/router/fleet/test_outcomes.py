@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-from fake_worker import reply
-from harness import ASK, Scripted, on_uvloop, running, until
 
-EJECTING = {"eject_failures": 2, "eject_base_s": 0.5, "eject_max_s": 2.0}
+from eldr.router.config.endpoint import Role
+from tests.router.fake_worker import FakeWorker, Seen, reply
+from tests.router.harness import ASK, Scripted, Setup, on_uvloop, running, until
+
+EJECTING: dict[str, Any] = {"eject_failures": 2, "eject_base_s": 0.5, "eject_max_s": 2.0}
 
 
-async def fail(worker, seen, reader, writer):
+async def fail(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reply(writer, 500, b'{"error":{"message":"engine died","code":500}}')
 
 
-async def hang(worker, seen, reader, writer):
+async def hang(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await asyncio.sleep(3600)
 
 
-def to(setup, index):
+def to(setup: Setup, index: int) -> Callable[..., Any]:
     """A policy's choice: that decode worker while it may be chosen."""
     return lambda request, in_flight: url if (url := setup.decode[index].url) in in_flight else min(in_flight)
 
 
-def later(setup):
+def later(setup: Setup) -> None:
     """The time of every ejection is over."""
     setup.router.services.legs.outcomes.sweep(time.monotonic() + 1000.0)
 
 
 @on_uvloop
-async def test_a_decode_worker_that_fails_is_ejected_tried_and_taken_back():
+async def test_a_decode_worker_that_fails_is_ejected_tried_and_taken_back() -> None:
     policy = Scripted()
     async with running(decode=2, policy=policy, **{**EJECTING, "eject_base_s": 60.0, "eject_max_s": 60.0}) as s:
-        policy._choose = to(s, 0)
+        policy.rule = to(s, 0)
         bad, good = s.decode
         bad.behaviour = fail
         for _ in range(2):
@@ -67,7 +71,7 @@ async def test_a_decode_worker_that_fails_is_ejected_tried_and_taken_back():
 
 
 @on_uvloop
-async def test_a_prefill_worker_that_fails_is_ejected():
+async def test_a_prefill_worker_that_fails_is_ejected() -> None:
     async with running(prefill=2, **{**EJECTING, "eject_base_s": 60.0, "eject_max_s": 60.0}) as s:
         assert (await s.post()).status == 200
         home = next(worker for worker in s.prefill if worker.generated)
@@ -79,7 +83,7 @@ async def test_a_prefill_worker_that_fails_is_ejected():
 
 
 @on_uvloop
-async def test_a_prefill_worker_comes_back_by_its_trial():
+async def test_a_prefill_worker_comes_back_by_its_trial() -> None:
     async with running(prefill=2, **EJECTING) as s:
         assert (await s.post()).status == 200
         home = next(worker for worker in s.prefill if worker.generated)
@@ -97,10 +101,10 @@ async def test_a_prefill_worker_comes_back_by_its_trial():
 
 
 @on_uvloop
-async def test_a_trial_whose_client_leaves_is_no_verdict():
+async def test_a_trial_whose_client_leaves_is_no_verdict() -> None:
     policy = Scripted()
     async with running(decode=2, policy=policy, **EJECTING) as s:
-        policy._choose = to(s, 0)
+        policy.rule = to(s, 0)
         bad = s.decode[0]
         bad.behaviour = fail
         for _ in range(2):
@@ -118,10 +122,10 @@ async def test_a_trial_whose_client_leaves_is_no_verdict():
 
 
 @on_uvloop
-async def test_a_long_streams_trial_ends_with_its_first_event():
+async def test_a_long_streams_trial_ends_with_its_first_event() -> None:
     policy = Scripted()
     async with running(decode=2, policy=policy, **EJECTING) as s:
-        policy._choose = to(s, 0)
+        policy.rule = to(s, 0)
         bad = s.decode[0]
         bad.behaviour = fail
         for _ in range(2):
@@ -138,7 +142,7 @@ async def test_a_long_streams_trial_ends_with_its_first_event():
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
-async def test_the_only_worker_is_never_ejected(role):
+async def test_the_only_worker_is_never_ejected(role: Role) -> None:
     async with running(**EJECTING, retries=0) as s:
         worker = getattr(s, role)[0]
         worker.behaviour = fail
@@ -149,11 +153,11 @@ async def test_the_only_worker_is_never_ejected(role):
 
 
 @on_uvloop
-async def test_an_ejected_worker_comes_back_when_the_others_go_down():
+async def test_an_ejected_worker_comes_back_when_the_others_go_down() -> None:
     policy = Scripted()
     settings = {**EJECTING, "eject_base_s": 60.0, "eject_max_s": 60.0}
     async with running(decode=2, policy=policy, **settings) as s:
-        policy._choose = to(s, 0)
+        policy.rule = to(s, 0)
         s.decode[0].behaviour = fail
         for _ in range(2):
             await s.post()
@@ -165,8 +169,10 @@ async def test_an_ejected_worker_comes_back_when_the_others_go_down():
 
 
 @on_uvloop
-async def test_the_clients_own_errors_eject_nobody():
-    async def refuse(worker, seen, reader, writer):
+async def test_the_clients_own_errors_eject_nobody() -> None:
+    async def refuse(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await reply(writer, 400, b'{"error":{"message":"no","code":400}}')
 
     async with running(decode=2, **EJECTING) as s:
@@ -179,7 +185,7 @@ async def test_the_clients_own_errors_eject_nobody():
 
 
 @on_uvloop
-async def test_a_dying_fleet_is_not_hammered():
+async def test_a_dying_fleet_is_not_hammered() -> None:
     async with running(decode=3, retry_burst=4, retry_ratio=0.1, eject_share=0.0) as s:
         for worker in s.decode:
             worker.behaviour = fail
@@ -195,12 +201,12 @@ async def test_a_dying_fleet_is_not_hammered():
 
 @pytest.mark.parametrize("refused_first", [False, True])
 @on_uvloop
-async def test_requests_leave_a_worker_that_stops_answering_its_probes(refused_first):
+async def test_requests_leave_a_worker_that_stops_answering_its_probes(refused_first: bool) -> None:
     """As a stopped process does: it takes connections and bytes, and says nothing."""
     policy = Scripted()
     async with running(decode=2, policy=policy, health_timeout_s=0.2) as s:
         stopped, other = s.decode
-        policy._choose = to(s, 0)
+        policy.rule = to(s, 0)
         stopped.behaviour = hang
         tasks = [asyncio.create_task(s.post({**ASK, "stream": n % 2 == 0})) for n in range(6)]
         await until(lambda: len(stopped.generated) == 6, "they wait there")
@@ -218,11 +224,13 @@ async def test_requests_leave_a_worker_that_stops_answering_its_probes(refused_f
 
 
 @on_uvloop
-async def test_requests_stay_where_there_is_no_other_worker():
+async def test_requests_stay_where_there_is_no_other_worker() -> None:
     async with running(health_timeout_s=0.2) as s:
         gate = asyncio.Event()
 
-        async def late(worker, seen, reader, writer):
+        async def late(
+            worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
             await gate.wait()
             await worker.answer(seen, writer)
 
@@ -236,12 +244,14 @@ async def test_requests_stay_where_there_is_no_other_worker():
 
 
 @on_uvloop
-async def test_a_pull_from_a_dead_prefill_worker_is_not_the_decode_workers_fault():
+async def test_a_pull_from_a_dead_prefill_worker_is_not_the_decode_workers_fault() -> None:
     async with running(prefill=2, decode=2, retries=2, health_interval_s=60) as s:
         assert (await s.post()).status == 200
         home = next(worker for worker in s.prefill if worker.generated)
 
-        async def fails_as_the_prefill_worker_is_gone(worker, seen, reader, writer):
+        async def fails_as_the_prefill_worker_is_gone(
+            worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
             fleet = s.router.services.fleet
             fleet.set_healthy(fleet.workers("prefill")[home.url], False)
             worker.behaviour = None

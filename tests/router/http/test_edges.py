@@ -25,13 +25,13 @@ import h2.events
 import httpx2
 import openai
 import pytest
-from certificates import certificate
-from fake_worker import FakeWorker, begin_stream, chunk, end_stream, reply
-from harness import ASK, Setup, on_uvloop, running, until
 
 from eldr.demo.ports import free_ports
+from tests.router.certificates import certificate
+from tests.router.fake_worker import FakeWorker, Seen, begin_stream, chunk, end_stream, reply
+from tests.router.harness import ASK, Setup, on_uvloop, running, until
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 STREAM = {**ASK, "stream": True}
 
 
@@ -150,13 +150,15 @@ async def edge(proxy: Proxy, folder: Path, *routers: Setup) -> AsyncIterator[htt
 
 @every_proxy
 @on_uvloop
-async def test_a_stream_arrives_event_by_event_over_http_2(proxy, tmp_path):
+async def test_a_stream_arrives_event_by_event_over_http_2(proxy: Proxy, tmp_path: Path) -> None:
     """The worker goes on only when its client has what came before: who buffers anything waits for ever."""
     heard = asyncio.Semaphore(1)
 
-    async def waits_for_its_client(worker: FakeWorker, request: Any, reader: Any, writer: asyncio.StreamWriter) -> None:
+    async def waits_for_its_client(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await begin_stream(writer)
-        for event in worker.events(request, worker.tokens, chat=True):
+        for event in worker.events(seen, worker.tokens, chat=True):
             await heard.acquire()
             await chunk(writer, event)
         await end_stream(writer)
@@ -176,7 +178,7 @@ async def test_a_stream_arrives_event_by_event_over_http_2(proxy, tmp_path):
 
 @every_proxy
 @on_uvloop
-async def test_headers_end_where_they_should(proxy, tmp_path):
+async def test_headers_end_where_they_should(proxy: Proxy, tmp_path: Path) -> None:
     hostile = {"x-forwarded-for": "10.9.8.7", "x-envoy-retry-on": "5xx", "x-envoy-max-retries": "5"}
     if proxy is ENVOY:  # towards the others a client shortens its own request with it, and nobody else's
         hostile |= {"x-envoy-upstream-rq-timeout-ms": "1", "x-envoy-expected-rq-timeout-ms": "1"}
@@ -193,7 +195,9 @@ async def test_headers_end_where_they_should(proxy, tmp_path):
         for path in ("/metrics", "/health", "/ready", "/admin/workers", "/v1/%2e%2e/metrics", "/v1//../metrics"):
             assert (await client.get(path)).status_code in (400, 404), path
 
-        async def fails(worker: FakeWorker, request: Any, reader: Any, writer: asyncio.StreamWriter) -> None:
+        async def fails(
+            worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
             await reply(writer, 500, b'{"error":{"message":"no","code":500}}')
 
         before = await s.metric("eldr_handoffs_total")
@@ -223,7 +227,9 @@ async def leave_a_stream(port: int | None, trusted: Path) -> None:
 
 @every_proxy
 @on_uvloop
-async def test_requests_share_connections_and_a_client_that_leaves_frees_its_worker(proxy, tmp_path):
+async def test_requests_share_connections_and_a_client_that_leaves_frees_its_worker(
+    proxy: Proxy, tmp_path: Path
+) -> None:
     async with running() as s, edge(proxy, tmp_path, s) as client:
         for _ in range(20):
             assert (await client.post("/v1/completions", json=ASK)).status_code == 200
@@ -238,10 +244,12 @@ async def test_requests_share_connections_and_a_client_that_leaves_frees_its_wor
 
 @every_proxy
 @on_uvloop
-async def test_a_stream_that_breaks_does_not_end_well(proxy, tmp_path):
-    async def breaks_off(worker: FakeWorker, request: Any, reader: Any, writer: asyncio.StreamWriter) -> None:
+async def test_a_stream_that_breaks_does_not_end_well(proxy: Proxy, tmp_path: Path) -> None:
+    async def breaks_off(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await begin_stream(writer)
-        await chunk(writer, worker.events(request, worker.tokens, chat=False)[0])
+        await chunk(writer, worker.events(seen, worker.tokens, chat=False)[0])
         writer.transport.abort()
 
     async with running() as s, edge(proxy, tmp_path, s) as client:
@@ -260,7 +268,7 @@ async def test_a_stream_that_breaks_does_not_end_well(proxy, tmp_path):
 
 @pytest.mark.parametrize("proxy", [ENVOY, HAPROXY], ids=lambda proxy: proxy.name)
 @on_uvloop
-async def test_a_router_that_is_not_ready_gets_nothing(proxy, tmp_path):
+async def test_a_router_that_is_not_ready_gets_nothing(proxy: Proxy, tmp_path: Path) -> None:
     async with (
         running(worker_wait_s=0.05) as one,
         running(worker_wait_s=0.05) as other,

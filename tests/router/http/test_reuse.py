@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from harness import interpreted
 
 from eldr.router.http.client import Answer, ExchangeError, WorkerConnection
 from eldr.router.http.pool import WorkerPool
+from tests.router.harness import interpreted
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: worker\r\n\r\n"
 PATIENCE_S = 30.0
@@ -63,23 +63,27 @@ async def second_answer(late: Callable[[WorkerConnection, Answer], None]) -> byt
 
 
 @interpreted
-async def test_an_abort_of_the_exchange_that_ended():
+async def test_an_abort_of_the_exchange_that_ended() -> None:
     assert await second_answer(lambda connection, first: connection.abort(first)) == b"2"
 
 
 @interpreted
-async def test_a_pause_of_the_exchange_that_ended():
+async def test_a_pause_of_the_exchange_that_ended() -> None:
     assert await second_answer(lambda connection, first: connection.pause(first)) == b"2"
 
 
 @interpreted
-async def test_a_cancelled_wait_for_the_exchange_that_ended():
+async def test_a_cancelled_wait_for_the_exchange_that_ended() -> None:
     task = asyncio.current_task()
     assert task is not None
-    assert await second_answer(lambda connection, first: task.cancel() and None) == b"2"
+
+    def cancel(connection: WorkerConnection, first: Answer) -> None:
+        task.cancel()
+
+    assert await second_answer(cancel) == b"2"
 
 
-async def test_what_is_idle_dies_with_the_worker_that_broke_off():
+async def test_what_is_idle_dies_with_the_worker_that_broke_off() -> None:
     held = asyncio.Event()
 
     async def answer_one_hold_the_next(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -6,46 +6,18 @@ import asyncio
 import json
 import re
 import socket
+from typing import Any
 
 import pytest
-from harness import ASK, CHAT, on_uvloop, running, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import feed, split
 
-from eldr.router.http.message import MAX_HEAD_BYTES
-from eldr.router.http.server import MAX_PIPELINED, WRITE_HIGH_BYTES, State
-
-BODY = json.dumps(ASK).encode()
-POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-
-
-def post(body: bytes = BODY, extra: bytes = b"") -> bytes:
-    return POST + extra + b"content-length: %d\r\n\r\n%b" % (len(body), body)
-
-
-GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
-
-
-async def exchange(setup, data: bytes) -> bytes:
-    """Everything that comes back for `data` until the router closes; it must close."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", setup.router.port)
-    writer.write(data)
-    try:
-        async with asyncio.timeout(10):
-            return await reader.read()
-    finally:
-        writer.close()
-
-
-def answers_in(raw: bytes) -> int:
-    return len(re.findall(rb"HTTP/1\.1 \d{3} [A-Z]", raw))
-
-
-def status_of(raw: bytes) -> int:
-    assert raw.startswith(b"HTTP/1.1 ")
-    return int(raw[9:12])
-
+from eldr.router.http.exchange import ClientExchange
+from eldr.router.http.message import MAX_HEAD_BYTES, Request
+from eldr.router.http.server import MAX_PIPELINED, WRITE_HIGH_BYTES, ClientConnection
+from tests.router.harness import ASK, CHAT, on_uvloop, running, until
+from tests.router.memory import LIMITS, Holding, MemoryTransport, Recorder, Said, UnreadTransport, feed, split
+from tests.router.wire import BODY, GET, POST, answers_in, exchange, post, status_of
 
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -88,12 +60,12 @@ MALFORMED = {
 
 
 @pytest.fixture(scope="module")
-def answers():
+def answers() -> dict[str, bytes]:
     """What the router says to each malformed request, all asked of one router."""
-    collected = {}
+    collected: dict[str, bytes] = {}
 
     @on_uvloop
-    async def ask_all():
+    async def ask_all() -> None:
         async with running() as s:
             names = list(MALFORMED)
             raws = await asyncio.gather(*(exchange(s, MALFORMED[name]) for name in names))
@@ -104,7 +76,7 @@ def answers():
     return collected
 
 
-def test_a_second_offer_to_upgrade_is_refused():
+def test_a_second_offer_to_upgrade_is_refused() -> None:
     offer = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n"
     requests, errors, statuses = feed([offer * 2])
     assert len(requests) == 1
@@ -113,7 +85,7 @@ def test_a_second_offer_to_upgrade_is_refused():
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_requests_are_refused_once_and_the_connection_closed(answers, name):
+def test_malformed_requests_are_refused_once_and_the_connection_closed(answers: dict[str, bytes], name: str) -> None:
     raw = answers[name]
     assert status_of(raw) in (400, 413, 505)
     assert answers_in(raw) == 1  # nothing after the error was taken for a request
@@ -123,7 +95,7 @@ def test_malformed_requests_are_refused_once_and_the_connection_closed(answers, 
 
 
 @on_uvloop
-async def test_limits():
+async def test_limits() -> None:
     async with running(max_body_bytes=1000) as s:
         assert (await s.post(b" " * 1000)).status == 400
         assert status_of(await exchange(s, post(b" " * 1001))) == 413
@@ -141,7 +113,7 @@ async def test_limits():
 
 
 @on_uvloop
-async def test_a_refused_body_is_not_reset_before_its_answer_is_read():
+async def test_a_refused_body_is_not_reset_before_its_answer_is_read() -> None:
     async with running(max_body_bytes=1000) as s:
         reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
         writer.write(POST + b"content-length: 3000000\r\n\r\n")
@@ -176,7 +148,7 @@ async def test_a_refused_body_is_not_reset_before_its_answer_is_read():
     ],
 )
 @on_uvloop
-async def test_bad_requests_get_an_openai_error(path, body, status, param):
+async def test_bad_requests_get_an_openai_error(path: str, body: Any, status: int, param: str | None) -> None:
     async with running() as s:
         answer = await s.post(body, path)
         assert answer.status == status
@@ -188,7 +160,7 @@ async def test_bad_requests_get_an_openai_error(path, body, status, param):
 
 
 @on_uvloop
-async def test_methods_and_media_types():
+async def test_methods_and_media_types() -> None:
     async with running() as s:
         assert (await s.get("/v1/completions")).status == 405
         assert (await s.get("/v1/completions")).headers["allow"] == "POST"
@@ -201,7 +173,7 @@ async def test_methods_and_media_types():
 
 
 @on_uvloop
-async def test_head_is_get_without_the_body():
+async def test_head_is_get_without_the_body() -> None:
     async with running() as s:
         for path in (b"/health", b"/ready", b"/v1/models", b"/metrics"):
             head, get = [
@@ -219,7 +191,7 @@ async def test_head_is_get_without_the_body():
 
 
 @on_uvloop
-async def test_pipelined_requests_are_answered_in_their_order():
+async def test_pipelined_requests_are_answered_in_their_order() -> None:
     async with running() as s:
         s.decode[0].token_gap_s = 0.02
         data = GET + post(extra=b"x-request-id: r1\r\n") + GET + post(extra=b"x-request-id: r2\r\n") + GET
@@ -231,7 +203,7 @@ async def test_pipelined_requests_are_answered_in_their_order():
 
 
 @on_uvloop
-async def test_pipelined_requests_of_a_client_that_does_not_read_wait():
+async def test_pipelined_requests_of_a_client_that_does_not_read_wait() -> None:
     """Else their answers, longer than the requests, would pile up in the router."""
     requests = 200
     async with running() as s:
@@ -243,20 +215,43 @@ async def test_pipelined_requests_of_a_client_that_does_not_read_wait():
         data = b"GET /metrics HTTP/1.1\r\nhost:\r\n\r\n"
         sending = asyncio.create_task(loop.sock_sendall(sock, data * requests + b"\0"))
         await until(lambda: any(connection.stalled for connection in s.router.connections), "the client is full")
-        waiting = next(connection for connection in s.router.connections if connection.stalled)
-        raw, most = b"", 0
+        raw = b""
         while piece := await loop.sock_recv(sock, 65536):
-            most = max(most, waiting.unsent_bytes)
             raw += piece
         await sending
         sock.close()
         statuses = re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", raw)
         assert statuses == [b"200"] * requests + [b"400"]
-        assert most < 2 * WRITE_HIGH_BYTES
+
+
+async def test_what_waits_for_a_client_that_does_not_read_is_little() -> None:
+    class Verbose(Recorder):
+        def handle(self, request: Request, exchange: ClientExchange) -> None:
+            self.requests.append((request.method, request.path, request.headers, request.body))
+            exchange.respond(200, b"x" * 5000)
+
+    requests, most, stalls = 200, 0, 0
+    handler, transport = Verbose(), UnreadTransport()
+    connection = transport.protocol = ClientConnection(handler, LIMITS)
+    connection.connection_made(transport)
+    connection.data_received(GET * requests + b"\0")
+    while not handler.errors:
+        most = max(most, transport.unsent)
+        if connection.stalled:
+            begun = len(handler.requests)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert len(handler.requests) == begun
+            stalls += 1
+            transport.take()
+        await asyncio.sleep(0)
+    assert transport.written.count(b"HTTP/1.1 200 OK") == len(handler.requests) == requests
+    assert stalls > 1
+    assert WRITE_HIGH_BYTES < most < 2 * WRITE_HIGH_BYTES
 
 
 @on_uvloop
-async def test_what_follows_a_running_request_and_is_malformed_is_refused_after_it():
+async def test_what_follows_a_running_request_and_is_malformed_is_refused_after_it() -> None:
     async with running() as s:
         s.decode[0].token_gap_s = 0.02
         raw = await exchange(s, post() + b"NONSENSE\r\n\r\n")
@@ -266,29 +261,29 @@ async def test_what_follows_a_running_request_and_is_malformed_is_refused_after_
 
 
 @on_uvloop
-async def test_a_flood_of_pipelined_requests_is_not_read_ahead():
-    async with running() as s:
-        release = asyncio.Event()
-
-        async def held(worker, seen, reader, writer):
-            await release.wait()
-            await worker.answer(seen, writer)
-
-        s.decode[0].behaviour = held
-        reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
-        writer.write(post())
-        await until(lambda: s.decode[0].running == 1, "it runs")
-        writer.write(GET * 50_000)
-        (connection,) = (c for c in s.router.connections if c.state is State.ANSWERING)
-        await until(lambda: connection.waiting == MAX_PIPELINED + 1, "it was enough")
-        release.set()
-        statuses = re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", await reader.read())
-        assert statuses == [b"200"] * (1 + MAX_PIPELINED) + [b"400"]
-        writer.close()
+async def test_a_flood_of_pipelined_requests_is_not_read_ahead() -> None:
+    handler, transport = Holding(), MemoryTransport()
+    held = handler.held
+    connection = ClientConnection(handler, LIMITS)
+    connection.connection_made(transport)
+    connection.data_received(GET)
+    assert transport.reading
+    connection.data_received(GET * 50_000)  # one piece of input, read before anybody could stop it
+    assert not transport.reading
+    while len(held) <= MAX_PIPELINED:
+        before = len(held)
+        held[-1].respond(200, b"{}")
+        await until(lambda before=before: len(held) == before + 1, "the next one begins")
+    assert (handler.errors, transport.written.count(b"HTTP/1.1 ")) == ([], MAX_PIPELINED)
+    held[-1].respond(200, b"{}")
+    await until(lambda: bool(handler.errors), "what is too much is refused")
+    statuses = re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", transport.written)
+    assert statuses == [b"200"] * (1 + MAX_PIPELINED) + [b"400"]
+    assert handler.errors == [400]
 
 
 @on_uvloop
-async def test_http_1_0_gets_a_stream_without_chunks():
+async def test_http_1_0_gets_a_stream_without_chunks() -> None:
     async with running() as s:
         body = json.dumps({**ASK, "stream": True}).encode()
         raw = await exchange(s, post(body).replace(b"HTTP/1.1\r\nhost: x\r\n", b"HTTP/1.0\r\n"))
@@ -301,7 +296,7 @@ async def test_http_1_0_gets_a_stream_without_chunks():
 
 
 @on_uvloop
-async def test_expect_100_continue():
+async def test_expect_100_continue() -> None:
     async with running() as s:
         reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
         writer.write(POST + b"expect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(BODY))
@@ -313,7 +308,7 @@ async def test_expect_100_continue():
 
 
 @on_uvloop
-async def test_absolute_targets_and_queries():
+async def test_absolute_targets_and_queries() -> None:
     async with running() as s:
         close = b"host: x\r\nconnection: close\r\n\r\n"
         assert status_of(await exchange(s, b"GET http://router:1/health?x=1 HTTP/1.1\r\n" + close)) == 200
@@ -327,7 +322,7 @@ bodies = st.binary(max_size=300)
 
 
 @st.composite
-def requests(draw):
+def requests(draw: st.DrawFn) -> tuple[bytes, tuple[bytes, bytes, dict[bytes, bytes], bytes]]:
     """Bytes of one valid request, and what it says."""
     headers = draw(st.dictionaries(names, values, max_size=5))
     body = draw(bodies)
@@ -346,7 +341,7 @@ def requests(draw):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(requests(), min_size=1, max_size=4), st.lists(st.integers(0, 4000), max_size=20))
-def test_however_the_bytes_are_split_the_requests_are_the_same(sent, cuts):
+def test_however_the_bytes_are_split_the_requests_are_the_same(sent: list[tuple[bytes, Said]], cuts: list[int]) -> None:
     data = b"".join(raw for raw, _ in sent)
     got, errors, statuses = feed(split(data, cuts))
     assert got == [said for _, said in sent]
@@ -360,7 +355,9 @@ def test_however_the_bytes_are_split_the_requests_are_the_same(sent, cuts):
     st.lists(st.integers(0, 4000), max_size=12),
     st.frozensets(st.integers(1, 12)),
 )
-def test_any_bytes_give_the_same_answers_however_they_are_split_and_the_answers_read(pieces, cuts, stalls):
+def test_any_bytes_give_the_same_answers_however_they_are_split_and_the_answers_read(
+    pieces: list[bytes], cuts: list[int], stalls: frozenset[int]
+) -> None:
     data = b"".join(pieces)
     whole = feed([data]) if data else feed([])
     assert feed(split(data, cuts)) == whole

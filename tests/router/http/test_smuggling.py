@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from typing import Any
 
 import pytest
-from harness import ASK, on_uvloop, running
-from test_router_http import exchange
+
+from tests.router.harness import ASK, on_uvloop, running
+from tests.router.wire import exchange
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
@@ -164,12 +166,12 @@ TAKEN = {
 
 
 @pytest.fixture(scope="module")
-def raws():
+def raws() -> dict[str, Any]:
     """Everything the router sends for each case until it closes, all asked of one router."""
-    collected: dict[str, bytes] = {}
+    collected: dict[str, Any] = {}
 
     @on_uvloop
-    async def ask_all():
+    async def ask_all() -> None:
         async with running() as s:
             cases = REFUSED | {name: data + END for name, (data, _) in TAKEN.items()}
             answers = await asyncio.gather(*(exchange(s, data) for data in cases.values()))
@@ -186,7 +188,9 @@ def statuses(raw: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_in_doubt_is_refused_and_nothing_behind_it_is_taken_for_a_request(raws, name):
+def test_what_is_in_doubt_is_refused_and_nothing_behind_it_is_taken_for_a_request(
+    raws: dict[str, Any], name: str
+) -> None:
     raw = raws[name]
     assert statuses(raw) in ([400], [505])
     head, body = raw.split(b"\r\n\r\n", 1)
@@ -195,11 +199,11 @@ def test_what_is_in_doubt_is_refused_and_nothing_behind_it_is_taken_for_a_reques
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_what_is_clear_is_taken_as_what_it_is(raws, name):
+def test_what_is_clear_is_taken_as_what_it_is(raws: dict[str, Any], name: str) -> None:
     assert statuses(raws[name]) == [200] * TAKEN[name][1]
 
 
-def test_workers_get_the_bodies_that_were_framed(raws):
+def test_workers_get_the_bodies_that_were_framed(raws: dict[str, Any]) -> None:
     assert raws["bodies"]
     for body in raws["bodies"]:
         assert {key: body[key] for key in ASK} == ASK

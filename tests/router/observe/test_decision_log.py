@@ -8,13 +8,13 @@ import json
 import os
 import random
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
 import pytest
-from fake_worker import EXPERTS, LAYERS, TOP_K, FakeWorker
-from harness import ASK, on_uvloop, running, until
-from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
 from eldr.cli.main import main
@@ -23,21 +23,24 @@ from eldr.policies import POLICY_NAMES
 from eldr.router.config.endpoint import Endpoint
 from eldr.router.config.settings import ConfigError
 from eldr.router.observe.decision_log import DecisionLog
+from tests.router.fake_worker import EXPERTS, LAYERS, TOP_K, FakeWorker, counts_wire
+from tests.router.harness import ASK, Setup, on_uvloop, running, until
+from tests.synthetic import make_trace
 
 
-def lines_of(path):
+def lines_of(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def calibration(tmp_path_factory):
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("calibration") / "calibration.npz"
     trace = make_trace(requests=60, layers=LAYERS, experts=EXPERTS, top_k=TOP_K, kinds=4)
     fit_calibration(trace, 4).save(path)
     return path
 
 
-def give_counts(prefills):
+def give_counts(prefills: list[FakeWorker]) -> None:
     """Prompts of each prefill worker use experts of their own; the last one says nothing of experts."""
     rng = np.random.default_rng(0)
     for worker in prefills[:-1]:
@@ -48,7 +51,7 @@ def give_counts(prefills):
     prefills[-1].counts = None
 
 
-async def one_request(s, number, rng):
+async def one_request(s: Setup, number: int, rng: random.Random) -> None:
     body = {**ASK, "prompt": f"{rng.random()} {'word ' * number}", "stream": number % 3 == 0}
     if number % 29 == 0:
         body["n"] = 2
@@ -61,14 +64,16 @@ async def one_request(s, number, rng):
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
-def test_hundreds_of_concurrent_requests_are_repeated_exactly(policy, calibration, tmp_path, capsys):
+def test_hundreds_of_concurrent_requests_are_repeated_exactly(
+    policy: str, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "decisions.jsonl"
 
     @on_uvloop
-    async def serve():
+    async def serve() -> None:
         rng = random.Random(1)
         more = await FakeWorker("decode").start()
-        settings = {"calibration": calibration, "decision_log": path, "seed": 3, "max_inflight": 60}
+        settings: dict[str, Any] = {"calibration": calibration, "decision_log": path, "seed": 3, "max_inflight": 60}
         settings |= {"queue_timeout_s": 5.0, "health_interval_s": 0.5}  # nobody waits long on a crowded machine
         async with running(6, 4, policy, **settings) as s:
             give_counts(s.prefill)
@@ -106,10 +111,10 @@ def test_hundreds_of_concurrent_requests_are_repeated_exactly(policy, calibratio
 
 
 @on_uvloop
-async def test_the_log_holds_no_prompt(tmp_path):
+async def test_the_log_holds_no_prompt(tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"
     async with running(decision_log=path) as s:
-        s.prefill[0].counts = {**s.prefill[0].counts, "prompt": "a leaked word"}
+        s.prefill[0].counts = {**counts_wire(4), "prompt": "a leaked word"}
         await s.post({**ASK, "prompt": "an unmistakable word", "user": "somebody"})
     assert len(lines_of(path)) == 4
     for word in ("unmistakable", "leaked", "somebody"):
@@ -118,14 +123,14 @@ async def test_the_log_holds_no_prompt(tmp_path):
 
 
 @on_uvloop
-async def test_a_full_disk_costs_no_request(tmp_path, caplog):
+async def test_a_full_disk_costs_no_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with running(decision_log="/dev/full") as s:
         assert [(await s.post()).status for _ in range(5)] == [200] * 5
         await until(lambda: "No space left on device" in caplog.text, "it is said")
     assert "lines were lost at the end" in caplog.text
 
 
-def test_a_file_that_cannot_be_opened_is_refused_at_the_start(tmp_path):
+def test_a_file_that_cannot_be_opened_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"decision_log .*absent/log cannot be written: No such file"):
         DecisionLog(tmp_path / "absent" / "log")
 
@@ -133,18 +138,18 @@ def test_a_file_that_cannot_be_opened_is_refused_at_the_start(tmp_path):
 # The file.
 
 
-def wait_for(condition):
+def wait_for(condition: Callable[..., Any]) -> None:
     deadline_s = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.005)
 
 
-def numbered(number):
+def numbered(number: int) -> dict[str, int | str]:
     return {"event": "test", "number": number, "text": "x" * 200}
 
 
-def test_what_does_not_fit_is_dropped_and_marked(tmp_path):
+def test_what_does_not_fit_is_dropped_and_marked(tmp_path: Path) -> None:
     """A pipe that nobody reads is a disk that is full for a while."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
@@ -155,12 +160,14 @@ def test_what_does_not_fit_is_dropped_and_marked(tmp_path):
     assert log.dropped > 500
     read = bytearray()
 
-    def drain():
+    def drain() -> int:
+        """Lines read so far."""
         with contextlib.suppress(BlockingIOError):
             while data := os.read(reader, 2**16):
                 read.extend(data)
+        return read.count(b"\n")
 
-    wait_for(lambda: drain() or read.count(b"\n") >= 2000 - log.dropped)
+    wait_for(lambda: drain() >= 2000 - log.dropped)
     for number in range(2000, 2010):
         log.write(numbered(number))
     log.close()
@@ -179,7 +186,7 @@ def test_what_does_not_fit_is_dropped_and_marked(tmp_path):
     assert log.written + lost >= 2010
 
 
-def test_a_renamed_file_stays_whole_and_a_new_one_begins(tmp_path):
+def test_a_renamed_file_stays_whole_and_a_new_one_begins(tmp_path: Path) -> None:
     path = tmp_path / "log"
     log = DecisionLog(path)
     for number in range(100):
@@ -195,7 +202,7 @@ def test_a_renamed_file_stays_whole_and_a_new_one_begins(tmp_path):
     assert len(lines_of(path)) == 50
 
 
-def test_a_file_that_cannot_be_reopened_is_kept(tmp_path, caplog):
+def test_a_file_that_cannot_be_reopened_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     log = DecisionLog(folder / "log")
@@ -207,7 +214,7 @@ def test_a_file_that_cannot_be_reopened_is_kept(tmp_path, caplog):
     assert [line["number"] for line in lines_of(tmp_path / "gone" / "log")] == [0]
 
 
-def test_a_line_cut_off_by_a_crash_is_ended(tmp_path):
+def test_a_line_cut_off_by_a_crash_is_ended(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text('{"event":"log"}\n{"event":"sta')
     log = DecisionLog(path)

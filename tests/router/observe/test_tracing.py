@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from aiohttp import web
-from harness import ASK, on_uvloop, running
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
 from eldr.router.observe.tracing import Tracing
+from tests.router.fake_worker import FakeWorker, Seen
+from tests.router.harness import ASK, Setup, on_uvloop, running
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
 
 
-def traced(exporter, ratio: float):
-    def prepare(s):
+def traced(exporter: InMemorySpanExporter, ratio: float) -> Callable[..., Any]:
+    def prepare(s: Setup) -> None:
         s.router.services.intake.tracing = Tracing("http://127.0.0.1:9/", ratio, exporter)
 
     return prepare
 
 
-async def spans_of(s, exporter):
+async def spans_of(s: Setup, exporter: InMemorySpanExporter) -> Any:
     """The spans of all requests so far, by name."""
     await asyncio.to_thread(s.router.services.intake.tracing.close)
     return {span.name: span for span in exporter.get_finished_spans()}
 
 
 @on_uvloop
-async def test_a_sampled_request_has_a_span_for_each_leg():
+async def test_a_sampled_request_has_a_span_for_each_leg() -> None:
     exporter = InMemorySpanExporter()
     async with running(prepare=traced(exporter, 0.0)) as s:
         headers = {"traceparent": SAMPLED, "tracestate": "a=b", "x-request-id": "r1"}
@@ -62,19 +65,19 @@ async def test_a_sampled_request_has_a_span_for_each_leg():
     [(1.0, UNSAMPLED, 0, UNSAMPLED), (0.0, None, 0, None), (1.0, None, 4, r"00-[0-9a-f]{32}-[0-9a-f]{16}-01")],
 )
 @on_uvloop
-async def test_sampling(ratio, sent, spans, passed):
+async def test_sampling(ratio: float, sent: str | None, spans: int, passed: str | None) -> None:
     exporter = InMemorySpanExporter()
     async with running(prepare=traced(exporter, ratio)) as s:
         await s.post(headers={} if sent is None else {"traceparent": sent})
         assert len(await spans_of(s, exporter)) == spans
         for seen in (*s.prefill[0].generated, *s.decode[0].generated):
             got = seen.headers.get("traceparent")
-            assert (got is None) if passed is None else re.fullmatch(passed, got)
+            assert (got is None) if passed is None else re.fullmatch(passed, str(got))
 
 
 @on_uvloop
-async def test_failures_are_marked_and_say_nothing_of_the_prompt():
-    async def fails(worker, seen, reader, writer):
+async def test_failures_are_marked_and_say_nothing_of_the_prompt() -> None:
+    async def fails(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
 
     exporter = InMemorySpanExporter()
@@ -86,14 +89,14 @@ async def test_failures_are_marked_and_say_nothing_of_the_prompt():
         spans = exporter.get_finished_spans()
         legs = [span for span in spans if span.name == "prefill"]
         assert len(legs) == sum(len(worker.generated) for worker in s.prefill) > 1
-        assert {span.attributes["server.address"] for span in legs} == {worker.url for worker in s.prefill}
+        assert {(span.attributes or {})["server.address"] for span in legs} == {worker.url for worker in s.prefill}
         whole = next(span for span in spans if span.name.startswith("POST"))
         assert all(span.status.status_code is StatusCode.ERROR for span in (*legs, whole))
         assert "private" not in "".join(span.to_json() for span in spans)
 
 
 @on_uvloop
-async def test_a_collector_gets_the_spans():
+async def test_a_collector_gets_the_spans() -> None:
     got = []
 
     async def collect(request: web.Request) -> web.Response:

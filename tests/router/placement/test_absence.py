@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from fake_worker import reply
-from harness import ASK, CHAT, interpreted, on_uvloop, running, until
 
+from eldr.router.config.endpoint import Role
 from eldr.router.fleet.workers import Fleet
-from eldr.router.http.client import ConnectError
+from eldr.router.http.client import ConnectError, WorkerConnection
+from tests.router.fake_worker import FakeWorker, Seen, reply
+from tests.router.harness import ASK, CHAT, Setup, interpreted, on_uvloop, running, until
 
 
-async def hold(worker, seen, reader, writer):
+async def hold(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await asyncio.sleep(3600)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
-async def test_requests_wait_for_a_worker_that_is_restarted(role):
+async def test_requests_wait_for_a_worker_that_is_restarted(role: Role) -> None:
     async with running(prefill=1, decode=1) as s:
         worker = getattr(s, role)[0]
         await worker.stop()
@@ -36,7 +37,7 @@ async def test_requests_wait_for_a_worker_that_is_restarted(role):
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
-async def test_the_request_that_finds_the_last_worker_gone_waits_too(role):
+async def test_the_request_that_finds_the_last_worker_gone_waits_too(role: Role) -> None:
     async with running(prefill=1, decode=1, health_interval_s=0.3) as s:
         worker = getattr(s, role)[0]
         await worker.stop()
@@ -49,7 +50,7 @@ async def test_the_request_that_finds_the_last_worker_gone_waits_too(role):
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
-async def test_a_request_whose_only_worker_died_is_tried_again_on_its_successor(role):
+async def test_a_request_whose_only_worker_died_is_tried_again_on_its_successor(role: Role) -> None:
     async with running(prefill=1, decode=1) as s:
         worker = getattr(s, role)[0]
         worker.behaviour = hold
@@ -68,7 +69,7 @@ async def test_a_request_whose_only_worker_died_is_tried_again_on_its_successor(
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
-async def test_a_role_that_stays_away_is_refused(role):
+async def test_a_role_that_stays_away_is_refused(role: Role) -> None:
     async with running(prefill=1, decode=1, worker_wait_s=0.2, health_interval_s=60) as s:
         await getattr(s, role)[0].stop()
         first = await s.post()
@@ -81,8 +82,8 @@ async def test_a_role_that_stays_away_is_refused(role):
 
 
 @on_uvloop
-async def test_nobody_waits_for_a_role_that_was_never_there():
-    def break_down(s):
+async def test_nobody_waits_for_a_role_that_was_never_there() -> None:
+    def break_down(s: Setup) -> None:
         s.decode[0].healthy = False
 
     async with running(prepare=break_down, worker_wait_s=3600) as s:
@@ -90,7 +91,7 @@ async def test_nobody_waits_for_a_role_that_was_never_there():
 
 
 @on_uvloop
-async def test_what_waits_in_the_queue_outlives_the_last_worker():
+async def test_what_waits_in_the_queue_outlives_the_last_worker() -> None:
     async with running(max_inflight=1) as s:
         s.decode[0].behaviour = hold
         first = asyncio.create_task(s.post())
@@ -106,7 +107,7 @@ async def test_what_waits_in_the_queue_outlives_the_last_worker():
 
 
 @on_uvloop
-async def test_a_client_that_leaves_waits_no_more():
+async def test_a_client_that_leaves_waits_no_more() -> None:
     async with running(prefill=1, worker_wait_s=3600) as s:
         await s.prefill[0].stop()
         asked = asyncio.create_task(s.post())
@@ -118,27 +119,31 @@ async def test_a_client_that_leaves_waits_no_more():
 @interpreted
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
-async def test_a_worker_that_answers_probes_and_takes_no_request_is_not_asked_for_ever(role):
+async def test_a_worker_that_answers_probes_and_takes_no_request_is_not_asked_for_ever(
+    role: Role, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with running(prefill=1, decode=1, health_interval_s=60, worker_wait_s=3600) as s:
         services = s.router.services
         worker = next(iter(services.fleet.workers(role).values()))
 
-        def answers_its_probe():
+        def answers_its_probe() -> None:
             services.fleet.set_healthy(worker, True)
             services.admission.changed()
 
-        async def refuse():
+        async def refuse() -> WorkerConnection:
             asyncio.get_running_loop().call_soon(answers_its_probe)
             raise ConnectError("refused")
 
-        services.legs.pools[worker].connection = refuse
+        monkeypatch.setattr(services.legs.pools[worker], "connection", refuse)
         assert (await s.post()).status == 503
         assert services.metrics.retries[role, "refused"] == 3
 
 
 @on_uvloop
-async def test_an_unknown_model_is_told_from_an_absent_worker():
-    async def not_served(worker, seen, reader, writer):
+async def test_an_unknown_model_is_told_from_an_absent_worker() -> None:
+    async def not_served(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await reply(writer, 404, b'{"error":{"message":"The model `other` does not exist.","code":404}}')
 
     async with running(decode=1) as s:
@@ -152,7 +157,7 @@ async def test_an_unknown_model_is_told_from_an_absent_worker():
         assert (await asked).status == 404
 
 
-def test_how_long_a_role_has_been_gone():
+def test_how_long_a_role_has_been_gone() -> None:
     fleet = Fleet()
     assert fleet.gone_for_s("decode") == float("inf")
     one, other = (fleet.add(f"http://d:{port}", "decode", 1) for port in (1, 2))
@@ -167,6 +172,8 @@ def test_how_long_a_role_has_been_gone():
     first = fleet.gone_for_s("decode")
     fleet.remove(other)
     second = fleet.gone_for_s("decode")
+    assert first is not None
+    assert second is not None
     assert 0 <= first <= second < 3600
     fleet.set_draining(one, False)
     assert fleet.gone_for_s("decode") is None

@@ -13,18 +13,21 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
+from subprocess import Popen
+from typing import Any, TypeVar
 
 import pytest
-from fake_worker import FakeWorker, begin_stream
-from harness import ASK, CHAT, Scripted, on_uvloop, running, until
 
 from eldr.router.app import Router
 from eldr.router.config.settings import RouterConfig
+from tests.router.fake_worker import FakeWorker, Seen, begin_stream
+from tests.router.harness import ASK, CHAT, Scripted, on_uvloop, running, until
 
 
-def request_bytes(prompt, close=False, **fields):
+def request_bytes(prompt: str, close: bool = False, **fields: Any) -> bytes:
     body = json.dumps({"model": "tiny", "prompt": prompt, "max_tokens": 4, **fields}).encode()
     connection = b"connection: close\r\n" if close else b""
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n%bcontent-length: %d\r\n\r\n"
@@ -35,7 +38,7 @@ def request_bytes(prompt, close=False, **fields):
 
 
 @on_uvloop
-async def test_a_stopping_router_tells_streams_and_waiting_clients_why():
+async def test_a_stopping_router_tells_streams_and_waiting_clients_why() -> None:
     async with running(max_inflight=2, queue_timeout_s=60) as s:
         worker = s.decode[0]
         worker.tokens, worker.token_gap_s = ["x"] * 1000, 0.02
@@ -60,7 +63,7 @@ async def test_a_stopping_router_tells_streams_and_waiting_clients_why():
 
 
 @on_uvloop
-async def test_a_client_with_an_open_connection_may_send_one_more():
+async def test_a_client_with_an_open_connection_may_send_one_more() -> None:
     async with running() as s:
         reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
         writer.write(request_bytes("a"))
@@ -75,7 +78,7 @@ async def test_a_client_with_an_open_connection_may_send_one_more():
 
 
 @on_uvloop
-async def test_readiness_ends_before_the_last_request():
+async def test_readiness_ends_before_the_last_request() -> None:
     async with running() as s:
         s.decode[0].tokens, s.decode[0].token_gap_s = ["x"] * 8, 0.1
         reader, writer = await asyncio.open_connection("127.0.0.1", s.router.port)
@@ -93,7 +96,7 @@ async def test_readiness_ends_before_the_last_request():
 
 
 @on_uvloop
-async def test_reload_takes_over_keys_and_what_can_change(tmp_path, caplog):
+async def test_reload_takes_over_keys_and_what_can_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     workers = [await FakeWorker(role).start() for role in ("prefill", "decode")]
     file, key = tmp_path / "eldr.toml", tmp_path / "key"
     key.write_text("old")
@@ -125,13 +128,16 @@ async def test_reload_takes_over_keys_and_what_can_change(tmp_path, caplog):
 # Processes.
 
 
+Result = TypeVar("Result")
+
+
 class Workers:
     """Fake workers on an event loop of their own thread, so that the test may block."""
 
-    def __init__(self, decode=FakeWorker):
+    def __init__(self, decode: type[Any] = FakeWorker) -> None:
         self._decode = decode
 
-    def __enter__(self):
+    def __enter__(self) -> Workers:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
@@ -139,35 +145,35 @@ class Workers:
         self.all = [self._do(worker.start()) for worker in made]
         return self
 
-    def _do(self, coroutine):
+    def _do(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: Any) -> None:
         for worker in self.all:
             self._do(worker.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
     @property
-    def flags(self):
+    def flags(self) -> list[str]:
         return [part for worker in self.all for part in (f"--{worker.role}", worker.url)]
 
 
-def serve(workers, *flags, **options):
+def serve(workers: Workers, *flags: Any, **options: Any) -> Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "eldr", "serve", "--port", "0", "--log-level", "info", *workers.flags, *flags],
         stderr=subprocess.PIPE, text=True, **options,
     )  # fmt: skip
 
 
-def port_of(process):
+def port_of(process: Popen[str]) -> int:
     for line in process.stderr:
         if line.startswith("eldr: serving on "):
             return int(line.split(",")[0].rsplit(":", 1)[1])
     raise AssertionError("it did not start")
 
 
-def successor_of(process):
+def successor_of(process: Popen[str]) -> int:
     """The process id of the next router, from the log of the one before."""
     for line in process.stderr:
         if "has taken over" in line:
@@ -178,15 +184,16 @@ def successor_of(process):
 class Clients:
     """Threads that ask without a pause, half of them on one connection each, until told to stop."""
 
-    def __init__(self, port, count=6):
+    def __init__(self, port: int, count: int = 6) -> None:
         self._port = port
         self._stop = threading.Event()
-        self.answered, self.failed = [0] * count, []
+        self.answered = [0] * count
+        self.failed: list[str] = []
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(count)]
         for thread in self._threads:
             thread.start()
 
-    def _run(self, number):
+    def _run(self, number: int) -> None:
         reused = None
         while not self._stop.is_set():
             try:
@@ -206,7 +213,7 @@ class Clients:
         if reused is not None:
             reused.close()
 
-    def _ask(self, connection, request):
+    def _ask(self, connection: socket.socket, request: bytes) -> bool:
         connection.settimeout(30)
         connection.sendall(request)
         raw = b""
@@ -217,25 +224,25 @@ class Clients:
         assert raw.startswith(b"HTTP/1.1 200 "), raw
         return b"\r\nconnection: close\r\n" in raw
 
-    def join(self):
+    def join(self) -> None:
         self._stop.set()
         for thread in self._threads:
             thread.join()
 
 
-def wait_for(condition, what, timeout_s=60):
+def wait_for(condition: Callable[..., Any], what: str, timeout_s: int = 60) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"never happened: {what}"
         time.sleep(0.01)
 
 
-def end(pid):
+def end(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_router_hands_over_to_its_successor_without_losing_a_request():
+def test_a_router_hands_over_to_its_successor_without_losing_a_request() -> None:
     with Workers() as workers:
         process = serve(workers)
         pids = [process.pid]
@@ -265,7 +272,7 @@ def test_a_router_hands_over_to_its_successor_without_losing_a_request():
             process.wait()
 
 
-def test_a_successor_that_cannot_serve_changes_nothing(tmp_path):
+def test_a_successor_that_cannot_serve_changes_nothing(tmp_path: Path) -> None:
     with Workers() as workers:
         file = tmp_path / "eldr.toml"
         file.write_text('policy = "jsq"\n')
@@ -287,11 +294,11 @@ def test_a_successor_that_cannot_serve_changes_nothing(tmp_path):
             process.wait()
 
 
-def test_a_socket_of_systemds_keeps_requests_while_the_router_restarts():
+def test_a_socket_of_systemds_keeps_requests_while_the_router_restarts() -> None:
     with Workers() as workers, socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
         address = listening.getsockname()
 
-        def start():
+        def start() -> Popen[str]:
             return serve(
                 workers,
                 env={**os.environ, "LISTEN_FDS": "1"},
@@ -330,7 +337,7 @@ class Flood(FakeWorker):
     streams = 0
     sent_bytes = 0
 
-    async def _generate(self, seen, reader, writer):
+    async def _generate(self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         event = self.events(seen, ["x" * 200, "y"], False)[0]
         batch = b"%x\r\n%b\r\n" % (len(event) * 12, event * 12)
         # Little room in the kernel, so that what is held is held by the router.
@@ -343,16 +350,16 @@ class Flood(FakeWorker):
             self.sent_bytes += len(batch)
 
 
-def rss_bytes(pid):
+def rss_bytes(pid: int) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_thousand_stalled_readers_hold_little_memory(tmp_path):
+def test_a_thousand_stalled_readers_hold_little_memory(tmp_path: Path) -> None:
     """What is buffered is bounded per client, and the workers are not read from."""
     with Workers(Flood) as workers:
-        flood = workers.all[1:]
+        flood = [worker for worker in workers.all if isinstance(worker, Flood)]
         patient = tmp_path / "eldr.toml"  # the machine may be busy, and all workers share one thread
         patient.write_text("max_inflight = 2048\nconnect_timeout_s = 60\nhealth_timeout_s = 60\n")
         process = serve(workers, "--config", str(patient))

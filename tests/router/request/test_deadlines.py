@@ -8,12 +8,12 @@ import math
 
 import openai
 import pytest
-from fake_worker import begin_stream, chunk
-from harness import ASK, on_uvloop, raw_stream, running, until
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eldr.router.request.deadlines import Deadlines
+from tests.router.fake_worker import FakeWorker, Seen, begin_stream, chunk
+from tests.router.harness import ASK, Reply, on_uvloop, raw_stream, running, until
 
 
 @pytest.mark.parametrize(
@@ -36,24 +36,24 @@ from eldr.router.request.deadlines import Deadlines
         ({b"x-stainless-read-timeout": b"NOT_GIVEN", b"x-request-timeout-ms": b"\xff"}, 60.0, 60.0),
     ],
 )
-def test_what_headers_say(headers, first_byte_s, total_s):
+def test_what_headers_say(headers: dict[bytes, bytes], first_byte_s: float, total_s: float) -> None:
     deadlines = Deadlines.of(headers, 1000.0, 60.0)
     assert deadlines.first_byte_s == 1000.0 + first_byte_s
     assert deadlines.total_s == 1000.0 + total_s
 
 
 @given(st.dictionaries(st.sampled_from([b"x-request-timeout-ms", b"x-stainless-timeout"]), st.binary(max_size=40)))
-def test_no_header_lengthens_a_request(headers):
+def test_no_header_lengthens_a_request(headers: dict[bytes, bytes]) -> None:
     deadlines = Deadlines.of(headers, 0.0, 60.0)
     assert 0.0 < deadlines.first_byte_s <= deadlines.total_s <= 60.0
     assert not math.isnan(deadlines.total_s)
 
 
-async def hang(worker, seen, reader, writer):
+async def hang(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await asyncio.sleep(3600)
 
 
-def assert_too_late(answer):
+def assert_too_late(answer: Reply) -> None:
     assert answer.status == 504
     assert answer.error["type"] == "GatewayTimeoutError"
     assert answer.error["message"]
@@ -63,7 +63,9 @@ def assert_too_late(answer):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("header", [{"x-request-timeout-ms": "300"}, {"x-stainless-timeout": "0.3"}])
 @on_uvloop
-async def test_the_clients_deadline_ends_a_leg_and_nothing_is_tried_again(leg, stream, header):
+async def test_the_clients_deadline_ends_a_leg_and_nothing_is_tried_again(
+    leg: str, stream: bool, header: dict[str, str]
+) -> None:
     async with running(prefill=2, decode=2) as s:
         for worker in getattr(s, leg):
             worker.behaviour = hang
@@ -82,7 +84,7 @@ async def test_the_clients_deadline_ends_a_leg_and_nothing_is_tried_again(leg, s
 
 
 @on_uvloop
-async def test_a_deadline_in_the_queue():
+async def test_a_deadline_in_the_queue() -> None:
     async with running(max_inflight=1) as s:
         s.decode[0].behaviour = hang
         first = asyncio.create_task(s.post())
@@ -94,7 +96,7 @@ async def test_a_deadline_in_the_queue():
 
 @pytest.mark.parametrize("timeout_ms", ["0.001", "1", "2"])
 @on_uvloop
-async def test_a_deadline_that_is_over_at_once(timeout_ms):
+async def test_a_deadline_that_is_over_at_once(timeout_ms: str) -> None:
     async with running() as s:
         for worker in (*s.prefill, *s.decode):
             worker.behaviour = hang
@@ -103,13 +105,13 @@ async def test_a_deadline_that_is_over_at_once(timeout_ms):
 
 
 @on_uvloop
-async def test_the_routers_own_limit():
+async def test_the_routers_own_limit() -> None:
     async with running(request_timeout_s=0.3) as s:
         s.decode[0].behaviour = hang
         assert_too_late(await s.post())
 
 
-async def endless(worker, seen, reader, writer):
+async def endless(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await begin_stream(writer)
     while True:
         await chunk(writer, worker.events(seen, ["a"], False)[0])
@@ -117,7 +119,7 @@ async def endless(worker, seen, reader, writer):
 
 
 @on_uvloop
-async def test_a_stream_that_outlives_its_deadline_ends_with_an_error_event():
+async def test_a_stream_that_outlives_its_deadline_ends_with_an_error_event() -> None:
     async with running() as s:
         s.decode[0].behaviour = endless
         raw = await raw_stream(s, b"x-request-timeout-ms: 500\r\n")
@@ -131,7 +133,7 @@ async def test_a_stream_that_outlives_its_deadline_ends_with_an_error_event():
 
 
 @on_uvloop
-async def test_the_first_bytes_deadline_does_not_end_a_stream():
+async def test_the_first_bytes_deadline_does_not_end_a_stream() -> None:
     async with running() as s:
         s.decode[0].token_gap_s = 0.2
         answer = await s.post({**ASK, "stream": True}, headers={"x-stainless-timeout": "0.5"})
@@ -139,7 +141,7 @@ async def test_the_first_bytes_deadline_does_not_end_a_stream():
 
 
 @on_uvloop
-async def test_the_openai_client_states_its_timeout():
+async def test_the_openai_client_states_its_timeout() -> None:
     async with running() as s:
         s.decode[0].behaviour = hang
         client = openai.AsyncOpenAI(base_url=f"{s.url}/v1", api_key="unused", max_retries=0, timeout=0.5)

@@ -6,14 +6,15 @@ import asyncio
 import http.client
 import json
 import socket
-import time
+from functools import partial
 
 import pytest
-from fake_worker import begin_stream, chunk, end_stream, reply
-from harness import ASK, CHAT, Scripted, on_uvloop, raw_stream, running, until
+
+from tests.router.fake_worker import Behaviour, FakeWorker, Seen, begin_stream, chunk, end_stream, reply
+from tests.router.harness import ASK, CHAT, Scripted, Setup, on_uvloop, raw_stream, running, until
 
 
-def handoffs_sent(setup):
+def handoffs_sent(setup: Setup) -> list[str]:
     """The hand-offs that decode workers got a byte of, by their request id at the prefill worker."""
     return [
         seen.body["kv_transfer_params"]["remote_request_id"]
@@ -23,49 +24,57 @@ def handoffs_sent(setup):
     ]
 
 
-async def die_at_once(worker, seen, reader, writer):
+async def die_at_once(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     writer.transport.abort()
 
 
-async def die_after_head(worker, seen, reader, writer):
+async def die_after_head(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     await begin_stream(writer)
     writer.transport.abort()
 
 
-async def die_after_first_event(worker, seen, reader, writer):
+async def die_after_first_event(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     await begin_stream(writer)
     await chunk(writer, worker.events(seen, ["a"], False)[0])
     await asyncio.sleep(0.05)
     writer.transport.abort()
 
 
-async def garbage(worker, seen, reader, writer):
+async def garbage(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
     await writer.drain()
 
 
-async def short_body(worker, seen, reader, writer):
+async def short_body(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     writer.write(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"choices"')
     writer.transport.close()
 
 
-async def no_length(worker, seen, reader, writer):
+async def no_length(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n{"choices": []}')
     writer.transport.close()
 
 
-async def hang(worker, seen, reader, writer):
+async def hang(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await asyncio.sleep(3600)
 
 
-async def not_json(worker, seen, reader, writer):
+async def not_json(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reply(writer, 200, b"<html>")
 
 
 @pytest.mark.parametrize("fault", [die_at_once, die_after_head, garbage, short_body, no_length])
 @pytest.mark.parametrize("stream", [False, True])
 @on_uvloop
-async def test_a_decode_that_fails_before_its_first_byte_gets_a_new_prefill(fault, stream):
+async def test_a_decode_that_fails_before_its_first_byte_gets_a_new_prefill(fault: Behaviour, stream: bool) -> None:
     policy = Scripted()
     async with running(decode=2, policy=policy) as s:
         s.decode[0].behaviour = fault
@@ -86,7 +95,7 @@ async def test_a_decode_that_fails_before_its_first_byte_gets_a_new_prefill(faul
 
 
 @on_uvloop
-async def test_a_refused_connection_reuses_the_handoff_on_another_worker():
+async def test_a_refused_connection_reuses_the_handoff_on_another_worker() -> None:
     policy = Scripted()
     async with running(decode=2, policy=policy, health_interval_s=60) as s:
         gone, there = (worker.url for worker in s.decode)
@@ -102,7 +111,7 @@ async def test_a_refused_connection_reuses_the_handoff_on_another_worker():
 
 
 @on_uvloop
-async def test_when_every_decode_worker_fails_the_client_hears_it():
+async def test_when_every_decode_worker_fails_the_client_hears_it() -> None:
     async with running(decode=3) as s:
         for worker in s.decode:
             worker.behaviour = die_at_once
@@ -115,7 +124,7 @@ async def test_when_every_decode_worker_fails_the_client_hears_it():
 
 
 @on_uvloop
-async def test_a_decode_worker_without_another_is_asked_again_with_a_new_handoff():
+async def test_a_decode_worker_without_another_is_asked_again_with_a_new_handoff() -> None:
     async with running() as s:
         s.decode[0].behaviour = die_at_once
         assert (await s.post()).status == 502
@@ -125,11 +134,11 @@ async def test_a_decode_worker_without_another_is_asked_again_with_a_new_handoff
 
 @pytest.mark.parametrize("everywhere", [False, True])
 @on_uvloop
-async def test_a_pull_that_failed_gets_a_new_prefill(everywhere):
+async def test_a_pull_that_failed_gets_a_new_prefill(everywhere: bool) -> None:
     """With kv_load_failure_policy "fail" vLLM answers 500."""
     error = b'{"error":{"message":"kv load failed","type":"InternalServerError","param":null,"code":500}}'
 
-    async def fail(worker, seen, reader, writer):
+    async def fail(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reply(writer, 500, error)
 
     async with running(decode=2, policy=Scripted()) as s:
@@ -143,7 +152,7 @@ async def test_a_pull_that_failed_gets_a_new_prefill(everywhere):
 
 
 @on_uvloop
-async def test_a_broken_stream_ends_with_an_error_and_without_its_end():
+async def test_a_broken_stream_ends_with_an_error_and_without_its_end() -> None:
     async with running(decode=2) as s:
         for worker in s.decode:
             worker.behaviour = die_after_first_event
@@ -160,7 +169,7 @@ async def test_a_broken_stream_ends_with_an_error_and_without_its_end():
 
 @pytest.mark.parametrize("fault", [die_at_once, garbage, short_body])
 @on_uvloop
-async def test_a_prefill_that_fails_goes_to_another_worker(fault):
+async def test_a_prefill_that_fails_goes_to_another_worker(fault: Behaviour) -> None:
     async with running(prefill=2) as s:
         for n in range(6):
             for worker in s.prefill:
@@ -171,7 +180,7 @@ async def test_a_prefill_that_fails_goes_to_another_worker(fault):
 
 
 @on_uvloop
-async def test_prefill_workers_gone():
+async def test_prefill_workers_gone() -> None:
     async with running(prefill=2, health_interval_s=60, worker_wait_s=0) as s:
         for worker in s.prefill:
             await worker.stop()
@@ -181,7 +190,7 @@ async def test_prefill_workers_gone():
 
 
 @on_uvloop
-async def test_a_prefill_answer_that_is_not_json_is_the_workers_fault():
+async def test_a_prefill_answer_that_is_not_json_is_the_workers_fault() -> None:
     async with running() as s:
         s.prefill[0].behaviour = not_json
         assert (await s.post()).status == 502
@@ -190,10 +199,12 @@ async def test_a_prefill_answer_that_is_not_json_is_the_workers_fault():
 
 @pytest.mark.parametrize("leg", ["prefill", "decode"])
 @on_uvloop
-async def test_a_workers_error_is_relayed(leg):
+async def test_a_workers_error_is_relayed(leg: str) -> None:
     error = b'{"error":{"message":"max_tokens is too large","type":"BadRequestError","param":"max_tokens","code":400}}'
 
-    async def refuse(worker, seen, reader, writer):
+    async def refuse(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await reply(writer, 400, error)
 
     async with running() as s:
@@ -205,8 +216,8 @@ async def test_a_workers_error_is_relayed(leg):
 
 
 @on_uvloop
-async def test_retry_after_is_relayed():
-    async def busy(worker, seen, reader, writer):
+async def test_retry_after_is_relayed() -> None:
+    async def busy(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reply(writer, 429, b'{"error":{}}', "content-type: application/json\r\nretry-after: 7\r\nx-secret: a\r\n")
 
     async with running() as s:
@@ -217,7 +228,7 @@ async def test_retry_after_is_relayed():
 
 
 @on_uvloop
-async def test_a_silent_worker_is_given_up():
+async def test_a_silent_worker_is_given_up() -> None:
     async with running(prefill=2, decode=2, policy=Scripted(), decode_answer_timeout_s=0.5, prefill_timeout_s=0.5) as s:
         s.decode[0].behaviour = hang
         assert (await s.post()).status == 200
@@ -229,7 +240,7 @@ async def test_a_silent_worker_is_given_up():
 
 
 @on_uvloop
-async def test_a_lease_that_ended_in_the_prefill_answer_is_not_used():
+async def test_a_lease_that_ended_in_the_prefill_answer_is_not_used() -> None:
     async with running() as s:
         s.prefill[0].lease = {"left_s": -1.0}
         assert (await s.post()).status == 502
@@ -240,7 +251,7 @@ async def test_a_lease_that_ended_in_the_prefill_answer_is_not_used():
 @pytest.mark.parametrize("leg", ["prefill", "decode"])
 @pytest.mark.parametrize("stream", [False, True])
 @on_uvloop
-async def test_a_client_that_goes_away_cancels_its_worker_at_once(leg, stream):
+async def test_a_client_that_goes_away_cancels_its_worker_at_once(leg: str, stream: bool) -> None:
     async with running() as s:
         worker = getattr(s, leg)[0]
         worker.behaviour = hang
@@ -258,7 +269,7 @@ async def test_a_client_that_goes_away_cancels_its_worker_at_once(leg, stream):
 
 
 @on_uvloop
-async def test_a_client_that_goes_away_in_mid_stream_cancels_its_worker():
+async def test_a_client_that_goes_away_in_mid_stream_cancels_its_worker() -> None:
     policy = Scripted()
     async with running(policy=policy) as s:
         s.decode[0].tokens = ["x"] * 16
@@ -272,8 +283,10 @@ async def test_a_client_that_goes_away_in_mid_stream_cancels_its_worker():
 
 
 @on_uvloop
-async def test_a_client_that_closes_at_done_has_been_answered():
-    async def end_late(worker, seen, reader, writer):
+async def test_a_client_that_closes_at_done_has_been_answered() -> None:
+    async def end_late(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await begin_stream(writer)
         for event in worker.events(seen, ["a"], False):
             await chunk(writer, event)
@@ -284,7 +297,7 @@ async def test_a_client_that_closes_at_done_has_been_answered():
         async with s.session.post(s.url + "/v1/completions", json={**ASK, "stream": True}) as answer:
             await answer.content.readuntil(b"[DONE]\n\n")
             answer.close()
-        await until(lambda: not s.router.running, "the request ends")
+        await until(lambda: s.router.running == 0, "the request ends")
         assert await s.metric("eldr_request_total", endpoint="/v1/completions", status="200") == 1
         assert await s.metric("eldr_client_disconnects_total") == 0
         assert await s.metric("eldr_inflight") == 0
@@ -293,10 +306,10 @@ async def test_a_client_that_closes_at_done_has_been_answered():
 
 
 @on_uvloop
-async def test_a_stalled_reader_stops_its_worker_and_holds_little():
+async def test_a_stalled_reader_stops_its_worker_and_holds_little() -> None:
     sent = 0
 
-    async def flood(worker, seen, reader, writer):
+    async def flood(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal sent
         await begin_stream(writer)
         event = b'data: {"choices":[{"text":"' + b"x" * 4000 + b'"}]}\n\n'
@@ -332,7 +345,7 @@ async def test_a_stalled_reader_stops_its_worker_and_holds_little():
         assert received.endswith(b"data: [DONE]\n\n")
 
 
-def _read_answer(client):
+def _read_answer(client: socket.socket) -> bytes:
     answer = http.client.HTTPResponse(client)
     answer.begin()
     body = answer.read()
@@ -340,13 +353,19 @@ def _read_answer(client):
     return body
 
 
+def has(things: list[str], count: int) -> bool:
+    return len(things) == count
+
+
 @on_uvloop
-async def test_a_full_fleet_queues_first_come_first_served_before_the_prefill():
+async def test_a_full_fleet_queues_first_come_first_served_before_the_prefill() -> None:
     async with running(decode=2, max_inflight=2) as s:
         places = asyncio.Semaphore(0)
-        running_now = []
+        running_now: list[str] = []
 
-        async def held(worker, seen, reader, writer):
+        async def held(
+            worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
             running_now.append(seen.body["prompt"])
             await places.acquire()
             await worker.answer(seen, writer)
@@ -356,15 +375,15 @@ async def test_a_full_fleet_queues_first_come_first_served_before_the_prefill():
         tasks = []
         for n in range(8):
             tasks.append(asyncio.create_task(s.post({**ASK, "prompt": str(n)})))
-            await until(lambda n=n: len(running_now) + s.router.services.admission.queued == n + 1, "it runs or waits")
+            await until(lambda: len(running_now) + s.router.services.admission.queued == len(tasks), "it runs or waits")
         assert await s.metric("eldr_queued") == 4
         assert len(s.prefill[0].generated) == 4  # no lease ticks for those that wait
         assert [worker.most_running for worker in s.decode] == [2, 2]
         tasks[5].cancel()
         await until(lambda: s.router.services.admission.queued == 3, "a client that is gone waits no more")
-        for n in range(5, 8):
+        for released in range(1, 4):
             places.release()
-            await until(lambda n=n: len(running_now) == n, "the next one runs")
+            await until(partial(has, running_now, 4 + released), "the next one runs")
         assert running_now == ["0", "1", "2", "3", "4", "6", "7"]
         for _ in range(4):
             places.release()
@@ -376,7 +395,7 @@ async def test_a_full_fleet_queues_first_come_first_served_before_the_prefill():
 
 
 @on_uvloop
-async def test_the_queue_is_told_when_the_last_worker_goes():
+async def test_the_queue_is_told_when_the_last_worker_goes() -> None:
     async with running(max_inflight=1, worker_wait_s=0) as s:
         s.decode[0].behaviour = hang
         first = asyncio.create_task(s.post())
@@ -391,7 +410,7 @@ async def test_the_queue_is_told_when_the_last_worker_goes():
 
 
 @on_uvloop
-async def test_workers_that_go_and_come_back():
+async def test_workers_that_go_and_come_back() -> None:
     async with running(decode=1, worker_wait_s=0) as s:
         assert (await s.post()).status == 200
         await s.decode[0].stop()
@@ -403,7 +422,7 @@ async def test_workers_that_go_and_come_back():
 
 
 @on_uvloop
-async def test_stopping_lets_running_requests_finish():
+async def test_stopping_lets_running_requests_finish() -> None:
     async with running() as s:
         s.decode[0].tokens = ["x"] * 8
         s.decode[0].token_gap_s = 0.1
@@ -418,21 +437,20 @@ async def test_stopping_lets_running_requests_finish():
 
 
 @on_uvloop
-async def test_stopping_cuts_off_what_does_not_finish():
+async def test_stopping_cuts_off_what_does_not_finish() -> None:
     async with running() as s:
         s.decode[0].behaviour = hang
         task = asyncio.create_task(s.post())
         await until(lambda: s.decode[0].running == 1, "it runs")
-        started = time.monotonic()
-        await s.router.stop(0.3)
-        assert time.monotonic() - started < 5
+        async with asyncio.timeout(30):
+            await s.router.stop(0.3)
         assert (await task).status == 503
         await until(lambda: s.decode[0].generated[0].aborted, "the worker hears of it")
 
 
 @on_uvloop
-async def test_stopping_sends_what_was_written_to_a_slow_reader():
-    async def large(worker, seen, reader, writer):
+async def test_stopping_sends_what_was_written_to_a_slow_reader() -> None:
+    async def large(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reply(writer, 200, b'{"choices":[],"text":"%b"}' % (b"x" * 20_000_000))
 
     async with running() as s:
@@ -445,7 +463,7 @@ async def test_stopping_sends_what_was_written_to_a_slow_reader():
             b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             b"content-length: %d\r\n\r\n%b" % (len(body), body)
         )
-        await until(lambda: s.decode[0].generated and not s.router.running, "the answer is written")
+        await until(lambda: s.decode[0].generated and s.router.running == 0, "the answer is written")
         stopping = asyncio.create_task(s.router.stop(20))
         received = await asyncio.to_thread(_read_answer, client)
         assert len(received) == 20_000_024

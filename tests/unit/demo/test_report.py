@@ -2,10 +2,12 @@
 
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
-from synthetic import make_calibration
 
 from eldr.demo.measure import ActiveExperts, PolicyRun
 from eldr.demo.outputs import Difference, OutputCheck
@@ -16,12 +18,13 @@ from eldr.load.outcome import Outcome
 from eldr.load.request import Request
 from eldr.workloads.kinds import KINDS
 from eldr.workloads.prompt import Prompt
+from tests.synthetic import make_calibration
 
 URLS = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
-def make_run(policy, total, failed=0):
+def make_run(policy: str, total: float, failed: int = 0) -> PolicyRun:
     """Request n is sent at 0 and has three tokens, the first after (n + 1) ms, the others 10 ms apart."""
     run = PolicyRun(policy, active={URLS[0]: ActiveExperts(total, 10), URLS[1]: ActiveExperts(total, 30)})
     for number, kind in enumerate(KINDS):
@@ -34,16 +37,16 @@ def make_run(policy, total, failed=0):
 
 
 @pytest.fixture
-def result():
+def result() -> DemoResult:
     runs = [make_run("jsq", 200.0), make_run("locality-band", 150.0, failed=1)]
     return DemoResult(make_calibration(zones=2), URLS, runs, OutputCheck(equal=14, ties=1))
 
 
-def requests():
+def requests() -> list[Request]:
     return [Request(number, Prompt(kind, f"<script>{kind}</script>"), 3) for number, kind in enumerate(KINDS)]
 
 
-def test_summary_has_exactly_the_agreed_fields(result, tmp_path):
+def test_summary_has_exactly_the_agreed_fields(result: DemoResult, tmp_path: Path) -> None:
     write_summary(summarise(result), tmp_path / "summary.json")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary.keys() == {"policies", "outputs_equal", "outputs_ties", "outputs_total", "calibration"}
@@ -53,7 +56,7 @@ def test_summary_has_exactly_the_agreed_fields(result, tmp_path):
     assert summary["calibration"].keys() == {"requests", "rho"}
 
 
-def test_summary_has_the_right_values(result):
+def test_summary_has_the_right_values(result: DemoResult) -> None:
     summary = summarise(result)
     assert len(KINDS) == 8
     jsq, band = summary["policies"]["jsq"], summary["policies"]["locality-band"]
@@ -67,7 +70,7 @@ def test_summary_has_the_right_values(result):
     assert (summary["outputs_equal"], summary["outputs_ties"], summary["outputs_total"]) == (14, 1, 15)
 
 
-def test_what_was_not_measured_is_null_not_a_number(result, tmp_path):
+def test_what_was_not_measured_is_null_not_a_number(result: DemoResult, tmp_path: Path) -> None:
     result.runs = [PolicyRun("jsq")]
     write_summary(summarise(result), tmp_path / "summary.json")
     figures = json.loads((tmp_path / "summary.json").read_text())["policies"]["jsq"]
@@ -76,23 +79,27 @@ def test_what_was_not_measured_is_null_not_a_number(result, tmp_path):
     assert set(figures.values()) == {None}
 
 
+def without_the_last(check: OutputCheck) -> Callable[[DemoResult], None]:
+    def change(result: DemoResult) -> None:
+        result.runs.pop()
+        result.check = check
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "passed"),
     [
         (lambda result: None, False),  # one request failed
         (lambda result: result.runs.pop(), False),  # more outputs compared than there are requests
         (lambda result: result.runs.__setitem__(1, make_run("locality-band", 150.0)), False),  # one not compared
-        (lambda result: (result.runs.pop(), setattr(result, "check", OutputCheck(equal=7, ties=1))), True),
-        (
-            lambda result: (
-                result.runs.pop(),
-                setattr(result, "check", OutputCheck(7, 0, [Difference("jsq", 1, 0, "they differ")])),
-            ),
-            False,
-        ),
+        (without_the_last(OutputCheck(equal=7, ties=1)), True),
+        (without_the_last(OutputCheck(7, 0, [Difference("jsq", 1, 0, "they differ")])), False),
     ],
 )
-def test_passed_means_no_error_and_every_output_right(result, change, passed):
+def test_passed_means_no_error_and_every_output_right(
+    result: DemoResult, change: Callable[..., Any], passed: bool
+) -> None:
     change(result)
     assert result.passed is passed
 
@@ -100,11 +107,13 @@ def test_passed_means_no_error_and_every_output_right(result, change, passed):
 class Checker(HTMLParser):
     """Every element is closed in order; collects what the page would load."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.open, self.loads, self.tags = [], [], set()
+        self.open: list[str] = []
+        self.loads: list[Any] = []
+        self.tags: set[str] = set()
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         for name, value in attrs:
             if name in ("src", "href", "xlink:href", "data", "action", "srcset", "poster"):
@@ -113,20 +122,20 @@ class Checker(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attrs):
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
         if tag not in VOID:
             self.open.pop()
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "style":
             self.loads += re.findall(r"@import\s+(\S+)|url\(([^)]*)\)", data)
 
 
-def check_page(path):
+def check_page(path: Path) -> tuple[str, Checker]:
     text = path.read_text(encoding="utf-8")
     checker = Checker()
     checker.feed(text)
@@ -137,7 +146,7 @@ def check_page(path):
     return text, checker
 
 
-def test_report_is_well_formed_self_contained_and_escaped(result, tmp_path):
+def test_report_is_well_formed_self_contained_and_escaped(result: DemoResult, tmp_path: Path) -> None:
     write_report(result, requests(), tmp_path / "report.html")
     text, checker = check_page(tmp_path / "report.html")
     assert {"svg", "table", "style", "title"} <= checker.tags
@@ -145,7 +154,7 @@ def test_report_is_well_formed_self_contained_and_escaped(result, tmp_path):
     assert "&lt;b&gt;&amp;" in text
 
 
-def test_report_leads_with_active_experts_and_labels_times(result, tmp_path):
+def test_report_leads_with_active_experts_and_labels_times(result: DemoResult, tmp_path: Path) -> None:
     write_report(result, requests(), tmp_path / "report.html")
     text, _ = check_page(tmp_path / "report.html")
     assert text.index("10.0 → 7.5") < text.index("TPOT")
@@ -154,7 +163,7 @@ def test_report_leads_with_active_experts_and_labels_times(result, tmp_path):
     assert "larger than a real model" in text
 
 
-def test_report_of_a_run_in_which_everything_failed(result, tmp_path):
+def test_report_of_a_run_in_which_everything_failed(result: DemoResult, tmp_path: Path) -> None:
     result.runs = [make_run("jsq", 0.0, failed=8), PolicyRun("locality-band")]
     result.check = OutputCheck(differences=[Difference("jsq", 1, None, "nothing came")])
     write_report(result, requests(), tmp_path / "report.html")

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
 from eldr.cli.main import main
@@ -23,21 +25,22 @@ from eldr.report.evaluation import write_evaluation
 from eldr.report.evaluation.comparisons import pools_section, workloads_section
 from eldr.report.style import style
 from eldr.trace import write_trace
+from tests.synthetic import make_trace
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     path = tmp_path_factory.mktemp("traces") / "small.npz"
     write_trace(make_trace(requests=90, layers=3, experts=16, kinds=3, steps=25, seed=3), path)
     return Bench(path, seeds=2, requests=80)
 
 
 @pytest.fixture(scope="module")
-def rows_of(bench):
+def rows_of(bench: Bench) -> Callable[..., Any]:
     """Rows of an experiment, made once for all tests."""
     made = {}
 
-    def rows(name):
+    def rows(name: str) -> Any:
         if name not in made:
             made[name] = [row for part in EXPERIMENTS[name].parts(bench) for row in EXPERIMENTS[name].run(bench, part)]
         return made[name]
@@ -45,7 +48,7 @@ def rows_of(bench):
     return rows
 
 
-def test_a_load_never_takes_more_requests_than_may_be_in_flight(bench):
+def test_a_load_never_takes_more_requests_than_may_be_in_flight(bench: Bench) -> None:
     assert bench.capacity == int(0.8 * 45)
     assert bench.workers == 4  # 8 x 7 would be too many
     assert bench.batches(4, (1, 7, 9, 9.5)) == [1, 7, 9]
@@ -54,13 +57,13 @@ def test_a_load_never_takes_more_requests_than_may_be_in_flight(bench):
             assert part["workers"] * part.get("batch", 7) <= bench.capacity
 
 
-def test_too_few_requests_are_refused(tmp_path):
+def test_too_few_requests_are_refused(tmp_path: Path) -> None:
     write_trace(make_trace(requests=20), tmp_path / "few.npz")
     with pytest.raises(EvaluationError, match="too few"):
         _ = Bench(tmp_path / "few.npz").workers
 
 
-def test_the_main_comparison_has_every_policy_in_both_scopes(rows_of):
+def test_the_main_comparison_has_every_policy_in_both_scopes(rows_of: Callable[..., Any]) -> None:
     rows = rows_of("main")
     wanted = {"rr", "random", "p2c", "jsq", "locality-band", "expected-union", "expected-union-own"}
     wanted |= {"expected-union-true", "clairvoyant"}
@@ -76,7 +79,7 @@ def test_the_main_comparison_has_every_policy_in_both_scopes(rows_of):
         assert 0 < part["step", policy] < part["moe", policy] < 1
 
 
-def test_goodput_keeps_its_limit_and_compares_with_the_balancer(rows_of):
+def test_goodput_keeps_its_limit_and_compares_with_the_balancer(rows_of: Callable[..., Any]) -> None:
     rows = [row for row in rows_of("goodput") if row["relative_limit"] == 1.15]
     by_name = {row["policy"]: row for row in rows}
     assert by_name["jsq"]["vs_best_baseline"] == 0
@@ -84,7 +87,7 @@ def test_goodput_keeps_its_limit_and_compares_with_the_balancer(rows_of):
         assert row["vs_best_baseline"] == pytest.approx(100 * (row["rate"] / by_name["jsq"]["rate"] - 1))
 
 
-def test_a_knob_has_its_default_once_and_infinity_as_none(rows_of):
+def test_a_knob_has_its_default_once_and_infinity_as_none(rows_of: Callable[..., Any]) -> None:
     rows = [row for row in rows_of("knobs") if row["knob"] == "tail_guard"]
     assert [row["value"] for row in rows if row["default"]] == [TAIL_GUARD]
     assert rows[-1]["value"] is None
@@ -92,7 +95,7 @@ def test_a_knob_has_its_default_once_and_infinity_as_none(rows_of):
     assert {row["policy"] for row in rows_of("knobs") if row["knob"] == "tau"} == {"locality-band"}
 
 
-def test_a_named_workload_is_run_where_the_trace_has_its_kinds(bench, tmp_path):
+def test_a_named_workload_is_run_where_the_trace_has_its_kinds(bench: Bench, tmp_path: Path) -> None:
     assert named.NAMED.parts(bench) == []  # "kind 0" is no kind of any workload
     names = np.array(["code", "Mathematics", "medicine", "law"])
     trace = dataclasses.replace(bench.trace, label=names[np.arange(90) % 4])
@@ -109,7 +112,7 @@ def test_a_named_workload_is_run_where_the_trace_has_its_kinds(bench, tmp_path):
     assert len(section.numbers[0].cells()) == 8
 
 
-def test_zones_of_any_size_are_less_even_than_balanced_ones(bench):
+def test_zones_of_any_size_are_less_even_than_balanced_ones(bench: Bench) -> None:
     # Two thirds of one kind: balanced zones must cut it up, others need not.
     trace = bench.trace
     chosen = np.flatnonzero((trace.label == "kind 0") | (np.arange(90) % 9 == 1) | (np.arange(90) % 9 == 2))
@@ -121,7 +124,7 @@ def test_zones_of_any_size_are_less_even_than_balanced_ones(bench):
     assert free.zone_sizes.sum() == len(chosen)
 
 
-def test_each_ablation_changes_one_thing():
+def test_each_ablation_changes_one_thing() -> None:
     reference = ablations.VARIANTS[0]
     for variant in ablations.VARIANTS[1:]:
         changed = [
@@ -132,7 +135,7 @@ def test_each_ablation_changes_one_thing():
         assert len(changed) == 1
 
 
-def test_ablations_are_judged_against_the_unchanged_method(rows_of):
+def test_ablations_are_judged_against_the_unchanged_method(rows_of: Callable[..., Any]) -> None:
     rows = rows_of("ablations")
     reference = rows[0]
     assert (reference["vs_paper_p50"], reference["vs_paper_p99_hi"]) == (0, 0)
@@ -142,7 +145,7 @@ def test_ablations_are_judged_against_the_unchanged_method(rows_of):
         assert row["vs_paper_mean"] == pytest.approx(of_means, abs=1)
 
 
-def test_the_mix_changes_between_requests_that_differ(bench):
+def test_the_mix_changes_between_requests_that_differ(bench: Bench) -> None:
     trace = bench.trace
     for group in (drift.by_labels, drift.by_axis):
         side = group(trace)
@@ -155,7 +158,7 @@ def test_the_mix_changes_between_requests_that_differ(bench):
         drift.by_labels(same)
 
 
-def test_the_timeline_covers_the_run_and_the_phases_are_its_parts(rows_of):
+def test_the_timeline_covers_the_run_and_the_phases_are_its_parts(rows_of: Callable[..., Any]) -> None:
     rows = [row for row in rows_of("drift") if row["grouping"] == "axis"]
     for policy in drift.POLICIES:
         line = [row for row in rows if row["sort"] == "timeline" and row["policy"] == policy]
@@ -173,7 +176,7 @@ def test_the_timeline_covers_the_run_and_the_phases_are_its_parts(rows_of):
         assert mean == pytest.approx(np.mean([row["tpot_mean_ms"] for row in line]), rel=0.05)
 
 
-def test_correlation_is_pearsons(bench, rows_of):
+def test_correlation_is_pearsons(bench: Bench, rows_of: Callable[..., Any]) -> None:
     rows = rows_of("correlation")
     trace = bench.trace
     profiles = np.stack([trace.decode_profile(request) for request in range(trace.requests)])
@@ -190,7 +193,7 @@ def test_correlation_is_pearsons(bench, rows_of):
     assert sum(row["share"] for row in rows if row["sort"] == "histogram") == pytest.approx(1)
 
 
-def test_active_experts_of_batches(bench, rows_of):
+def test_active_experts_of_batches(bench: Bench, rows_of: Callable[..., Any]) -> None:
     rows = rows_of("kinds")
     at = {(row["batch"], row["requests"]): row for row in rows}
     assert at[1, "mixed"]["active_experts"] == pytest.approx(2)  # top-2
@@ -203,7 +206,7 @@ def test_active_experts_of_batches(bench, rows_of):
     assert at[4, "alike"]["vs_mixed"] < -20
 
 
-def test_signatures_have_one_point_a_request(rows_of):
+def test_signatures_have_one_point_a_request(rows_of: Callable[..., Any]) -> None:
     rows = rows_of("signatures")
     assert sum(row["sort"] == "request" for row in rows) == 90
     sizes = [row["requests"] for row in rows if row["sort"] == "centroid"]
@@ -211,7 +214,9 @@ def test_signatures_have_one_point_a_request(rows_of):
     assert len(sizes) == 4
 
 
-def test_predictors_are_judged_on_requests_that_they_were_not_fitted_on(bench, rows_of):
+def test_predictors_are_judged_on_requests_that_they_were_not_fitted_on(
+    bench: Bench, rows_of: Callable[..., Any]
+) -> None:
     rows = rows_of("predictors")
     judged = [row for row in rows if row["sort"] == "judgement"]
     assert {row["predictor"] for row in judged} == {"fitted", "own frequencies"}
@@ -224,14 +229,14 @@ def test_predictors_are_judged_on_requests_that_they_were_not_fitted_on(bench, r
     assert not set(split.serve.tolist()) & set(split.calibrate.tolist())
 
 
-def test_memory_of_the_cache_is_the_documented_share(rows_of):
+def test_memory_of_the_cache_is_the_documented_share(rows_of: Callable[..., Any]) -> None:
     rows = {(row["model"], row["block_tokens"]): row["share_percent"] for row in rows_of("memory")}
     assert rows["Qwen3-30B-A3B", 16] == pytest.approx(0.39, abs=0.005)  # docs/vllm.md, from vLLM's own cache
     assert rows["GPT-OSS-120B", 16] == pytest.approx(0.78, abs=0.005)
     assert rows["Qwen3-30B-A3B", 64] == pytest.approx(rows["Qwen3-30B-A3B", 16] / 4)
 
 
-def test_decisions_are_timed_for_every_policy(rows_of):
+def test_decisions_are_timed_for_every_policy(rows_of: Callable[..., Any]) -> None:
     rows = rows_of("decisions")
     assert {row["what"].partition(":")[0] for row in rows} == {
         "counts", "jsq", "locality-band", "expected-union", "expected-union-own"
@@ -239,7 +244,7 @@ def test_decisions_are_timed_for_every_policy(rows_of):
     assert all(0 <= row["p50_us"] <= row["p99_us"] for row in rows)
 
 
-def test_capture_is_left_out_without_pytorch(bench):
+def test_capture_is_left_out_without_pytorch(bench: Bench) -> None:
     assert overhead.CAPTURE.run(bench, {}) == []
 
 
@@ -251,7 +256,7 @@ json_values = st.recursive(
 
 
 @given(st.lists(st.dictionaries(st.text("kx{", max_size=3), json_values, max_size=4), max_size=3))
-def test_results_survive_the_file(tmp_path_factory, rows):
+def test_results_survive_the_file(tmp_path_factory: pytest.TempPathFactory, rows: Any) -> None:
     path = tmp_path_factory.mktemp("results") / "results.json"
     results = Results({"seeds": 2}, [TraceResults({"name": "a"}, {"main": rows}, {"load": "why"})], {"memory": rows})
     write_results(results, path)
@@ -271,12 +276,12 @@ def test_results_survive_the_file(tmp_path_factory, rows):
         ({"format": "eldr-evaluation-v1", "traces": [], "common": {"memory": [1]}, "made": {}}, "not a list of rows"),
     ],
 )
-def test_what_is_no_results_file_is_refused(wire, reason, tmp_path):
+def test_what_is_no_results_file_is_refused(wire: dict[str, str] | list[Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=reason):
         parse_results(wire, tmp_path / "results.json")
 
 
-def test_an_evaluation_goes_on_where_it_stopped(bench, tmp_path):
+def test_an_evaluation_goes_on_where_it_stopped(bench: Bench, tmp_path: Path) -> None:
     heard = []
     plan = Plan((bench.path,), tmp_path, only=("memory", "kinds", "correlation"), seeds=2, requests=60, processes=2)
     first = evaluate(plan, lambda done, total, last: heard.append((done, total)))
@@ -294,7 +299,7 @@ def test_an_evaluation_goes_on_where_it_stopped(bench, tmp_path):
         evaluate(dataclasses.replace(plan, only=("speed",)), lambda done, total, last: None)
 
 
-def test_the_command_writes_a_folder(bench, tmp_path):
+def test_the_command_writes_a_folder(bench: Bench, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["evaluate", str(bench.path), "-o", str(out), "--keep", str(tmp_path / "keep"), "--seeds", "2"]
     assert main([*command, "--only", "memory,signatures"]) == 0
@@ -305,7 +310,9 @@ def test_the_command_writes_a_folder(bench, tmp_path):
     assert main([*command, "--only", "speed"]) == 2
 
 
-def test_page_and_readme_have_every_section_picture_and_number(bench, rows_of, tmp_path):
+def test_page_and_readme_have_every_section_picture_and_number(
+    bench: Bench, rows_of: Callable[..., Any], tmp_path: Path
+) -> None:
     experiments = {name: rounded(rows_of(name)) for name in EXPERIMENTS}
     common = {"memory": experiments.pop("memory"), "capture": [{"what": "add", "prompt_tokens": 9, "p50_us": 123.4}]}
     results = Results({"seeds": 2, "requests": 80}, [TraceResults(about(bench), experiments, {"pools": "few"})], common)
@@ -336,7 +343,7 @@ def test_page_and_readme_have_every_section_picture_and_number(bench, rows_of, t
         assert f"{row['rate']:.1f}" in readme
 
 
-def test_a_pool_that_can_be_replayed_is_shown(bench, tmp_path):
+def test_a_pool_that_can_be_replayed_is_shown(bench: Bench, tmp_path: Path) -> None:
     rows = [row for workers in (2, 4) for row in comparisons.POOL.run(bench, {"workers": workers, "batch": 3.0})]
     section = pools_section(rounded(rows), "small", bench.capacity)
     assert f"at most {bench.capacity} requests in flight" in section.text

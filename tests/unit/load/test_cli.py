@@ -1,8 +1,12 @@
 """`eldr load` against a server in a thread."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -15,21 +19,22 @@ from eldr.load.summary import summarise
 class Server:
     """Streams as many tokens as are asked for; requests whose prompt holds `fails` get a 503."""
 
-    def __init__(self, fails=None):
-        self.bodies, self.fails = [], fails
+    def __init__(self, fails: int | None = None) -> None:
+        self.bodies: list[Any] = []
+        self.fails = fails
         self._ready, self._loop = threading.Event(), asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
-    def __enter__(self):
+    def __enter__(self) -> Server:
         self._thread.start()
         assert self._ready.wait(30)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(30)
 
-    def _serve(self):
+    def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
@@ -38,16 +43,16 @@ class Server:
         self._loop.run_until_complete(runner.setup())
         site = web.TCPSite(runner, "127.0.0.1", 0)
         self._loop.run_until_complete(site.start())
-        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         self._ready.set()
         self._loop.run_forever()
         self._loop.run_until_complete(runner.cleanup())
         self._loop.close()
 
-    async def _models(self, request):
+    async def _models(self, request: web.Request) -> Any:
         return web.json_response({"data": [{"id": "the-model"}]})
 
-    async def _complete(self, request):
+    async def _complete(self, request: web.Request) -> Any:
         body = await request.json()
         self.bodies.append(body)
         if self.fails is not None and len(self.bodies) % self.fails == 0:
@@ -62,7 +67,7 @@ class Server:
 
 
 @pytest.mark.parametrize("pace", [["--rate", "300"], ["--in-flight", "3"]])
-def test_a_workload_is_streamed_and_reported(pace, tmp_path):
+def test_a_workload_is_streamed_and_reported(pace: list[str], tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     with Server() as server:
         arguments = ["load", server.url, "--workload", "task", *pace, "--requests", "20", "--max-tokens", "5"]
@@ -77,7 +82,7 @@ def test_a_workload_is_streamed_and_reported(pace, tmp_path):
     assert len({body["cache_salt"] for body in server.bodies}) == 1
 
 
-def test_failures_are_counted_and_make_the_exit_code(tmp_path, capsys):
+def test_failures_are_counted_and_make_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Server(fails=4) as server:
         arguments = ["load", server.url, "--requests", "12", "--max-tokens", "2", "--in-flight", "1", "--json", "-"]
         assert main(arguments) == 1
@@ -88,17 +93,19 @@ def test_failures_are_counted_and_make_the_exit_code(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("wrong", [["--rate", "-1"], ["--rate", "nan"], ["--requests", "0"], ["--workload", "chat"]])
-def test_wrong_numbers_are_refused_before_anything_is_sent(wrong, capsys):
+def test_wrong_numbers_are_refused_before_anything_is_sent(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["load", "http://127.0.0.1:9", *wrong]) == 2
     assert "expected" in (error := capsys.readouterr().err) or "there is no" in error
 
 
-def test_an_absent_server_is_an_error(capsys):
+def test_an_absent_server_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["load", "http://127.0.0.1:9", "--requests", "2"]) == 2
     assert "127.0.0.1:9" in capsys.readouterr().err
 
 
-def test_figures_of_a_run():
+def test_figures_of_a_run() -> None:
     even = Outcome(0, "code", sent_s=10.0, token_times_s=[10.5, 10.6, 10.7])
     slow = Outcome(1, "math", sent_s=11.0, token_times_s=[12.0, 12.4])
     failed = Outcome(2, "math", sent_s=11.0, token_times_s=[19.0], error="status 503")

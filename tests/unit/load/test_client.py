@@ -2,17 +2,20 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 from aiohttp import web
 
 from eldr.demo.outputs import top_two_gaps
 from eldr.load.client import Target, run_closed
+from eldr.load.outcome import Outcome
 from eldr.load.request import Request
 from eldr.workloads.prompt import Prompt
 
 
-def event(text, tokens):
+def event(text: str, tokens: list[int]) -> str:
     return f"data: {json.dumps({'choices': [{'index': 0, 'text': text, 'token_ids': tokens}]})}\n\n"
 
 
@@ -20,11 +23,11 @@ GOOD = [event("a", [97]), event("", [206]), event("λ!", [187, 33]), "data: [DON
 
 
 @pytest.fixture
-async def serve():
+async def serve() -> AsyncIterator[Any]:
     """Starts a server whose /v1/completions is the given handler; returns its URL."""
     runners = []
 
-    async def start(handler):
+    async def start(handler: Callable[..., Any]) -> Any:
         app = web.Application()
         app.router.add_post("/v1/completions", handler)
         runner = web.AppRunner(app)
@@ -32,15 +35,15 @@ async def serve():
         runners.append(runner)
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        return f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        return f"http://127.0.0.1:{runner.addresses[0][1]}"
 
     yield start
     for runner in runners:
         await runner.cleanup()
 
 
-def streaming(lines):
-    async def handler(request):
+def streaming(lines: list[str]) -> Callable[..., Any]:
+    async def handler(request: web.Request) -> Any:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         for line in lines:
@@ -50,14 +53,14 @@ def streaming(lines):
     return handler
 
 
-async def load(url, count=1, in_flight=1, max_tokens=4):
+async def load(url: str, count: int = 1, in_flight: int = 1, max_tokens: int = 4) -> Any:
     requests = [Request(number, Prompt("greek", f"prompt {number}"), max_tokens) for number in range(count)]
-    outcomes = []
+    outcomes: list[Outcome] = []
     await run_closed(Target(url, "the-model", "the-run"), requests, in_flight, outcomes.append)
     return outcomes
 
 
-async def test_a_stream_is_put_together(serve):
+async def test_a_stream_is_put_together(serve: Callable[..., Any]) -> None:
     (outcome,) = await load(await serve(streaming(GOOD)))
     assert outcome.error is None
     assert outcome.text == "aλ!"
@@ -67,10 +70,10 @@ async def test_a_stream_is_put_together(serve):
     assert outcome.sent_s <= outcome.token_times_s[0] <= outcome.token_times_s[-1]
 
 
-async def test_what_is_asked(serve):
+async def test_what_is_asked(serve: Callable[..., Any]) -> None:
     seen = []
 
-    async def handler(request):
+    async def handler(request: web.Request) -> Any:
         seen.append((request.headers["X-Request-Id"], await request.json()))
         return await streaming(GOOD)(request)
 
@@ -100,13 +103,13 @@ async def test_what_is_asked(serve):
         (["data: 7\n\n"], "cannot be read"),
     ],
 )
-async def test_a_bad_stream_is_an_error(serve, lines, problem):
+async def test_a_bad_stream_is_an_error(serve: Callable[..., Any], lines: list[str], problem: str) -> None:
     (outcome,) = await load(await serve(streaming(lines)))
     assert problem in outcome.error
 
 
-async def test_a_refusal_and_an_absent_server_are_errors(serve):
-    async def refuse(request):
+async def test_a_refusal_and_an_absent_server_are_errors(serve: Callable[..., Any]) -> None:
+    async def refuse(request: web.Request) -> Any:
         return web.json_response({"error": {"message": "no worker"}}, status=503)
 
     (outcome,) = await load(await serve(refuse))
@@ -116,10 +119,10 @@ async def test_a_refusal_and_an_absent_server_are_errors(serve):
     assert "ClientConnectorError" in outcome.error
 
 
-async def test_never_more_in_flight_than_asked_and_all_are_sent(serve):
+async def test_never_more_in_flight_than_asked_and_all_are_sent(serve: Callable[..., Any]) -> None:
     running, peak = 0, 0
 
-    async def handler(request):
+    async def handler(request: web.Request) -> Any:
         nonlocal running, peak
         running += 1
         peak = max(peak, running)
@@ -134,8 +137,8 @@ async def test_never_more_in_flight_than_asked_and_all_are_sent(serve):
     assert peak == 3
 
 
-async def test_top_two_gaps_are_differences_of_the_two_likeliest(serve):
-    async def handler(request):
+async def test_top_two_gaps_are_differences_of_the_two_likeliest(serve: Callable[..., Any]) -> None:
+    async def handler(request: web.Request) -> Any:
         body = await request.json()
         assert body["temperature"] == 0
         assert body["ignore_eos"]

@@ -2,6 +2,8 @@
 
 import random
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,13 +17,13 @@ REQUEST = DecodeRequest("r", 10)
 ALL = [RoundRobin, Random, PowerOfTwo, ShortestQueue, Domain]
 
 
-def labelled(label):
+def labelled(label: str | None) -> DecodeRequest:
     return DecodeRequest("r", 10, label=label)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.text(max_size=3), st.integers(0, 50), min_size=1), st.sampled_from(ALL))
-def test_only_eligible_workers_are_chosen(in_flight, policy_class):
+def test_only_eligible_workers_are_chosen(in_flight: Mapping[str, int], policy_class: type[Any]) -> None:
     policy = policy_class()
     for worker in [*in_flight, "full"]:
         policy.joined(worker)
@@ -29,7 +31,7 @@ def test_only_eligible_workers_are_chosen(in_flight, policy_class):
         assert policy.choose(labelled(label), in_flight).worker in in_flight
 
 
-def test_round_robin_takes_turns_in_the_order_of_joining():
+def test_round_robin_takes_turns_in_the_order_of_joining() -> None:
     policy = RoundRobin()
     order = []
     for _ in range(7):
@@ -39,7 +41,7 @@ def test_round_robin_takes_turns_in_the_order_of_joining():
     assert order == ["a", "b", "c", "a", "b", "c", "a"]
 
 
-def test_round_robin_skips_the_full_and_resumes():
+def test_round_robin_skips_the_full_and_resumes() -> None:
     policy = RoundRobin()
     order = []
     for eligible in (["a", "b", "c"], ["a", "c"], ["a", "c"], ["a", "b", "c"], ["a", "b", "c"]):
@@ -51,18 +53,18 @@ def test_round_robin_skips_the_full_and_resumes():
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.integers(0, 9).map(str), st.integers(0, 5), min_size=1), st.integers(0, 99))
-def test_shortest_queue_is_shortest(in_flight, seed):
+def test_shortest_queue_is_shortest(in_flight: Mapping[str, int], seed: int) -> None:
     assert in_flight[ShortestQueue(seed).choose(REQUEST, in_flight).worker] == min(in_flight.values())
 
 
-def test_shortest_queue_breaks_ties_evenly():
+def test_shortest_queue_breaks_ties_evenly() -> None:
     policy = ShortestQueue(seed=5)
     picks = Counter(policy.choose(REQUEST, {"a": 1, "b": 1, "c": 2, "d": 1}).worker for _ in range(3000))
     assert set(picks) == {"a", "b", "d"}
     assert min(picks.values()) > 850  # 1000 expected, standard deviation 26
 
 
-def test_power_of_two_frequencies():
+def test_power_of_two_frequencies() -> None:
     """Of 4 workers with loads 0 < 1 < 2 < 3 the pairs are equally likely: 3, 2, 1 and 0 of 6 pairs choose each."""
     policy = PowerOfTwo(seed=1)
     picks = Counter(policy.choose(REQUEST, {"a": 0, "b": 1, "c": 2, "d": 3}).worker for _ in range(6000))
@@ -72,8 +74,8 @@ def test_power_of_two_frequencies():
     assert policy.choose(REQUEST, {"only": 7}).worker == "only"
 
 
-def test_random_is_uniform_and_repeatable():
-    def draw(seed):
+def test_random_is_uniform_and_repeatable() -> None:
+    def draw(seed: int) -> list[str]:
         policy = Random(seed)
         return [policy.choose(REQUEST, {"a": 9, "b": 0}).worker for _ in range(2000)]
 
@@ -82,7 +84,7 @@ def test_random_is_uniform_and_repeatable():
 
 
 class TestDomain:
-    def make(self, workers, labels):
+    def make(self, workers: str, labels: list[str]) -> tuple[Domain, dict[str, int]]:
         policy = Domain(seed=0)
         for worker in workers:
             policy.joined(worker)
@@ -91,37 +93,37 @@ class TestDomain:
             policy.choose(labelled(label), idle)
         return policy, idle
 
-    def served_by(self, policy, idle, label):
+    def served_by(self, policy: Domain, idle: dict[str, int], label: str) -> set[str]:
         return {policy.choose(labelled(label), idle).worker for _ in range(200)}
 
-    def test_more_workers_than_labels(self):
+    def test_more_workers_than_labels(self) -> None:
         policy, idle = self.make("abcde", ["x", "y"])
         assert self.served_by(policy, idle, "x") == {"a", "c", "e"}
         assert self.served_by(policy, idle, "y") == {"b", "d"}
 
-    def test_more_labels_than_workers(self):
+    def test_more_labels_than_workers(self) -> None:
         policy, idle = self.make("ab", ["x", "y", "z"])
         assert self.served_by(policy, idle, "x") == self.served_by(policy, idle, "z") == {"a"}
         assert self.served_by(policy, idle, "y") == {"b"}
 
-    def test_the_least_loaded_of_the_label_wins(self):
+    def test_the_least_loaded_of_the_label_wins(self) -> None:
         policy, idle = self.make("abcd", ["x", "y"])
         decision = policy.choose(labelled("x"), {**idle, "a": 3, "c": 2})
         assert (decision.worker, decision.reason) == ("c", "label")
 
     @pytest.mark.parametrize(("label", "reason"), [(None, "no_label"), ("x", "label_full")])
-    def test_falls_back_to_the_shortest_queue(self, label, reason):
+    def test_falls_back_to_the_shortest_queue(self, label: str | None, reason: str) -> None:
         policy, _ = self.make("abcd", ["x", "y"])
         decision = policy.choose(labelled(label), {"b": 4, "d": 1})
         assert (decision.worker, decision.reason) == ("d", reason)
 
-    def test_a_leaving_worker_hands_its_label_on(self):
+    def test_a_leaving_worker_hands_its_label_on(self) -> None:
         policy, idle = self.make("abc", ["x", "y", "z"])
         policy.left("a")
         del idle["a"]
         assert self.served_by(policy, idle, "x") == {"b"}
 
-    def test_labels_without_end_do_not_grow_the_state(self):
+    def test_labels_without_end_do_not_grow_the_state(self) -> None:
         """The label is a header of the client: a hostile one may send a new label with every request."""
         policy, idle = self.make("abc", [])
         for number in range(5000):
@@ -130,7 +132,7 @@ class TestDomain:
         assert policy.choose(labelled("one more"), idle).reason == "too_many_labels"
 
 
-def test_policies_do_not_touch_the_global_random_state():
+def test_policies_do_not_touch_the_global_random_state() -> None:
     random.seed(1)
     expected = random.random()
     random.seed(1)

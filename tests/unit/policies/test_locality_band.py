@@ -2,31 +2,36 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from synthetic import make_calibration
+from numpy.typing import NDArray
 
+from eldr.calibration import Calibration
 from eldr.counts import ExpertCounts
 from eldr.policies import POLICY_NAMES, PolicyError, PolicyOptions, make_policy
 from eldr.policies.base import DecodeRequest
+from eldr.policies.locality_band import LocalityBand
+from tests.synthetic import make_calibration
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 # Similarities nearer than this to the edge of the band may fall either way in float32.
 EDGE = 1e-4
 
 
-def make_request(counts, top_k=TOP_K):
+def make_request(counts: NDArray[Any] | list[list[int]], top_k: int = TOP_K) -> DecodeRequest:
     counts = np.asarray(counts, dtype=np.uint32)
     return DecodeRequest("r", 10, ExpertCounts(counts, 10, top_k))
 
 
-def similarities(calibration, counts):
+def similarities(calibration: Calibration, counts: list[list[int]]) -> list[float] | None:
     """The paper's formulas with Python floats: entries, IDF, mask, scaling, cosine."""
-    formula = {
+    formula: Callable[[Any, Any], float] = {
         "count_idf": lambda c, w: c * w,
         "count": lambda c, w: c,
         "sqrt_count": lambda c, w: math.sqrt(c),
@@ -47,7 +52,7 @@ def similarities(calibration, counts):
     ]
 
 
-def acceptable(nearness, in_flight, tau, two_nearest):
+def acceptable(nearness: dict[str, float], in_flight: Mapping[str, int], tau: float, two_nearest: bool) -> set[str]:
     """Every worker that the rule allows: the least loaded of the band; the whole of it where an edge is too near."""
     choices = set()
     for slack in (-EDGE, 0, EDGE):
@@ -77,17 +82,19 @@ class Fleet(RuleBasedStateMachine):
         transform=st.sampled_from(["count_idf", "count", "sqrt_count", "binary"]),
         mask=st.sampled_from([[1, 1, 1], [0, 1, 0], [1, 0, 1]]),
     )
-    def start(self, zones, seed, tau, two_nearest, transform, mask):
-        mask = np.array(mask, dtype=bool)
-        self.calibration = make_calibration(zones, LAYERS, EXPERTS, TOP_K, seed, transform, mask)
+    def start(self, zones: int, seed: int, tau: float, two_nearest: bool, transform: str, mask: list[int]) -> None:
+        of_layers = np.array(mask, dtype=bool)
+        self.calibration = make_calibration(zones, LAYERS, EXPERTS, TOP_K, seed, transform, of_layers)
         self.policy = make_policy(
             "locality-band", PolicyOptions(tau=tau, two_nearest=two_nearest), calibration=self.calibration, seed=seed
         )
         self.tau, self.two_nearest = tau, two_nearest
-        self.zone, self.load, self.names = {}, {}, iter(range(10**6))
+        self.zone: dict[str, int] = {}
+        self.load: dict[str, int] = {}
+        self.names = iter(range(10**6))
 
     @rule(load=st.integers(0, 4))
-    def join(self, load):
+    def join(self, load: int) -> None:
         worker = f"w{next(self.names)}"
         owners = Counter(self.zone.values())
         self.zone[worker] = min(range(self.calibration.workers), key=lambda zone: (owners[zone], zone))
@@ -96,7 +103,7 @@ class Fleet(RuleBasedStateMachine):
 
     @precondition(lambda self: self.zone)
     @rule(data=st.data())
-    def leave(self, data):
+    def leave(self, data: st.DataObject) -> None:
         worker = data.draw(st.sampled_from(sorted(self.zone)))
         del self.zone[worker], self.load[worker]
         self.policy.left(worker)
@@ -110,7 +117,7 @@ class Fleet(RuleBasedStateMachine):
 
     @precondition(lambda self: self.zone)
     @rule(data=st.data(), counts=counts_strategy)
-    def choose(self, data, counts):
+    def choose(self, data: st.DataObject, counts: list[list[int]]) -> None:
         eligible = data.draw(st.sets(st.sampled_from(sorted(self.zone)), min_size=1))
         in_flight = {worker: self.load[worker] for worker in eligible}
         decision = self.policy.choose(make_request(counts), in_flight)
@@ -127,7 +134,7 @@ class Fleet(RuleBasedStateMachine):
 
     @precondition(lambda self: self.zone)
     @rule(data=st.data(), reason=st.sampled_from(["no_signature", "wrong_geometry"]))
-    def choose_without(self, data, reason):
+    def choose_without(self, data: st.DataObject, reason: str) -> None:
         eligible = data.draw(st.sets(st.sampled_from(sorted(self.zone)), min_size=1))
         in_flight = {worker: self.load[worker] for worker in eligible}
         other = make_request(np.ones((LAYERS, EXPERTS + 1)))
@@ -141,19 +148,21 @@ TestFleet = Fleet.TestCase
 TestFleet.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
 
 
-def policy_of(calibration, workers, **options):
+def policy_of(calibration: Calibration, workers: dict[str, int] | str, **options: Any) -> LocalityBand:
     policy = make_policy("locality-band", PolicyOptions(**options), calibration=calibration)
     for worker in workers:
         policy.joined(worker)
+    assert isinstance(policy, LocalityBand)
     return policy
 
 
 @settings(max_examples=100, deadline=None)
 @given(counts_strategy, st.integers(0, 99), st.lists(st.integers(0, 5), min_size=5, max_size=5))
-def test_tau_zero_is_pure_locality(counts, seed, loads):
+def test_tau_zero_is_pure_locality(counts: list[list[int]], seed: int, loads: list[int]) -> None:
     calibration = make_calibration(5, LAYERS, EXPERTS, TOP_K, seed)
     of_zone = similarities(calibration, counts)
     assume(of_zone is not None)
+    assert of_zone is not None
     ordered = sorted(of_zone)
     assume(ordered[-1] - ordered[-2] > EDGE)
     in_flight = {f"w{i}": load for i, load in enumerate(loads)}
@@ -163,14 +172,14 @@ def test_tau_zero_is_pure_locality(counts, seed, loads):
 
 @settings(max_examples=100, deadline=None)
 @given(counts_strategy, st.lists(st.integers(0, 2), min_size=4, max_size=4))
-def test_the_widest_band_is_the_shortest_queue(counts, loads):
+def test_the_widest_band_is_the_shortest_queue(counts: list[list[int]], loads: list[int]) -> None:
     in_flight = {f"w{i}": load for i, load in enumerate(loads)}
     policy = policy_of(make_calibration(), in_flight, tau=2)
     chosen = {policy.choose(make_request(counts), in_flight).worker for _ in range(60)}
     assert chosen == {worker for worker, load in in_flight.items() if load == min(loads)}
 
 
-def narrow(tau, two_nearest):
+def narrow(tau: float, two_nearest: bool) -> tuple[LocalityBand, DecodeRequest]:
     """Three zones along three experts of a request that leans to the first, then the second."""
     calibration = make_calibration(3, LAYERS, EXPERTS, TOP_K, transform="count")
     calibration.centroids[:] = np.eye(3, LAYERS * EXPERTS)
@@ -179,7 +188,7 @@ def narrow(tau, two_nearest):
     return policy_of(calibration, "abc", tau=tau, two_nearest=two_nearest), make_request(counts)
 
 
-def test_a_band_of_one_takes_the_second_nearest_in():
+def test_a_band_of_one_takes_the_second_nearest_in() -> None:
     policy, request = narrow(0.1, True)
     assert policy.choose(request, {"a": 3, "b": 1, "c": 0}).worker == "b"
     assert policy.choose(request, {"a": 1, "b": 3, "c": 0}).worker == "a"
@@ -188,12 +197,12 @@ def test_a_band_of_one_takes_the_second_nearest_in():
 
 
 @pytest.mark.parametrize(("tau", "two_nearest"), [(0.1, False), (0, True)])
-def test_a_band_of_one_stays_one(tau, two_nearest):
+def test_a_band_of_one_stays_one(tau: float, two_nearest: bool) -> None:
     policy, request = narrow(tau, two_nearest)
     assert policy.choose(request, {"a": 3, "b": 1, "c": 0}).worker == "a"
 
 
-def test_the_band_is_that_of_the_eligible_workers():
+def test_the_band_is_that_of_the_eligible_workers() -> None:
     """Were it measured from the zone of a worker that is full, nobody would be near enough."""
     policy, request = narrow(0.4, False)
     assert policy.choose(request, {"b": 3, "c": 0}).worker == "c"  # 0.40 and 0.10, of which a has 0.91
@@ -201,7 +210,7 @@ def test_the_band_is_that_of_the_eligible_workers():
     assert policy.choose(request, {"b": 3, "c": 0}).worker == "b"
 
 
-def test_a_joiner_takes_the_zone_of_the_one_that_left():
+def test_a_joiner_takes_the_zone_of_the_one_that_left() -> None:
     policy, request = narrow(0, False)
     policy.left("a")
     assert policy.choose(request, {"b": 5, "c": 0}).worker == "b"  # a's zone is nobody's
@@ -211,7 +220,7 @@ def test_a_joiner_takes_the_zone_of_the_one_that_left():
     assert policy.choose(request, {"b": 0, "c": 0, "d": 5, "e": 4}).worker == "e"
 
 
-def test_a_zone_with_two_owners_gives_one_to_a_zone_that_lost_its_own():
+def test_a_zone_with_two_owners_gives_one_to_a_zone_that_lost_its_own() -> None:
     policy, request = narrow(0, False)
     policy.joined("d")  # beside a
     policy.joined("e")  # beside b
@@ -221,13 +230,13 @@ def test_a_zone_with_two_owners_gives_one_to_a_zone_that_lost_its_own():
     assert policy.choose(request, {"b": 0, "c": 0, "e": 5}).worker == "e"
 
 
-def test_another_top_k_is_another_geometry():
+def test_another_top_k_is_another_geometry() -> None:
     policy, request = narrow(0, False)
     other = make_request(request.counts.counts, top_k=4)
     assert policy.choose(other, {"a": 3, "b": 1, "c": 0}).reason == "wrong_geometry"
 
 
-def test_policies_by_name():
+def test_policies_by_name() -> None:
     assert {"rr", "random", "p2c", "jsq", "domain", "locality-band"} <= set(POLICY_NAMES)
     calibration = make_calibration()
     for name in POLICY_NAMES:
@@ -237,7 +246,7 @@ def test_policies_by_name():
         assert policy.choose(DecodeRequest("r", 10), {"a": 0}).worker == "a"
 
 
-def test_policies_that_cannot_be_made():
+def test_policies_that_cannot_be_made() -> None:
     with pytest.raises(PolicyError, match="no policy 'jqs'; there are rr, random, p2c, jsq"):
         make_policy("jqs")
     with pytest.raises(PolicyError, match="needs a calibration"):

@@ -3,18 +3,19 @@
 import itertools
 import json
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from synthetic import draw, make_calibration, make_trace
 
 from eldr.calibration import fit_calibration
 from eldr.counts import ExpertCounts
 from eldr.policies import PolicyError, PolicyOptions, make_policy
-from eldr.policies.base import DecodeRequest
+from eldr.policies.base import DecodeRequest, Policy
 from eldr.policies.locality_band import LocalityBand
 from eldr.policies.logged import LoggedPolicy, LogHeader
 from eldr.policies.refit import (
@@ -30,11 +31,12 @@ from eldr.policies.refit import (
 from eldr.replay.decisions import Line, repeat_decisions
 from eldr.replay.experiment import Laboratory, Settings
 from eldr.zones import align_zones
+from tests.synthetic import draw, make_calibration, make_trace
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
 
-def units(rng, count, dimension):
+def units(rng: np.random.Generator, count: int, dimension: int) -> NDArray[np.float32]:
     vectors = rng.uniform(0, 1, (count, dimension)).astype(np.float32) ** 3
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
@@ -43,23 +45,23 @@ def units(rng, count, dimension):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 3000))
-def test_codes_keep_the_direction_of_a_signature(seed, dimension):
+def test_codes_keep_the_direction_of_a_signature(seed: int, dimension: int) -> None:
     signature = units(np.random.default_rng(seed), 1, dimension)[0]
     decoded = decode_signatures(encode_signature(signature)[None])[0]
     assert np.linalg.norm(decoded) == pytest.approx(1, abs=1e-5)
     assert decoded @ signature > 0.999
 
 
-def test_a_zero_signature_stays_zero():
+def test_a_zero_signature_stays_zero() -> None:
     assert not decode_signatures(encode_signature(np.zeros(5, np.float32))[None]).any()
 
 
 @given(st.integers(1, 9), st.integers(0, 30), st.integers(1, 12))
-def test_the_window_holds_the_newest(capacity, added, wanted):
+def test_the_window_holds_the_newest(capacity: int, added: int, wanted: int) -> None:
     window = SignatureWindow(3, capacity)
     kept = []
     for number in range(added):
-        signature = np.array([number % 7, number % 5, 1], np.float32) / 10
+        signature = np.array([number % 7, number % 5, 1], np.float32) / np.float32(10)
         window.add(signature)
         kept.append(encode_signature(signature))
     expected = kept[-min(wanted, capacity) :]
@@ -71,7 +73,7 @@ def test_the_window_holds_the_newest(capacity, added, wanted):
     st.lists(st.tuples(st.floats(0.5, 3), st.integers(0, 20)), min_size=1, max_size=40),
     st.sampled_from([1.0, 4.0, 9.0]),
 )
-def test_the_schedule_counts_what_came_within_the_window(ticks, window_s):
+def test_the_schedule_counts_what_came_within_the_window(ticks: list[tuple[float, int]], window_s: float) -> None:
     """Against a list of all that was seen: everything younger than the window, rounded up to whole intervals."""
     schedule = RefitSchedule(1.0, window_s)
     now_s, times = 100.0, []
@@ -88,7 +90,7 @@ def test_the_schedule_counts_what_came_within_the_window(ticks, window_s):
 
 
 @given(st.integers(1, 7), st.integers(0, 2**32 - 1))
-def test_zones_are_aligned_at_the_least_total_distance(k, seed):
+def test_zones_are_aligned_at_the_least_total_distance(k: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     old, new = units(rng, k, 12), units(rng, k, 12)
     order = align_zones(old, new)
@@ -98,7 +100,9 @@ def test_zones_are_aligned_at_the_least_total_distance(k, seed):
     assert distance[np.arange(k), order].sum() == pytest.approx(distance[rows, columns].sum(), abs=1e-6)
 
 
-def kinds(rng, count, per_kind, dimension=24, noise=0.05):
+def kinds(
+    rng: np.random.Generator, count: int, per_kind: int, dimension: int = 24, noise: float = 0.05
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(directions [count, D], signatures [count * per_kind, D]): as many groups as `count`, far from each other."""
     directions = np.repeat(np.eye(count, dtype=np.float32), dimension // count, axis=1)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -106,7 +110,7 @@ def kinds(rng, count, per_kind, dimension=24, noise=0.05):
     return directions, (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
 
 
-def test_a_fit_finds_the_kinds_and_leaves_each_worker_the_nearest():
+def test_a_fit_finds_the_kinds_and_leaves_each_worker_the_nearest() -> None:
     rng = np.random.default_rng(0)
     directions, points = kinds(rng, 4, 20)
     codes = np.array([encode_signature(point) for point in points])
@@ -120,7 +124,7 @@ def test_a_fit_finds_the_kinds_and_leaves_each_worker_the_nearest():
         assert 0 <= refit.shift < 0.05
 
 
-def test_zones_that_change_places_are_counted():
+def test_zones_that_change_places_are_counted() -> None:
     """Both kinds are nearer to b's old zone, and one of them must go to a."""
     directions, _ = kinds(np.random.default_rng(0), 4, 1)
     between = (directions[0] + directions[1]) / np.sqrt(np.float32(2))
@@ -130,7 +134,7 @@ def test_zones_that_change_places_are_counted():
     assert refit.shift == pytest.approx((1 + 1 - np.sqrt(0.5)) / 2, abs=1e-3)
 
 
-def test_a_refit_survives_the_wire():
+def test_a_refit_survives_the_wire() -> None:
     refit = Refit(("a", "b"), units(np.random.default_rng(0), 2, 5).astype(np.float16))
     read = Refit.from_wire(json.loads(json.dumps(refit.to_wire())))
     assert read.workers == refit.workers
@@ -144,7 +148,7 @@ def test_a_refit_survives_the_wire():
 # The policy.
 
 
-def request(rng, number=0, kind=None):
+def request(rng: np.random.Generator, number: int = 0, kind: int | None = None) -> DecodeRequest:
     weights = np.zeros((LAYERS, EXPERTS))
     if kind is not None:
         weights[:, 2 * kind : 2 * kind + 2] = 4
@@ -154,14 +158,15 @@ def request(rng, number=0, kind=None):
     return DecodeRequest(f"r{number}", 10, ExpertCounts(counts, 10, TOP_K))
 
 
-def policy_with(workers, calibration=None, remember=64, **options):
+def policy_with(workers: str, calibration: None = None, remember: int = 64, **options: Any) -> LocalityBand:
     policy = LocalityBand(calibration or make_calibration(3), remember=remember, **options)
     for worker in workers:
         policy.joined(worker)
+    assert isinstance(policy, LocalityBand)
     return policy
 
 
-def test_without_memory_nothing_is_fitted():
+def test_without_memory_nothing_is_fitted() -> None:
     rng = np.random.default_rng(0)
     policy = policy_with("ab", remember=0)
     policy.choose(request(rng), {"a": 0})
@@ -172,14 +177,15 @@ def test_without_memory_nothing_is_fitted():
     assert policy_of_options(PolicyOptions(refit_interval_s=1)).signatures_seen == 1
 
 
-def policy_of_options(options):
+def policy_of_options(options: PolicyOptions) -> LocalityBand:
     policy = make_policy("locality-band", options, calibration=make_calibration(3))
     policy.joined("a")
     policy.choose(request(np.random.default_rng(0)), {"a": 0})
+    assert isinstance(policy, LocalityBand)
     return policy
 
 
-def test_a_task_needs_enough_signatures_and_two_workers():
+def test_a_task_needs_enough_signatures_and_two_workers() -> None:
     rng = np.random.default_rng(0)
     policy, alone = policy_with("ab"), policy_with("a")
     for number in range(2 * LEAST_PER_ZONE - 1):
@@ -199,12 +205,12 @@ def test_a_task_needs_enough_signatures_and_two_workers():
     assert len(policy.refit_task(500).codes) == 64
 
 
-def served_by(policy, workers, rng):
+def served_by(policy: LocalityBand, workers: str, rng: np.random.Generator) -> list[str]:
     """Worker that a request of each of three kinds goes to, with nobody running anywhere."""
     return [policy.choose(request(rng, 0, kind), dict.fromkeys(workers, 0)).worker for kind in range(3)]
 
 
-def test_a_refit_gives_each_kind_a_worker_and_keeps_it_there():
+def test_a_refit_gives_each_kind_a_worker_and_keeps_it_there() -> None:
     rng = np.random.default_rng(0)
     policy = policy_with("abc", tau=0.0, remember=300)
     for number in range(150):
@@ -218,7 +224,7 @@ def test_a_refit_gives_each_kind_a_worker_and_keeps_it_there():
     assert served_by(policy, "abc", rng) == first
 
 
-def test_the_fleet_may_change_while_a_fit_runs():
+def test_the_fleet_may_change_while_a_fit_runs() -> None:
     rng = np.random.default_rng(0)
     policy = policy_with("abc", tau=0.0, remember=300)
     for number in range(150):
@@ -238,7 +244,7 @@ def test_the_fleet_may_change_while_a_fit_runs():
     assert policy.choose(request(rng, 0, 0), {"f": 0}).worker == "f"
 
 
-def test_zones_of_another_geometry_are_refused_and_change_nothing():
+def test_zones_of_another_geometry_are_refused_and_change_nothing() -> None:
     rng = np.random.default_rng(0)
     policy = policy_with("abc", tau=0.0)
     before = served_by(policy, "abc", np.random.default_rng(1))
@@ -248,12 +254,12 @@ def test_zones_of_another_geometry_are_refused_and_change_nothing():
 
 
 @pytest.mark.parametrize("options", [{"refit_interval_s": 0}, {"refit_interval_s": np.nan}, {"refit_window_s": 0}])
-def test_bad_intervals_are_refused(options):
+def test_bad_intervals_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match=next(iter(options))):
         PolicyOptions(**options)
 
 
-def test_refits_are_repeated_from_the_log():
+def test_refits_are_repeated_from_the_log() -> None:
     rng = np.random.default_rng(0)
     options = PolicyOptions(tau=0.05, refit_interval_s=1)
     calibration = make_calibration(3)
@@ -267,7 +273,7 @@ def test_refits_are_repeated_from_the_log():
             logged.refitted(logged.refit_task(50).run())
     lines = [Line("log", number, json.dumps(event).encode()) for number, event in enumerate(events, 1)]
 
-    def make(header):
+    def make(header: LogHeader) -> Policy:
         return make_policy(header.policy, header.options, calibration=calibration, seed=header.seed)
 
     assert repeat_decisions(lines, make).equal
@@ -281,7 +287,7 @@ def test_refits_are_repeated_from_the_log():
 # The replay.
 
 
-def test_replayed_refits_change_choices_and_repeat_themselves():
+def test_replayed_refits_change_choices_and_repeat_themselves() -> None:
     trace = make_trace(requests=150, layers=3, experts=16, kinds=3, steps=30)
     laboratory = Laboratory(trace, Settings(requests=400))
     runs = {}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
-from synthetic import make_trace
+from numpy.typing import NDArray
 
 from eldr.cost import StepCost
-from eldr.policies.base import Decision, Policy
+from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.replay.changes import FleetChange, parse_changes, recovery_s
 from eldr.replay.engine import Engine, FleetSpec, RunResult
 from eldr.replay.errors import ReplayError
 from eldr.replay.packed import pack_trace
 from eldr.replay.workload import Workload
+from tests.synthetic import make_trace
 
 COST = StepCost(base_s=0.01, per_expert_s=0.0, per_token_s=0.0, per_context_token_s=0.0)
 
@@ -24,43 +27,48 @@ class Watching(Policy):
 
     name = "watching"
 
-    def __init__(self):
-        self.fleet, self.running, self.heard, self.offered = [], Counter(), [], []
+    def __init__(self) -> None:
+        self.fleet: list[str] = []
+        self.running: Counter[str] = Counter()
+        self.heard: list[Any] = []
+        self.offered: list[Any] = []
 
-    def choose(self, request, in_flight):
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
         self.offered.append(set(in_flight))
         assert set(in_flight) <= set(self.fleet)
         assert all(self.running[worker] == load for worker, load in in_flight.items())
         return Decision(min(in_flight, key=in_flight.__getitem__), "least")
 
-    def started(self, request, worker):
+    def started(self, request: DecodeRequest, worker: str) -> None:
         assert worker in self.fleet
         self.running[worker] += 1
 
-    def finished(self, request, worker):
+    def finished(self, request: DecodeRequest, worker: str) -> None:
         assert worker in self.fleet, "a worker left before its last request ended"
         self.running[worker] -= 1
 
-    def joined(self, worker):
+    def joined(self, worker: str) -> None:
         self.fleet.append(worker)
         self.heard.append(("joined", worker))
 
-    def left(self, worker):
+    def left(self, worker: str) -> None:
         assert self.running[worker] == 0
         self.fleet.remove(worker)
         self.heard.append(("left", worker))
 
 
-def replay(changes, requests=60, workers=2, gap_s=0.05):
+def replay(
+    changes: dict[int, int], requests: int = 60, workers: int = 2, gap_s: float = 0.05
+) -> tuple[RunResult, Watching]:
     packed = pack_trace(make_trace(requests=requests, seed=0), None)
-    arrival_s = np.arange(1, requests + 1) * gap_s
+    arrival_s = np.arange(1, requests + 1, dtype=np.float64) * gap_s
     workload = Workload(arrival_s, np.arange(requests), range(requests), fleet_changes=changes)
     policy = Watching()
     engine = Engine(packed, workload, FleetSpec((COST,) * workers, (COST,) * workers), policy)
     return engine.run(), policy
 
 
-def test_workers_join_and_drain():
+def test_workers_join_and_drain() -> None:
     result, policy = replay({20: 2, 40: -3})
     assert policy.offered[19] == {"w0", "w1"}
     assert policy.offered[20] == {"w0", "w1", "w2", "w3"}
@@ -73,28 +81,28 @@ def test_workers_join_and_drain():
     assert set(result.worker[40:].tolist()) == {3}
 
 
-def test_without_changes_nothing_is_different():
+def test_without_changes_nothing_is_different() -> None:
     result, _ = replay({})
     again, _ = replay({30: 0})
     assert np.array_equal(result.tpot_s, again.tpot_s)
 
 
-def test_the_last_worker_cannot_leave():
+def test_the_last_worker_cannot_leave() -> None:
     with pytest.raises(ReplayError, match="cannot leave"):
         replay({10: -2})
 
 
-def test_changes_are_parsed():
+def test_changes_are_parsed() -> None:
     assert parse_changes("0.7:-1, .25:+12") == (FleetChange(0.25, 12), FleetChange(0.7, -1))
 
 
 @pytest.mark.parametrize("text", ["", "0.5", "0.5:1", "1.5:+1", "0.5:+0", "-0.5:+1", "0.5:+1;0.6:-1", "x:+1"])
-def test_bad_changes_are_refused(text):
+def test_bad_changes_are_refused(text: str) -> None:
     with pytest.raises(ReplayError, match="SHARE"):
         parse_changes(text)
 
 
-def run_of(tpot_s):
+def run_of(tpot_s: NDArray[np.float64] | list[float]) -> RunResult:
     count = len(tpot_s)
     other = np.zeros(count)
     arrival_s = np.arange(count) / 10
@@ -102,7 +110,7 @@ def run_of(tpot_s):
     return RunResult(np.asarray(tpot_s, float), other, other, arrival_s, whole, whole, 0.0, 0.0, 0, 0, 0)
 
 
-def test_recovery_is_measured_from_the_change_to_the_later_level():
+def test_recovery_is_measured_from_the_change_to_the_later_level() -> None:
     # Ten arrivals a second; a change at 20 s, a bad time until 26 s, then a level that is not the old one.
     tpot_s = [0.010] * 200 + [0.040] * 60 + [0.015] * 340
     assert recovery_s(run_of(tpot_s), FleetChange(1 / 3, -1), 1.0) == 6.0

@@ -3,39 +3,45 @@
 import gzip
 import hashlib
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import make_trace
 
-from eldr.calibration import fit_calibration
+from eldr.calibration import Calibration, fit_calibration
 from eldr.cli.main import main
 from eldr.cost import CostModel, MoeLayerCost
 from eldr.counts import ExpertCounts, encode_counts
 from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.logged import LoggedPolicy, LogHeader
-from eldr.replay.decisions import Line, read_lines, repeat_decisions
+from eldr.replay.decisions import Line, Repetition, read_lines, repeat_decisions
 from eldr.replay.errors import ReplayError
+from eldr.trace import Trace
+from tests.synthetic import make_trace
 
 
 @pytest.fixture(scope="module")
-def trace():
+def trace() -> Trace:
     return make_trace(requests=60, layers=3, experts=16, kinds=3, seed=2)
 
 
 @pytest.fixture(scope="module")
-def calibration(trace):
+def calibration(trace: Trace) -> Calibration:
     return fit_calibration(trace, 3)
 
 
-def make(name, calibration, seed=5):
+def make(name: str, calibration: Calibration, seed: int = 5) -> Any:
     return make_policy(name, calibration=calibration, seed=seed)
 
 
-def record(policy, trace, events=200, header=None):
+def record(policy: Any, trace: Trace, events: int = 200, header: LogHeader | None = None) -> list[str]:
     """A log of requests that start, finish and fail while workers come and go."""
     header = header or LogHeader(policy.name, 5, PolicyOptions())
     lines = [header.to_wire()]
@@ -45,7 +51,7 @@ def record(policy, trace, events=200, header=None):
     for worker in ("a", "b", "c"):
         logged.joined(worker)
         load[worker] = 0
-    running = []
+    running: list[Any] = []
     for number in range(events):
         if number == 80:
             logged.joined("d")
@@ -64,9 +70,8 @@ def record(policy, trace, events=200, header=None):
         counts = ExpertCounts(trace.prefill_counts[at], int(trace.prompt_tokens[at]), trace.meta.top_k)
         label = None if number % 7 == 0 else str(trace.label[at])
         wire = None if number % 5 == 0 else {**encode_counts(counts), "prompt": "a secret"}
-        if number % 11 == 0:
-            counts = wire = None
-        request = DecodeRequest(f"r{number}", int(trace.prompt_tokens[at]), counts, label, None, wire)
+        given = (None, None) if number % 11 == 0 else (counts, wire)
+        request = DecodeRequest(f"r{number}", int(trace.prompt_tokens[at]), given[0], label, None, given[1])
         eligible = {worker: count for worker, count in load.items() if rng.random() < 0.9} or dict(load)
         eligible = dict(sorted(eligible.items(), key=lambda item: rng.random()))
         worker = logged.choose(request, eligible).worker
@@ -76,14 +81,14 @@ def record(policy, trace, events=200, header=None):
     return [json.dumps(event) for event in lines]
 
 
-def repeat(lines, policy_of):
+def repeat(lines: list[str], policy_of: Any) -> Repetition:
     """policy_of: a function of the header, or one policy."""
     make_of = policy_of if callable(policy_of) else lambda header: policy_of
     return repeat_decisions([Line("log", number, text.encode()) for number, text in enumerate(lines, 1)], make_of)
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
-def test_a_repeated_log_gives_the_same_choices(trace, calibration, name):
+def test_a_repeated_log_gives_the_same_choices(trace: Trace, calibration: Calibration, name: str) -> None:
     lines = record(make(name, calibration), trace)
     repetition = repeat(lines, make(name, calibration))
     assert repetition.equal
@@ -92,7 +97,7 @@ def test_a_repeated_log_gives_the_same_choices(trace, calibration, name):
     assert "secret" not in "".join(lines)
 
 
-def test_another_policy_differs(trace, calibration):
+def test_another_policy_differs(trace: Trace, calibration: Calibration) -> None:
     lines = record(make("locality-band", calibration), trace)
     repetition = repeat(lines, make("random", calibration))
     assert not repetition.equal
@@ -104,18 +109,18 @@ def test_another_policy_differs(trace, calibration):
     assert sum(repetition.logged.values()) == sum(repetition.chosen.values()) == 200
 
 
-def test_a_random_policy_needs_its_seed(trace):
+def test_a_random_policy_needs_its_seed(trace: Trace) -> None:
     lines = record(make_policy("random", seed=5), trace)
     assert repeat(lines, lambda header: make_policy(header.policy, seed=header.seed)).equal
     assert not repeat(lines, make_policy("random", seed=6)).equal
 
 
-def test_every_start_of_the_router_begins_anew(trace, calibration):
+def test_every_start_of_the_router_begins_anew(trace: Trace, calibration: Calibration) -> None:
     first = record(make("expected-union", calibration), trace)
     second = record(make("random", calibration), trace)
     seen = []
 
-    def made(header):
+    def made(header: LogHeader) -> ExpectedUnion | Random:
         seen.append(header.policy)
         return make(header.policy, calibration)
 
@@ -125,7 +130,7 @@ def test_every_start_of_the_router_begins_anew(trace, calibration):
     assert repetition.decisions == 200 + sum('"choose"' in line for line in first[:100])
 
 
-def test_two_routers_may_write_to_one_file(trace, calibration):
+def test_two_routers_may_write_to_one_file(trace: Trace, calibration: Calibration) -> None:
     """As while a new process takes over from the old one."""
     old, new = (
         [json.dumps({**json.loads(line), "run": name}) for line in record(make(policy, calibration), trace)]
@@ -154,7 +159,7 @@ def test_two_routers_may_write_to_one_file(trace, calibration):
         '{"event":"log","v":2,"policy":"jsq","seed":0,"options":{"tau":-1},"calibration":null}',
     ],
 )
-def test_a_broken_line_is_named(line):
+def test_a_broken_line_is_named(line: str) -> None:
     header = json.dumps(LogHeader("jsq", 0, PolicyOptions()).to_wire())
     lines = [header, '{"event":"joined","worker":"a"}', line, '{"event":"joined","worker":"b"}']
     with pytest.raises(ReplayError, match=r"log, line 3: not an event"):
@@ -162,7 +167,7 @@ def test_a_broken_line_is_named(line):
 
 
 @given(st.integers(1, 10**6))
-def test_a_log_cut_off_anywhere_ends_there(cut):
+def test_a_log_cut_off_anywhere_ends_there(cut: int) -> None:
     trace = make_trace(requests=60, layers=3, experts=16, kinds=3, seed=2)
     text = "\n".join(record(make_policy("jsq", seed=5), trace, events=6)) + "\n"
     whole = text.splitlines()
@@ -176,7 +181,7 @@ def test_a_log_cut_off_anywhere_ends_there(cut):
     assert repetition.cut_off == ([] if complete == len(lines) else [f"log, line {len(lines)}"])
 
 
-def test_a_line_cut_off_by_a_crash_may_be_followed_by_the_next_start(trace):
+def test_a_line_cut_off_by_a_crash_may_be_followed_by_the_next_start(trace: Trace) -> None:
     lines = record(make_policy("jsq", seed=5), trace)
     crashed = [*lines[:50], lines[50][:40]]
     repetition = repeat(crashed + lines, lambda header: make_policy("jsq", seed=5))
@@ -186,7 +191,7 @@ def test_a_line_cut_off_by_a_crash_may_be_followed_by_the_next_start(trace):
         repeat(crashed + lines[1:], make_policy("jsq", seed=5))
 
 
-def test_decisions_behind_a_gap_are_not_repeated(trace):
+def test_decisions_behind_a_gap_are_not_repeated(trace: Trace) -> None:
     lines = record(make_policy("jsq", seed=5), trace)
     lost = [*lines[:100], '{"event":"gap","lines":3}', *lines[103:]]
     repetition = repeat(lost + lines, lambda header: make_policy("jsq", seed=5))
@@ -197,7 +202,7 @@ def test_decisions_behind_a_gap_are_not_repeated(trace):
 
 
 @pytest.mark.parametrize(("lines", "message"), [([], "no header"), (['{"event":"left"}'], "line 1: begins without")])
-def test_a_log_without_its_beginning_is_refused(lines, message):
+def test_a_log_without_its_beginning_is_refused(lines: list[str], message: str) -> None:
     with pytest.raises(ReplayError, match=message):
         repeat(lines, make_policy("jsq"))
 
@@ -205,26 +210,26 @@ def test_a_log_without_its_beginning_is_refused(lines, message):
 class Fails(Policy):
     name = "fails"
 
-    def choose(self, request, in_flight):
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
         if request.request_id == "bad":
             raise ZeroDivisionError
         return Decision(next(iter(in_flight)), "first")
 
 
-def test_a_choice_that_failed_fails_again():
-    lines = [LogHeader("fails", 0, PolicyOptions()).to_wire()]
-    logged = LoggedPolicy(Fails(), lines.append)
+def test_a_choice_that_failed_fails_again() -> None:
+    events = [LogHeader("fails", 0, PolicyOptions()).to_wire()]
+    logged = LoggedPolicy(Fails(), events.append)
     logged.joined("a")
     logged.choose(DecodeRequest("good", 1), {"a": 0})
     with pytest.raises(ZeroDivisionError):
         logged.choose(DecodeRequest("bad", 1), {"a": 0})
     logged.started(DecodeRequest("bad", 1), "a")
-    lines = [json.dumps(line) for line in lines]
+    lines = [json.dumps(event) for event in events]
     assert repeat(lines, Fails()).equal
     assert repeat(lines, make_policy("jsq")).differences[0].logged is None
 
 
-def test_options_survive_the_header():
+def test_options_survive_the_header() -> None:
     cost = CostModel("c", "d", "s", MoeLayerCost(1.0, 2.0, 3.0))
     options = PolicyOptions(tau=0.3, two_nearest=False, cost_scope="moe", worker_costs={"a": cost}, tail_guard=np.inf)
     header = LogHeader("expected-union", 7, options, "c.npz", "00")
@@ -235,7 +240,7 @@ def test_options_survive_the_header():
 
 
 @pytest.fixture
-def log(trace, calibration, tmp_path):
+def log(trace: Trace, calibration: Calibration, tmp_path: Path) -> list[Path]:
     """A log of locality-band with its calibration, in three parts, the oldest one packed."""
     calibration.save(tmp_path / "c.npz")
     digest = hashlib.sha256((tmp_path / "c.npz").read_bytes()).hexdigest()
@@ -249,7 +254,7 @@ def log(trace, calibration, tmp_path):
     return paths
 
 
-def test_the_command_repeats_the_parts_of_a_log(log, capsys):
+def test_the_command_repeats_the_parts_of_a_log(log: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["decisions", *map(str, log)]) == 0
     assert "200 decisions repeated with locality-band, 0 differ" in " ".join(capsys.readouterr().out.split())
     assert [line.number for line in read_lines(log)][58:62] == [59, 60, 1, 2]
@@ -257,7 +262,7 @@ def test_the_command_repeats_the_parts_of_a_log(log, capsys):
     assert "log.1, line 1: begins without a header" in capsys.readouterr().err
 
 
-def test_the_command_lets_another_policy_choose(log, capsys):
+def test_the_command_lets_another_policy_choose(log: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["decisions", *map(str, log), "--policy", "expected-union", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["decisions"] == 200
@@ -265,7 +270,7 @@ def test_the_command_lets_another_policy_choose(log, capsys):
     assert sum(worker["chosen"] for worker in result["workers"].values()) == 200
 
 
-def test_the_command_finds_a_changed_choice(log, capsys):
+def test_the_command_finds_a_changed_choice(log: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     text = log[2].read_text()
     lines = text.splitlines()
     at = next(number for number, line in enumerate(lines) if '"choose"' in line)
@@ -279,7 +284,7 @@ def test_the_command_finds_a_changed_choice(log, capsys):
     assert result["differences"][0]["where"] == f"{log[2]}, line {at + 1}"
 
 
-def test_the_command_says_when_other_software_made_the_log(log, capsys):
+def test_the_command_says_when_other_software_made_the_log(log: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     """Of a log that cannot be repeated."""
     log[0].write_bytes(gzip.compress(gzip.decompress(log[0].read_bytes()).replace(b'"seed": 5', b'"seed": 6')))
     assert main(["decisions", *map(str, log)]) == 1
@@ -292,7 +297,9 @@ def test_the_command_says_when_other_software_made_the_log(log, capsys):
     assert f"numpy {np.__version__}" in shown
 
 
-def test_the_command_checks_the_calibration(log, calibration, tmp_path, capsys):
+def test_the_command_checks_the_calibration(
+    log: list[Path], calibration: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     moved = tmp_path / "moved.npz"
     (tmp_path / "c.npz").rename(moved)
     assert main(["decisions", *map(str, log)]) == 2

@@ -2,20 +2,23 @@
 
 import dataclasses
 import heapq
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_trace
 
 from eldr.cost import StepCost
 from eldr.policies import make_policy
-from eldr.policies.base import Decision, Policy
+from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.replay.engine import Engine, FleetSpec, WorkerLimits, union_rows
 from eldr.replay.errors import ReplayError
 from eldr.replay.packed import pack_rows, pack_trace
 from eldr.replay.workload import Workload
+from eldr.trace import Trace
+from tests.synthetic import make_trace
 
 COST = StepCost(1e-3, 1e-4, 2e-4, 1e-6)
 MOE = StepCost(5e-4, 1e-4, 1e-4)
@@ -26,23 +29,31 @@ class Listed(Policy):
 
     name = "listed"
 
-    def __init__(self, placements):
+    def __init__(self, placements: list[int]) -> None:
         self.placements = placements
-        self.heard = []
-        self.loads = []
+        self.heard: list[Any] = []
+        self.loads: list[Any] = []
 
-    def choose(self, request, in_flight):
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
         self.loads.append(dict(in_flight))
         return Decision(f"w{self.placements[int(request.request_id.split('.')[0])]}", "listed")
 
-    def started(self, request, worker):
+    def started(self, request: DecodeRequest, worker: str) -> None:
         self.heard.append(("started", request.request_id, worker))
 
-    def finished(self, request, worker):
+    def finished(self, request: DecodeRequest, worker: str) -> None:
         self.heard.append(("finished", request.request_id, worker))
 
 
-def simulate(trace, arrivals, requests, placements, workers, cost, limits):
+def simulate(
+    trace: Trace,
+    arrivals: list[float],
+    requests: list[int],
+    placements: list[int],
+    workers: int,
+    cost: StepCost,
+    limits: WorkerLimits,
+) -> tuple[list[float], list[float], list[tuple[Any, ...]]]:
     """Finish time and experts of every step, step by step with sets.
 
     Returns (finish [n], start [n], list of (end time, batch size, distinct experts) of all steps).
@@ -52,13 +63,13 @@ def simulate(trace, arrivals, requests, placements, workers, cost, limits):
          trace.decode_experts[trace.decode_offsets[i] : trace.decode_offsets[i + 1]]]
         for i in range(trace.requests)
     ]  # fmt: skip
-    batch = [[] for _ in range(workers)]
-    waiting = [[] for _ in range(workers)]
+    batch: list[list[Any]] = [[] for _ in range(workers)]
+    waiting: list[list[Any]] = [[] for _ in range(workers)]
     finish, start, steps = {}, {}, []
-    events = []
+    events: list[Any] = []
     order = 0
 
-    def begin(worker, now):
+    def begin(worker: int, now: float) -> None:
         nonlocal order
         while waiting[worker]:
             arrival = waiting[worker][0]
@@ -81,7 +92,7 @@ def simulate(trace, arrivals, requests, placements, workers, cost, limits):
         order += 1
         heapq.heappush(events, (now + took, order, worker))
 
-    def step_ends(now, worker):
+    def step_ends(now: float, worker: int) -> None:
         batch[worker] = [(a, done + 1) for a, done in batch[worker]]
         for a, done in batch[worker]:
             if done == len(rows[requests[a]]):
@@ -113,7 +124,9 @@ def simulate(trace, arrivals, requests, placements, workers, cost, limits):
     max_num_seqs=st.sampled_from([1, 2, 100]),
     kv_tokens=st.sampled_from([None, 45, 80]),
 )
-def test_equals_a_step_by_step_simulation(seed, workers, arrivals, gap_s, max_num_seqs, kv_tokens):
+def test_equals_a_step_by_step_simulation(
+    seed: int, workers: int, arrivals: int, gap_s: float, max_num_seqs: int, kv_tokens: int | None
+) -> None:
     rng = np.random.default_rng(seed)
     trace = make_trace(requests=14, layers=2, experts=40, top_k=3, seed=seed % 7, steps=15)
     arrival_s = np.cumsum(rng.exponential(gap_s, arrivals))
@@ -141,7 +154,7 @@ def test_equals_a_step_by_step_simulation(seed, workers, arrivals, gap_s, max_nu
     assert result.worker.tolist() == placements
 
 
-def test_the_window_counts_its_own_steps_and_requests():
+def test_the_window_counts_its_own_steps_and_requests() -> None:
     trace = make_trace(requests=20, layers=2, experts=16, seed=1, steps=9)
     rng = np.random.default_rng(0)
     arrival_s = np.cumsum(rng.exponential(2e-3, 20))
@@ -156,7 +169,7 @@ def test_the_window_counts_its_own_steps_and_requests():
     assert result.request.tolist() == requests[5:14].tolist()
 
 
-def test_moe_time_of_a_request_is_that_of_its_own_steps():
+def test_moe_time_of_a_request_is_that_of_its_own_steps() -> None:
     """Two requests, the second joins after the first's only shared steps are known by hand."""
     trace = make_trace(requests=2, layers=2, experts=16, seed=4, steps=6)
     workload = Workload(np.array([0.0, 1000.0]), np.array([0, 1]), range(2))
@@ -166,9 +179,9 @@ def test_moe_time_of_a_request_is_that_of_its_own_steps():
     assert result.moe_tpot_s == pytest.approx([step_s, step_s])
 
 
-def test_the_policy_hears_every_start_and_finish_and_the_true_load():
+def test_the_policy_hears_every_start_and_finish_and_the_true_load() -> None:
     trace = make_trace(requests=12, layers=2, experts=16, seed=1, steps=9)
-    arrival_s = np.arange(12) * 1e-3
+    arrival_s = np.arange(12, dtype=np.float64) * 1e-3
     policy = Listed([0, 1] * 6)
     Engine(pack_trace(trace), Workload(arrival_s, np.arange(12), range(12)), FleetSpec((COST,) * 2, (MOE,) * 2), policy).run()  # noqa: E501  # fmt: skip
     started = [event[1:] for event in policy.heard if event[0] == "started"]
@@ -183,12 +196,12 @@ def test_the_policy_hears_every_start_and_finish_and_the_true_load():
         open_now[worker] += 1 if kind == "started" else -1
 
 
-def test_no_request_is_in_flight_twice():
+def test_no_request_is_in_flight_twice() -> None:
     trace = make_trace(requests=6, layers=2, experts=16, seed=1, steps=9)
     trace = dataclasses.replace(trace)
     policy = Listed([0] * 30)
     wanted = np.array([0, 0, 1, 1, 2, 3, 4, 5, 0, 1] * 3)
-    arrival_s = np.arange(30) * 5e-3
+    arrival_s = np.arange(30, dtype=np.float64) * 5e-3
     Engine(pack_trace(trace), Workload(arrival_s, wanted, range(30)), FleetSpec((COST,), (MOE,)), policy).run()
     running = set()
     for kind, identity, _ in policy.heard:
@@ -200,14 +213,14 @@ def test_no_request_is_in_flight_twice():
             running.remove(index)
 
 
-def test_a_load_beyond_the_trace_is_refused():
+def test_a_load_beyond_the_trace_is_refused() -> None:
     trace = make_trace(requests=6, layers=2, experts=16, seed=1, steps=9)
-    workload = Workload(np.arange(30) * 1e-6, np.arange(30) % 6, range(30))
+    workload = Workload(np.arange(30, dtype=np.float64) * 1e-6, np.arange(30) % 6, range(30))
     with pytest.raises(ReplayError, match="needs more than the 6 requests"):
         Engine(pack_trace(trace), workload, FleetSpec((COST,), (MOE,)), make_policy("jsq")).run()
 
 
-def test_a_request_larger_than_the_kv_cache_is_refused():
+def test_a_request_larger_than_the_kv_cache_is_refused() -> None:
     trace = make_trace(requests=6, layers=2, experts=16, seed=1, steps=9)
     workload = Workload(np.array([0.0]), np.array([0]), range(1))
     fleet = FleetSpec((COST,), (MOE,), WorkerLimits(kv_tokens=4))
@@ -216,7 +229,7 @@ def test_a_request_larger_than_the_kv_cache_is_refused():
 
 
 @pytest.mark.parametrize(("layers", "experts", "top_k"), [(1, 3, 1), (3, 40, 4), (5, 64, 8), (2, 300, 7)])
-def test_unions_hold_distinct_experts(layers, experts, top_k):
+def test_unions_hold_distinct_experts(layers: int, experts: int, top_k: int) -> None:
     rng = np.random.default_rng(layers)
     ids = rng.random((50, layers, experts)).argsort(axis=2)[..., :top_k].astype(np.uint16)
     words = pack_rows(ids, experts)
@@ -230,7 +243,7 @@ def test_unions_hold_distinct_experts(layers, experts, top_k):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_a_step_waits_for_the_busiest_rank(ranks):
+def test_a_step_waits_for_the_busiest_rank(ranks: int) -> None:
     trace = make_trace(requests=4, layers=3, experts=40, seed=1, steps=9)
     packed = pack_trace(trace, ranks=ranks)
     rows = [int(row) for row in trace.decode_offsets[:3]]
@@ -245,6 +258,6 @@ def test_a_step_waits_for_the_busiest_rank(ranks):
     assert packed.active_experts(union_rows(packed.words, rows, 4)).tolist() == expected
 
 
-def test_ranks_that_do_not_divide_the_experts_are_refused():
+def test_ranks_that_do_not_divide_the_experts_are_refused() -> None:
     with pytest.raises(ReplayError, match="40 experts cannot be divided over 3 ranks"):
         pack_trace(make_trace(requests=4, layers=3, experts=40, seed=1, steps=9), ranks=3)

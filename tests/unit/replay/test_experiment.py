@@ -3,13 +3,15 @@
 import argparse
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy import stats
-from synthetic import make_trace
 
 from eldr.calibration import fit_calibration
 from eldr.cli import replay as cli
@@ -22,20 +24,21 @@ from eldr.replay.experiment import BASELINES, Cell, Laboratory, Settings, check_
 from eldr.replay.goodput import goodput
 from eldr.replay.output import as_object, change_against_best, tpot_ms
 from eldr.replay.packed import pack_trace
-from eldr.replay.split import Mix, split_trace, take_requests
+from eldr.replay.split import Mix, Split, split_trace, take_requests
 from eldr.replay.statistics import paired_change
 from eldr.replay.workload import draw_order, poisson_arrivals, traced_arrivals
-from eldr.trace import TraceError, write_trace
+from eldr.trace import Trace, TraceError, write_trace
+from tests.synthetic import make_trace
 
 LABELS = ["code"] * 20 + ["math"] * 20 + ["law"] * 20
 STEPS = np.full(60, 5)
 
 
-def split(mix, steps=STEPS, seed=0):
+def split(mix: Mix, steps: NDArray[np.int64] = STEPS, seed: int = 0) -> Split:
     return split_trace(LABELS, steps, mix, np.random.default_rng(seed))
 
 
-def test_a_request_is_calibrated_on_or_served_never_both():
+def test_a_request_is_calibrated_on_or_served_never_both() -> None:
     parts = split(Mix(0.25))
     assert (len(parts.calibrate), len(parts.serve)) == (15, 45)
     assert sorted([*parts.calibrate, *parts.serve]) == list(range(60))
@@ -43,7 +46,7 @@ def test_a_request_is_calibrated_on_or_served_never_both():
     assert np.array_equal(parts.serve, split(Mix(0.25)).serve)
 
 
-def test_kinds_in_one_set_only_go_there_whole():
+def test_kinds_in_one_set_only_go_there_whole() -> None:
     parts = split(Mix(0.5, ("code", "math"), ("math", "law")))
     assert set(range(20)) <= set(parts.calibrate)
     assert set(range(40, 60)) <= set(parts.serve)
@@ -51,14 +54,15 @@ def test_kinds_in_one_set_only_go_there_whole():
     assert len(mathematics & set(parts.calibrate)) == len(mathematics & set(parts.serve)) == 10
 
 
-def test_a_switch_serves_what_was_calibrated_first():
+def test_a_switch_serves_what_was_calibrated_first() -> None:
     parts = split(Mix(0.5, ("code",), ("law",), switch_at=0.5))
+    assert parts.serve_before is not None
     assert set(parts.calibrate) | set(parts.serve_before) == set(range(20))
     assert not set(parts.calibrate) & set(parts.serve_before)
     assert set(parts.serve) == set(range(40, 60))
 
 
-def test_requests_without_steps_are_not_served():
+def test_requests_without_steps_are_not_served() -> None:
     steps = STEPS.copy()
     steps[::2] = 0
     assert set(split(Mix(0), steps).serve) == set(range(1, 60, 2))
@@ -75,12 +79,12 @@ def test_requests_without_steps_are_not_served():
         (Mix(0.5, ("code",), ("law",), switch_at=1.5), "switch at 1.5"),
     ],
 )
-def test_splits_that_cannot_be_made(mix, message):
+def test_splits_that_cannot_be_made(mix: Mix, message: str) -> None:
     with pytest.raises(ReplayError, match=message):
         split(mix)
 
 
-def test_take_requests_keeps_their_rows():
+def test_take_requests_keeps_their_rows() -> None:
     trace = make_trace(requests=10, seed=3)
     chosen = np.array([7, 2, 5])
     part = take_requests(trace, chosen)
@@ -92,7 +96,7 @@ def test_take_requests_keeps_their_rows():
 
 
 @given(st.integers(0, 1000), st.integers(1, 40), st.floats(0, 60))
-def test_draws_rest_between_uses(seed, pool_size, in_flight):
+def test_draws_rest_between_uses(seed: int, pool_size: int, in_flight: float) -> None:
     pool = np.arange(pool_size) * 3
     order = draw_order(pool, 200, in_flight, np.random.default_rng(seed)).tolist()
     assert set(order) <= set(pool.tolist())
@@ -101,12 +105,12 @@ def test_draws_rest_between_uses(seed, pool_size, in_flight):
         assert request not in order[max(0, at - rest) : at]
 
 
-def test_draws_are_even():
+def test_draws_are_even() -> None:
     order = draw_order(np.arange(50), 20_000, 10, np.random.default_rng(0))
     assert stats.chisquare(np.bincount(order)).pvalue > 1e-3
 
 
-def test_arrivals_have_their_rate():
+def test_arrivals_have_their_rate() -> None:
     gaps = np.diff(poisson_arrivals(40.0, 20_000, np.random.default_rng(0)))
     assert stats.kstest(gaps, "expon", args=(0, 1 / 40)).pvalue > 1e-3
     stretched = traced_arrivals(np.array([5.0, 0.0, 1.0, 2.0]), 2.0, 7)
@@ -115,7 +119,7 @@ def test_arrivals_have_their_rate():
         traced_arrivals(np.array([1.0, 1.0]), 2.0, 3)
 
 
-def test_arrival_files(tmp_path):
+def test_arrival_files(tmp_path: Path) -> None:
     azure = tmp_path / "a.csv"
     azure.write_text("TIMESTAMP,ContextTokens\n2023-11-16 18:17:03.9799600,1\n2023-11-16 18:17:05,2\n")
     assert read_arrivals(azure) == pytest.approx([0, 1.02004])
@@ -132,7 +136,7 @@ def test_arrival_files(tmp_path):
     [("x.txt", "1\nsoon\n"), ("x.csv", "TIME\n1\n"), ("x.jsonl", "{}\n"), ("x.jsonl", "[1]\n"), ("x.txt", ""),
      ("x.txt", "1\n1\n"), ("x.txt", "1\nnan\n")],
 )  # fmt: skip
-def test_bad_arrival_files_are_refused(tmp_path, name, text):
+def test_bad_arrival_files_are_refused(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ReplayError, match=r"arrivals .*x"):
@@ -142,7 +146,7 @@ def test_bad_arrival_files_are_refused(tmp_path, name, text):
 
 
 @given(st.lists(st.floats(0.5, 2), min_size=2, max_size=12))
-def test_intervals_are_those_of_a_t_test(ratios):
+def test_intervals_are_those_of_a_t_test(ratios: list[float]) -> None:
     values = np.array(ratios) * 3
     change = paired_change(values, np.full(len(ratios), 3.0))
     percents = 100 * (np.array(ratios) - 1)
@@ -152,19 +156,19 @@ def test_intervals_are_those_of_a_t_test(ratios):
         assert (change.low, change.high) == pytest.approx((low, high), abs=1e-6)
 
 
-def test_one_seed_has_no_interval():
+def test_one_seed_has_no_interval() -> None:
     change = paired_change(np.array([2.0]), np.array([1.0]))
     assert change.percent == 100
     assert math.isnan(change.low)
 
 
-def result(tpot_s):
+def result(tpot_s: list[int]) -> RunResult:
     tpot = np.array(tpot_s, dtype=float)
     none = np.zeros(len(tpot), dtype=int)
     return RunResult(tpot, tpot / 2, tpot * 0, tpot, none, none, 3.0, 2.0, 1, 1, 1)
 
 
-def test_changes_are_against_the_best_load_balancer_of_all_seeds():
+def test_changes_are_against_the_best_load_balancer_of_all_seeds() -> None:
     """rr is best in one seed, jsq over both: jsq is the baseline of both."""
     cells = [
         Cell("rr", 2, 1.0, [result([1, 1]), result([9, 9])]),
@@ -185,16 +189,16 @@ def test_changes_are_against_the_best_load_balancer_of_all_seeds():
 
 
 @pytest.fixture(scope="module")
-def trace():
+def trace() -> Trace:
     return make_trace(requests=160, layers=3, experts=32, top_k=2, kinds=4, seed=2, steps=40)
 
 
 @pytest.fixture(scope="module")
-def laboratory(trace):
+def laboratory(trace: Trace) -> Laboratory:
     return Laboratory(trace, Settings(requests=250, options=PolicyOptions(cost_scope="moe")))
 
 
-def test_locality_pays_where_kinds_use_their_own_experts(laboratory):
+def test_locality_pays_where_kinds_use_their_own_experts(laboratory: Laboratory) -> None:
     """Kinds of request prefer their own experts: policies that know it activate fewer, the oracle fewest."""
     names = ("locality-band", "expected-union", "expected-union-own", "expected-union-true", "clairvoyant")
     rate = laboratory.rate_for_batch(4, 4)
@@ -210,7 +214,7 @@ def test_locality_pays_where_kinds_use_their_own_experts(laboratory):
             assert set(run.request.tolist()) <= set(laboratory.split(seed).serve.tolist())
 
 
-def test_seeds_are_paired_and_runs_repeat(laboratory):
+def test_seeds_are_paired_and_runs_repeat(laboratory: Laboratory) -> None:
     one = laboratory.run("jsq", 3, 30.0, 1, seed=1)
     other = laboratory.run("expected-union", 3, 30.0, 1, seed=1)
     again = laboratory.run("expected-union", 3, 30.0, 1, seed=1)
@@ -220,14 +224,14 @@ def test_seeds_are_paired_and_runs_repeat(laboratory):
     assert not np.array_equal(one.arrival_s, laboratory.run("jsq", 3, 30.0, 1, seed=2).arrival_s)
 
 
-def test_loads_that_the_trace_cannot_give(laboratory):
+def test_loads_that_the_trace_cannot_give(laboratory: Laboratory) -> None:
     with pytest.raises(ReplayError, match="keeps 400 requests in flight"):
         laboratory.rate_for_batch(50, 8)
     with pytest.raises(ReplayError, match="needs more than"):
         laboratory.run("jsq", 2, 1e6, 50, seed=0)
 
 
-def test_goodput_is_where_the_limit_is_crossed(laboratory):
+def test_goodput_is_where_the_limit_is_crossed(laboratory: Laboratory) -> None:
     limit_ms = 1.2 * 1e3 * float(np.percentile(laboratory.run("jsq", 2, 50.0, 1, seed=0).tpot_s, 99))
     cell, reached = goodput(laboratory, "jsq", 2, limit_ms, 1)
     assert reached
@@ -238,13 +242,13 @@ def test_goodput_is_where_the_limit_is_crossed(laboratory):
         goodput(laboratory, "jsq", 2, 1e-6, 1)
 
 
-def test_without_calibration_requests(trace):
+def test_without_calibration_requests(trace: Trace) -> None:
     bare = Laboratory(trace, Settings(requests=60, options=PolicyOptions(cost_scope="moe"), mix=Mix(0)))
     assert bare.calibration(2, 0) is None
     assert bare.run("expected-union", 2, 30.0, 1, seed=0).steps > 0
 
 
-def test_zones_of_another_fleet_size_are_those_of_a_fresh_fit(laboratory):
+def test_zones_of_another_fleet_size_are_those_of_a_fresh_fit(laboratory: Laboratory) -> None:
     laboratory.calibration(3, 7)
     again = laboratory.calibration(4, 7)
     part = take_requests(laboratory.trace, laboratory.split(7).calibrate)
@@ -253,7 +257,7 @@ def test_zones_of_another_fleet_size_are_those_of_a_fresh_fit(laboratory):
     assert again.rho["count_idf"] == fresh.rho["count_idf"]
 
 
-def test_unequal_workers_are_simulated_and_known_to_the_policy(trace):
+def test_unequal_workers_are_simulated_and_known_to_the_policy(trace: Trace) -> None:
     """One worker takes four times as long for everything: it gets fewer requests than any other."""
     fast = CostModel("fast", "none", "made up", MoeLayerCost(10.0, 5.0, 1.0))
     slow = CostModel("slow", "none", "made up", MoeLayerCost(40.0, 20.0, 4.0))
@@ -265,13 +269,13 @@ def test_unequal_workers_are_simulated_and_known_to_the_policy(trace):
     assert sent[1] < 0.6 * min(sent[0], sent[2])
 
 
-def test_names_are_checked():
+def test_names_are_checked() -> None:
     check_names(["jsq", "clairvoyant"])
     with pytest.raises(ReplayError, match="no policy 'oracle' to replay; there are rr"):
         check_names(["oracle"])
 
 
-def test_output_is_cut_after_its_tokens(trace):
+def test_output_is_cut_after_its_tokens(trace: Trace) -> None:
     packed = pack_trace(trace, max_output=5)
     full = pack_trace(trace)
     assert [packed.steps(i) for i in range(160)] == [min(full.steps(i), 4) for i in range(160)]
@@ -279,13 +283,13 @@ def test_output_is_cut_after_its_tokens(trace):
         pack_trace(trace, max_output=1)
 
 
-def run_cli(*words):
+def run_cli(*words: Any) -> int:
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
     return cli.run(parser.parse_args([str(word) for word in words]))
 
 
-def test_the_command_writes_json(trace, tmp_path, capsys):
+def test_the_command_writes_json(trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_trace(trace, tmp_path / "t.npz")
     common = (tmp_path / "t.npz", "--batch", 2, "--requests", 80, "--seeds", 2, "--cost-scope", "moe")
     assert run_cli(*common, "--workers", "2,3", "--policies", "expected-union", "--json", tmp_path / "r.json") == 0
@@ -303,7 +307,7 @@ def test_the_command_writes_json(trace, tmp_path, capsys):
     assert "expected-union" in printed.err
 
 
-def test_the_command_finds_goodput(trace, tmp_path, capsys):
+def test_the_command_finds_goodput(trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_trace(trace, tmp_path / "t.npz")
     words = ("--goodput", 2.0, "--requests", 60, "--seeds", 1, "--workers", 2, "--json", tmp_path / "r.json")
     assert run_cli(tmp_path / "t.npz", *words) == 0
@@ -327,7 +331,7 @@ def test_the_command_finds_goodput(trace, tmp_path, capsys):
         (("--json", "/nowhere/r.json", "--requests", "20", "--seeds", "1", "--batch", "1"), "cannot be written"),
     ],
 )
-def test_the_command_says_what_is_wrong(trace, tmp_path, words, message):
+def test_the_command_says_what_is_wrong(trace: Trace, tmp_path: Path, words: tuple[Any, ...], message: str) -> None:
     write_trace(trace, tmp_path / "t.npz")
     with pytest.raises(ReplayError if "--cost" not in words else Exception, match=message):
         run_cli(tmp_path / "t.npz", *words)
@@ -335,7 +339,7 @@ def test_the_command_says_what_is_wrong(trace, tmp_path, words, message):
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 3000))
-def test_a_truncated_trace_is_refused(cut):
+def test_a_truncated_trace_is_refused(cut: int) -> None:
     import tempfile
     from pathlib import Path
 

@@ -1,19 +1,23 @@
 """The judgement of predictors on cases whose answer is known."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
-from synthetic import make_trace
 
 from eldr.replay.packed import pack_trace
-from eldr.replay.predictors import judge
+from eldr.replay.predictors import Judgement, judge
+from eldr.trace import Trace
+from tests.synthetic import make_trace
 
 
 @pytest.fixture(scope="module")
-def trace():
+def trace() -> Trace:
     return make_trace(requests=60, layers=3, experts=32, top_k=3, kinds=3, seed=1, steps=200)
 
 
-def judge_with(trace, profiles_of):
+def judge_with(trace: Trace, profiles_of: Callable[..., Any]) -> Judgement:
     """`profiles_of` maps true profiles [N, D] to predicted ones."""
     packed = pack_trace(trace)
     true = trace.decode_profiles().reshape(60, -1)
@@ -22,7 +26,7 @@ def judge_with(trace, profiles_of):
     return judge(lambda counts: of_counts[id(counts)], packed, true, np.arange(60), batch=5)
 
 
-def test_true_profiles_are_judged_right(trace):
+def test_true_profiles_are_judged_right(trace: Trace) -> None:
     found = judge_with(trace, lambda true: true)
     assert found.r2 == pytest.approx(1)
     for unions in (found.random, found.similar):
@@ -34,13 +38,13 @@ def test_true_profiles_are_judged_right(trace):
     assert found.reliability[:, 2].sum() == 60 * 3 * 32
 
 
-def test_the_mean_profile_predicts_no_variance_and_overstates_similar_batches(trace):
+def test_the_mean_profile_predicts_no_variance_and_overstates_similar_batches(trace: Trace) -> None:
     found = judge_with(trace, lambda true: np.broadcast_to(true.mean(axis=0), true.shape))
     assert found.r2 == pytest.approx(0, abs=1e-5)
     assert found.similar.predicted > 1.2 * found.similar.recorded
 
 
-def test_overconfident_predictions_show_in_the_reliability(trace):
+def test_overconfident_predictions_show_in_the_reliability(trace: Trace) -> None:
     found = judge_with(trace, lambda true: np.clip(true + 0.5 * (true - 0.1), 0, 1))
     high = found.reliability[(found.reliability[:, 2] > 20) & (found.reliability[:, 0] > 0.5)]
     assert (high[:, 0] > high[:, 1]).all()

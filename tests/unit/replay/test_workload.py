@@ -1,21 +1,23 @@
 """A named workload in the replay: kinds by share, and what a trace cannot serve."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
-from synthetic import make_trace
 
 from eldr.cli.main import main
 from eldr.replay.errors import ReplayError
 from eldr.replay.experiment import Laboratory, Settings
 from eldr.replay.split import Mix
 from eldr.replay.workload import ServedKind, mixed_draw_order
-from eldr.trace import write_trace
+from eldr.trace import Trace, write_trace
+from tests.synthetic import make_trace
 
 
-def test_pools_are_drawn_from_by_share():
+def test_pools_are_drawn_from_by_share() -> None:
     pools = [(np.arange(0, 50), 3.0), (np.arange(50, 120), 1.0)]
     order = mixed_draw_order(pools, 4000, 5.0, np.random.default_rng(0))
     first = int((order < 50).sum())
@@ -26,12 +28,12 @@ def test_pools_are_drawn_from_by_share():
     assert (own[1:] != own[:-1]).all()
 
 
-def laboratory(trace, *kinds, **options):
+def laboratory(trace: Trace, *kinds: Any, **options: Any) -> Laboratory:
     labels = tuple(label for kind in kinds for label in kind.labels)
     return Laboratory(trace, Settings(requests=400, mix=Mix(0.25, labels, labels), kinds=kinds, **options))
 
 
-def test_a_run_serves_the_kinds_in_their_shares():
+def test_a_run_serves_the_kinds_in_their_shares() -> None:
     trace = make_trace(requests=160, kinds=4, steps=12, seed=1)
     lab = laboratory(trace, ServedKind("a", ("kind 0",), 0.7), ServedKind("b", ("kind 1", "kind 2"), 0.3))
     run = lab.run("jsq", 2, lab.rate_for_batch(2, 2), 2, seed=0)
@@ -40,14 +42,14 @@ def test_a_run_serves_the_kinds_in_their_shares():
     assert stats.binomtest(int((served == "kind 0").sum()), 400, 0.7).pvalue > 0.001
 
 
-def test_a_load_that_its_smallest_kind_cannot_keep_is_refused():
+def test_a_load_that_its_smallest_kind_cannot_keep_is_refused() -> None:
     trace = make_trace(requests=120, kinds=4, steps=12)
     lab = laboratory(trace, ServedKind("a", ("kind 0",), 0.9), ServedKind("b", ("kind 1",), 0.1))
     with pytest.raises(ReplayError, match=r"has 2[0-9] to serve"):  # 23 of kind 0 are served and are nine tenths
         lab.rate_for_batch(10, 3)
 
 
-def test_the_command_maps_labels_to_kinds(tmp_path, capsys):
+def test_the_command_maps_labels_to_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "trace.npz"
     write_trace(make_trace(requests=120, kinds=4, steps=12), path)
     kinds = [f"--kind={kind}=kind {number}" for number, kind in enumerate(("code", "math", "medical", "legal"))]

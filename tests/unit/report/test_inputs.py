@@ -3,14 +3,16 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
-from synthetic import make_calibration, make_trace
 
 from eldr.cli.main import main
 from eldr.cost import PRESETS
 from eldr.report.style import POLICY_STYLES, policy_order, policy_style
 from eldr.trace import write_trace
+from tests.synthetic import make_calibration, make_trace
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -18,33 +20,36 @@ VOID = {"meta", "br", "img", "link", "input", "hr"}
 class Checker(HTMLParser):
     """Every element is closed in order; collects text and what the page would load or link to."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.open, self.targets, self.ids, self.text = [], [], set(), ""
+        self.open: list[str] = []
+        self.targets: list[str] = []
+        self.ids: set[str] = set()
+        self.text = ""
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in VOID:
             self.open.append(tag)
         for name, value in attrs:
             if name in ("src", "href", "xlink:href", "data", "action", "srcset", "poster"):
-                self.targets.append(value)
+                self.targets.append(value or "")
             self.targets += re.findall(r"url\(([^)]*)\)", value or "")
             if name == "id":
-                self.ids.add(value)
+                self.ids.add(value or "")
 
-    def handle_startendtag(self, tag, attrs):
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
         if tag not in VOID:
             self.open.pop()
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         self.text += data
 
 
-def read_page(path):
+def read_page(path: Path) -> Checker:
     text = path.read_text()
     checker = Checker()
     checker.feed(text)
@@ -57,7 +62,7 @@ def read_page(path):
 
 
 @pytest.fixture(scope="module")
-def replayed(tmp_path_factory):
+def replayed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("replay")
     write_trace(make_trace(requests=90, kinds=3, steps=20), folder / "t.npz")
     common = ["replay", str(folder / "t.npz"), "--workers", "2", "--requests", "60", "--seeds", "2"]
@@ -68,13 +73,13 @@ def replayed(tmp_path_factory):
     return folder
 
 
-def report(tmp_path, *files):
+def report(tmp_path: Path, *files: Any) -> Checker:
     out = tmp_path / "report.html"
     assert main(["report", *map(str, files), "-o", str(out)]) == 0
     return read_page(out)
 
 
-def test_replays_become_figures_and_tables(replayed, tmp_path):
+def test_replays_become_figures_and_tables(replayed: Path, tmp_path: Path) -> None:
     page = report(tmp_path, replayed / "replay.json")
     rows = json.loads((replayed / "replay.json").read_text())
     assert "2 decode workers" in page.text
@@ -85,10 +90,10 @@ def test_replays_become_figures_and_tables(replayed, tmp_path):
     assert "limit reached" in report(tmp_path, replayed / "good.json").text
 
 
-def test_cost_calibration_demo_and_load_become_sections(tmp_path):
+def test_cost_calibration_demo_and_load_become_sections(tmp_path: Path) -> None:
     next(iter(PRESETS.values())).save(tmp_path / "a.cost.json")
     make_calibration().save(tmp_path / "c.npz")
-    demo = {"policies": {}, "outputs_equal": 7, "outputs_ties": 0, "outputs_total": 8}
+    demo: dict[str, Any] = {"policies": {}, "outputs_equal": 7, "outputs_ties": 0, "outputs_total": 8}
     for number, policy in enumerate(("jsq", "expected-union")):
         figures = dict.fromkeys(("ttft_p50_ms", "tpot_p50_ms", "tpot_p99_ms"), 3.25)
         demo["policies"][policy] = {"requests": 8, "errors": 0, "active_experts_mean": 9.5 - number, **figures}
@@ -122,7 +127,9 @@ def test_cost_calibration_demo_and_load_become_sections(tmp_path):
         (b'{"format": "eldr-cost-v1"}', "moe_layer is missing"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_reported_is_named(content, reason, tmp_path, capsys):
+def test_what_cannot_be_reported_is_named(
+    content: bytes | None, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "result.json"
     if content is not None:
         path.write_bytes(content)
@@ -133,7 +140,7 @@ def test_what_cannot_be_reported_is_named(content, reason, tmp_path, capsys):
     assert not (tmp_path / "out.html").exists()
 
 
-def test_policies_look_the_same_everywhere_and_differ_from_each_other():
+def test_policies_look_the_same_everywhere_and_differ_from_each_other() -> None:
     looks = [(look.colour, look.marker, look.dash) for look in POLICY_STYLES.values()]
     assert len(set(looks)) == len(looks)
     assert len({look.marker for look in POLICY_STYLES.values()}) == len(looks)

@@ -9,9 +9,9 @@ import h11
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import LIMITS, RUNNER, MemoryTransport, Recorder, split
 
 from eldr.router.http.server import TRANSITIONS, ClientConnection, State
+from tests.router.memory import LIMITS, RUNNER, MemoryTransport, Recorder, split
 
 GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"

@@ -18,7 +18,7 @@ from eldr.router.config.settings import ConfigError, RouterConfig
 from eldr.settings import given as given_flags
 from eldr.settings import settings_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TWO = {"prefill": ["http://p:1"], "decode": ["http://d:1"]}
 ALL = {one.key: one for one in settings_of(RouterConfig)}
 # What a running router takes over without a restart.
