@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eldr import kernels
 from eldr.activation import LEAST, MOST, busiest_rank_experts
+from eldr.policies.rows import longer, row_products
 
-# Requests that a worker's direction remembers.
-DIRECTION_REQUESTS = 20
 # Starts after which the experts of random batches are computed anew; sooner while there were few.
 RANDOM_BATCH_STARTS = 64
 
@@ -60,17 +58,14 @@ class Unions:
     exposure: uint32 [W, D], sum of -log2(1 - p) of the running requests, in units of _UNIT. survival: uint16 [W, D],
     the probability that none of them activates an expert, 2^-exposure, as a fraction of CERTAIN. union: float64 [W],
     expected distinct experts that a step waits for, summed over layers: all of them, with expert parallelism those of
-    the busiest rank (`busiest_rank_experts`). context: W, tokens of running prompts. direction: float32
-    [C, A], where lately started requests point; length: float32 [W].
+    the busiest rank (`busiest_rank_experts`). context: W, tokens of running prompts.
     """
 
-    def __init__(self, geometry: Geometry, anchor_dimension: int) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         self.count = 0
         self._geometry = geometry
         self._exposure = np.zeros((0, geometry.dimension), dtype=np.uint32)
         self._survival = np.zeros((0, geometry.dimension), dtype=np.uint16)
-        self._direction = np.zeros((0, anchor_dimension), dtype=np.float32)
-        self.length = np.zeros(0, dtype=np.float32)
         self.union = np.zeros(0)
         self.context: list[int] = []
 
@@ -88,25 +83,22 @@ class Unions:
         return np.asarray(self._geometry.experts - survival.sum(axis=2) / kernels.CERTAIN)
 
     def append(self) -> None:
-        """A row for one more worker; capacity doubles, so that a large fleet may join one by one."""
+        """Add a row for one more worker, which runs nothing yet."""
         row = self.count
         if row == len(self._exposure):
-            self._exposure, self._survival = _longer(self._exposure), _longer(self._survival)
-            self._direction = _longer(self._direction)
+            self._exposure, self._survival = longer(self._exposure), longer(self._survival)
         self.count += 1
         self._exposure[row] = 0
         self._survival[row] = kernels.CERTAIN
-        self._direction[row] = 0
-        self.length = np.append(self.length, np.float32(0))
         self.union = np.append(self.union, 0.0)
         self.context.append(0)
 
     def remove(self, row: int) -> None:
         """Forget a worker; the last row takes its place."""
         self.count -= 1
-        for array in (self._exposure, self._survival, self._direction, self.length, self.union):
+        for array in (self._exposure, self._survival, self.union):
             array[row] = array[self.count]
-        self.length, self.union = self.length[:-1], self.union[:-1]
+        self.union = self.union[:-1]
         self.context[row] = self.context[-1]
         self.context.pop()
 
@@ -118,22 +110,14 @@ class Unions:
             union = self._geometry.active(kernels.from_fractions(self._survival[row]))
         self.union[row] = union
 
-    def turn(self, row: int, unit_direction: NDArray[np.float32]) -> None:
-        """Move a worker's direction towards that of a request."""
-        self.length[row] = kernels.move_towards(self._direction[row], unit_direction, 1 / DIRECTION_REQUESTS)
-
     def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
         """float64 [W]: distinct experts that a request adds to what each worker's steps wait for."""
         survival = self.survival
         geometry = self._geometry
         if geometry.ranks == 1:
-            return _row_products(survival, profile)
+            return row_products(survival, profile)
         active = 1 - kernels.from_fractions(survival) * (1 - profile)
         return busiest_rank_experts(active, geometry.layers, geometry.ranks) - self.union
-
-    def along(self, unit_direction: NDArray[np.float32]) -> NDArray[np.float64]:
-        """float64 [W]: scalar product of a request's direction and each worker's; over `length` their cosine."""
-        return _row_products(self._direction[: self.count], unit_direction)
 
 
 class RandomBatches:
@@ -178,15 +162,3 @@ def encode_exposure(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
     codes = np.empty(len(profile), dtype=np.uint8)
     kernels.encode_exposure(np.ascontiguousarray(profile, dtype=np.float32), MOST, 1 / _UNIT, codes)
     return codes
-
-
-def _longer(matrix: NDArray[Any]) -> NDArray[Any]:
-    """With as many rows again, at least 8."""
-    return np.concatenate((matrix, np.zeros((max(8, len(matrix)), matrix.shape[1]), dtype=matrix.dtype)))
-
-
-def _row_products(rows: NDArray[np.float32] | NDArray[np.uint16], vector: NDArray[np.float32]) -> NDArray[np.float64]:
-    """float64 [W]: scalar product of each row [W, D] with the vector."""
-    products = np.empty(len(rows))
-    kernels.row_products(rows, vector, products)
-    return products
