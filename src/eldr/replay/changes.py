@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eldr.replay.engine import RunResult
 from eldr.replay.errors import ReplayError
+from eldr.replay.measurements import RunResult
 
 # Within this much of its later level TPOT has recovered.
 RECOVERED = 1.1
