@@ -21,7 +21,7 @@ class FleetError(EldrError):
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One engine behind one URL, which is its identity within its role.
+    """One engine behind one URL, which is its identity within its role. An attribute each for what is known of it.
 
     max_inflight: the most requests it may run at once.
     in_flight: requests that it runs now.

@@ -37,7 +37,10 @@ class Histogram:
 
 
 class Metrics:
-    """The counters. Keys of the dictionaries are label values, in the order in which `api/metrics.py` names them."""
+    """The counters, an attribute for each metric.
+
+    Keys of the dictionaries are label values, in the order in which `api/metrics.py` names them.
+    """
 
     def __init__(self) -> None:
         self.requests: defaultdict[tuple[str, int], int] = defaultdict(int)

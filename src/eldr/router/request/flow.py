@@ -142,8 +142,8 @@ class Flow:
         body = services.protocol.prefill_body(job.body, job.record)
         with Leg(services.legs, job, worker) as leg:
             await leg.connect()
-            fields = await leg.ask(attempts.next_name("prefill"), body, Answer(), config.timeouts.prefill_timeout_s)
-            handoff = leg.read_handoff(fields)
+            leg.send(attempts.next_name("prefill"), body, Answer(), config.timeouts.prefill_timeout_s)
+            handoff = leg.read_handoff(await leg.answered())
         self._notes["prefill"] = worker.url
         return handoff
 
@@ -166,19 +166,20 @@ class Flow:
             await leg.connect()
             if handoff is not None and handoff.left_s(time.monotonic()) <= 0:
                 raise LegFailure("decode", "lease", "the lease ended before the request was sent")
-            body = services.protocol.decode_body(job.body, handoff, job.record)
             times = TokenTimes(services.metrics, self._request.received_s, job.wants_usage)
             answer = DecodeAnswer(self._client, times, self._response_headers(), leg.first_event, job.stream)
+            leg.send(
+                attempts.next_name("decode"),
+                services.protocol.decode_body(job.body, handoff, job.record),
+                answer,
+                timeouts.decode_first_byte_timeout_s if job.stream else timeouts.decode_answer_timeout_s,
+                timeouts.decode_idle_timeout_s,
+            )
             self._leg, self._answer = leg, answer
+            if self._client.stalled:
+                leg.pause()
             try:
-                await leg.ask(
-                    attempts.next_name("decode"),
-                    body,
-                    answer,
-                    timeouts.decode_first_byte_timeout_s if job.stream else timeouts.decode_answer_timeout_s,
-                    timeouts.decode_idle_timeout_s,
-                    paused=self._client.stalled,
-                )
+                await leg.answered()
             finally:
                 self._leg = self._answer = None
             if answer.broken is not None:

@@ -162,21 +162,10 @@ class Leg:
         except ConnectError as error:
             raise LegRefused(self.worker, error) from None
 
-    async def ask(
-        self,
-        name: str,
-        body: bytes,
-        answer: Answer,
-        limit_s: float,
-        idle_limit_s: float = math.inf,
-        *,
-        paused: bool = False,
-    ) -> dict[str, Any]:
-        """Send the request and wait until all of `answer` is there: the fields of a whole completion, none of a stream.
+    def send(self, name: str, body: bytes, answer: Answer, limit_s: float, idle_limit_s: float = math.inf) -> None:
+        """Send the request. Nothing keeps `body`: a thousand streams would hold it to their ends.
 
         limit_s: longest wait for the answer, or for a stream's beginning. idle_limit_s: longest silence after that.
-        paused: whether the answer is not to be read yet. Raises LegFailure, or RelayedError for an error of the
-        client's.
         """
         job, connection = self._job, self._connection
         assert connection is not None
@@ -186,8 +175,15 @@ class Leg:
         headers = b"%bx-request-id: %b\r\n" % (job.leg_headers, name.encode())
         request = self._shared.pools[self.worker].request(b"POST", job.path, headers, body, job.authorization)
         connection.start(answer, request, limit_s, idle_limit_s)
-        if paused:
-            connection.pause(answer)
+
+    async def answered(self) -> dict[str, Any]:
+        """Wait until all of the answer is there: the fields of a whole completion, none of a stream.
+
+        Raises LegFailure, or RelayedError for an error of the client's.
+        """
+        connection, answer = self._connection, self._answer
+        assert connection is not None
+        assert answer is not None
         try:
             await connection.finish(answer)
             if answer.begun:
@@ -196,7 +192,7 @@ class Leg:
             if answer.status in WORKERS_ERRORS:
                 raise WorkerStatusError(f"status {answer.status}")
             if answer.status == 200:
-                return check_completion(answer, self._shared.protocol, name, self._names())
+                return check_completion(answer, self._shared.protocol, self.name, self._names())
         except ExchangeError as error:
             self._shared.metrics.timeouts[self._deadline()] += error.timed_out
             raise self.failed(error, answer if isinstance(error, WorkerStatusError) else None) from None
