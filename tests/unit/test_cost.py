@@ -33,7 +33,7 @@ def test_step_cost_adds_up_by_hand():
 def test_scopes_that_there_are_not():
     with pytest.raises(CostError, match="no cost scope 'layer'"):
         MODEL.step_cost(3, "layer")
-    with pytest.raises(CostError, match="the MoE layers alone"):
+    with pytest.raises(CostError, match="covers only the MoE layers"):
         CostModel("m", "d", "s", MODEL.moe_layer).step_cost(3, "step")
 
 
@@ -46,7 +46,7 @@ def test_round_trip(tmp_path, model):
 
 def test_find_cost_knows_its_presets():
     assert find_cost("qwen3-30b-a3b-rtxpro6000").moe_layer.per_expert_us == 6.263
-    with pytest.raises(CostError, match="no file and no preset; presets: qwen3"):
+    with pytest.raises(CostError, match="neither a file nor a preset; the presets are qwen3"):
         find_cost("qwen4")
 
 
@@ -58,7 +58,7 @@ def good():
 
 
 BAD = {
-    "another format": ({"format": "x"}, "no eldr-cost-v1 file"),
+    "another format": ({"format": "x"}, "not an eldr-cost-v1 file"),
     "no layer": ({"moe_layer": None}, "moe_layer is missing"),
     "negative": ({"moe_layer": {"base_us": -1, "per_expert_us": 1, "per_token_us": 1}}, "base_us is -1"),
     "not a number": ({"moe_layer": {"base_us": "1", "per_expert_us": 1, "per_token_us": 1}}, "base_us is '1'"),
