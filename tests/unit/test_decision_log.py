@@ -196,7 +196,7 @@ def test_decisions_behind_a_gap_are_not_repeated(trace):
     assert repetition.decisions == 200 + sum('"choose"' in line for line in lines[:100])
 
 
-@pytest.mark.parametrize(("lines", "message"), [([], "no header"), (['{"event":"left"}'], "line 1: begins without")])
+@pytest.mark.parametrize(("lines", "message"), [([], "has no header"), (['{"event":"left"}'], "no header before")])
 def test_a_log_without_its_beginning_is_refused(lines, message):
     with pytest.raises(ReplayError, match=message):
         repeat(lines, make_policy("jsq"))
@@ -254,7 +254,7 @@ def test_the_command_repeats_the_parts_of_a_log(log, capsys):
     assert "200 decisions repeated with locality-band, 0 differ" in " ".join(capsys.readouterr().out.split())
     assert [line.number for line in read_lines(log)][58:62] == [59, 60, 1, 2]
     assert main(["decisions", *map(str, log[1:])]) == 2
-    assert "log.1, line 1: begins without a header" in capsys.readouterr().err
+    assert "log.1, line 1: there is no header before this line" in capsys.readouterr().err
 
 
 def test_the_command_lets_another_policy_choose(log, capsys):

@@ -80,7 +80,7 @@ def evaluate(plan: Plan, progress: Callable[[int, int, str], None]) -> Results:
     """
     for name in plan.only:
         if name not in EXPERIMENTS:
-            raise EvaluationError(f"there is no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+            raise EvaluationError(f"there is no experiment {name!r}; choose from {', '.join(EXPERIMENTS)}")
     benches = {trace: plan.bench(trace) for trace in plan.traces}
     work = list(_work(plan, benches))
     missing = [item for item in work if not item.kept.exists()]
