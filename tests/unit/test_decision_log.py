@@ -296,8 +296,8 @@ def test_the_command_checks_the_calibration(log, calibration, tmp_path, capsys):
     moved = tmp_path / "moved.npz"
     (tmp_path / "c.npz").rename(moved)
     assert main(["decisions", *map(str, log)]) == 2
-    assert "say where it is now with --calibration" in capsys.readouterr().err
+    assert "give its new path with --calibration" in capsys.readouterr().err
     assert main(["decisions", *map(str, log), "--calibration", str(moved)]) == 0
     fit_calibration(make_trace(requests=60, layers=3, experts=16, kinds=3, seed=3), 3).save(moved)
     assert main(["decisions", *map(str, log), "--calibration", str(moved)]) == 2
-    assert "its digest differs" in capsys.readouterr().err
+    assert "the digests differ" in capsys.readouterr().err
