@@ -166,7 +166,11 @@ def find_cost(name_or_path: str) -> CostModel:
     """Return the preset with this name, or load the cost file at this path. Raises CostError if it is neither."""
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
-    if not Path(name_or_path).exists():
+    try:
+        found = Path(name_or_path).exists()
+    except OSError:  # such as a name that is too long
+        found = False
+    if not found:
         raise CostError(f"cost {name_or_path!r} is neither a file nor a preset; the presets are {', '.join(PRESETS)}")
     return load_cost(name_or_path)
 

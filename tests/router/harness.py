@@ -118,7 +118,7 @@ async def running(
     """
     prefills = [await FakeWorker("prefill", ssl_context=worker_tls).start() for _ in range(prefill)]
     decodes = [await FakeWorker("decode", ssl_context=worker_tls).start() for _ in range(decode)]
-    config = RouterConfig(
+    config = RouterConfig.of(
         prefill=tuple(worker.url for worker in prefills),
         decode=tuple(worker.url for worker in decodes),
         port=0,

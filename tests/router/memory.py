@@ -6,8 +6,9 @@ import asyncio
 import itertools
 import re
 
-from eldr.router.http.client import WorkerConnection, WorkerPool
-from eldr.router.http.limits import ClientLimits
+from eldr.router.config.groups import ClientLimits
+from eldr.router.http.client import WorkerConnection
+from eldr.router.http.pool import WorkerPool
 from eldr.router.http.server import ClientConnection
 
 LIMITS = ClientLimits(
@@ -34,9 +35,9 @@ class Recorder:
     def permit(self, path, headers):
         return ""
 
-    def handle(self, request, connection):
+    def handle(self, request, exchange):
         self.requests.append((request.method, request.path, request.headers, request.body))
-        connection.respond(200, b"%d" % len(self.requests))
+        exchange.respond(200, b"%d" % len(self.requests))
 
     def refused(self, error):
         self.errors.append(error.status)

@@ -22,7 +22,6 @@ from eldr.counts import ExpertCounts, encode_counts
 from eldr.policies import POLICY_NAMES
 from eldr.router.config.endpoint import Endpoint
 from eldr.router.config.settings import ConfigError
-from eldr.router.observe.counters import Metrics
 from eldr.router.observe.decision_log import DecisionLog
 
 
@@ -128,7 +127,7 @@ async def test_a_full_disk_costs_no_request(tmp_path, caplog):
 
 def test_a_file_that_cannot_be_opened_is_refused_at_the_start(tmp_path):
     with pytest.raises(ConfigError, match=r"decision_log .*absent/log cannot be written: No such file"):
-        DecisionLog(tmp_path / "absent" / "log", Metrics())
+        DecisionLog(tmp_path / "absent" / "log")
 
 
 # The file.
@@ -150,11 +149,10 @@ def test_what_does_not_fit_is_dropped_and_marked(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    metrics = Metrics()
-    log = DecisionLog(path, metrics, buffer_bytes=20_000)
+    log = DecisionLog(path, buffer_bytes=20_000)
     for number in range(2000):
         log.write(numbered(number))
-    assert metrics.decision_log_dropped > 500
+    assert log.dropped > 500
     read = bytearray()
 
     def drain():
@@ -162,7 +160,7 @@ def test_what_does_not_fit_is_dropped_and_marked(tmp_path):
             while data := os.read(reader, 2**16):
                 read.extend(data)
 
-    wait_for(lambda: drain() or read.count(b"\n") >= 2000 - metrics.decision_log_dropped)
+    wait_for(lambda: drain() or read.count(b"\n") >= 2000 - log.dropped)
     for number in range(2000, 2010):
         log.write(numbered(number))
     log.close()
@@ -177,13 +175,13 @@ def test_what_does_not_fit_is_dropped_and_marked(tmp_path):
             assert line["number"] == expected
             expected += 1
     assert expected == 2010
-    assert lost == metrics.decision_log_dropped
-    assert metrics.decision_log_lines + lost >= 2010
+    assert lost == log.dropped
+    assert log.written + lost >= 2010
 
 
 def test_a_renamed_file_stays_whole_and_a_new_one_begins(tmp_path):
     path = tmp_path / "log"
-    log = DecisionLog(path, Metrics())
+    log = DecisionLog(path)
     for number in range(100):
         log.write(numbered(number))
     path.rename(tmp_path / "log.1")
@@ -200,7 +198,7 @@ def test_a_renamed_file_stays_whole_and_a_new_one_begins(tmp_path):
 def test_a_file_that_cannot_be_reopened_is_kept(tmp_path, caplog):
     folder = tmp_path / "folder"
     folder.mkdir()
-    log = DecisionLog(folder / "log", Metrics())
+    log = DecisionLog(folder / "log")
     folder.rename(tmp_path / "gone")
     log.reopen()
     wait_for(lambda: "the old file is kept" in caplog.text)
@@ -212,7 +210,7 @@ def test_a_file_that_cannot_be_reopened_is_kept(tmp_path, caplog):
 def test_a_line_cut_off_by_a_crash_is_ended(tmp_path):
     path = tmp_path / "log"
     path.write_text('{"event":"log"}\n{"event":"sta')
-    log = DecisionLog(path, Metrics())
+    log = DecisionLog(path)
     log.write(numbered(0))
     log.close()
     log.close()

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import feed, split
 
-from eldr.router.http.server import MAX_HEAD_BYTES, MAX_PIPELINED, WRITE_HIGH_BYTES
+from eldr.router.http.message import MAX_HEAD_BYTES
+from eldr.router.http.server import MAX_PIPELINED, WRITE_HIGH_BYTES, State
 
 BODY = json.dumps(ASK).encode()
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -245,7 +246,7 @@ async def test_pipelined_requests_of_a_client_that_does_not_read_wait():
         waiting = next(connection for connection in s.router.connections if connection.stalled)
         raw, most = b"", 0
         while piece := await loop.sock_recv(sock, 65536):
-            most = max(most, waiting._transport.get_write_buffer_size())
+            most = max(most, waiting.unsent_bytes)
             raw += piece
         await sending
         sock.close()
@@ -278,8 +279,8 @@ async def test_a_flood_of_pipelined_requests_is_not_read_ahead():
         writer.write(post())
         await until(lambda: s.decode[0].running == 1, "it runs")
         writer.write(GET * 50_000)
-        (connection,) = (c for c in s.router.connections if c._active is not None)
-        await until(lambda: connection._refusal is not None, "it was enough")
+        (connection,) = (c for c in s.router.connections if c.state is State.ANSWERING)
+        await until(lambda: connection.waiting == MAX_PIPELINED + 1, "it was enough")
         release.set()
         statuses = re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z]", await reader.read())
         assert statuses == [b"200"] * (1 + MAX_PIPELINED) + [b"400"]

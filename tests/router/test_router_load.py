@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from eldr.errors import EldrError
 from eldr.router.app import Router
+from eldr.router.config.groups import QueueLimits
 from eldr.router.config.settings import RouterConfig
 from eldr.router.fleet.load_watch import Capacity, EngineLoad, parse_active_experts, parse_load
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.errors import ApiError
-from eldr.router.placement.admission import PRIORITIES, Admission, Claim, Limits, NoWorkerError
+from eldr.router.placement.admission import PRIORITIES, Admission, Claim, NoWorkerError
 from eldr.router.placement.fair_queue import MAX_COST, FairQueue, QueueFullError
 
 # The queue.
@@ -127,7 +128,7 @@ async def settle():
 
 @on_uvloop
 async def test_higher_priorities_go_first_and_each_has_its_own_bound():
-    admission = Admission(fleet_of(1), Limits(100, 2, 60.0, 0.0))
+    admission = Admission(fleet_of(1), QueueLimits(100, 2, 60.0, 0.0))
     await admission.enter(Claim(b"", 1, 1))
     order, tasks = [], []
 
@@ -152,7 +153,7 @@ async def test_higher_priorities_go_first_and_each_has_its_own_bound():
 
 @on_uvloop
 async def test_who_waits_too_long_is_told_so_and_holds_no_place():
-    admission = Admission(fleet_of(1), Limits(100, 10, 0.05, 0.0))
+    admission = Admission(fleet_of(1), QueueLimits(100, 10, 0.05, 0.0))
     await admission.enter(Claim(b"", 1, 1))
     with pytest.raises(ApiError) as caught:
         await admission.enter(Claim(b"", 1, 1))
@@ -164,7 +165,7 @@ async def test_who_waits_too_long_is_told_so_and_holds_no_place():
 
 @on_uvloop
 async def test_the_newest_of_the_longest_gives_way():
-    admission = Admission(fleet_of(1), Limits(100, 3, 60.0, 0.0))
+    admission = Admission(fleet_of(1), QueueLimits(100, 3, 60.0, 0.0))
     await admission.enter(Claim(b"", 1, 1))
     flood = [asyncio.create_task(admission.enter(Claim(b"flood", 1, 1))) for _ in range(3)]
     await settle()
@@ -180,11 +181,11 @@ async def test_the_newest_of_the_longest_gives_way():
 
 @on_uvloop
 async def test_no_more_streams_than_allowed_however_large_the_fleet():
-    admission = Admission(fleet_of(1000), Limits(3, 10, 60.0, 0.0))
+    admission = Admission(fleet_of(1000), QueueLimits(3, 10, 60.0, 0.0))
     tasks = [asyncio.create_task(admission.enter(Claim(b"", 1, 1))) for _ in range(5)]
     await settle()
     assert (admission.admitted, admission.queued) == (3, 2)
-    admission.set_limits(Limits(5, 10, 60.0, 0.0))
+    admission.set_limits(QueueLimits(5, 10, 60.0, 0.0))
     await asyncio.gather(*tasks)
 
 
@@ -207,7 +208,7 @@ def test_whatever_happens_every_request_ends_once_and_none_is_counted_twice(step
         fleet = Fleet()
         worker = fleet.add("http://d:1", "decode", 2)
         fleet.set_healthy(worker, True)
-        admission = Admission(fleet, Limits(100, 3, 60.0, worker_wait_s))
+        admission = Admission(fleet, QueueLimits(100, 3, 60.0, worker_wait_s))
         tasks, inside = [], 0
         for what, client, number in steps:
             if what == "enter":
@@ -426,7 +427,7 @@ async def test_ranks_of_one_server_are_workers_of_their_own():
     prefill, decode = await FakeWorker("prefill").start(), await FakeWorker("decode").start()
     decode.metrics = said(engine=0) + said(engine=1)
     policy = Scripted()
-    router = Router(RouterConfig(prefill=(prefill.url,), decode=(decode.url + "#dp=2",), port=0), policy)
+    router = Router(RouterConfig.of(prefill=(prefill.url,), decode=(decode.url + "#dp=2",), port=0), policy)
     await router.start()
     try:
         assert policy.heard == [("joined", f"{decode.url}#rank=0"), ("joined", f"{decode.url}#rank=1")]
@@ -458,7 +459,7 @@ async def test_a_url_that_does_not_name_one_engine_is_refused_at_start(engines, 
     decode.metrics = "".join(said(engine=engine) for engine in range(engines))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    router = Router(RouterConfig(prefill=(prefill.url,), decode=(decode.url + suffix,), port=port), Scripted())
+    router = Router(RouterConfig.of(prefill=(prefill.url,), decode=(decode.url + suffix,), port=port), Scripted())
     try:
         with pytest.raises(EldrError, match=said_of_it):
             await router.start()

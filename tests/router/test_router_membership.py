@@ -122,7 +122,7 @@ async def test_a_worker_that_is_not_there_yet_joins_when_it_comes(admin):
 
 @on_uvloop
 async def test_a_router_may_start_empty_and_be_filled(admin):
-    config = RouterConfig(port=0, health_interval_s=0.1, **admin)
+    config = RouterConfig.of(port=0, health_interval_s=0.1, **admin)
     router = Router(config, Scripted())
     workers = [await FakeWorker(role).start() for role in ("prefill", "decode")]
     await router.start()
@@ -297,13 +297,13 @@ async def test_the_public_address_has_no_admin_api(admin):
 
 def test_there_is_no_admin_api_without_a_key():
     with pytest.raises(ConfigError, match="admin_key_file"):
-        RouterConfig(prefill=("http://p:1",), decode=("http://d:1",), admin_listen="127.0.0.1:0")
+        RouterConfig.of(prefill=("http://p:1",), decode=("http://d:1",), admin_listen="127.0.0.1:0")
 
 
 @pytest.mark.parametrize("listen", ["8001", ":8001", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:70000", "::1:8001"])
 def test_a_bad_admin_address_is_refused(tmp_path, listen):
     with pytest.raises(ConfigError, match="admin_listen"):
-        RouterConfig(admin_listen=listen, admin_key_file=tmp_path / "key")
+        RouterConfig.of(admin_listen=listen, admin_key_file=tmp_path / "key")
 
 
 @pytest.mark.parametrize(
@@ -385,8 +385,8 @@ def test_what_is_no_url_of_a_worker(text):
 def test_ranks_of_one_url():
     assert worker_urls("http://d:1#dp=2") == ("http://d:1#rank=0", "http://d:1#rank=1")
     assert [rank_of(url) for url in (*worker_urls("http://d:1#dp=2"), "http://d:1")] == [0, 1, None]
-    config = RouterConfig(prefill=["http://p:1"], decode=["http://d:1#dp=3"])
-    assert config.decode == tuple(f"http://d:1#rank={rank}" for rank in range(3))
+    config = RouterConfig.of(prefill=["http://p:1"], decode=["http://d:1#dp=3"])
+    assert config.workers.decode == tuple(f"http://d:1#rank={rank}" for rank in range(3))
     with pytest.raises(UrlError):
         worker_url("http://d:1#dp=2")
 
@@ -496,7 +496,7 @@ async def test_workers_follow_a_name(monkeypatch):
     prefill = await FakeWorker("prefill").start()
     names = Names(["127.0.0.1"])
     monkeypatch.setattr("eldr.router.app.DnsSource", partial(DnsSource, resolve=names))
-    config = RouterConfig(
+    config = RouterConfig.of(
         prefill=(prefill.url,), decode=(f"dns+http://d.local:{port}",), port=0, dns_interval_s=0.05,
         health_interval_s=0.1,
     )  # fmt: skip
@@ -522,4 +522,4 @@ async def test_workers_follow_a_name(monkeypatch):
 @pytest.mark.parametrize("url", ["dns+https://d:1", "dns+http://d:1#dp=2", "dns+d:1", "dns+http://d:1/x"])
 def test_names_that_cannot_be_followed_are_refused(url):
     with pytest.raises(ConfigError, match="decode"):
-        RouterConfig(prefill=("http://p:1",), decode=(url,))
+        RouterConfig.of(prefill=("http://p:1",), decode=(url,))

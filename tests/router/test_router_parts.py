@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, MoeLayerCost
 from eldr.errors import EldrError
+from eldr.router.config.groups import QueueLimits
 from eldr.router.config.settings import ConfigError, RouterConfig, read_key
 from eldr.router.fleet.workers import Fleet, FleetError, Worker
 from eldr.router.http.limits import ConnectionWatch
 from eldr.router.observe.counters import Metrics
-from eldr.router.placement.admission import Admission, Claim, Limits, NoWorkerError
+from eldr.router.placement.admission import Admission, Claim, NoWorkerError
 from eldr.router.placement.prefill import LOAD_FACTOR, PrefillRing
 from eldr.router.protocols.handoff import UNKNOWN_LEASE_S, Lease
 from eldr.router.protocols.openai import CHAT, COMPLETIONS, prompt_start
@@ -91,12 +92,12 @@ def test_options_of_policies_from_a_file_and_flags(tmp_path):
         'cost_scope = "moe"\ntail_guard = inf\nanchor = 0\nothers_weight = 2\n'
         f'[worker_costs]\n"http://d1:8200/" = "{tmp_path / "d1.json"}"\n'
     )
-    options = RouterConfig.load(file, {"anchor": 0.2}).policy_options()
+    options = RouterConfig.load(file, {"anchor": 0.2}).placement.options
     assert (options.cost_scope, options.tail_guard, options.anchor, options.others_weight) == ("moe", math.inf, 0.2, 2)
     assert options.cost == PRESETS[DEFAULT_PRESET]
     assert options.worker_costs == {"http://d1:8200": cost}
-    of_flags = RouterConfig(**THREE, cost_scope="moe", worker_costs=[("http://d0:8200", str(tmp_path / "d1.json"))])
-    assert of_flags.policy_options().worker_costs == {"http://d0:8200": cost}
+    of_flags = RouterConfig.of(**THREE, cost_scope="moe", worker_costs=[("http://d0:8200", str(tmp_path / "d1.json"))])
+    assert of_flags.placement.options.worker_costs == {"http://d0:8200": cost}
 
 
 @pytest.mark.parametrize(
@@ -111,16 +112,19 @@ def test_options_of_policies_from_a_file_and_flags(tmp_path):
         ({"refit_window_s": 0}, "refit_window_s is 0"),
         ({"cost": 3}, "cost is 3, expected text"),
         ({"cost": "h200"}, "cost 'h200' is neither a file nor a preset; the presets are qwen3"),
-        ({"cost_scope": "layer"}, "there is no cost scope 'layer'; choose from step, moe"),
+        ({"cost_scope": "layer"}, "cost_scope is 'layer', expected one of step, moe"),
         ({"worker_costs": "x"}, "worker_costs is 'x', expected a table"),
-        ({"worker_costs": {"http://d7:8200": "x"}}, "worker_costs names http://d7:8200, which is no decode worker"),
+        (
+            {"worker_costs": {"http://d7:8200": DEFAULT_PRESET}},
+            "worker_costs names http://d7:8200, which is no decode worker",
+        ),
         ({"worker_costs": {"http://d0:8200": 1}}, "worker_costs of http://d0:8200 is 1, expected text"),
         ({"worker_costs": {"d0": "x"}}, "'d0' is not a worker's URL"),
     ],
 )
 def test_options_of_policies_that_cannot_be_used(changed, message):
     with pytest.raises(EldrError, match=message):
-        RouterConfig(**THREE, **changed).policy_options()
+        RouterConfig.of(**THREE, **changed)
 
 
 def test_configuration_from_a_file_and_flags(tmp_path):
@@ -130,10 +134,11 @@ def test_configuration_from_a_file_and_flags(tmp_path):
         'policy = "rr"\ntau = 1\ncalibration = "zones.npz"\nmax_inflight = 7\n'
     )
     config = RouterConfig.load(file, {"policy": "p2c", "port": 1})
-    assert config.prefill == ("http://p0:8100",)
-    assert config.decode == ("https://d0:8200", "http://[::1]:8201")
-    assert (config.policy, config.port, config.max_inflight, config.tau) == ("p2c", 1, 7, 1)
-    assert config.calibration.name == "zones.npz"
+    assert config.workers.prefill == ("http://p0:8100",)
+    assert config.workers.decode == ("https://d0:8200", "http://[::1]:8201")
+    assert (config.placement.policy, config.listen.port, config.workers.max_inflight) == ("p2c", 1, 7)
+    assert config.placement.options.tau == 1
+    assert config.placement.calibration.name == "zones.npz"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_configuration_from_a_file_and_flags(tmp_path):
 )
 def test_a_bad_setting_is_refused_by_name(change, key):
     with pytest.raises(ConfigError, match=key):
-        RouterConfig(**{**TWO, **change})
+        RouterConfig.of(**{**TWO, **change})
 
 
 def test_bad_files(tmp_path):
@@ -391,7 +396,7 @@ def test_admission_under_random_load_and_cancellation():
         fleet = Fleet()
         worker = fleet.add("http://d:1", "decode", 5)
         fleet.set_healthy(worker, True)
-        admission = Admission(fleet, Limits(2**31, 2**31, 60.0, 0.0))
+        admission = Admission(fleet, QueueLimits(2**31, 2**31, 60.0, 0.0))
         rng = random.Random(0)
         inside, most = 0, 0
         entered = []
@@ -426,7 +431,7 @@ def test_admission_under_random_load_and_cancellation():
 def test_nobody_is_admitted_to_an_empty_fleet():
     async def run():
         with pytest.raises(NoWorkerError):
-            await Admission(Fleet(), Limits(1, 1, 1.0, 60.0)).enter(Claim(b"", 1, 1))
+            await Admission(Fleet(), QueueLimits(1, 1, 1.0, 60.0)).enter(Claim(b"", 1, 1))
 
     asyncio.run(run())
 

@@ -108,7 +108,7 @@ async def test_reload_takes_over_keys_and_what_can_change(tmp_path, caplog):
         router.reload()
         await until(lambda: router.services.fleet.decode_slots == 3, "the limit is taken over")
         assert router.admin_key.is_in({b"authorization": b"Bearer new"})
-        assert router.services.config.grace_s == 1
+        assert router.services.config.timeouts.grace_s == 1
         said = [record.getMessage() for record in caplog.records]
         assert any("policy" in text and "new process" in text for text in said)
         key.write_text("two words")

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 from harness import interpreted
 
-from eldr.router.http.client import Answer, ExchangeError, WorkerConnection, WorkerPool
+from eldr.router.http.client import Answer, ExchangeError, WorkerConnection
+from eldr.router.http.pool import WorkerPool
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: worker\r\n\r\n"
 PATIENCE_S = 30.0

@@ -20,7 +20,7 @@ from test_router_http import exchange, post, status_of
 
 from eldr.router.api.keys import ApiKeys
 from eldr.router.config.settings import ConfigError, RouterConfig
-from eldr.router.http.server import ClientConnection
+from eldr.router.http.server import ClientConnection, State
 from eldr.router.http.tls import ServerTls
 from eldr.router.observe import logs
 
@@ -174,7 +174,7 @@ def test_certificate_and_key_must_belong_together(tmp_path):
     with pytest.raises(ConfigError, match="tls_key"):
         served.reload()
     with pytest.raises(ConfigError, match="go together"):
-        RouterConfig(prefill=("http://p",), decode=("http://d",), tls_cert=cert)
+        RouterConfig.of(prefill=("http://p",), decode=("http://d",), tls_cert=cert)
 
 
 # What a client can make the router send.
@@ -264,8 +264,8 @@ async def test_a_workers_headers_are_its_own_business():
 class Connected:
     """A connection in memory whose clock can be set forward."""
 
-    def __init__(self) -> None:
-        self.handler, self.transport = Recorder(), MemoryTransport()
+    def __init__(self, transport: MemoryTransport | None = None) -> None:
+        self.handler, self.transport = Recorder(), transport or MemoryTransport()
         self.connection = ClientConnection(self.handler, LIMITS)
         self.connection.connection_made(self.transport)
         self.start_s = time.monotonic()
@@ -325,7 +325,7 @@ async def test_a_large_body_may_take_its_time():
 
 async def test_who_does_not_read_is_cut_off():
     c = Connected()
-    c.handler.handle = lambda request, connection: None
+    c.handler.handle = lambda request, exchange: None
     c.send(GET)
     c.connection.pause_writing()
     c.after(LIMITS.stall_timeout_s - 1)
@@ -333,7 +333,7 @@ async def test_who_does_not_read_is_cut_off():
     c.after(LIMITS.stall_timeout_s + 1)
     assert c.transport.closed
     c = Connected()
-    c.handler.handle = lambda request, connection: None
+    c.handler.handle = lambda request, exchange: None
     c.send(GET)
     c.connection.pause_writing()
     c.connection.resume_writing()
@@ -348,12 +348,17 @@ async def test_last_bytes_that_nobody_takes_hold_no_connection():
         def abort(self):
             self.aborted = True
 
-    for leave in (ClientConnection.close, ClientConnection.break_stream):
-        c = Connected()
-        c.transport = c.connection._transport = Unsent()
-        c.handler.handle = lambda request, connection: None
+    def break_off(request, exchange):
+        exchange.begin_stream(b"text/event-stream")
+        exchange.break_stream()
+
+    for handle in (lambda request, exchange: None, break_off):
+        c = Connected(Unsent())
+        c.handler.handle = handle
         c.send(GET)
-        leave(c.connection)
+        if handle is not break_off:
+            c.connection.close()
+        assert c.connection.state is State.CLOSED
         c.after(LIMITS.stall_timeout_s - 1)
         assert not c.transport.aborted
         c.after(LIMITS.stall_timeout_s + 1)
@@ -362,7 +367,7 @@ async def test_last_bytes_that_nobody_takes_hold_no_connection():
 
 async def test_while_a_request_is_answered_no_limit_of_receiving_runs():
     c = Connected()
-    c.handler.handle = lambda request, connection: None
+    c.handler.handle = lambda request, exchange: None
     c.send(GET + GET[:5])
     assert c.after(1000) == b""
     assert not c.transport.closed

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eldr.cli.policy_flags import add_option_flags, given_options
+from eldr.policies.options import PolicyOptions
+from eldr.settings import add_flags, given
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--policy", metavar="NAME", help="try this policy on the same traffic (the policy in the log)")
     flag("--seed", type=int, metavar="N", help="seed of the policy's random choices (the seed in the log)")
     flag("--json", action="store_true", help="print JSON")
-    add_option_flags(parser)
+    add_flags(parser, PolicyOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _is_other(arguments: argparse.Namespace) -> bool:
     """Whether the flags ask for a different policy than the log's."""
-    return bool(given_options(arguments)) or arguments.policy is not None or arguments.seed is not None
+    return bool(given(arguments, PolicyOptions)) or arguments.policy is not None or arguments.seed is not None
 
 
 def _maker(arguments: argparse.Namespace) -> Callable[[LogHeader], Policy]:
@@ -80,7 +81,7 @@ def _maker(arguments: argparse.Namespace) -> Callable[[LogHeader], Policy]:
     def make(header: LogHeader) -> Policy:
         return make_policy(
             arguments.policy or header.policy,
-            header.options.changed(given_options(arguments)),
+            header.options.changed(given(arguments, PolicyOptions)),
             calibration=_calibration(arguments, header),
             seed=header.seed if arguments.seed is None else arguments.seed,
         )

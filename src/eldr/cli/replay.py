@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eldr.cli.policy_flags import add_option_flags, given_options
+from eldr.policies.options import PolicyOptions
+from eldr.settings import add_flags, given
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--max-num-seqs", type=_whole, default=256, metavar="N", help="requests that a worker runs at once (256)")
     flag("--kv-tokens", type=_whole, metavar="N", help="tokens that a worker's KV cache holds (no limit)")
     flag("--json", metavar="FILE|-", help="write the results as JSON to a file, or to standard output (-)")
-    add_option_flags(parser)
+    add_flags(parser, PolicyOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -96,7 +97,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _laboratory(arguments: argparse.Namespace) -> Laboratory:
     from eldr.calibration import load_calibration
-    from eldr.policies import PolicyOptions
     from eldr.replay.arrivals import read_arrivals
     from eldr.replay.engine import WorkerLimits
     from eldr.replay.errors import ReplayError
@@ -128,7 +128,7 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
         fleet_changes=arguments.fleet_change,
         limits=WorkerLimits(arguments.max_num_seqs, arguments.kv_tokens),
         recorded_arrivals_s=recorded,
-        options=PolicyOptions.from_settings(given_options(arguments)),
+        options=PolicyOptions.from_settings(given(arguments, PolicyOptions)),
     )
     calibration = None if arguments.calibration is None else load_calibration(arguments.calibration)
     return Laboratory(trace, settings, calibration)

@@ -3,72 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, cost_from_wire, find_cost
+from eldr.cost import DEFAULT_PRESET, PRESETS, SCOPES, CostError, CostModel, cost_from_wire, find_cost
 from eldr.errors import EldrError
 from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
+from eldr.settings import SettingError, build, check, parsed, setting, text
 
-REFIT_WINDOW_S = 5.0
-REFIT_LEAST_INTERVAL_S = 0.1
+BAND, UNION = "Locality-band", "Expected-union"
 
 
 class PolicyError(EldrError):
     """A policy that does not exist or cannot be made from what was given."""
 
 
+def cost_table(key: str, value: Any) -> dict[str, str]:
+    """Worker -> preset or file. In a file it is a table, flags give a list of pairs. Raises SettingError."""
+    of_flags = isinstance(value, list) and all(isinstance(pair, tuple) for pair in value)
+    if not of_flags and not isinstance(value, Mapping):
+        raise SettingError(f"{key} is {value!r}, expected a table: worker = cost file or preset")
+    return {worker: text(f"{key} of {worker}", cost) for worker, cost in dict(value).items()}
+
+
+def _cost(key: str, value: Any) -> CostModel:
+    return find_cost(text(key, value))
+
+
+def _costs(key: str, value: Any) -> dict[str, CostModel]:
+    costs = {}
+    for worker, cost in cost_table(key, value).items():
+        try:
+            costs[worker] = find_cost(cost)
+        except CostError as error:
+            raise CostError(f"{key} of {worker}: {error}") from None
+    return costs
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyOptions:
-    """Options of all policies; each takes those that it has. Raises PolicyError or CostError for what cannot be used.
+    """Options of all policies; each takes those that it has.
 
-    Of locality-band:
-    tau: width of the band in cosine similarity. two_nearest: whether a band of one takes the second-nearest worker in.
-
-    refit_interval_s: time between two refits of the zones to recent requests, infinity for none. refit_window_s: how
-        long ago recent is.
-
-    Of expected-union:
-    cost: step-time model of every decode worker; worker_costs: of single ones, worker -> model. cost_scope: "step" for
-        whole decode steps, "moe" for the MoE layers alone, which is all that a measured file may have.
-    others_weight: weight of what a placement adds to the requests already there.
-    anchor: weight of the self-anchor, 0 for none.
-    tail_guard: margin of the tail guard, in units of what locality saves; infinity for no guard.
-    step_tokens: independent tokens that a step takes a request further, more than 1 with speculative decoding.
-    expert_parallel: ranks that the experts of a decode worker are divided over.
+    Raises PolicyError or CostError for what cannot be used.
     """
 
-    tau: float = 0.1
-    two_nearest: bool = True
-    refit_interval_s: float = float("inf")
-    refit_window_s: float = REFIT_WINDOW_S
-    cost: CostModel = PRESETS[DEFAULT_PRESET]
-    cost_scope: str = "step"
-    worker_costs: Mapping[str, CostModel] = field(default_factory=dict)
-    others_weight: float = 1.0
-    anchor: float = ANCHOR
-    tail_guard: float = TAIL_GUARD
-    step_tokens: float = 1.0
-    expert_parallel: int = 1
+    tau: float = setting(0.1, "width of the band, in cosine similarity", flag=True, section=BAND)
+    two_nearest: bool = setting(True, "take the second-nearest worker into a band of one", flag=True, section=BAND)
+    refit_interval_s: float = setting(
+        float("inf"), "refit the zones to recent requests this often; inf for never",
+        least=0.1, infinite=True, flag=True, section=BAND, page="policies.md#background-refit",
+    )  # fmt: skip
+    refit_window_s: float = setting(
+        5.0, "age of the oldest request that a refit uses", least=0.01, flag=True, section=BAND
+    )
+    cost: CostModel = setting(
+        PRESETS[DEFAULT_PRESET], "step-time model of the decode workers: a file of `eldr calibrate-cost` or a preset",
+        parse=_cost, flag=True, metavar="FILE|PRESET", shown=DEFAULT_PRESET, section=UNION,
+        page="replay.md#cost-models",
+    )  # fmt: skip
+    worker_costs: Mapping[str, CostModel] = setting(
+        {}, "step-time model of one decode worker whose hardware differs",
+        parse=_costs, flag="--worker-cost", metavar="WORKER=COST", section=UNION,
+    )  # fmt: skip
+    cost_scope: str = setting(
+        "step",
+        "what the step time covers: whole decode steps, or their MoE layers alone, which is all that a measured "
+        "file has",
+        choices=SCOPES, flag=True, section=UNION,
+    )  # fmt: skip
+    others_weight: float = setting(
+        1.0, "weight of what a placement adds to the requests there: 0.5 favours the tail, 2 the median",
+        flag=True, section=UNION, page="policies.md#knobs",
+    )  # fmt: skip
+    anchor: float = setting(
+        ANCHOR, "weight of sending a request where similar ones went lately; 0 for none", flag=True, section=UNION
+    )
+    tail_guard: float = setting(
+        TAIL_GUARD, "how much longer than the mean a step may become, in units of what locality saves; smaller favours "
+        "the tail of TPOT, larger its median, inf is no guard", infinite=True, flag=True, section=UNION,
+    )  # fmt: skip
+    step_tokens: float = setting(
+        1.0, "independent tokens that a step takes a request further, above 1 with speculative decoding",
+        least=1, flag=True, section=UNION,
+    )  # fmt: skip
+    expert_parallel: int = setting(
+        1, "ranks that the experts of a decode worker are divided over",
+        least=1, most=1024, flag=True, metavar="R", section=UNION,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("tau", "others_weight", "anchor"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise PolicyError(f"{name} is {value}, expected a number from 0")
-        if not self.tail_guard >= 0:
-            raise PolicyError(f"tail_guard is {self.tail_guard}, expected a number from 0, or inf for none")
-        if not 1 <= self.step_tokens < float("inf"):
-            raise PolicyError(f"step_tokens is {self.step_tokens}, expected a number from 1")
-        if type(self.expert_parallel) is not int or self.expert_parallel < 1:
-            raise PolicyError(f"expert_parallel is {self.expert_parallel!r}, expected a whole number from 1")
-        if not self.refit_interval_s >= REFIT_LEAST_INTERVAL_S:
-            raise PolicyError(
-                f"refit_interval_s is {self.refit_interval_s}, expected seconds from {REFIT_LEAST_INTERVAL_S:g} "
-                "or inf for none"
-            )
-        if not 0 < self.refit_window_s < float("inf"):
-            raise PolicyError(f"refit_window_s is {self.refit_window_s}, expected seconds above 0")
+        try:
+            check(self)
+        except SettingError as error:
+            raise PolicyError(str(error)) from None
         for model in (self.cost, *self.worker_costs.values()):
             model.step_cost(1, self.cost_scope)
 
@@ -91,7 +118,7 @@ class PolicyOptions:
 
     def to_wire(self) -> dict[str, Any]:
         """JSON-able form; infinity, which JSON has not, is null."""
-        wire = {name: getattr(self, name) for name in OPTION_NAMES}
+        wire = {option.name: getattr(self, option.name) for option in fields(self)}
         wire["cost"] = self.cost.to_wire()
         wire["worker_costs"] = {worker: model.to_wire() for worker, model in self.worker_costs.items()}
         return {name: None if value == float("inf") else value for name, value in wire.items()}
@@ -106,21 +133,9 @@ class PolicyOptions:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> PolicyOptions:
-        """Options from flags or a configuration file, where cost models are given as presets or files."""
-        return cls(**_with_models(settings))
+        """Options from flags or a configuration file, where cost models are presets or files. Raises EldrError."""
+        return build(cls, settings)
 
     def changed(self, settings: Mapping[str, Any]) -> PolicyOptions:
-        """These options but for what `settings` say, in the form of `from_settings`."""
-        return replace(self, **_with_models(settings))
-
-
-def _with_models(settings: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(settings)
-    if "cost" in found:
-        found["cost"] = find_cost(found["cost"])
-    if "worker_costs" in found:
-        found["worker_costs"] = {worker: find_cost(cost) for worker, cost in dict(found["worker_costs"]).items()}
-    return found
-
-
-OPTION_NAMES: tuple[str, ...] = tuple(option.name for option in fields(PolicyOptions))
+        """These options but for what `settings` say, in the form of `from_settings`. Raises EldrError."""
+        return replace(self, **parsed(type(self), settings))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import socket
 import time
@@ -13,13 +12,13 @@ from pathlib import Path
 from eldr.errors import EldrError
 from eldr.policies.base import Policy
 from eldr.policies.logged import LoggedPolicy
+from eldr.policies.options import PolicyOptions
 from eldr.policies.refit import RefitSchedule
 from eldr.router.api.admin import AdminApi
 from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
 from eldr.router.api.routes import ClientApi
 from eldr.router.api.ui.state import UiState
-from eldr.router.config.endpoint import ROLES
 from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port, read_key
 from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.discovery.dns import DnsSource
@@ -30,15 +29,15 @@ from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.sweep import sweep
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.admin_key import AdminKey
-from eldr.router.http.client import WorkerPool
-from eldr.router.http.limits import ClientLimits, ConnectionWatch
+from eldr.router.http.limits import ConnectionWatch
 from eldr.router.http.listeners import Listeners
+from eldr.router.http.pool import WorkerPool
 from eldr.router.http.server import ClientConnection
 from eldr.router.http.tls import ServerTls, worker_context
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.decision_log import DecisionLog, log_header
 from eldr.router.observe.tracing import Tracing
-from eldr.router.placement.admission import Admission, Limits
+from eldr.router.placement.admission import Admission
 from eldr.router.placement.decode import Placements
 from eldr.router.placement.prefill import PrefillRing
 from eldr.router.placement.refits import ZoneRefits
@@ -47,6 +46,7 @@ from eldr.router.request.attempts import Retries
 from eldr.router.request.intake import Intake
 from eldr.router.request.legs import Legs
 from eldr.router.request.services import Services
+from eldr.settings import adopt
 
 log = logging.getLogger("eldr.router")
 
@@ -55,12 +55,6 @@ CLOSE_POLL_S = 0.02
 # request that meets a close is lost; so each gets to send one more, and is told then that the connection closes.
 # Clients forget idle connections after some seconds themselves (httpx after 5).
 IDLE_LINGER_S = 5.0
-# What a new configuration changes at once; the workers besides.
-LIVE_SETTINGS = frozenset((
-    "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s", "worker_wait_s", "prefill_timeout_s",
-    "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s", "request_timeout_s",
-    "drain_timeout_s", "grace_s", "log_level",
-))  # fmt: skip
 
 
 class Router:
@@ -80,49 +74,51 @@ class Router:
         inherited: Sequence[socket.socket] = (),
     ) -> None:
         self._config = config
+        self._dns_names = config.workers.dns_names
         self._config_file = config_file
         self._file: FileSource | None = None
         self._background: list[asyncio.Task[None]] = []
+        listen, observe = config.listen, config.observe
         metrics, fleet = Metrics(), Fleet()
         pools: dict[Worker, WorkerPool] = {}
         self._decision_log: DecisionLog | None = None
-        if config.decision_log is not None:
-            self._decision_log = DecisionLog(config.decision_log, metrics)
-            self._decision_log.write(log_header(config).to_wire())
+        if observe.decision_log is not None:
+            self._decision_log = DecisionLog(observe.decision_log)
+            self._decision_log.write(log_header(config.placement).to_wire())
             policy = LoggedPolicy(policy, self._decision_log.write)
-        self._refits = _zone_refits(policy, config, metrics)
-        self._keys = None if config.api_key_file is None else ApiKeys(config.api_key_file)
-        self.admin_key = AdminKey(config.admin_key_file)
+        self._refits = _zone_refits(policy, config.placement.options, metrics)
+        self._keys = None if listen.api_key_file is None else ApiKeys(listen.api_key_file)
+        self.admin_key = AdminKey(listen.admin_key_file)
         self._tls = (
-            None if config.tls_cert is None or config.tls_key is None else ServerTls(config.tls_cert, config.tls_key)
+            None if listen.tls_cert is None or listen.tls_key is None else ServerTls(listen.tls_cert, listen.tls_key)
         )
 
         ring = PrefillRing(fleet)
-        placements = Placements(policy, fleet, metrics, config.seed)
-        self._outcomes = Outcomes(fleet, metrics, config)
-        admission = Admission(fleet, admission_limits(config))
+        placements = Placements(policy, fleet, metrics, config.placement.seed)
+        self._outcomes = Outcomes(fleet, metrics, config.ejection)
+        admission = Admission(fleet, config.queue)
         # In this order: the queue looks when the others have.
         for part in (ring, placements, self._outcomes, admission):
             fleet.on_change(part.fleet_changed)
 
         protocol = VllmNixl()
         legs = Legs(fleet, pools, self._outcomes, protocol, metrics)
-        retries = Retries(config, self._outcomes, metrics)
-        tracing = None if config.otel_endpoint is None else Tracing(config.otel_endpoint, config.otel_sampling)
+        retries = Retries(config.retry, self._outcomes, metrics)
+        tracing = None if observe.otel_endpoint is None else Tracing(observe.otel_endpoint, observe.otel_sampling)
         intake = Intake(config, fleet, admission, protocol, self.admin_key, tracing)
         self.services = Services(config, intake, admission, ring, placements, protocol, legs, retries, fleet, metrics)
         self.membership = Membership(
-            config,
+            config.workers,
             fleet,
             pools,
             lambda worker: legs.leave(worker, int(retries.budget.left)),
-            None if config.worker_api_key_file is None else read_key(config.worker_api_key_file),
-            worker_context(config.worker_ca),
+            None if config.workers.worker_api_key_file is None else read_key(config.workers.worker_api_key_file),
+            worker_context(config.workers.worker_ca),
         )
-        collector = RouterCollector(metrics, fleet, admission, placements.picture)
+        collector = RouterCollector(metrics, fleet, admission, placements.picture, self._decision_log)
         self.clients = ClientApi(self.services, self._keys, self.admin_key, collector)
         self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services))
-        self._listeners = Listeners(client_limits(config), self._tls, inherited)
+        self._listeners = Listeners(config.clients, self._tls, inherited)
 
     # Start and end.
 
@@ -131,7 +127,7 @@ class Router:
 
         Raises EldrError if a port is taken or a worker can never be used as it is named.
         """
-        config = self._config
+        listen = self._config.listen
         try:
             await self.membership.follow(self._sources())
             loop = asyncio.get_running_loop()
@@ -142,18 +138,18 @@ class Router:
             ]
             if self._refits is not None:
                 self._background.append(loop.create_task(self._refits.run()))
-            await self._listeners.open(self.clients, config.host, config.port)
-            if config.admin_listen is not None:
-                await self._listeners.open(self.admin, *host_and_port("admin_listen", config.admin_listen))
+            await self._listeners.open(self.clients, listen.host, listen.port)
+            if listen.admin_listen is not None:
+                await self._listeners.open(self.admin, *host_and_port("admin_listen", listen.admin_listen))
         except EldrError:
             await self.stop(0)
             raise
 
     def _sources(self) -> list[Source]:
         config = self._config
-        named = [DnsSource(url, role, config.dns_interval_s) for url, role in config.dns_names]
+        named = [DnsSource(url, role, config.workers.dns_interval_s) for url, role in config.workers.dns_names]
         if self._config_file is None:
-            return [StaticSource(config.endpoints), *named]
+            return [StaticSource(config.workers.endpoints), *named]
         path, load = self._config_file
         self._file = FileSource(path, config, load, self._reloaded)
         return [self._file, *named]
@@ -252,37 +248,17 @@ class Router:
     def _reloaded(self, new: RouterConfig) -> None:
         """Take over of a new configuration what can change while the router runs; name what cannot."""
         config = self._config
-        changed = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(new, f.name)]
-        for name in changed:
-            if name in LIVE_SETTINGS:
-                setattr(config, name, getattr(new, name))
-        fixed = [name for name in changed if name not in LIVE_SETTINGS and name not in ROLES]
-        if new.dns_names != config.dns_names:
+        fixed = adopt(config, new)
+        if new.workers.dns_names != self._dns_names:
             fixed.append("dns+ names")
         if fixed:
             log.warning("only a new process takes over the new %s", ", ".join(fixed))
-        log.setLevel(config.log_level.upper())
-        self.services.admission.set_limits(admission_limits(config))
-        self.membership.set_max_inflight(config.max_inflight)
+        log.setLevel(config.observe.log_level.upper())
+        self.services.admission.set_limits(config.queue)
+        self.membership.set_max_inflight(config.workers.max_inflight)
 
 
-def admission_limits(config: RouterConfig) -> Limits:
-    return Limits(config.max_streams, config.max_queued, config.queue_timeout_s, config.worker_wait_s)
-
-
-def client_limits(config: RouterConfig) -> ClientLimits:
-    return ClientLimits(
-        config.max_body_bytes,
-        config.max_connections,
-        config.head_timeout_s,
-        config.body_timeout_s,
-        config.idle_timeout_s,
-        config.stall_timeout_s,
-    )
-
-
-def _zone_refits(policy: Policy, config: RouterConfig, metrics: Metrics) -> ZoneRefits | None:
-    options = config.policy_options()
+def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> ZoneRefits | None:
     if not options.refits:
         return None
     return ZoneRefits(policy, RefitSchedule(options.refit_interval_s, options.refit_window_s), metrics)
@@ -293,5 +269,6 @@ def build_policy(config: RouterConfig) -> Policy:
     from eldr.calibration import load_calibration
     from eldr.policies import make_policy
 
-    calibration = None if config.calibration is None else load_calibration(config.calibration)
-    return make_policy(config.policy, config.policy_options(), calibration=calibration, seed=config.seed)
+    placement = config.placement
+    calibration = None if placement.calibration is None else load_calibration(placement.calibration)
+    return make_policy(placement.policy, placement.options, calibration=calibration, seed=placement.seed)

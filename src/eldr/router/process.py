@@ -36,7 +36,7 @@ def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
     """
     load = partial(RouterConfig.load, path, flags)
     config = load()
-    logs.set_up(config.log_level)
+    logs.set_up(config.observe.log_level)
     _raise_file_limit()
     router = Router(config, build_policy(config), None if path is None else (path, load), inherited_sockets())
     uvloop.run(_serve(router, config))
@@ -57,14 +57,16 @@ async def _serve(router: Router, config: RouterConfig) -> None:
     await router.start()
     _spare_the_collector()
     tell_predecessor()
-    scheme = "http" if config.tls_cert is None else "https"
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    if config.admin_listen is not None:
-        admin_host = config.admin_listen.rpartition(":")[0]
+    scheme = "http" if config.listen.tls_cert is None else "https"
+    host = config.listen.host
+    host = f"[{host}]" if ":" in host else host
+    if config.listen.admin_listen is not None:
+        admin_host = config.listen.admin_listen.rpartition(":")[0]
         print(f"eldr: page and admin API on {scheme}://{admin_host}:{router.admin_port}/ui", file=sys.stderr)
-    print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {config.policy}", file=sys.stderr, flush=True)
+    policy = config.placement.policy
+    print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {policy}", file=sys.stderr, flush=True)
     await _until_end(router, signals)
-    stopping = loop.create_task(router.stop(config.grace_s))
+    stopping = loop.create_task(router.stop(config.timeouts.grace_s))
     again = loop.create_task(_ending(signals))
     await asyncio.wait((stopping, again), return_when=asyncio.FIRST_COMPLETED)
     if not stopping.done():

@@ -15,7 +15,9 @@ from eldr.router.fleet.membership import Membership, MembershipError
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.errors import ApiError
-from eldr.router.http.server import ClientConnection, Request
+from eldr.router.http.exchange import ClientExchange
+from eldr.router.http.message import Request
+from eldr.router.http.server import ClientConnection
 
 SOURCE = "admin"
 PAGE = b"/ui"
@@ -48,20 +50,20 @@ class AdminApi:
             raise ApiError(401, "the admin API needs its key as Authorization: Bearer KEY (see --admin-key-file)")
         return "admin"
 
-    def handle(self, request: Request, connection: ClientConnection) -> None:
+    def handle(self, request: Request, exchange: ClientExchange) -> None:
         if request.method == b"GET" and request.path == PAGE:
             text, headers = page()
-            connection.respond(200, text, TYPE, headers)
+            exchange.respond(200, text, TYPE, headers)
             return
         if request.method == b"GET" and request.path == STATE:
-            connection.respond(200, self._ui.json(), extra=b"cache-control: no-store\r\n")
+            exchange.respond(200, self._ui.json(), extra=b"cache-control: no-store\r\n")
             return
         try:
             status, answer = self._answer(request)
         except ApiError as error:
-            connection.respond_error(error)
+            exchange.respond_error(error)
         else:
-            connection.respond(status, orjson.dumps(answer))
+            exchange.respond(status, orjson.dumps(answer))
 
     def _answer(self, request: Request) -> tuple[int, object]:
         methods = self._routes.get(request.path)

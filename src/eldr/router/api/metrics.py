@@ -18,6 +18,7 @@ from eldr.policies.base import Picture
 from eldr.router.config.endpoint import ROLES
 from eldr.router.fleet.workers import Fleet
 from eldr.router.observe.counters import Histogram, Metrics
+from eldr.router.observe.decision_log import DecisionLog
 from eldr.router.placement.admission import Admission
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -43,8 +44,14 @@ class RouterCollector(Collector):
     """Turns the counters and the state of the fleet into metric families."""
 
     def __init__(
-        self, metrics: Metrics, fleet: Fleet, admission: Admission, picture: Callable[[], Picture | None]
+        self,
+        metrics: Metrics,
+        fleet: Fleet,
+        admission: Admission,
+        picture: Callable[[], Picture | None],
+        decision_log: DecisionLog | None,
     ) -> None:
+        self._decision_log = decision_log
         self._picture = picture
         self._metrics = metrics
         self._fleet = fleet
@@ -89,12 +96,14 @@ class RouterCollector(Collector):
         yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
         yield _counter("eldr_broken_streams", "Streams that a worker broke off.", (), {(): m.broken_streams})
         yield _counter("eldr_stream_events", "Server-sent events passed on.", (), {(): m.stream_events})
-        yield _counter("eldr_decision_log_lines", "Lines written to the decision log.", (), {(): m.decision_log_lines})
+        decisions = self._decision_log
+        written, dropped = (0, 0) if decisions is None else (decisions.written, decisions.dropped)
+        yield _counter("eldr_decision_log_lines", "Lines written to the decision log.", (), {(): written})
         yield _counter(
             "eldr_decision_log_dropped",
             "Lines that the decision log lost because its file could not be written fast enough.",
             (),
-            {(): m.decision_log_dropped},
+            {(): dropped},
         )
         yield from self._refit_families()
         yield _histogram(

@@ -7,8 +7,9 @@ import asyncio
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import Answer, UpstreamError
 from eldr.router.http.errors import ApiError
+from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.forwarding import client_authorization, content_type
-from eldr.router.http.server import ClientConnection, Request
+from eldr.router.http.message import Request
 from eldr.router.request.services import Services
 
 TIMEOUT_S = 10.0
@@ -17,20 +18,20 @@ TIMEOUT_S = 10.0
 class ModelsFlow:
     """Answers one request with the first decode worker's list that can be had."""
 
-    def __init__(self, services: Services, connection: ClientConnection, request: Request) -> None:
+    def __init__(self, services: Services, exchange: ClientExchange, request: Request) -> None:
         self._services = services
-        self._connection = connection
+        self._exchange = exchange
         self._request = request
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> asyncio.Task[None]:
-        self._connection.listener = self
+        self._exchange.listener = self
         self._task = asyncio.get_running_loop().create_task(self._run())
         return self._task
 
     def end_now(self, error: ApiError) -> None:
         """Answer with an error, whatever is under way."""
-        self._connection.respond_error(error)
+        self._exchange.respond_error(error)
         self._count(error.status)
         self.on_client_gone()
 
@@ -50,10 +51,10 @@ class ModelsFlow:
                 answer = await self._ask(worker)
             except UpstreamError:
                 continue
-            self._connection.respond(answer.status, answer.body, content_type(answer.headers))
+            self._exchange.respond(answer.status, answer.body, content_type(answer.headers))
             self._count(answer.status)
             return
-        self._connection.respond_error(ApiError(503, "no decode worker is available", retry_after_s=2))
+        self._exchange.respond_error(ApiError(503, "no decode worker is available", retry_after_s=2))
         self._count(503)
 
     async def _ask(self, worker: Worker) -> Answer:

@@ -10,7 +10,9 @@ from eldr.router.api.models import ModelsFlow
 from eldr.router.config.endpoint import ROLES
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.errors import ApiError
-from eldr.router.http.server import ClientConnection, Request
+from eldr.router.http.exchange import ClientExchange
+from eldr.router.http.message import Request
+from eldr.router.http.server import ClientConnection
 from eldr.router.placement.admission import RETRY_AFTER_S
 from eldr.router.protocols import openai
 from eldr.router.request.flow import Flow
@@ -66,7 +68,7 @@ class ClientApi:
             raise ApiError(401, "an API key is needed, as Authorization: Bearer KEY")
         return client
 
-    def handle(self, request: Request, connection: ClientConnection) -> None:
+    def handle(self, request: Request, exchange: ClientExchange) -> None:
         route = self._routes.get(request.path)
         try:
             if route is None and request.path in ADMIN_PATHS:
@@ -78,9 +80,9 @@ class ClientApi:
                 raise ApiError(405, f"Method Not Allowed: use {method.decode()}")
         except ApiError as error:
             self.refused(error)
-            connection.respond_error(error, b"" if route is None else b"allow: %b\r\n" % ALLOWED[route[0]])
+            exchange.respond_error(error, b"" if route is None else b"allow: %b\r\n" % ALLOWED[route[0]])
             return
-        answer(request, connection)
+        answer(request, exchange)
 
     def refused(self, error: ApiError) -> None:
         self._services.metrics.requests["other", error.status] += 1
@@ -97,11 +99,11 @@ class ClientApi:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _completion(self, request: Request, connection: ClientConnection) -> None:
-        self._run(Flow(self._services, connection, request))
+    def _completion(self, request: Request, exchange: ClientExchange) -> None:
+        self._run(Flow(self._services, exchange, request))
 
-    def _models(self, request: Request, connection: ClientConnection) -> None:
-        self._run(ModelsFlow(self._services, connection, request))
+    def _models(self, request: Request, exchange: ClientExchange) -> None:
+        self._run(ModelsFlow(self._services, exchange, request))
 
     def _run(self, flow: Flow | ModelsFlow) -> None:
         task = flow.start()
@@ -109,20 +111,20 @@ class ClientApi:
             self._running[task] = flow
             task.add_done_callback(self._running.pop)
 
-    def _health(self, request: Request, connection: ClientConnection) -> None:
-        connection.respond(200, b"{}")
+    def _health(self, request: Request, exchange: ClientExchange) -> None:
+        exchange.respond(200, b"{}")
 
-    def _ready(self, request: Request, connection: ClientConnection) -> None:
+    def _ready(self, request: Request, exchange: ClientExchange) -> None:
         fleet = self._services.fleet
         if fleet.ready and not self.closing:
-            connection.respond(200, b"{}")
+            exchange.respond(200, b"{}")
             return
         missing = [role for role in ROLES if not fleet.any_available(role)]
-        connection.respond_error(
+        exchange.respond_error(
             ApiError(503, f"no {' and no '.join(missing)} worker is available" if missing else "stopping")
         )
 
-    def _metrics(self, request: Request, connection: ClientConnection) -> None:
+    def _metrics(self, request: Request, exchange: ClientExchange) -> None:
         accept = request.headers.get(b"accept", b"").decode("latin-1")
         body, content_type = self._collector.exposition(accept)
-        connection.respond(200, body, content_type.encode())
+        exchange.respond(200, body, content_type.encode())

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from eldr.router.config.endpoint import rank_of
 from eldr.router.fleet.workers import Fleet, Worker
-from eldr.router.http.client import Answer, UpstreamError, WorkerPool
+from eldr.router.http.client import Answer, UpstreamError
+from eldr.router.http.pool import WorkerPool
 
 TIMEOUT_S = 2.0
 # Routers that look together would go on doing so.

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 from eldr.errors import EldrError
 from eldr.router.config.endpoint import Endpoint, Endpoints, Role, rank_of
-from eldr.router.config.settings import RouterConfig
+from eldr.router.config.groups import WorkerSettings
 from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.load_watch import LoadWatch
 from eldr.router.fleet.probe import HealthProbe
 from eldr.router.fleet.workers import Fleet, Worker
-from eldr.router.http.client import ExchangeError, WorkerPool
+from eldr.router.http.client import ExchangeError
+from eldr.router.http.pool import WorkerPool
 
 log = logging.getLogger("eldr.router")
 
@@ -58,7 +59,7 @@ class Membership:
 
     def __init__(
         self,
-        config: RouterConfig,
+        config: WorkerSettings,
         fleet: Fleet,
         pools: dict[Worker, WorkerPool],
         went_down: Callable[[Worker], None],

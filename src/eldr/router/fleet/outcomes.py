@@ -8,7 +8,7 @@ import time
 from typing import get_args
 
 from eldr.router.config.endpoint import Role
-from eldr.router.config.settings import RouterConfig
+from eldr.router.config.groups import EjectionSettings
 from eldr.router.fleet.ejection import EjectionRules, Ejections, Standing
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.observe.counters import Metrics
@@ -19,7 +19,7 @@ log = logging.getLogger("eldr.router")
 class Outcomes:
     """Hears how legs end and keeps the workers' ejections in the fleet."""
 
-    def __init__(self, fleet: Fleet, metrics: Metrics, config: RouterConfig) -> None:
+    def __init__(self, fleet: Fleet, metrics: Metrics, config: EjectionSettings) -> None:
         self._fleet = fleet
         self._metrics = metrics
         rules = EjectionRules(

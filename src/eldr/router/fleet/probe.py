@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable
 from email.utils import parsedate_to_datetime
 
 from eldr.router.fleet.workers import Fleet, Worker
-from eldr.router.http.client import Answer, ConnectError, ExchangeError, UpstreamError, WorkerPool
+from eldr.router.http.client import Answer, ConnectError, ExchangeError, UpstreamError
+from eldr.router.http.pool import WorkerPool
 
 log = logging.getLogger("eldr.router")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Worker
-from eldr.router.http.client import WorkerPool
+from eldr.router.http.pool import WorkerPool
 
 PERIOD_S = 0.25
 

@@ -1,4 +1,4 @@
-"""The side towards workers: kept connections, and one exchange of request and answer on each at a time.
+"""One connection to a worker, and one exchange of request and answer on it at a time.
 
 What a failure allows depends on whether any byte of the request has left: `ConnectError` means that none has,
 `ExchangeError` that the worker may have acted on it.
@@ -7,20 +7,13 @@ What a failure allows depends on whether any byte of the request has left: `Conn
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import socket
-import ssl
 import time
-from typing import Any, ClassVar, Protocol, cast
-from urllib.parse import urlsplit
+from typing import ClassVar, Protocol, cast
 
 import httptools
 import orjson
-
-from eldr.router.config.endpoint import rank_of
-
-log = logging.getLogger("eldr.router")
 
 # vLLM closes a connection after 5 s without a request (VLLM_HTTP_TIMEOUT_KEEP_ALIVE). One that is nearly that old is
 # not used again: the request could cross the worker's close on the wire and count as sent.
@@ -133,12 +126,32 @@ class Answer:
             raise ExchangeError(f"the answer is not JSON: {error}") from None
 
 
+class Pool(Protocol):
+    """Where a connection belongs. active: connections with an exchange under way."""
+
+    url: str
+    active: set[WorkerConnection]
+
+    def release(self, connection: WorkerConnection) -> None:
+        """Its exchange is over, and it can be used again."""
+
+    def forget(self, connection: WorkerConnection) -> None:
+        """It is lost."""
+
+    def close_idle(self) -> None:
+        """Close the connections on which nothing is under way."""
+
+
 class WorkerConnection:
-    """One connection to a worker: an asyncio.Protocol, though not by name, which would slow the compiled class down."""
+    """One connection to a worker: an asyncio.Protocol, though not by name, which would slow the compiled class down.
+
+    It has more attributes than a class should: the clock of an exchange, and how far its answer has come. Every token
+    needs both, and no call of another object.
+    """
 
     _transport: asyncio.Transport
 
-    def __init__(self, pool: WorkerPool) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._parser = httptools.HttpResponseParser(self)
         self._exchange: Exchange | None = None
@@ -342,121 +355,3 @@ class WorkerConnection:
             self._complete = True
             # llhttp forgets the answer's head when it returns from here.
             self._keep = self._parser.should_keep_alive()
-
-
-class WorkerPool:
-    """The connections to one worker."""
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        connect_timeout_s: float,
-        authorization: bytes | None = None,
-        ssl_context: ssl.SSLContext | None = None,
-    ) -> None:
-        parts = urlsplit(url)
-        self.url = url
-        self.active: set[WorkerConnection] = set()
-        self._host = cast(str, parts.hostname)
-        self._ssl = ssl_context if parts.scheme == "https" else None
-        self._port = parts.port or (443 if parts.scheme == "https" else 80)
-        self._connect_timeout_s = connect_timeout_s
-        # Last in, first out: what load does not need grows old and is closed.
-        self._idle: dict[WorkerConnection, None] = {}
-        self._closed = False
-        rank = rank_of(url)
-        # vLLM then runs the request on this engine of several behind one URL.
-        self._rank = b"" if rank is None else b"x-data-parallel-rank: %d\r\n" % rank
-        self._netloc = parts.netloc.encode()
-        self._authorization = None if authorization is None else b"authorization: Bearer " + authorization + b"\r\n"
-
-    def request(
-        self,
-        method: bytes,
-        path: bytes,
-        headers: bytes = b"",
-        body: bytes = b"",
-        client_authorization: bytes | None = None,
-    ) -> bytes:
-        """The bytes of a request. `headers` are lines ended by CRLF; the worker's key replaces the client's."""
-        authorization = self._authorization
-        if authorization is None:
-            authorization = b"" if client_authorization is None else b"authorization: %b\r\n" % client_authorization
-        return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%b%bcontent-length: %d\r\n\r\n%b" % (
-            method, path, self._netloc, self._rank, authorization, headers, len(body), body,
-        )  # fmt: skip
-
-    async def connection(self) -> WorkerConnection:
-        """A connection ready for an exchange. Raises ConnectError."""
-        self._check_open()
-        while self._idle:
-            connection, _ = self._idle.popitem()
-            if connection.usable:
-                return connection
-            connection.close()
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                _, made = await loop.create_connection(
-                    lambda: cast(Any, WorkerConnection(self)), self._host, self._port, ssl=self._ssl
-                )
-        except TimeoutError:
-            raise ConnectTimeoutError(f"{self.url}: no connection within {self._connect_timeout_s:g} s") from None
-        except (OSError, ssl.CertificateError) as error:
-            raise ConnectError(f"{self.url}: {error}") from None
-        connection = cast(WorkerConnection, made)
-        try:
-            self._check_open()
-        except ConnectError:
-            connection.close()
-            raise
-        return connection
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConnectError(f"{self.url}: the worker has left the fleet")
-
-    def release(self, connection: WorkerConnection) -> None:
-        if self._closed:
-            connection.close()
-        else:
-            self._idle[connection] = None
-
-    def forget(self, connection: WorkerConnection) -> None:
-        self._idle.pop(connection, None)
-
-    def close_idle(self) -> None:
-        for connection in self._idle:
-            connection.close()
-        self._idle.clear()
-
-    def check(self, now_s: float) -> None:
-        """Fail exchanges whose worker is silent, close connections that were idle too long."""
-        for connection in list(self.active):
-            connection.check_silence(now_s)
-        for connection in [connection for connection in self._idle if not connection.usable]:
-            connection.close()
-
-    def cut(self, reason: str) -> None:
-        """Fail every exchange, and connect no more."""
-        self._closed = True
-        for connection in list(self.active):
-            connection.fail(reason)
-
-    def give_up_waiting(self, reason: str, most: int) -> int:
-        """Fail up to `most` exchanges of which nothing was passed on yet; how many there were."""
-        given_up = 0
-        for connection in list(self.active):
-            given_up += given_up < most and connection.give_up_waiting(reason)
-        return given_up
-
-    def reopen(self) -> None:
-        """Connect again after `cut`."""
-        self._closed = False
-
-    def close(self) -> None:
-        self._closed = True
-        self.close_idle()
-        for connection in self.active:
-            connection.close()

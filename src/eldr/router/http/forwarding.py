@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from eldr.router.http.server import Request
+from eldr.router.http.message import Request
 
 # W3C Trace Context. A traceparent of another form, or tracestate without one, starts no trace at the worker.
 TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")

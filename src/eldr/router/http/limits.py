@@ -1,24 +1,11 @@
-"""What a client may take up: sizes, counts and times."""
+"""Enforces the time limits of client connections."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Protocol
-
-
-@dataclass(frozen=True, slots=True)
-class ClientLimits:
-    """Limits of every client connection; `RouterConfig` describes each."""
-
-    max_body_bytes: int
-    max_connections: int
-    head_timeout_s: float
-    body_timeout_s: float
-    idle_timeout_s: float
-    stall_timeout_s: float
 
 
 class Checked(Protocol):

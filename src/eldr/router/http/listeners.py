@@ -7,8 +7,8 @@ import socket
 from collections.abc import Sequence
 from typing import Any, cast
 
+from eldr.router.config.groups import ClientLimits
 from eldr.router.config.settings import ConfigError
-from eldr.router.http.limits import ClientLimits
 from eldr.router.http.server import ClientConnection, Handler
 from eldr.router.http.tls import HANDSHAKE_TIMEOUT_S, ServerTls
 

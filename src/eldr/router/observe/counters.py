@@ -55,8 +55,6 @@ class Metrics:
         self.prefill_spills = 0
         self.broken_streams = 0
         self.stream_events = 0
-        self.decision_log_lines = 0
-        self.decision_log_dropped = 0
         self.refits: defaultdict[str, int] = defaultdict(int)
         self.zones_moved = 0
         self.refit_shift = 0.0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import eldr
 from eldr.router.config.settings import ConfigError
 from eldr.router.http.forwarding import trace_context, trace_lines
-from eldr.router.http.server import Request
+from eldr.router.http.message import Request
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter

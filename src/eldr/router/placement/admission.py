@@ -10,9 +10,9 @@ import asyncio
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 
 from eldr.router.config.endpoint import Role
+from eldr.router.config.groups import QueueLimits
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.errors import ApiError
 from eldr.router.placement.fair_queue import FairQueue, QueueFullError
@@ -27,17 +27,6 @@ class NoWorkerError(ApiError):
 
     def __init__(self, role: Role) -> None:
         super().__init__(503, f"no {role} worker is available", retry_after_s=RETRY_AFTER_S)
-
-
-@dataclass(slots=True, frozen=True)
-class Limits:
-    """max_streams: requests past the queue at once. max_queued: waiting requests of each priority. queue_timeout_s:
-    longest wait. worker_wait_s: how long the queue is kept after the last decode worker went."""
-
-    max_streams: int
-    max_queued: int
-    queue_timeout_s: float
-    worker_wait_s: float
 
 
 class Claim:
@@ -80,7 +69,7 @@ class Admission:
     timeout.
     """
 
-    def __init__(self, fleet: Fleet, limits: Limits) -> None:
+    def __init__(self, fleet: Fleet, limits: QueueLimits) -> None:
         self._fleet = fleet
         self._limits = limits
         self._queues: list[FairQueue[_Turn]] = [FairQueue(limits.max_queued) for _ in PRIORITIES]
@@ -95,7 +84,7 @@ class Admission:
     def queued_by_priority(self) -> dict[str, int]:
         return {name: len(queue) for name, queue in zip(PRIORITIES, self._queues, strict=True)}
 
-    def set_limits(self, limits: Limits) -> None:
+    def set_limits(self, limits: QueueLimits) -> None:
         """Other limits from now on; what waits already stays."""
         self._limits = limits
         for queue in self._queues:

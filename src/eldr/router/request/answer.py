@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from eldr.router.http.client import Answer, ExchangeError
 from eldr.router.http.errors import ApiError
+from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.forwarding import content_type
-from eldr.router.http.server import ClientConnection
 from eldr.router.observe.counters import ITL_BOUNDS_S, Metrics
 from eldr.router.request.verdict import ERROR_EVENT, WrongAnswerError, check_status
 
@@ -87,7 +87,7 @@ class DecodeAnswer(Answer):
 
     def __init__(
         self,
-        client: ClientConnection,
+        client: ClientExchange,
         times: TokenTimes,
         head_lines: bytes,
         first_event: Callable[[bytes], None],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from eldr.router.config.endpoint import Role
-from eldr.router.config.settings import RouterConfig
+from eldr.router.config.groups import RetrySettings
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
@@ -45,7 +45,7 @@ class RetryBudget:
 class Retries:
     """What the attempts of all requests share."""
 
-    def __init__(self, config: RouterConfig, outcomes: Outcomes, metrics: Metrics) -> None:
+    def __init__(self, config: RetrySettings, outcomes: Outcomes, metrics: Metrics) -> None:
         self.most = config.retries
         self.budget = RetryBudget(config.retry_ratio, config.retry_burst)
         self.outcomes = outcomes

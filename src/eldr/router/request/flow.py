@@ -11,8 +11,9 @@ import orjson
 
 from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
+from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.forwarding import answer_headers
-from eldr.router.http.server import ClientConnection, Request
+from eldr.router.http.message import Request
 from eldr.router.placement.decode import Placement
 from eldr.router.protocols import openai
 from eldr.router.protocols.handoff import HandOff
@@ -34,7 +35,7 @@ NO_WAIT_S = 0.0005
 class Flow:
     """Answers one completion or chat request; also the listener that hears of its client."""
 
-    def __init__(self, services: Services, client: ClientConnection, request: Request) -> None:
+    def __init__(self, services: Services, client: ClientExchange, request: Request) -> None:
         self._services = services
         self._client = client
         self._request = request
@@ -133,7 +134,7 @@ class Flow:
     async def _prefill(self, job: Job, attempts: Attempts) -> HandOff | None:
         """A hand-off; None if the worker gives none. Raises NoWorkerError, LegRefused, LegFailure or RelayedError."""
         services, config = self._services, self._services.config
-        start = openai.prompt_start(job.path, job.body, config.prefix_window_bytes)
+        start = openai.prompt_start(job.path, job.body, config.placement.prefix_window_bytes)
         while (chosen := services.ring.choose(start, attempts.tried["prefill"])) is None:
             await services.admission.until_changed("prefill")
         worker, spilled = chosen
@@ -141,7 +142,7 @@ class Flow:
         body = services.protocol.prefill_body(job.body, job.record)
         with Leg(services.legs, job, worker) as leg:
             await leg.connect()
-            fields = await leg.ask(attempts.next_name("prefill"), body, Answer(), config.prefill_timeout_s)
+            fields = await leg.ask(attempts.next_name("prefill"), body, Answer(), config.timeouts.prefill_timeout_s)
             handoff = leg.read_handoff(fields)
         self._notes["prefill"] = worker.url
         return handoff
@@ -160,7 +161,7 @@ class Flow:
         self, job: Job, handoff: HandOff | None, placement: Placement, attempts: Attempts
     ) -> DecodeAnswer:
         """Run there and pass a stream on as it comes. Raises LegRefused, LegFailure or RelayedError."""
-        services, config, worker = self._services, self._services.config, placement.worker
+        services, timeouts, worker = self._services, self._services.config.timeouts, placement.worker
         with placement, Leg(services.legs, job, worker, None if handoff is None else handoff.source) as leg:
             await leg.connect()
             if handoff is not None and handoff.left_s(time.monotonic()) <= 0:
@@ -174,8 +175,8 @@ class Flow:
                     attempts.next_name("decode"),
                     body,
                     answer,
-                    config.decode_first_byte_timeout_s if job.stream else config.decode_answer_timeout_s,
-                    config.decode_idle_timeout_s,
+                    timeouts.decode_first_byte_timeout_s if job.stream else timeouts.decode_answer_timeout_s,
+                    timeouts.decode_idle_timeout_s,
                     paused=self._client.stalled,
                 )
             finally:

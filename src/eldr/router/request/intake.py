@@ -12,7 +12,7 @@ from eldr.router.fleet.workers import Fleet
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.errors import ApiError
 from eldr.router.http.forwarding import client_authorization, trace_context, trace_lines
-from eldr.router.http.server import Request
+from eldr.router.http.message import Request
 from eldr.router.observe.tracing import RequestTrace, Tracing
 from eldr.router.placement.admission import PRIORITIES, Admission, Claim, NoWorkerError
 from eldr.router.protocols import openai
@@ -104,13 +104,14 @@ class Intake:
         admin_key: AdminKey,
         tracing: Tracing | None,
     ) -> None:
-        self._config = config
+        self._timeouts = config.timeouts
         self._fleet = fleet
         self._admission = admission
         self._protocol = protocol
         self._admin_key = admin_key
         self.tracing = tracing
-        self._client_header = None if config.client_header is None else config.client_header.lower().encode()
+        client_header = config.listen.client_header
+        self._client_header = None if client_header is None else client_header.lower().encode()
 
     def take(self, request: Request, request_id: str) -> Job:
         """The job that a request is. Raises ApiError."""
@@ -144,7 +145,7 @@ class Intake:
             authorization=None if from_admin else client_authorization(request),
             label=_visible(label, MAX_LABEL_BYTES) if label else None,
             max_tokens=max_tokens,
-            deadlines=Deadlines.of(headers, request.received_s, self._config.request_timeout_s),
+            deadlines=Deadlines.of(headers, request.received_s, self._timeouts.request_timeout_s),
             claim=self._claim(request, body, max_tokens),
         )
 

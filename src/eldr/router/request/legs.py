@@ -12,8 +12,9 @@ from typing import Any
 from eldr.router.config.endpoint import Role
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet, Worker
-from eldr.router.http.client import Answer, ConnectError, ExchangeError, WorkerConnection, WorkerPool
+from eldr.router.http.client import Answer, ConnectError, ExchangeError, WorkerConnection
 from eldr.router.http.errors import ApiError
+from eldr.router.http.pool import WorkerPool
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 from eldr.router.placement.admission import RETRY_AFTER_S

@@ -40,7 +40,7 @@ class FileSource(Source):
         self._wanted.set()
 
     async def watch(self) -> AsyncIterator[Endpoints]:
-        yield self._first.endpoints
+        yield self._first.workers.endpoints
         while True:
             try:
                 async with asyncio.timeout(POLL_S):
@@ -57,7 +57,7 @@ class FileSource(Source):
                 continue
             self._loaded(config)
             log.info("the configuration was read again")
-            yield config.endpoints
+            yield config.workers.endpoints
 
     def _identity(self) -> tuple[int, int, int] | None:
         """What changes when the file is written or replaced; None while there is none."""

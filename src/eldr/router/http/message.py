@@ -1,0 +1,311 @@
+"""Requests as they arrive: parsed by llhttp (httptools), checked for what llhttp leaves to its caller.
+
+Checked here are the limits of a head, a body and its framing, the headers that decide where a message ends (RFC 9112,
+section 6), Host, Expect, and offers of another protocol. A request is refused if its end is in doubt.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from enum import Enum
+from typing import Final, Protocol
+
+import httptools
+
+from eldr.router.config.groups import ClientLimits
+from eldr.router.http.errors import ApiError
+
+MAX_HEAD_BYTES = 32 * 1024
+MAX_HEADERS = 128
+# What chunk sizes, chunk extensions and line ends may take, beside so many bytes for each byte of the body: single
+# bytes as chunks are slow, but no attack.
+MAX_FRAMING_BYTES = 64 * 1024
+MAX_FRAMING_PER_BYTE = 16
+
+# Headers of which a second copy could make two parties see two different messages.
+SINGLE = frozenset((b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-type"))
+# RFC 9110, section 7.2: a Host that is no host and port is refused, lest somebody else reads another one into it.
+HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
+
+
+class Request:
+    """One complete request.
+
+    headers: names in lower case; values given several times are joined by commas.
+    client: the name that the client's API key stands for, empty where no keys are asked for.
+    received_s: monotonic time.
+    """
+
+    __slots__ = ("body", "client", "headers", "http_1_0", "keep_alive", "method", "path", "received_s")
+
+    def __init__(
+        self,
+        method: bytes,
+        path: bytes,
+        headers: dict[bytes, bytes],
+        body: bytes,
+        *,
+        keep_alive: bool = True,
+        http_1_0: bool = False,
+        client: str = "",
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.headers = headers
+        self.body = body
+        self.keep_alive = keep_alive
+        self.http_1_0 = http_1_0
+        self.client = client
+        self.received_s = time.monotonic()
+
+
+class Sink(Protocol):
+    """Hears what a client asks, in the order in which it asks it."""
+
+    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
+        """The name of the client that asks, before its body is read. Raises ApiError if it may not ask."""
+
+    def on_expect(self) -> None:
+        """The client sends its body once it is told to."""
+
+    def on_request(self, request: Request) -> None:
+        """A request is complete. Raises ApiError if it is one too many."""
+
+
+class Stage(Enum):
+    """How much there is of the request that comes next."""
+
+    AWAITED = "nothing"
+    HEAD = "a part of its head"
+    BODY = "its head"
+    FAILED = "unreadable input, and nothing behind it can be read either"
+
+
+# Before Python 3.12 it takes a call to get a member from its enum.
+AWAITED: Final = Stage.AWAITED
+HEAD: Final = Stage.HEAD
+BODY: Final = Stage.BODY
+FAILED: Final = Stage.FAILED
+
+
+class IncomingMessage:
+    """One request of which a part is here, within its limits."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self.url = b""
+        self.path = b""
+        self.http_1_0 = False
+        self.headers: dict[bytes, bytes] = {}
+        self.client = ""
+        self.body_bytes = 0
+        self._max_body_bytes = max_body_bytes
+        self._header_lines = 0
+        self._pieces: list[bytes] = []
+        self._trailer_bytes = 0
+
+    @property
+    def body(self) -> bytes:
+        return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+
+    def add_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        value = value.rstrip(b" \t")  # llhttp leaves what is behind a value
+        headers = self.headers
+        if name in headers:
+            if name in SINGLE:
+                raise ApiError(400, f"header {name.decode('latin-1')} is given twice")
+            value = headers[name] + b", " + value
+        headers[name] = value
+        self._header_lines += 1
+        if self._header_lines > MAX_HEADERS:
+            raise ApiError(431, f"more than {MAX_HEADERS} headers")
+
+    def check_head_bytes(self) -> None:
+        if len(self.url) + sum(map(len, self.headers.values())) > MAX_HEAD_BYTES:
+            raise _head_too_large()
+
+    def check_framing(self) -> None:
+        """Raises ApiError if the end of the body is in doubt, or beyond the limit."""
+        headers = self.headers
+        coding = headers.get(b"transfer-encoding")
+        length = headers.get(b"content-length")
+        if coding is not None and (length is not None or self.http_1_0 or coding.lower() != b"chunked"):
+            raise ApiError(400, "Transfer-Encoding must be chunked, alone and without Content-Length")
+        if length is not None and int(length) > self._max_body_bytes:
+            raise self._body_too_large()
+
+    def add_body(self, data: bytes) -> None:
+        self._pieces.append(data)
+        self.body_bytes += len(data)
+        if self.body_bytes > self._max_body_bytes:
+            raise self._body_too_large()
+
+    def add_trailer(self, name: bytes, value: bytes) -> None:
+        """Trailers of a chunked body are of no use, but have bounds."""
+        self._trailer_bytes += len(name) + len(value)
+        if self._trailer_bytes > MAX_HEAD_BYTES:
+            raise ApiError(431, f"trailers exceed {MAX_HEAD_BYTES} bytes")
+
+    def _body_too_large(self) -> ApiError:
+        return ApiError(413, f"the request body exceeds {self._max_body_bytes} bytes")
+
+
+class RequestReader:
+    """Reads requests from the bytes of one client, one after the other.
+
+    stage: how much there is of the next one. since_s: monotonic time when its head began, or its body.
+    """
+
+    def __init__(self, limits: ClientLimits, sink: Sink) -> None:
+        self._limits = limits
+        self._sink = sink
+        self._parser = httptools.HttpRequestParser(self)
+        self._upgrade_offered = False
+        self._host = b""
+        self.since_s = 0.0
+        self._await_next()
+
+    def _await_next(self) -> None:
+        self.stage: Stage = AWAITED
+        self._message = IncomingMessage(self._limits.max_body_bytes)
+        # Of the head, or of the body less the piece that it began in.
+        self._fed_bytes = 0
+
+    @property
+    def body_bytes(self) -> int:
+        """How much of the next request's body is here."""
+        return self._message.body_bytes
+
+    def feed(self, data: bytes) -> None:
+        """Read a piece, and tell the sink of each request that it completes.
+
+        Raises ApiError for unreadable input; nothing may be fed after that.
+        """
+        try:
+            self._feed(data)
+        except ApiError:
+            self.stage = FAILED
+            raise
+
+    def _feed(self, data: bytes) -> None:
+        self._fed_bytes += len(data)
+        upgrade_at: int | None = None
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as stop:
+            upgrade_at = stop.args[0]
+        except httptools.HttpParserError as error:
+            if error.__context__ is not None:  # a method that the parser called has raised it
+                raise error.__context__ from None
+            raise ApiError(400, f"malformed HTTP request: {error}") from None
+        if upgrade_at is not None:
+            self._pass_over_upgrade(data[upgrade_at:])
+        elif self.stage is not BODY:
+            if self._fed_bytes > MAX_HEAD_BYTES:
+                raise _head_too_large()
+        elif self._fed_bytes > MAX_FRAMING_BYTES + (1 + MAX_FRAMING_PER_BYTE) * self._message.body_bytes:
+            raise ApiError(400, "the chunks of the body are framed by more than they hold")
+
+    def _pass_over_upgrade(self, rest: bytes) -> None:
+        """Parse a request that offers another protocol as if it did not (RFC 9110, section 7.8).
+
+        Clients that would rather speak HTTP/2 make the offer in passing. llhttp takes what follows the head for the
+        other protocol, so the head is parsed again without it.
+        """
+        parser, message = self._parser, self._message
+        fields = {name: value for name, value in message.headers.items() if name not in (b"upgrade", b"connection")}
+        if not parser.should_keep_alive():
+            fields[b"connection"] = b"close"
+        lines = b"".join(b"%b: %b\r\n" % field for field in fields.items())
+        version = parser.get_http_version().encode()
+        head = b"%b %b HTTP/%b\r\n%b\r\n" % (parser.get_method(), message.url, version, lines)
+        self._parser = httptools.HttpRequestParser(self)
+        self._upgrade_offered = True
+        self._await_next()
+        self._feed(head + rest)
+
+    # What the parser finds.
+
+    def on_message_begin(self) -> None:
+        self.stage = HEAD
+        self.since_s = time.monotonic()
+
+    def on_url(self, url: bytes) -> None:
+        self._message.url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.stage is BODY:
+            self._message.add_trailer(name, value)
+        else:
+            self._message.add_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        message = self._message
+        headers = message.headers
+        self.stage = BODY
+        self._fed_bytes = 0
+        message.check_head_bytes()
+        version = self._parser.get_http_version()
+        if version not in ("1.1", "1.0"):
+            raise ApiError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        message.http_1_0 = version == "1.0"
+        self._check_host(headers.get(b"host"))
+        if self._parser.get_method() == b"CONNECT":
+            raise ApiError(400, "CONNECT is not supported")
+        if self._parser.should_upgrade():
+            if self._upgrade_offered:
+                raise ApiError(400, "a change of protocol is not supported, and was offered before")
+            return  # see _pass_over_upgrade
+        message.check_framing()
+        message.path = _path(message.url)
+        message.client = self._sink.permit(message.path, headers)
+        self.since_s = time.monotonic()
+        expect = headers.get(b"expect")
+        if expect is not None:
+            if expect.lower() != b"100-continue":
+                raise ApiError(417, "only Expect: 100-continue is understood")
+            if not message.http_1_0:
+                self._sink.on_expect()
+
+    def _check_host(self, host: bytes | None) -> None:
+        if host is None:
+            if not self._message.http_1_0:
+                raise ApiError(400, "an HTTP/1.1 request needs a Host header")
+        elif host != self._host:  # a client asks for the same one again and again
+            if HOST.fullmatch(host) is None:
+                raise ApiError(400, "the Host header names no host")
+            self._host = host
+
+    def on_body(self, data: bytes) -> None:
+        self._message.add_body(data)
+
+    def on_message_complete(self) -> None:
+        parser, message = self._parser, self._message
+        if parser.should_upgrade():
+            return
+        request = Request(
+            parser.get_method(),
+            message.path,
+            message.headers,
+            message.body,
+            keep_alive=parser.should_keep_alive(),
+            http_1_0=message.http_1_0,
+            client=message.client,
+        )
+        self._await_next()
+        self._sink.on_request(request)
+
+
+def _head_too_large() -> ApiError:
+    return ApiError(431, f"request line and headers exceed {MAX_HEAD_BYTES} bytes")
+
+
+def _path(url: bytes) -> bytes:
+    """The path of a request target, without its query; an absolute target names its path too."""
+    if not url.startswith(b"/"):
+        try:
+            url = httptools.parse_url(url).path or b"/"
+        except httptools.HttpParserInvalidURLError:
+            raise ApiError(400, "the request target is malformed") from None
+    return url.partition(b"?")[0]
