@@ -41,7 +41,7 @@ settings: $(DEV)/.installed  ## write the tables of settings in docs/router.md f
 	$(DEV)/bin/python tools/settings_table.py
 
 fuzz: $(DEV)/.installed  ## hostile input to every reader of bytes, for FUZZ_SECONDS in all (120)
-	$(DEV)/bin/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
+	$(DEV)/bin/python -m tests.fuzz.fuzz --seconds $(FUZZ_SECONDS)
 
 test: $(DEV)/.installed $(VLLM)/.test-installed  ## every test, those on real vLLM 0.32 workers included
 	-@$(MAKE) --no-print-directory browser

@@ -1,19 +1,32 @@
 """Small traces and calibrations that are true to the format: tokens of each kind of request prefer its experts."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from eldr.calibration import Calibration, Geometry, Picture
 from eldr.signature import SignatureModel
 from eldr.trace import Trace, TraceMeta
 
 
-def draw(rng, weights, tokens, top_k):
+def draw(rng: np.random.Generator, weights: NDArray[np.float64], tokens: int, top_k: int) -> NDArray[np.int64]:
     """[tokens, L, k]: top-k of the weights plus Gumbel noise."""
     noisy = weights + rng.gumbel(size=(tokens, *weights.shape))
     return np.argsort(-noisy, axis=-1)[..., :top_k]
 
 
-def make_trace(requests=24, layers=3, experts=16, top_k=2, kinds=3, seed=0, steps=9, dtype=np.uint8, **extra):
+def make_trace(
+    requests: int = 24,
+    layers: int = 3,
+    experts: int = 16,
+    top_k: int = 2,
+    kinds: int = 3,
+    seed: int = 0,
+    steps: int = 9,
+    dtype: type[Any] = np.uint8,
+    **extra: Any,
+) -> Trace:
     rng = np.random.default_rng(seed)
     of_kind = rng.normal(0, 3, (kinds, layers, experts))
     counts = np.zeros((requests, layers, experts), dtype=np.uint32)
@@ -37,7 +50,15 @@ def make_trace(requests=24, layers=3, experts=16, top_k=2, kinds=3, seed=0, step
     )
 
 
-def make_calibration(zones=4, layers=3, experts=8, top_k=2, seed=0, transform="count_idf", layer_mask=None):
+def make_calibration(
+    zones: int = 4,
+    layers: int = 3,
+    experts: int = 8,
+    top_k: int = 2,
+    seed: int = 0,
+    transform: str = "count_idf",
+    layer_mask: NDArray[np.bool_] | None = None,
+) -> Calibration:
     """A calibration with random centroids: for policies, which only need it to be valid."""
     rng = np.random.default_rng(seed)
     mask = np.ones(layers, dtype=bool) if layer_mask is None else np.array(layer_mask)

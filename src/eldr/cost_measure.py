@@ -85,7 +85,7 @@ def measure(
     rows: list[tuple[int, int, float]] = []
     with torch.inference_mode():
         for tokens in token_counts:
-            for active in _active_counts(geometry, tokens):
+            for active in active_counts(geometry, tokens):
                 if progress is not None:
                     progress(f"{tokens} tokens, {active} experts")
                 rows.append((active, tokens, layer.least_us(tokens, active, repeats)))
@@ -132,7 +132,7 @@ def _device_name(device: str) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def _active_counts(geometry: LayerGeometry, tokens: int) -> list[int]:
+def active_counts(geometry: LayerGeometry, tokens: int) -> list[int]:
     """Numbers of distinct experts that `tokens` tokens can activate, doubling from top-k."""
     most = min(geometry.experts, tokens * geometry.top_k)
     counts = [geometry.top_k]

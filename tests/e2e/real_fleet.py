@@ -10,20 +10,25 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from eldr.demo.ports import free_ports
-from eldr.demo.workers import WorkerProcess, WorkerSpec
+from eldr.demo.workers import Role, WorkerProcess, WorkerSpec
 
 MODEL = "tiny"
 LEASE_S = 8.0
 
 
-def call(url: str, path: str, body: object = None, headers: dict | None = None, timeout_s: float = 60.0):
+def call(
+    url: str, path: str, body: object = None, headers: dict[str, str] | None = None, timeout_s: float = 60.0
+) -> Any:
     """(status, headers, raw body) of one HTTP exchange, error statuses included."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url + path, data, {"Content-Type": "application/json", **(headers or {})})
@@ -53,11 +58,11 @@ class Fleet:
     decode: list[WorkerProcess]
     plain: WorkerProcess
 
-    def worker(self, role: str, number: int, *extra_args: str) -> WorkerProcess:
+    def worker(self, role: Role, number: int, *extra_args: str) -> WorkerProcess:
         return new_worker(self.model_dir, self.logs, role, number, extra_args)
 
 
-def new_worker(model_dir: Path, logs: Path, role: str, number: int, extra_args: tuple[str, ...] = ()) -> WorkerProcess:
+def new_worker(model_dir: Path, logs: Path, role: Role, number: int, extra_args: tuple[str, ...] = ()) -> WorkerProcess:
     python = os.environ.get("ELDR_VLLM_PYTHON")
     if not python:
         pytest.fail("tests/e2e start real vLLM workers: set ELDR_VLLM_PYTHON, or run `make test`")
@@ -119,6 +124,10 @@ class Router:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
+
+
+# Flags, and as keywords the workers that the router gets: a context with the ready router.
+StartRouter = Callable[..., AbstractContextManager[Router]]
 
 
 def client_of(url: str) -> openai.OpenAI:

@@ -11,12 +11,16 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
-from real_fleet import LEASE_S, MODEL, call, client_of, metric
+
+from eldr.demo.workers import WorkerProcess
+from tests.e2e.real_fleet import LEASE_S, MODEL, Fleet, Router, StartRouter, call, client_of, metric
 
 PROMPTS = [f"fn item_{n}(a: u{n}, b: u{n}) -> u{n} {{ let sum = a + {n} * b; return " for n in range(12)]
 TOKENS = 40
@@ -37,12 +41,12 @@ def ask(client: openai.OpenAI, prompt: str, max_tokens: int = TOKENS) -> str:
 
 
 @pytest.fixture(scope="module")
-def expected(plain):
+def expected(plain: openai.OpenAI) -> dict[str, str]:
     return {prompt: ask(plain, prompt) for prompt in PROMPTS}
 
 
 @pytest.fixture(scope="module")
-def victims(fleet):
+def victims(fleet: Fleet) -> Iterator[list[WorkerProcess]]:
     """A prefill and a decode worker that may be killed; their caches are small."""
     workers = [fleet.worker(role, 9, "--num-gpu-blocks-override", FEW_BLOCKS) for role in ("prefill", "decode")]
     try:
@@ -106,7 +110,9 @@ class Load:
             assert not thread.is_alive(), "a request never ended"
 
 
-def test_hand_offs_that_outlive_their_lease_in_the_router(fleet, victims, start_router, expected):
+def test_hand_offs_that_outlive_their_lease_in_the_router(
+    fleet: Fleet, victims: list[WorkerProcess], start_router: StartRouter, expected: dict[str, str]
+) -> None:
     """The prefill worker's answers wait in the sockets of a stopped router while their blocks go to other prompts."""
     prefill, decode = victims
     flags = {"prefill": [prefill.url], "decode": [decode.url]}
@@ -129,7 +135,13 @@ def test_hand_offs_that_outlive_their_lease_in_the_router(fleet, victims, start_
         assert metric(router.url, "eldr_retries_total", leg="decode", reason="lease") == 8
 
 
-def test_retries_after_aborts_and_refusals_under_cache_pressure(fleet, victims, start_router, expected, plain):
+def test_retries_after_aborts_and_refusals_under_cache_pressure(
+    fleet: Fleet,
+    victims: list[WorkerProcess],
+    start_router: StartRouter,
+    expected: dict[str, str],
+    plain: openai.OpenAI,
+) -> None:
     """Hand-offs that nobody uses, or that are refused, free their blocks at once; the next prompts get them."""
     prefill, decode = victims
     long = {f"{n}. {prompt}" * 6: "" for n, prompt in enumerate(PROMPTS * 3)}
@@ -139,7 +151,7 @@ def test_retries_after_aborts_and_refusals_under_cache_pressure(fleet, victims, 
 
     def once(number: int, prompt: str) -> None:
         kind = ("abort at once", "abort the stream", "refused", "served")[number % 4]
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+        body: dict[str, Any] = {"model": MODEL, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
         if kind == "abort at once":
             try:
                 call(router.url, "/v1/completions", body, timeout_s=0.05)
@@ -167,11 +179,13 @@ def test_retries_after_aborts_and_refusals_under_cache_pressure(fleet, victims, 
         assert metric(router.url, "eldr_inflight") == 0
 
 
-def up(router, worker) -> bool:
+def up(router: Router, worker: WorkerProcess) -> bool:
     return metric(router.url, "eldr_worker_up", worker=worker.url) == 1
 
 
-def test_workers_killed_stopped_and_restarted_under_load(fleet, victims, start_router, expected, tmp_path):
+def test_workers_killed_stopped_and_restarted_under_load(
+    fleet: Fleet, victims: list[WorkerProcess], start_router: StartRouter, expected: dict[str, str], tmp_path: Path
+) -> None:
     """The last test of this file: the prefill victim is not started again."""
     prefill, decode = victims
     config = tmp_path / "eldr.toml"
@@ -194,11 +208,13 @@ def test_workers_killed_stopped_and_restarted_under_load(fleet, victims, start_r
             load.more(8)
             assert not load.errors, "a worker that was only stopped costs nobody an answer"
 
+            assert prefill.pid is not None
             os.killpg(prefill.pid, signal.SIGKILL)
             load.more(8)
             assert not load.errors, "what a prefill worker did not do another one does"
 
             until(lambda: metric(router.url, "eldr_inflight", worker=decode.url) > 0, "it runs something")
+            assert decode.pid is not None
             os.killpg(decode.pid, signal.SIGKILL)
             load.more(8)
             decode.stop()

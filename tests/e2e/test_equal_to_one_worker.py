@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import openai
 import pytest
-from real_fleet import MODEL, call, metric
+
+from tests.e2e.real_fleet import MODEL, Fleet, Router, call, metric
 
 TEXT = "def area(width, height):\n    return width * height\n\ndef volume(width, height, depth):\n    return "
 OTHER = "The tenant shall pay the rent on the first day of each month; the landlord shall "
 MESSAGES = [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "What is 2 + 2?"}]
-GREEDY = {"temperature": 0, "max_tokens": 24}
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
 
-COMPLETIONS = {
+COMPLETIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "one token": {"max_tokens": 1},
     "two tokens": {"max_tokens": 2},
@@ -32,7 +35,7 @@ COMPLETIONS = {
     "regex": {"extra_body": {"structured_outputs": {"regex": "[0-9]{3}-[0-9]{4}"}}},
     "ignore eos": {"extra_body": {"ignore_eos": True}},
 }
-CHATS = {
+CHATS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "max tokens, old name": {"max_tokens": 9},
     "max tokens, new name": {"max_completion_tokens": 9, "max_tokens": None},
@@ -47,7 +50,7 @@ CHATS = {
 }
 
 
-def strip(value):
+def strip(value: Any) -> Any:
     """An answer without what differs from request to request: ids and times."""
     if isinstance(value, dict):
         dropped = ("id", "created", "system_fingerprint", "kv_transfer_params", "prompt_token_ids")
@@ -55,7 +58,7 @@ def strip(value):
     return [strip(item) for item in value] if isinstance(value, list) else value
 
 
-def assert_same(routed, plain, at="answer"):
+def assert_same(routed: openai.OpenAI, plain: openai.OpenAI, at: Any = "answer") -> None:
     """Equal, floats (logprobs) to 1e-3."""
     if isinstance(plain, float) and isinstance(routed, float):
         assert math.isclose(routed, plain, abs_tol=1e-3), at
@@ -73,12 +76,13 @@ def assert_same(routed, plain, at="answer"):
         assert routed == plain, at
 
 
-def collect(chunks):
+def collect(chunks: Any) -> Any:
     """What a stream says: per choice the text, the finish reason and the logprobs; and the usage.
 
     Chunks are joined: vLLM puts tokens that are ready at once into one.
     """
-    choices, usage = {}, None
+    choices: dict[int, Any] = {}
+    usage = None
     for chunk in chunks:
         data = strip(chunk.model_dump())
         usage = data.get("usage") or usage
@@ -94,7 +98,7 @@ def collect(chunks):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("name", COMPLETIONS)
-def test_completions(routed, plain, name, stream):
+def test_completions(routed: openai.OpenAI, plain: openai.OpenAI, name: str, stream: bool) -> None:
     ask = {"model": MODEL, "prompt": TEXT, **GREEDY, **COMPLETIONS[name]}
     if stream:
         if name == "prompt logprobs":
@@ -109,7 +113,7 @@ def test_completions(routed, plain, name, stream):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("name", CHATS)
-def test_chat(routed, plain, name, stream):
+def test_chat(routed: openai.OpenAI, plain: openai.OpenAI, name: str, stream: bool) -> None:
     ask = {"model": MODEL, "messages": MESSAGES, **GREEDY, **CHATS[name]}
     if stream:
         ask |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -120,7 +124,7 @@ def test_chat(routed, plain, name, stream):
     assert_same(*answers)
 
 
-def test_usage_in_every_chunk(routed, plain):
+def test_usage_in_every_chunk(routed: openai.OpenAI, plain: openai.OpenAI) -> None:
     """Chunk by chunk the counts may differ, because vLLM merges tokens that are ready at once; their end may not."""
     ask = {"model": MODEL, "prompt": OTHER, **GREEDY, "stream": True}
     ask["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
@@ -130,20 +134,20 @@ def test_usage_in_every_chunk(routed, plain):
     assert ends[0] == ends[1] == (len(OTHER), GREEDY["max_tokens"])
 
 
-def test_a_prompt_seen_before_gives_the_same_answer(routed, plain):
+def test_a_prompt_seen_before_gives_the_same_answer(routed: openai.OpenAI, plain: openai.OpenAI) -> None:
     """The second time, the prefill worker answers from its prefix cache and the decode worker from its own."""
     ask = {"model": MODEL, "prompt": OTHER * 3, **GREEDY}
     expected = plain.completions.create(**ask).choices[0].text
     assert [routed.completions.create(**ask).choices[0].text for _ in range(4)] == [expected] * 4
 
 
-def test_what_goes_whole_to_one_worker_is_counted(router, routed):
+def test_what_goes_whole_to_one_worker_is_counted(router: Router, routed: openai.OpenAI) -> None:
     before = metric(router.url, "eldr_passthrough_total")
     routed.completions.create(model=MODEL, prompt=TEXT, n=2, max_tokens=2)
     assert metric(router.url, "eldr_passthrough_total") == before + 1
 
 
-def test_hand_offs_really_happen(router, routed, fleet):
+def test_hand_offs_really_happen(router: Router, routed: openai.OpenAI, fleet: Fleet) -> None:
     """The decode worker computes no prompt of its own: the tokens came over NIXL."""
     name = "vllm:request_success_total"
     before = sum(metric(worker.url, name) for worker in fleet.decode), metric(fleet.prefill.url, name)
@@ -167,7 +171,7 @@ def test_hand_offs_really_happen(router, routed, fleet):
         {"n": 0},
     ],
 )
-def test_what_a_worker_refuses_is_refused_with_its_status(router, fleet, body):
+def test_what_a_worker_refuses_is_refused_with_its_status(router: Router, fleet: Fleet, body: Any) -> None:
     ask = {"model": MODEL, "prompt": TEXT, "max_tokens": 4, "temperature": 0, **body}
     (routed_status, _, routed_body), (status, _, plain_body) = (
         call(url, "/v1/completions", ask) for url in (router.url, fleet.plain.url)

@@ -8,12 +8,13 @@ from contextlib import suppress
 
 import openai
 import pytest
-from real_fleet import LEASE_S, MODEL, client_of, metric
+
+from tests.e2e.real_fleet import LEASE_S, MODEL, Fleet, StartRouter, client_of, metric
 
 PROMPT = "let x{n} = {n}; let y{n} = x{n} + 1; print(y{n}); // number {n} "
 
 
-def ask(client, n, max_tokens=16):
+def ask(client: openai.OpenAI, n: int, max_tokens: int = 16) -> str:
     return (
         client.completions.create(model=MODEL, prompt=PROMPT.format(n=n) * 3, max_tokens=max_tokens, temperature=0)
         .choices[0]
@@ -21,7 +22,9 @@ def ask(client, n, max_tokens=16):
     )
 
 
-def test_a_decode_worker_stopped_past_the_lease_never_answers_with_foreign_blocks(fleet, start_router, plain):
+def test_a_decode_worker_stopped_past_the_lease_never_answers_with_foreign_blocks(
+    fleet: Fleet, start_router: StartRouter, plain: openai.OpenAI
+) -> None:
     """The request waits in the stopped worker while the prefill worker frees its blocks and fills them anew."""
     stopped = fleet.decode[1]
     with start_router("--policy", "jsq", decode=[stopped.url]) as router, ThreadPoolExecutor(8) as pool:
@@ -46,7 +49,7 @@ def test_a_decode_worker_stopped_past_the_lease_never_answers_with_foreign_block
         assert ask(client, 77) == ask(plain, 77)
 
 
-def test_a_client_that_goes_away_frees_its_workers(fleet, start_router):
+def test_a_client_that_goes_away_frees_its_workers(fleet: Fleet, start_router: StartRouter) -> None:
     with start_router("--policy", "jsq") as router:
         client = client_of(router.url)
         stream = client.completions.create(
@@ -66,7 +69,7 @@ def test_a_client_that_goes_away_frees_its_workers(fleet, start_router):
             time.sleep(0.1)
 
 
-def test_no_worker_is_503_with_retry_after(fleet, start_router):
+def test_no_worker_is_503_with_retry_after(fleet: Fleet, start_router: StartRouter) -> None:
     absent = "http://127.0.0.1:9"
     with pytest.raises(AssertionError, match="not ready"), start_router("--policy", "jsq", decode=[absent]):
         pass

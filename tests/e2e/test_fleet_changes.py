@@ -9,36 +9,39 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
-from real_fleet import MODEL, call, client_of, metric
 
-from eldr.demo.processes import free_ports
+from eldr.demo.ports import free_ports
+from tests.e2e.real_fleet import MODEL, Fleet, StartRouter, call, client_of, metric
 
 PROMPT = "The {n}th of all stories begins in a small house by the sea. "
 PROMPTS = 24
 KEY = "the-key-of-this-test"
 
 
-def text_of(client, n):
-    ask = {"model": MODEL, "prompt": PROMPT.format(n=n) * 2, "max_tokens": 24, "temperature": 0}
+def text_of(client: openai.OpenAI, n: int) -> str:
+    ask: dict[str, Any] = {"model": MODEL, "prompt": PROMPT.format(n=n) * 2, "max_tokens": 24, "temperature": 0}
     if n % 2:
         return client.completions.create(**ask).choices[0].text
     return "".join(chunk.choices[0].text for chunk in client.completions.create(**ask, stream=True) if chunk.choices)
 
 
 class Admin:
-    def __init__(self, url):
+    def __init__(self, url: str) -> None:
         self._url = url
 
-    def __call__(self, method, path, body=None):
+    def __call__(self, method: str, path: str, body: object = None) -> Any:
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, headers, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
-    def until(self, url, state):
+    def until(self, url: str, state: str) -> None:
         deadline_s = time.monotonic() + 60
         while True:
             states = {worker["url"]: worker["state"] for worker in self("GET", "/admin/workers")["workers"]}
@@ -51,15 +54,16 @@ class Admin:
 class Load:
     """Requests without a pause, each compared with what a plain worker said."""
 
-    def __init__(self, url, expected, clients=4):
+    def __init__(self, url: str, expected: list[str], clients: int = 4) -> None:
         self._url, self._expected = url, expected
         self._stop = threading.Event()
-        self.done, self.wrong = 0, []
+        self.done = 0
+        self.wrong: list[Any] = []
         self._numbers = itertools.count()
         self._pool = ThreadPoolExecutor(clients)
         self._running = [self._pool.submit(self._run) for _ in range(clients)]
 
-    def _run(self):
+    def _run(self) -> None:
         client = client_of(self._url)
         while not self._stop.is_set():
             n = next(self._numbers) % PROMPTS
@@ -71,14 +75,14 @@ class Load:
                 self.wrong.append((n, text))
             self.done += 1
 
-    def more(self, count):
+    def more(self, count: int) -> None:
         """Wait until so many more requests have ended."""
         target, deadline_s = self.done + count, time.monotonic() + 120
         while self.done < target:
             assert time.monotonic() < deadline_s, "the load stands still"
             time.sleep(0.02)
 
-    def end(self):
+    def end(self) -> None:
         self._stop.set()
         for future in self._running:
             future.result(120)
@@ -86,11 +90,13 @@ class Load:
 
 
 @pytest.fixture(scope="module")
-def expected(plain):
+def expected(plain: openai.OpenAI) -> list[str]:
     return [text_of(plain, n) for n in range(PROMPTS)]
 
 
-def test_workers_join_drain_and_leave_under_load(fleet, start_router, expected, tmp_path):
+def test_workers_join_drain_and_leave_under_load(
+    fleet: Fleet, start_router: StartRouter, expected: list[str], tmp_path: Path
+) -> None:
     key = tmp_path / "admin.key"
     key.write_text(KEY)
     listen = f"127.0.0.1:{free_ports(1)[0]}"
@@ -129,7 +135,9 @@ def test_workers_join_drain_and_leave_under_load(fleet, start_router, expected, 
         assert metric(router.url, "eldr_inflight") == 0
 
 
-def test_a_worker_that_is_there_or_is_not_does_not_disturb(fleet, start_router, plain, tmp_path):
+def test_a_worker_that_is_there_or_is_not_does_not_disturb(
+    fleet: Fleet, start_router: StartRouter, plain: openai.OpenAI, tmp_path: Path
+) -> None:
     key = tmp_path / "admin.key"
     key.write_text(KEY)
     listen = f"127.0.0.1:{free_ports(1)[0]}"
@@ -145,7 +153,7 @@ def test_a_worker_that_is_there_or_is_not_does_not_disturb(fleet, start_router, 
         assert call(f"http://{listen}", "/admin/workers")[0] == 401
 
 
-def test_the_router_reads_what_real_workers_say_of_their_load(fleet, start_router):
+def test_the_router_reads_what_real_workers_say_of_their_load(fleet: Fleet, start_router: StartRouter) -> None:
     with start_router("--policy", "jsq") as router:
         for worker in (fleet.prefill, *fleet.decode):
             assert metric(router.url, "eldr_worker_waiting", worker=worker.url) == 0

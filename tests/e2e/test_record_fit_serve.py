@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import openai
 import pytest
-from real_fleet import MODEL, client_of, metric
 
 from eldr.trace import read_trace
+from tests.e2e.real_fleet import MODEL, Fleet, StartRouter, client_of, metric
 
 KINDS = {
     "code": "for i in range({n}):\n    total[{n}] += values[i] * {n}\n",
@@ -23,12 +27,12 @@ KINDS = {
 }
 
 
-def eldr(*arguments: str) -> subprocess.CompletedProcess:
+def eldr(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "eldr", *arguments], capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("record") / "prompts.jsonl"
     lines = [{"prompt": text.format(n=n) * 2, "label": kind} for n in range(6) for kind, text in KINDS.items()]
     path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
@@ -36,7 +40,7 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trace(fleet, prompts):
+def trace(fleet: Fleet, prompts: Path) -> Path:
     path = prompts.with_name("worker.npz")
     done = eldr("record", str(prompts), "--url", fleet.prefill.url, "--max-tokens", "12", "-o", str(path))
     assert done.returncode == 0, done.stderr
@@ -44,14 +48,14 @@ def trace(fleet, prompts):
 
 
 @pytest.fixture(scope="module")
-def calibration(trace):
+def calibration(trace: Path) -> Path:
     path = trace.with_name("calibration.npz")
     done = eldr("fit", str(trace), "--workers", "2", "-o", str(path))
     assert done.returncode == 0, done.stderr
     return path
 
 
-def test_the_trace_holds_what_was_asked(trace):
+def test_the_trace_holds_what_was_asked(trace: Path) -> None:
     recorded = read_trace(trace)
     assert len(recorded.prompt_tokens) == 24
     assert set(recorded.label.tolist()) == set(KINDS)
@@ -60,7 +64,9 @@ def test_the_trace_holds_what_was_asked(trace):
     assert recorded.decode_experts.shape[1:] == (recorded.meta.layers, recorded.meta.top_k)
 
 
-def test_a_router_records_what_a_worker_records(trace, prompts, start_router, tmp_path):
+def test_a_router_records_what_a_worker_records(
+    trace: Path, prompts: Path, start_router: StartRouter, tmp_path: Path
+) -> None:
     key = tmp_path / "admin.key"
     key.write_text("a-secret-of-the-test\n")
     path = tmp_path / "router.npz"
@@ -78,25 +84,32 @@ def test_a_router_records_what_a_worker_records(trace, prompts, start_router, tm
     assert not (tmp_path / "none.npz").exists()
 
 
-def test_locality_band_serves_the_same_text_and_separates_kinds(calibration, start_router, plain):
+def test_locality_band_serves_the_same_text_and_separates_kinds(
+    calibration: Path, start_router: StartRouter, plain: openai.OpenAI
+) -> None:
     """Requests of one kind go to one worker when nothing else runs, and outputs do not change."""
     with start_router("--policy", "locality-band", "--calibration", str(calibration), "--tau", "0") as router:
         client = client_of(router.url)
         for n in (7, 8):
             for text in KINDS.values():
-                ask = {"model": MODEL, "prompt": text.format(n=n) * 2, "max_tokens": 12, "temperature": 0}
+                ask: dict[str, Any] = {
+                    "model": MODEL,
+                    "prompt": text.format(n=n) * 2,
+                    "max_tokens": 12,
+                    "temperature": 0,
+                }
                 expected = plain.completions.create(**ask).choices[0].text
                 assert client.completions.create(**ask).choices[0].text == expected
         assert metric(router.url, "eldr_decisions_total", policy="locality-band") == 8
         assert metric(router.url, "eldr_decisions_total", reason="no_signature") == 0
 
 
-def test_a_decision_log_repeats_every_choice(calibration, start_router, tmp_path):
+def test_a_decision_log_repeats_every_choice(calibration: Path, start_router: StartRouter, tmp_path: Path) -> None:
     """Through concurrent requests, refits, a rotation of the file, a killed router, and another start."""
     log, rotated = tmp_path / "decisions.jsonl", tmp_path / "decisions.jsonl.1"
     logged = ("--calibration", str(calibration), "--decision-log", str(log))
 
-    def send(url, first):
+    def send(url: str, first: int) -> None:
         client = client_of(url)
         prompts = [text.format(n=n) * 2 for n in range(first, first + 5) for text in KINDS.values()]
         with ThreadPoolExecutor(8) as pool:
@@ -126,14 +139,14 @@ def test_a_decision_log_repeats_every_choice(calibration, start_router, tmp_path
         assert text.format(n=12)[:12] not in rotated.read_text() + log.read_text()
 
 
-def wait_for(condition):
+def wait_for(condition: Callable[[], object]) -> None:
     deadline_s = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
 
 
-def test_inspect_shows_the_file(calibration):
+def test_inspect_shows_the_file(calibration: Path) -> None:
     shown = eldr("inspect", str(calibration))
     assert shown.returncode == 0
     assert MODEL in shown.stdout
@@ -141,7 +154,9 @@ def test_inspect_shows_the_file(calibration):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "absent"])
-def test_a_damaged_calibration_is_refused_at_start(calibration, fleet, tmp_path, damage):
+def test_a_damaged_calibration_is_refused_at_start(
+    calibration: Path, fleet: Fleet, tmp_path: Path, damage: str
+) -> None:
     path = tmp_path / "damaged.npz"
     if damage == "truncated":
         path.write_bytes(calibration.read_bytes()[:-200])

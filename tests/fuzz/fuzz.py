@@ -1,8 +1,8 @@
-"""Fuzz every target for a while, each in a process of its own: `python tests/fuzz/fuzz.py --seconds 120`.
+"""Fuzz every target for a while, each in a process of its own: `python -m tests.fuzz.fuzz --seconds 120`.
 
 libFuzzer (atheris) mutates inputs towards code not reached before, from the seeds in tests/fuzz/corpus and what earlier
 runs found in build/fuzz. A failing input is written to build/fuzz/TARGET/crash-*; to run it again:
-`python tests/fuzz/fuzz.py TARGET FILE`. Exit code 1 if anything failed.
+`python -m tests.fuzz.fuzz TARGET FILE`. Exit code 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 # The first argument of the processes that this one starts.
 INSIDE = "--inside"
-BUILD = HERE.parents[1] / "build" / "fuzz"
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "fuzz"
 
 
 def main() -> int:
@@ -29,7 +30,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", metavar="TARGET", help="this target alone (repeatable)")
     parser.add_argument("again", nargs="*", metavar="TARGET FILE", help="run one input again")
     arguments = parser.parse_args()
-    from targets import TARGETS
+    from tests.fuzz.targets import TARGETS
 
     if arguments.again:
         name, file = arguments.again
@@ -41,7 +42,7 @@ def main() -> int:
     (BUILD / "summary.json").write_text(json.dumps(results, indent=1))
     failed = [name for name, result in results.items() if result["crash"]]
     for name in failed:
-        print(f"{name} failed; again with: python tests/fuzz/fuzz.py {name} {results[name]['crash']}")
+        print(f"{name} failed; again with: python -m tests.fuzz.fuzz {name} {results[name]['crash']}")
     return 1 if failed else 0
 
 
@@ -63,11 +64,11 @@ def _fuzz(name: str, seconds: float) -> dict[str, object]:
     found, crashes = BUILD / name / "found", BUILD / name
     found.mkdir(parents=True, exist_ok=True)
     before = set(crashes.glob("crash-*")) | set(crashes.glob("timeout-*")) | set(crashes.glob("oom-*"))
-    command = [sys.executable, __file__, INSIDE, name, f"-max_total_time={max(1, round(seconds))}"]
+    command = [sys.executable, "-m", "tests.fuzz.fuzz", INSIDE, name, f"-max_total_time={max(1, round(seconds))}"]
     command += ["-timeout=10", "-rss_limit_mb=2048", "-max_len=16384", "-print_final_stats=1"]
     command += [f"-artifact_prefix={crashes}/", str(found), str(HERE / "corpus" / name)]
     started_s = time.monotonic()
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds * 2 + 120)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds * 2 + 120)
     new = [path for kind in ("crash", "timeout", "oom") for path in crashes.glob(f"{kind}-*") if path not in before]
     executed = re.search(r"stat::number_of_executed_units:\s+(\d+)", ended.stderr)
     runs = int(executed[1]) if executed else 0
@@ -86,7 +87,7 @@ def _fuzz_here(name: str, flags: list[str]) -> int:
     import atheris
 
     with atheris.instrument_imports(include=["eldr"]):
-        from targets import TARGETS
+        from tests.fuzz.targets import TARGETS
     atheris.Setup([sys.argv[0], *flags], TARGETS[name])
     atheris.Fuzz()
     return 0

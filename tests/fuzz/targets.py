@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import math
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -22,25 +21,22 @@ import h11
 import numpy as np
 import orjson
 
+from eldr.calibration import CalibrationError, load_calibration
+from eldr.counts import CountsError, decode_counts, encode_counts
+from eldr.expert_rows import decode_rows, encode_rows
+from eldr.router.config.endpoint import UrlError, worker_urls
+from eldr.router.fleet.workers import Worker
+from eldr.router.http.client import ExchangeError
+from eldr.router.http.errors import ApiError
+from eldr.router.observe.counters import Metrics
+from eldr.router.protocols import openai
+from eldr.router.protocols.vllm_nixl import VllmNixl
+from eldr.router.request.answer import DecodeAnswer, TokenTimes
+from eldr.router.request.verdict import Names, check_first_event
+from eldr.trace import TraceError, read_trace
+from tests.router.memory import RUNNER, feed, hear, split
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "router"), str(HERE.parent / "unit")]
-
-from memory import RUNNER, feed, hear, split  # noqa: E402
-
-from eldr.calibration import CalibrationError, load_calibration  # noqa: E402
-from eldr.counts import CountsError, decode_counts, encode_counts  # noqa: E402
-from eldr.expert_rows import decode_rows, encode_rows  # noqa: E402
-from eldr.router.config.endpoint import UrlError, worker_urls  # noqa: E402
-from eldr.router.fleet.workers import Worker  # noqa: E402
-from eldr.router.http.client import ExchangeError  # noqa: E402
-from eldr.router.http.errors import ApiError  # noqa: E402
-from eldr.router.observe.counters import Metrics  # noqa: E402
-from eldr.router.protocols import openai  # noqa: E402
-from eldr.router.protocols.vllm_nixl import VllmNixl  # noqa: E402
-from eldr.router.request.answer import DecodeAnswer, TokenTimes  # noqa: E402
-from eldr.router.request.verdict import Names, check_first_event  # noqa: E402
-from eldr.trace import TraceError, read_trace  # noqa: E402
-
 SCRATCH = Path(tempfile.mkdtemp(prefix="eldr-fuzz-"))
 # Behind these marks stand changes to the members of an archive, and the parts of a wire form: checksums and codings
 # would otherwise stop most inputs at the door.

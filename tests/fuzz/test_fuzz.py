@@ -7,21 +7,22 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from targets import CHANGES, TARGETS
+
+from tests.fuzz.targets import CHANGES, TARGETS
 
 CORPUS = Path(__file__).parent / "corpus"
 SEEDS = {name: sorted(path.read_bytes() for path in (CORPUS / name).iterdir()) for name in TARGETS}
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_seeds(name):
+def test_the_seeds(name: str) -> None:
     assert SEEDS[name], "a target without seeds"
     for seed in SEEDS[name]:
         TARGETS[name](seed)
 
 
 @st.composite
-def mutated(draw, name):
+def mutated(draw: st.DrawFn, name: str) -> bytes:
     """A seed with a few bytes replaced, taken out or put in, or bytes from nowhere."""
     data = bytearray(draw(st.sampled_from([*SEEDS[name], b""])))
     for _ in range(draw(st.integers(0, 6))):
@@ -31,20 +32,20 @@ def mutated(draw, name):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_mutations_of_the_seeds(name):
+def test_mutations_of_the_seeds(name: str) -> None:
     @settings(max_examples=40, deadline=None)
     @given(mutated(name))
-    def holds(data):
+    def holds(data: bytes) -> None:
         TARGETS[name](data)
 
     holds()
 
 
 @pytest.mark.parametrize("name", ["calibration", "trace"])
-def test_files_with_changes_inside(name):
+def test_files_with_changes_inside(name: str) -> None:
     @settings(max_examples=60, deadline=None)
     @given(st.binary(max_size=24))
-    def holds(changes):
+    def holds(changes: bytes) -> None:
         TARGETS[name](CHANGES + changes)
 
     holds()

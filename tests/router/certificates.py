@@ -15,6 +15,16 @@ def certificate(folder: Path, name: str) -> tuple[Path, Path]:
         pytest.fail("needs the openssl command")
     cert, key = folder / f"{name}.pem", folder / f"{name}.key"
     subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    made = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out", cert]
+    made: list[str | Path] = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-keyout",
+        key,
+        "-out",
+        cert,
+    ]
     subprocess.run(["openssl", "req", "-x509", *made, *subject], check=True, capture_output=True)
     return cert, key

@@ -86,6 +86,11 @@ class FakeWorker:
         return f"http{'s' if self.ssl_context else ''}://{self._host}:{self._port}"
 
     @property
+    def engine_id(self) -> str:
+        """What its hand-offs name as remote_engine_id."""
+        return f"engine-{self._port}"
+
+    @property
     def generated(self) -> list[Seen]:
         """Completion and chat requests, probes left out."""
         return [seen for seen in self.seen if seen.path.endswith("completions")]
@@ -197,7 +202,7 @@ class FakeWorker:
                 "do_remote_prefill": True,
                 "do_remote_decode": False,
                 "remote_block_ids": [[self._handoffs]],
-                "remote_engine_id": f"engine-{self._port}",
+                "remote_engine_id": self.engine_id,
                 "remote_request_id": f"cmpl-{seen.headers.get('x-request-id')}-0-{self._port:04x}{self._handoffs:04x}",
                 "remote_host": "127.0.0.1",
                 "remote_port": 5600,

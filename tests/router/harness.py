@@ -16,19 +16,23 @@ from typing import Any
 import aiohttp
 import pytest
 import uvloop
-from fake_worker import FakeWorker
 
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import ShortestQueue
 from eldr.router.app import Router, build_policy
 from eldr.router.config.settings import RouterConfig
 from eldr.router.request import answer
+from tests.router.fake_worker import FakeWorker
 
 # For tests that put something of their own into the router, which compiled code does not take.
 interpreted = pytest.mark.skipif(not answer.__file__.endswith(".py"), reason="this router is compiled")
 
-ASK = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+ASK: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
 
 
 def on_uvloop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
@@ -138,7 +142,7 @@ async def running(
             await router.stop(0)
 
 
-async def until(condition: Callable[[], bool], what: str) -> None:
+async def until(condition: Callable[[], object], what: str) -> None:
     """Wait for a condition that must come true."""
     deadline_s = time.monotonic() + 20
     while not condition():
@@ -147,12 +151,12 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 
 class Scripted(Policy):
-    """Chooses what it is told, and keeps what it hears."""
+    """Chooses by a rule that tests may change, and keeps what it hears."""
 
     name = "scripted"
 
     def __init__(self, choose: Callable[[DecodeRequest, Mapping[str, int]], str] | None = None) -> None:
-        self._choose = choose or (lambda request, in_flight: min(in_flight, key=in_flight.__getitem__))
+        self.rule = choose or (lambda request, in_flight: min(in_flight, key=in_flight.__getitem__))
         self.asked: list[tuple[DecodeRequest, dict[str, int]]] = []
         self.heard: list[tuple[str, str]] = []
 
@@ -162,7 +166,7 @@ class Scripted(Policy):
             request.request_id, request.prompt_tokens, request.counts, request.label, request.max_tokens
         )
         self.asked.append((kept, dict(in_flight)))
-        return Decision(self._choose(request, in_flight), "scripted")
+        return Decision(self.rule(request, in_flight), "scripted")
 
     def started(self, request: DecodeRequest, worker: str) -> None:
         self.heard.append(("started", worker))

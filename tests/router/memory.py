@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
+from typing import Any
 
 from eldr.router.config.groups import ClientLimits
-from eldr.router.http.client import WorkerConnection
+from eldr.router.http.client import ExchangeError, WorkerConnection
+from eldr.router.http.errors import ApiError
+from eldr.router.http.exchange import ClientExchange
+from eldr.router.http.message import Request
 from eldr.router.http.pool import WorkerPool
 from eldr.router.http.server import ClientConnection
 
@@ -23,74 +27,116 @@ LIMITS = ClientLimits(
 RUNNER = asyncio.Runner()
 
 
+# A request: method, path, headers, body.
+Said = tuple[bytes, bytes, dict[bytes, bytes], bytes]
+
+
 class Recorder:
     """A handler that keeps requests and answers each at once."""
 
     def __init__(self) -> None:
-        self.connections = set()
+        self.connections: set[ClientConnection] = set()
         self.closing = False
-        self.requests = []
-        self.errors = []
+        self.requests: list[Said] = []
+        self.errors: list[int] = []
 
-    def permit(self, path, headers):
+    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
         return ""
 
-    def handle(self, request, exchange):
+    def handle(self, request: Request, exchange: ClientExchange) -> None:
         self.requests.append((request.method, request.path, request.headers, request.body))
         exchange.respond(200, b"%d" % len(self.requests))
 
-    def refused(self, error):
+    def refused(self, error: ApiError) -> None:
         self.errors.append(error.status)
 
 
-class MemoryTransport(asyncio.Transport):
-    """stalls: numbers of the writes behind which the peer does not read for a turn of the event loop."""
+class Holding(Recorder):
+    """A handler that keeps requests and answers none. held: the exchanges that wait for an answer."""
 
-    def __init__(self, stalls=frozenset()) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[ClientExchange] = []
+
+    def handle(self, request: Request, exchange: ClientExchange) -> None:
+        self.requests.append((request.method, request.path, request.headers, request.body))
+        self.held.append(exchange)
+
+
+class MemoryTransport(asyncio.Transport):
+    """protocol: hears when the peer stops reading. stalls: numbers of the writes behind which it does so for a turn
+    of the event loop."""
+
+    protocol: ClientConnection
+
+    def __init__(self, stalls: frozenset[int] = frozenset()) -> None:
         super().__init__()
         self.written = b""
         self.closed = False
         self.reading = True
-        self.protocol = None
         self._stalls = stalls
         self._writes = 0
 
-    def write(self, data):
+    def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
         self.written += data
         self._writes += 1
         if self._writes in self._stalls:
             self.protocol.pause_writing()
             asyncio.get_running_loop().call_soon(self.protocol.resume_writing)
 
-    def pause_reading(self):
+    def pause_reading(self) -> None:
         self.reading = False
 
-    def resume_reading(self):
+    def resume_reading(self) -> None:
         self.reading = True
 
-    def is_closing(self):
+    def is_closing(self) -> bool:
         return self.closed
 
-    def close(self):
+    def close(self) -> None:
         self.closed = True
 
-    def can_write_eof(self):
+    def can_write_eof(self) -> bool:
         return False
 
-    def set_write_buffer_limits(self, high=None, low=None):
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         pass
 
-    def abort(self):
+    def abort(self) -> None:
         self.closed = True
 
 
-def feed(pieces: list[bytes], stalls: frozenset[int] = frozenset()):
+class UnreadTransport(MemoryTransport):
+    """To a peer that reads nothing but in `take`. unsent: bytes that wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unsent = 0
+        self._high = 0
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._high = high or 0
+
+    def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
+        super().write(data)
+        above = self.unsent > self._high
+        self.unsent += len(data)
+        if self.unsent > self._high and not above:
+            self.protocol.pause_writing()
+
+    def take(self) -> None:
+        above, self.unsent = self.unsent > self._high, 0
+        if above:
+            self.protocol.resume_writing()
+
+
+def feed(pieces: list[bytes], stalls: frozenset[int] = frozenset()) -> tuple[list[Said], list[int], list[bytes]]:
     """The requests, refusals and answers' status lines that these bytes of a client lead to.
 
     stalls: numbers of the router's writes behind which the client does not read for a while.
     """
 
-    async def run():
+    async def run() -> tuple[list[Said], list[int], list[bytes]]:
         handler, transport = Recorder(), MemoryTransport(stalls)
         connection = transport.protocol = ClientConnection(handler, LIMITS)
         connection.connection_made(transport)
@@ -117,23 +163,23 @@ class Heard:
 
     def __init__(self) -> None:
         self.status = 0
-        self.headers = {}
+        self.headers: dict[bytes, bytes] = {}
         self.body = b""
         self.framed = 0
-        self.ended = []
+        self.ended: list[str] = []
 
-    def on_head(self, status, headers):
+    def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
         self.status, self.headers = status, headers
 
-    def on_body(self, data, framed=None):
+    def on_body(self, data: bytes, framed: bytes | None = None) -> None:
         assert framed is None or framed == b"%x\r\n%b\r\n" % (len(data), data)
         self.body += data
         self.framed += framed is not None
 
-    def on_done(self):
+    def on_done(self) -> None:
         self.ended.append("done")
 
-    def on_failed(self, error):
+    def on_failed(self, error: ExchangeError) -> None:
         self.ended.append("failed")
 
 
@@ -144,16 +190,16 @@ class Wire(asyncio.Transport):
         super().__init__()
         self.closed = False
 
-    def write(self, data):
+    def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
         pass
 
-    def is_closing(self):
+    def is_closing(self) -> bool:
         return self.closed
 
-    def close(self):
+    def close(self) -> None:
         self.closed = True
 
-    def abort(self):
+    def abort(self) -> None:
         self.closed = True
 
 

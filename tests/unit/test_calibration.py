@@ -4,35 +4,38 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_calibration, make_trace
 
-from eldr.calibration import CalibrationError, fit_calibration, load_calibration
+from eldr.calibration import Calibration, CalibrationError, fit_calibration, load_calibration
 from eldr.signature import SignatureError
-from eldr.trace import read_trace, write_trace
+from eldr.trace import Trace, read_trace, write_trace
 from eldr.zones import ZonesError
+from tests.synthetic import make_calibration, make_trace
 
 
 @pytest.fixture(scope="module")
-def trace():
+def trace() -> Trace:
     return make_trace(requests=36, layers=4, experts=16, kinds=3, seed=2)
 
 
 @pytest.fixture(scope="module")
-def calibration(trace):
+def calibration(trace: Trace) -> Calibration:
     return fit_calibration(trace, 3)
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     return tmp_path / "calibration.npz"
 
 
-def assert_equal(first, second):
+def assert_equal(first: Any, second: Any) -> None:
     """Field by field, arrays bit by bit."""
     for field in dataclasses.fields(first):
         one, other = getattr(first, field.name), getattr(second, field.name)
@@ -45,7 +48,7 @@ def assert_equal(first, second):
             assert one == other, field.name
 
 
-def test_zones_separate_the_kinds_of_the_trace(trace, calibration):
+def test_zones_separate_the_kinds_of_the_trace(trace: Trace, calibration: Calibration) -> None:
     signatures = calibration.signature.transform(trace.prefill_counts)
     nearest = (signatures @ calibration.centroids.T).argmax(axis=1)
     assert len(set(zip(trace.label.tolist(), nearest.tolist(), strict=True))) == 3
@@ -54,7 +57,7 @@ def test_zones_separate_the_kinds_of_the_trace(trace, calibration):
     assert set(calibration.rho) == {"count_idf", "count", "sqrt_count", "binary"}
 
 
-def test_provenance_names_the_trace(trace, tmp_path):
+def test_provenance_names_the_trace(trace: Trace, tmp_path: Path) -> None:
     write_trace(trace, tmp_path / "trace.npz")
     provenance = fit_calibration(read_trace(tmp_path / "trace.npz"), 2, seed=7).provenance
     assert provenance["trace_sha256"] == hashlib.sha256((tmp_path / "trace.npz").read_bytes()).hexdigest()
@@ -63,7 +66,7 @@ def test_provenance_names_the_trace(trace, tmp_path):
     assert provenance["versions"]["numpy"] == np.__version__
 
 
-def test_gate_scores_are_compared_where_the_trace_has_them(trace):
+def test_gate_scores_are_compared_where_the_trace_has_them(trace: Trace) -> None:
     scores = trace.prefill_counts.astype(np.float32)
     with_scores = dataclasses.replace(trace, prefill_gate_prob=scores)
     fitted = fit_calibration(with_scores, 2)
@@ -71,7 +74,7 @@ def test_gate_scores_are_compared_where_the_trace_has_them(trace):
     assert "gate_logit" not in fitted.rho
 
 
-def test_the_picture_keeps_distances_in_a_plane(trace):
+def test_the_picture_keeps_distances_in_a_plane(trace: Trace) -> None:
     """Kinds that lie in a plane stay exactly as far apart as they are."""
     counts = np.zeros((36, 4, 16), dtype=np.uint32)
     for request in range(36):
@@ -86,7 +89,7 @@ def test_the_picture_keeps_distances_in_a_plane(trace):
     assert fitted.picture.labels.tolist() == trace.label.tolist()
 
 
-def test_one_trace_and_seed_one_calibration(trace, calibration):
+def test_one_trace_and_seed_one_calibration(trace: Trace, calibration: Calibration) -> None:
     again = fit_calibration(trace, 3)
     without_date = [
         dataclasses.replace(one, provenance=one.provenance | {"created_utc": ""}) for one in (calibration, again)
@@ -94,15 +97,15 @@ def test_one_trace_and_seed_one_calibration(trace, calibration):
     assert_equal(*without_date)
 
 
-def test_progress_is_told(trace):
-    told = []
+def test_progress_is_told(trace: Trace) -> None:
+    told: list[Any] = []
     fit_calibration(trace, 2, progress=told.append)
     assert told[0] == "layers for count_idf"
     assert "zones for 2 workers" in told
 
 
 @pytest.mark.parametrize("transform", ["count_idf", "sqrt_count", "binary"])
-def test_round_trip(path, trace, transform):
+def test_round_trip(path: Path, trace: Trace, transform: str) -> None:
     calibration = fit_calibration(trace, 3, transform=transform)
     calibration.save(path)
     loaded = load_calibration(path)
@@ -111,7 +114,7 @@ def test_round_trip(path, trace, transform):
     assert str(loaded.geometry) == "4 layers x 16 experts, top-2"
 
 
-def test_refuses_what_cannot_be_fitted(trace):
+def test_refuses_what_cannot_be_fitted(trace: Trace) -> None:
     with pytest.raises(ZonesError, match="36 calibration requests are too few for 37"):
         fit_calibration(trace, 37)
     with pytest.raises(CalibrationError, match="cannot route on transform 'gate_prob'"):
@@ -123,21 +126,21 @@ def test_refuses_what_cannot_be_fitted(trace):
         fit_calibration(silent, 2)
 
 
-def rewritten(path, alter):
+def rewritten(path: Path, alter: Callable[..., Any]) -> None:
     with np.load(path) as file:
         arrays = {name: file[name].copy() for name in file.files}
     new = alter(arrays)
     np.savez_compressed(path, **(arrays | (new or {})))
 
 
-def set_at(name, index, value):
-    def alter(arrays):
+def set_at(name: str, index: int | tuple[int, int], value: float) -> Callable[..., Any]:
+    def alter(arrays: dict[str, Any]) -> None:
         arrays[name][index] = value
 
     return alter
 
 
-def meta_with(**changes):
+def meta_with(**changes: Any) -> Callable[..., Any]:
     return lambda arrays: {"meta": np.array(json.dumps(json.loads(str(arrays["meta"])) | changes))}
 
 
@@ -171,7 +174,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_refuses_and_says_why(path, calibration, name):
+def test_refuses_and_says_why(path: Path, calibration: Calibration, name: str) -> None:
     alter, reason = BAD[name]
     calibration.save(path)
     rewritten(path, alter)
@@ -181,7 +184,7 @@ def test_refuses_and_says_why(path, calibration, name):
     assert reason in str(error.value)
 
 
-def test_refuses_foreign_and_truncated_files(path, trace, calibration):
+def test_refuses_foreign_and_truncated_files(path: Path, trace: Trace, calibration: Calibration) -> None:
     write_trace(trace, path)
     with pytest.raises(CalibrationError, match="array idf is missing"):
         load_calibration(path)
@@ -200,7 +203,9 @@ def test_refuses_foreign_and_truncated_files(path, trace, calibration):
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_damaged_files_raise_calibration_errors_only(tmp_path_factory, data):
+def test_damaged_files_raise_calibration_errors_only(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "calibration.npz"
     make_calibration().save(path)
     content = bytearray(path.read_bytes())

@@ -4,18 +4,19 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from synthetic import make_calibration
 
 from eldr.cli.main import main
 from eldr.policies import PolicyOptions
+from tests.synthetic import make_calibration
 
 
 @pytest.mark.parametrize(
     "command", ["serve", "record", "fit", "inspect", "replay", "decisions", "calibrate-cost", "demo"]
 )
-def test_every_command_explains_itself_with_examples(command, capsys):
+def test_every_command_explains_itself_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
@@ -23,7 +24,7 @@ def test_every_command_explains_itself_with_examples(command, capsys):
 
 
 @pytest.mark.parametrize("command", ["serve", "replay", "decisions"])
-def test_help_states_the_defaults_of_policy_options(command, capsys):
+def test_help_states_the_defaults_of_policy_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
     shown = " ".join(capsys.readouterr().out.partition("examples:")[0].split())
@@ -36,7 +37,7 @@ def test_help_states_the_defaults_of_policy_options(command, capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["fit"], ["fit", "t.npz", "--workers", "0", "-o", "x"]])
-def test_wrong_usage_exits_with_2(arguments, capsys):
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -53,7 +54,9 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         ["serve", "--config", "absent.toml"],
     ],
 )
-def test_an_absent_file_is_named_and_exits_with_2(arguments, capsys, tmp_path, monkeypatch):
+def test_an_absent_file_is_named_and_exits_with_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -62,12 +65,12 @@ def test_an_absent_file_is_named_and_exits_with_2(arguments, capsys, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_serve_without_workers_says_what_is_missing(capsys):
+def test_serve_without_workers_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--policy", "jsq"]) == 2
     assert "prefill" in capsys.readouterr().err
 
 
-def test_a_missing_extra_is_named():
+def test_a_missing_extra_is_named() -> None:
     """With scipy hidden, `eldr fit` says what to install."""
     code = "import sys; sys.modules['scipy'] = None; sys.modules['rich'] = None; import eldr.cli.main; "
     code += "sys.exit(eldr.cli.main.main(['fit', 'x', '--workers', '2', '-o', 'y']))"
@@ -76,7 +79,7 @@ def test_a_missing_extra_is_named():
     assert "install eldr[fit]" in done.stderr
 
 
-def test_the_connector_s_side_imports_numpy_alone():
+def test_the_connector_s_side_imports_numpy_alone() -> None:
     """What lives inside a user's vLLM environment must not fight its pins."""
     code = (
         "import json, sys; sys.modules.update(pybase64=None); "  # used where they are, never needed
@@ -90,7 +93,7 @@ def test_the_connector_s_side_imports_numpy_alone():
     assert not {name for name in foreign if not name.startswith("_")}
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path):
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     """`eldr inspect FILE --json | head -1` ends quietly; `true` reads nothing at all."""
     path = tmp_path / "calibration.npz"
     make_calibration().save(path)

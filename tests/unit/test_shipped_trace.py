@@ -3,10 +3,12 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import eldr_small_moe
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from eldr.cli.main import main
 from eldr.trace import read_trace
@@ -20,12 +22,12 @@ DRAWS = 1500
 
 
 @pytest.fixture(scope="module")
-def raw():
+def raw() -> dict[str, Any]:
     with np.load(TRACE) as arrays:
         return dict(arrays)
 
 
-def test_it_is_a_small_whole_recording_of_the_shipped_model():
+def test_it_is_a_small_whole_recording_of_the_shipped_model() -> None:
     assert TRACE.stat().st_size <= MAX_BYTES
     trace = read_trace(TRACE)
     config = json.loads((eldr_small_moe.folder() / "config.json").read_text())
@@ -38,7 +40,7 @@ def test_it_is_a_small_whole_recording_of_the_shipped_model():
     assert np.diff(trace.decode_offsets).min() > 0
 
 
-def active_experts(raw, pool, rng):
+def active_experts(raw: dict[str, Any], pool: NDArray[np.int64], rng: np.random.Generator) -> float:
     """Mean distinct experts a layer, over batches drawn from the requests of `pool`, each at a random decode step."""
     offsets = raw["decode_offsets"]
     means = []
@@ -49,24 +51,24 @@ def active_experts(raw, pool, rng):
     return np.mean(means)
 
 
-def one_kind_and_mixed(raw, kinds):
+def one_kind_and_mixed(raw: dict[str, Any], kinds: list[str] | tuple[str, str, str, str]) -> tuple[float, float]:
     rng = np.random.default_rng(1)
     pools = [np.flatnonzero(raw["label"] == kind) for kind in kinds]
     one_kind = np.mean([active_experts(raw, pool, rng) for pool in pools])
-    return one_kind, active_experts(raw, np.concatenate(pools), rng)
+    return float(one_kind), active_experts(raw, np.concatenate(pools), rng)
 
 
-def test_batches_of_one_kind_activate_fewer_experts_than_mixed_ones(raw):
+def test_batches_of_one_kind_activate_fewer_experts_than_mixed_ones(raw: dict[str, Any]) -> None:
     one_kind, mixed = one_kind_and_mixed(raw, list(KINDS))
     assert one_kind < 0.8 * mixed
 
 
-def test_so_they_do_among_kinds_that_share_the_latin_script(raw):
+def test_so_they_do_among_kinds_that_share_the_latin_script(raw: dict[str, Any]) -> None:
     one_kind, mixed = one_kind_and_mixed(raw, TASKS)
     assert one_kind < 0.95 * mixed
 
 
-def test_a_prompts_experts_are_those_of_its_output_more_than_of_others(raw):
+def test_a_prompts_experts_are_those_of_its_output_more_than_of_others(raw: dict[str, Any]) -> None:
     prompt = raw["prefill_counts"].reshape(len(raw["label"]), -1) / raw["prompt_tokens"][:, None]
     offsets, experts = raw["decode_offsets"], raw["prefill_counts"].shape[2]
     decode = np.zeros_like(prompt)
@@ -85,7 +87,7 @@ def test_a_prompts_experts_are_those_of_its_output_more_than_of_others(raw):
     assert (own > others).mean() > 0.95
 
 
-def test_it_can_be_replayed_as_the_readme_says(tmp_path):
+def test_it_can_be_replayed_as_the_readme_says(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     arguments = ["replay", str(TRACE), "--workers", "4", "--batch", "6", "--requests", "200", "--seeds", "2"]
     assert main([*arguments, "--json", str(out)]) == 0

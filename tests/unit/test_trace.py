@@ -6,36 +6,40 @@ import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_trace
+from numpy.typing import NDArray
 
-from eldr.trace import TraceError, TraceMeta, read_trace, write_trace
+from eldr.trace import Trace, TraceError, TraceMeta, read_trace, write_trace
+from tests.synthetic import make_trace
 
 ARRAYS = ("prefill_counts", "prompt_tokens", "decode_experts", "decode_offsets", "label")
 
 
-def arrays_of(trace):
+def arrays_of(trace: Trace) -> dict[str, Any]:
     """The arrays of a trace file, assembled here and not by the writer under test."""
     meta = {"format": "eldr-trace-v1", **dataclasses.asdict(trace.meta)}
     return {name: getattr(trace, name) for name in ARRAYS} | {"meta": np.array(json.dumps(meta))}
 
 
-def save(path, arrays):
+def save(path: Path, arrays: dict[str, Any]) -> Path:
     np.savez_compressed(path, **arrays)
     return path
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     return tmp_path / "trace.npz"
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_reads_what_numpy_wrote(path, dtype):
+def test_reads_what_numpy_wrote(path: Path, dtype: type[Any]) -> None:
     trace = make_trace(dtype=dtype)
     save(path, arrays_of(trace))
     read = read_trace(path)
@@ -46,7 +50,7 @@ def test_reads_what_numpy_wrote(path, dtype):
     assert read.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_numpy_reads_what_was_written(path):
+def test_numpy_reads_what_was_written(path: Path) -> None:
     scores = np.random.default_rng(0).normal(size=(24, 3, 16)).astype(np.float32)
     trace = make_trace(arrival_s=np.arange(24.0), prefill_gate_logit=scores, prefill_gate_prob=np.abs(scores))
     write_trace(trace, path)
@@ -56,10 +60,10 @@ def test_numpy_reads_what_was_written(path):
         meta = json.loads(str(read["meta"]))
     expected = {"model": "tiny", "layers": 3, "experts": 16, "top_k": 2, "note": "synthetic"}
     assert meta == {"format": "eldr-trace-v1"} | expected
-    assert np.array_equal(read_trace(path).prefill_gate_logit, scores)
+    assert np.array_equal(np.asarray(read_trace(path).prefill_gate_logit), scores)
 
 
-def test_byte_order_and_memory_order_do_not_matter(path):
+def test_byte_order_and_memory_order_do_not_matter(path: Path) -> None:
     trace = make_trace()
     arrays = arrays_of(trace)
     arrays["prefill_counts"] = np.asfortranarray(arrays["prefill_counts"]).astype(">u4")
@@ -68,7 +72,7 @@ def test_byte_order_and_memory_order_do_not_matter(path):
     assert read_trace(path).prefill_counts.dtype.isnative
 
 
-def test_decode_profiles_are_shares_of_steps():
+def test_decode_profiles_are_shares_of_steps() -> None:
     trace = make_trace()
     profiles = trace.decode_profiles()
     for request in range(trace.requests):
@@ -80,7 +84,7 @@ def test_decode_profiles_are_shares_of_steps():
         assert np.array_equal(trace.decode_profile(request), profiles[request])
 
 
-def test_a_request_without_decode_steps_has_an_empty_profile():
+def test_a_request_without_decode_steps_has_an_empty_profile() -> None:
     trace = make_trace()
     offsets = trace.decode_offsets.copy()
     offsets[5] = offsets[4]  # request 4 gives its rows to request 5
@@ -89,41 +93,41 @@ def test_a_request_without_decode_steps_has_an_empty_profile():
     assert np.allclose(profiles[5].sum(axis=-1), 2)
 
 
-def altered(name, change):
-    def alter(arrays):
+def altered(name: str, change: Callable[..., Any]) -> Callable[..., Any]:
+    def alter(arrays: dict[str, Any]) -> None:
         array = arrays[name].copy()
         arrays[name] = array if (new := change(array)) is None else new
 
     return alter
 
 
-def set_at(index, value):
-    def change(array):
+def set_at(index: Any, value: int) -> Callable[..., Any]:
+    def change(array: NDArray[Any]) -> None:
         array[index] = value
 
     return change
 
 
-def move_one(array):
+def move_one(array: NDArray[np.uint32]) -> None:
     """One selection moved to another layer: the request's total still fits."""
     array[3, 0, int(array[3, 0].argmax())] -= 1
     array[3, 1, 0] += 1
 
 
-def over_prompt(array):
+def over_prompt(array: NDArray[np.uint32]) -> None:
     array[2, 1] = 0
     array[2, 1, 0] = array[2, 0].sum()
 
 
-def meta_with(**changes):
+def meta_with(**changes: Any) -> Callable[..., Any]:
     return lambda arrays: arrays.update(meta=np.array(json.dumps(json.loads(str(arrays["meta"])) | changes)))
 
 
-def drop(name):
+def drop(name: str) -> Callable[..., Any]:
     return lambda arrays: arrays.pop(name)
 
 
-def put(**new):
+def put(**new: Any) -> Callable[..., Any]:
     return lambda arrays: arrays.update(new)
 
 
@@ -165,7 +169,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_refuses_and_says_why(path, name):
+def test_refuses_and_says_why(path: Path, name: str) -> None:
     alter, reason = BAD[name]
     arrays = arrays_of(make_trace())
     alter(arrays)
@@ -176,7 +180,7 @@ def test_refuses_and_says_why(path, name):
     assert reason in str(error.value)
 
 
-def test_refuses_an_empty_trace(path):
+def test_refuses_an_empty_trace(path: Path) -> None:
     trace = make_trace()
     arrays = arrays_of(trace) | {
         "prefill_counts": trace.prefill_counts[:0],
@@ -190,27 +194,27 @@ def test_refuses_an_empty_trace(path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a zip at all", b"\x93NUMPY\x01\x00"])
-def test_refuses_foreign_bytes(path, content):
+def test_refuses_foreign_bytes(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(TraceError, match=r"trace\.npz: "):
         read_trace(path)
 
 
-def test_refuses_a_folder_and_a_missing_file(tmp_path):
+def test_refuses_a_folder_and_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="directory"):
         read_trace(tmp_path)
     with pytest.raises(TraceError, match="No such file"):
         read_trace(tmp_path / "none.npz")
 
 
-def member(shape, payload=b"", dtype="<u4"):
+def member(shape: tuple[int, int, int], payload: bytes = b"", dtype: str = "<u4") -> bytes:
     """A .npy with a header that claims `shape` and any payload."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
     return header.getvalue() + payload
 
 
-def rewrite(path, name, data):
+def rewrite(path: Path, name: str, data: bytes) -> None:
     """Replace the member `name` of an archive by raw bytes."""
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -220,14 +224,14 @@ def rewrite(path, name, data):
 
 
 @pytest.mark.parametrize("shape", [(24, 3, 10**12), (2**62, 4, 4), (-1, 3, 16), (24, 3, 15)])
-def test_a_claimed_shape_allocates_nothing(path, shape):
+def test_a_claimed_shape_allocates_nothing(path: Path, shape: tuple[int, int, int]) -> None:
     save(path, arrays_of(make_trace()))
     rewrite(path, "prefill_counts", member(shape, bytes(24 * 3 * 16 * 4)))
     with pytest.raises(TraceError, match="prefill_counts"):
         read_trace(path)
 
 
-def test_a_decompression_bomb_is_not_unpacked(path):
+def test_a_decompression_bomb_is_not_unpacked(path: Path) -> None:
     layers, experts, requests = 512, 4096, 20
     save(path, arrays_of(make_trace()))
     zeros = bytes(layers * experts * 4)
@@ -244,7 +248,7 @@ def test_a_decompression_bomb_is_not_unpacked(path):
         read_trace(path)
 
 
-def test_an_array_twice_is_refused(path):
+def test_an_array_twice_is_refused(path: Path) -> None:
     save(path, arrays_of(make_trace()))
     with zipfile.ZipFile(path, "a") as archive:
         data = archive.read("label.npy")
@@ -256,7 +260,7 @@ def test_an_array_twice_is_refused(path):
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_damaged_files_raise_trace_errors_only(tmp_path_factory, data):
+def test_damaged_files_raise_trace_errors_only(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
     path = save(folder / "trace.npz", arrays_of(make_trace(requests=4)))
     content = bytearray(path.read_bytes())
@@ -272,14 +276,16 @@ def test_damaged_files_raise_trace_errors_only(tmp_path_factory, data):
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from([*ARRAYS, "meta"]))
-def test_damaged_arrays_raise_trace_errors_only(tmp_path_factory, raw, name):
+def test_damaged_arrays_raise_trace_errors_only(
+    tmp_path_factory: pytest.TempPathFactory, raw: bytes, name: str
+) -> None:
     path = save(tmp_path_factory.mktemp("fuzz") / "trace.npz", arrays_of(make_trace(requests=4)))
     rewrite(path, name, b"\x93NUMPY\x01\x00" + len(raw).to_bytes(2, "little") + raw)
     with pytest.raises(TraceError):
         read_trace(path)
 
 
-def test_an_invalid_trace_is_not_written(path):
+def test_an_invalid_trace_is_not_written(path: Path) -> None:
     trace = make_trace()
     path.write_bytes(b"old")
     wrong = dataclasses.replace(trace, meta=TraceMeta("tiny", 3, 16, 4))

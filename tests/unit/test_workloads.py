@@ -1,6 +1,8 @@
 """Workloads against their own description, by statistics of scipy; prompts from files."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from eldr.workloads.presets import (
     MIN_PROMPT_TOKENS,
     WORKLOADS,
     WorkloadError,
+    WorkloadPreset,
     arrivals,
     draw,
     find_workload,
@@ -28,7 +31,7 @@ PRESETS = list(WORKLOADS.values())
 names = pytest.mark.parametrize("preset", PRESETS, ids=[preset.name for preset in PRESETS])
 
 
-def test_the_workloads_are_those_of_the_paper():
+def test_the_workloads_are_those_of_the_paper() -> None:
     task, language = find_workload("task"), find_workload("language")
     assert [kind.name for kind in task.kinds] == ["code", "math", "medical", "legal"]
     shares = {kind.name: kind.share for kind in language.kinds}
@@ -39,7 +42,7 @@ def test_the_workloads_are_those_of_the_paper():
 
 
 @names
-def test_shares_sum_to_one_and_every_kind_has_texts(preset):
+def test_shares_sum_to_one_and_every_kind_has_texts(preset: WorkloadPreset) -> None:
     assert sum(kind.share for kind in preset.kinds) == pytest.approx(1)
     assert all(kind.name in TEXTS for kind in preset.kinds)
     labels = [label for kind in preset.kinds for label in (kind.name, *kind.labels)]
@@ -48,7 +51,7 @@ def test_shares_sum_to_one_and_every_kind_has_texts(preset):
 
 
 @names
-def test_kinds_are_drawn_by_their_shares(preset):
+def test_kinds_are_drawn_by_their_shares(preset: WorkloadPreset) -> None:
     drawn = draw(preset, 4000, seed=1)
     counted = [sum(one.kind is kind for one in drawn) for kind in preset.kinds]
     expected = [4000 * kind.share for kind in preset.kinds]
@@ -59,7 +62,7 @@ def test_kinds_are_drawn_by_their_shares(preset):
 
 
 @names
-def test_lengths_are_log_normal_with_the_stated_median_and_spread(preset):
+def test_lengths_are_log_normal_with_the_stated_median_and_spread(preset: WorkloadPreset) -> None:
     drawn = draw(preset, 6000, seed=2)
     for kind in preset.kinds:
         lengths = np.array([one.prompt_tokens for one in drawn if one.kind is kind], dtype=float)
@@ -73,20 +76,20 @@ def test_lengths_are_log_normal_with_the_stated_median_and_spread(preset):
 
 
 @given(st.sampled_from(PRESETS), st.integers(1, 60), st.integers(0, 2**32))
-def test_draws_depend_on_the_seed_alone_and_stay_within_limits(preset, count, seed):
+def test_draws_depend_on_the_seed_alone_and_stay_within_limits(preset: WorkloadPreset, count: int, seed: int) -> None:
     drawn = draw(preset, count, seed=seed)
     assert drawn == draw(preset, count, seed=seed)
     assert len(drawn) == count
     assert all(MIN_PROMPT_TOKENS <= one.prompt_tokens <= MAX_PROMPT_TOKENS for one in drawn)
 
 
-def test_arrivals_are_a_poisson_process_of_the_rate():
+def test_arrivals_are_a_poisson_process_of_the_rate() -> None:
     gaps = np.diff(arrivals(40.0, 5000, seed=3), prepend=0)
     assert (gaps > 0).all()
     assert stats.kstest(gaps, stats.expon(scale=1 / 40).cdf).pvalue > 0.001
 
 
-def test_labels_belong_to_kinds_by_name_alias_or_word_of_the_user():
+def test_labels_belong_to_kinds_by_name_alias_or_word_of_the_user() -> None:
     task = find_workload("task")
     labels = ["Code", "gsm8k", "law", "pubmedqa", "poems", "law"]
     found = labels_of_kinds(task, labels, {})
@@ -101,7 +104,7 @@ def test_labels_belong_to_kinds_by_name_alias_or_word_of_the_user():
         labels_of_kinds(task, labels, {"math": ["verse"]})
 
 
-def test_kinds_are_read_from_flags():
+def test_kinds_are_read_from_flags() -> None:
     assert kinds_of(["math=gsm8k, mgsm", "code=a"]) == {"math": ("gsm8k", "mgsm"), "code": ("a",)}
     for bad in ("math", "math=", "math= , "):
         with pytest.raises(WorkloadError, match="KIND=LABEL"):
@@ -109,7 +112,7 @@ def test_kinds_are_read_from_flags():
 
 
 @names
-def test_built_in_prompts_have_about_the_drawn_length(preset):
+def test_built_in_prompts_have_about_the_drawn_length(preset: WorkloadPreset) -> None:
     prompts = built_in_prompts(preset, 60, seed=4)
     for prompt, drawn in zip(prompts, draw(preset, 60, seed=4), strict=True):
         assert prompt.kind == drawn.kind.name
@@ -118,11 +121,11 @@ def test_built_in_prompts_have_about_the_drawn_length(preset):
         assert "$" not in prompt.text  # every slot was filled
 
 
-def write_jsonl(path, items):
+def write_jsonl(path: Path, items: list[Any]) -> None:
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
 
 
-def test_prompts_from_a_folder_use_each_before_any_again(tmp_path):
+def test_prompts_from_a_folder_use_each_before_any_again(tmp_path: Path) -> None:
     for kind, count in (("code", 40), ("gsm8k", 30), ("medicine", 3)):
         write_jsonl(tmp_path / f"{kind}.jsonl", [{"prompt": f"{kind} {n}"} for n in range(count)])
     write_jsonl(tmp_path / "rest.jsonl", [{"prompt": f"law {n}", "label": "Law"} for n in range(35)])
@@ -137,7 +140,7 @@ def test_prompts_from_a_folder_use_each_before_any_again(tmp_path):
     assert len(by_kind["medical"]) > 3  # so that some were used again
 
 
-def test_prompts_that_cannot_be_used_are_refused(tmp_path):
+def test_prompts_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     task = find_workload("task")
     with pytest.raises(WorkloadError, match=r"no \.jsonl"):
         prompts_from(tmp_path, task, 5, seed=0, given={})
@@ -148,7 +151,7 @@ def test_prompts_that_cannot_be_used_are_refused(tmp_path):
         prompts_from(tmp_path / "absent.jsonl", task, 5, seed=0, given={})
 
 
-def test_the_command_lists_and_writes(tmp_path, capsys):
+def test_the_command_lists_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["workload", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {preset["name"]: len(preset["kinds"]) for preset in listed} == {"task": 4, "language": 7}

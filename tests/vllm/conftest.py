@@ -16,23 +16,12 @@ os.environ.update(
 )
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import pytest
-import tiny_models
-from reference import Reference
 
-Models = Callable[[str], "Model"]
-
-
-class Model:
-    """A tiny model on disk and its reference."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.reference = Reference(path)
+from tests.vllm import tiny_models
+from tests.vllm.models import Model, Models
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from engine import BLOCK_SIZE, PREFILL
 from prometheus_client.parser import text_string_to_metric_families
 
 from eldr.demo.workers import WorkerProcess
+from tests.vllm.engine import BLOCK_SIZE, PREFILL
 
 MODEL_NAME = "tiny"
 

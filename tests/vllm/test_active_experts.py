@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from conftest import Models
-from engine import RECORD, Answer, running
+
+from tests.vllm.engine import RECORD, Answer, running
+from tests.vllm.models import Models
 
 NAME = "vllm:eldr_active_experts"
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import vllm
-from conftest import Model, Models
-from engine import RECORD, Answer, Engine, running
+
+from tests.vllm.engine import RECORD, Answer, Engine, running
+from tests.vllm.models import Model, Models
 
 STEP_TOKENS = 96  # the most tokens a step computes: longer prompts are prefilled in chunks
 

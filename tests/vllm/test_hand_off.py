@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Model, Models
-from engine import BLOCK_SIZE, RECORD
-from fleet import MODEL_NAME, Fleet, cache_arguments, complete, hand_off, in_background, metric, sleep_until
 
 from eldr.counts import decode_counts
 from eldr.demo.ports import free_ports
 from eldr.demo.workers import WorkerProcess, WorkerSpec
 from eldr.expert_rows import decode_rows
+from tests.vllm.engine import BLOCK_SIZE, RECORD
+from tests.vllm.fleet import MODEL_NAME, Fleet, cache_arguments, complete, hand_off, in_background, metric, sleep_until
+from tests.vllm.models import Model, Models
 
 LEASE_S = 4
 MARGIN_S = 1.0

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Models
-from engine import RECORD, running
+
+from tests.vllm.engine import RECORD, running
+from tests.vllm.models import Models
 
 
 def expired_hand_off() -> dict[str, Any]:

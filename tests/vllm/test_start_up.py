@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_models
-from engine import running
 from vllm.config import CompilationMode
 
 from eldr.engines.vllm.support import UnsupportedError, check_engine, check_version, full_attention_group, options
+from tests.vllm import tiny_models
+from tests.vllm.engine import running
 
 
 def config(**parallel: Any) -> SimpleNamespace:

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import vllm
-from conftest import Models
-from engine import running
 from numpy.typing import NDArray
 from vllm import SamplingParams
+
+from tests.vllm.engine import running
+from tests.vllm.models import Models
 
 pytestmark = pytest.mark.skipif(
     not vllm.__version__.startswith("0.30."), reason="only vLLM 0.30 returns routed experts from the LLM class"

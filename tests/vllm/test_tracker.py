@@ -134,6 +134,7 @@ class Simulation:
                 if victim is job:
                     count = 0
             if count:
+                assert got is not None
                 fresh[job.name] = got
                 job.blocks += got
                 scheduled[job.name] = (job, count)
@@ -141,9 +142,10 @@ class Simulation:
                 budget -= count
         while self.waiting and budget and len(self.running) < 4:
             job = self.waiting[0]
-            count = self.admit(job, budget)
-            if count is None:
+            admitted = self.admit(job, budget)
+            if admitted is None:
                 break
+            count = admitted
             self.waiting.popleft()
             if count:
                 self.running.append(job)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine import running
-from reference import Reference
 
 from eldr.demo.model import write_model
 from eldr.demo.prompts import make_prompts
 from eldr.workloads.kinds import KINDS
+from tests.vllm.engine import running
+from tests.vllm.reference import Reference
 
 TOKENS = 24
 

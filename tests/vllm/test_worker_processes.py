@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Models
-from engine import running
+
+from tests.vllm.engine import running
+from tests.vllm.models import Models
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from eldr.demo.ports import free_ports
 from eldr.demo.workers import WorkerError, WorkerProcess, WorkerSpec
 
 # Ignores the module it is asked to run; answers /health and has a child, as an API server has its engine.
+ROOT = Path(__file__).parents[2]
 SERVER = """
 import http.server, json, os, pathlib, subprocess, sys
 child = subprocess.Popen(["sleep", "1000"])
@@ -146,8 +147,7 @@ def test_workers_die_with_their_owner(tmp_path: Path, number: signal.Signals) ->
     import signal, sys, time
     from pathlib import Path
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have started us with it ignored
-    sys.path.insert(0, {str(Path(__file__).parent)!r})
-    from test_workers import SERVER, spec
+    from tests.vllm.test_workers import SERVER, spec
     from eldr.demo.workers import WorkerProcess
     worker = WorkerProcess(spec(Path({str(tmp_path)!r}), SERVER))
     worker.start()
@@ -155,7 +155,8 @@ def test_workers_die_with_their_owner(tmp_path: Path, number: signal.Signals) ->
     print("ready", flush=True)
     time.sleep(1000)
     """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(owner)], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", textwrap.dedent(owner)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"

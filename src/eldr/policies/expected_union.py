@@ -169,6 +169,28 @@ class ExpectedUnion(Policy):
         best, _ = self._placement_cost(arrival, rows, list(in_flight.values()))
         return Decision(workers[best], reason or "expected_union")
 
+    def costs(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> dict[str, float] | None:
+        """Return the costs that `choose` compares, or None while the geometry is unknown.
+
+        A cost is the seconds of decode time per step that `request` would add on a worker, anchor included. It is
+        infinity for a worker that the tail guard rules out.
+        """
+        self._unusable(request.counts)
+        if self._geometry is None:
+            return None
+        rows = np.array([self._row[worker] for worker in in_flight])
+        _, cost = self._placement_cost(self._look_at(request), rows, list(in_flight.values()))
+        return dict(zip(in_flight, cost.tolist(), strict=True))
+
+    @property
+    def unions(self) -> Unions | None:
+        """The experts that each worker's running requests activate together. None while the geometry is unknown."""
+        return None if self._geometry is None else self._unions
+
+    def row(self, worker: str) -> int:
+        """The worker's row in `unions`."""
+        return self._row[worker]
+
     def _placement_cost(
         self, arrival: _Arrival, rows: NDArray[np.int64], load: list[int]
     ) -> tuple[int, NDArray[np.float64]]:

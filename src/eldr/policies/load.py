@@ -9,10 +9,7 @@ from eldr.policies.base import Decision, DecodeRequest, Policy
 
 
 def least_loaded(in_flight: Mapping[str, int], rng: random.Random) -> str:
-    """Return a worker with the fewest requests in flight.
-
-    Ties are broken at random, so the first worker does not get them all.
-    """
+    """Return a worker with the fewest requests in flight. Ties are broken at random, so no worker gets them all."""
     fewest = min(in_flight.values())
     return rng.choice([worker for worker, load in in_flight.items() if load == fewest])
 

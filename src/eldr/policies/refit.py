@@ -1,4 +1,4 @@
-"""Background refitting of zones: when to fit, what to fit, and the fit itself. Policies join in with three methods.
+"""Background refitting of zones: when to fit, what to fit, and the fit itself. A policy takes part with three methods.
 
 Zones that were fitted once do not follow a change of traffic. ELDR's artifact therefore refits them every few seconds
 to the signatures of the last few seconds. A minimum-cost matching of old and new centroids keeps each worker near its

@@ -62,8 +62,8 @@ class Unions:
 
     Matrices have spare rows: of their C rows, the first W are in use.
 
-    exposure: uint32 [C, D], the sum of -log2(1 - p) over the running requests, in units of _UNIT.
-    survival: uint16 [C, D], the probability 2^-exposure that no request activates an expert, as a fraction of CERTAIN.
+    exposure: uint32 [W, D], the sum of -log2(1 - p) over the running requests, in units of _UNIT.
+    survival: uint16 [W, D], the probability 2^-exposure that no request activates an expert, as a fraction of CERTAIN.
     union: float64 [W], the expected distinct experts that a step waits for, summed over layers. With expert parallelism
         these are the experts of the busiest rank (`busiest_rank_experts`), otherwise all.
     context: W numbers, the tokens of running prompts.
@@ -81,9 +81,17 @@ class Unions:
         self.union = np.zeros(0)
         self.context: list[int] = []
 
+    @property
+    def exposure(self) -> NDArray[np.uint32]:
+        return self._exposure[: self.count]
+
+    @property
+    def survival(self) -> NDArray[np.uint16]:
+        return self._survival[: self.count]
+
     def by_layer(self) -> NDArray[np.float64]:
         """Expected distinct experts of a step in each layer, float64 [W, L]."""
-        survival = self._survival[: self.count].reshape(self.count, self._geometry.layers, self._geometry.experts)
+        survival = self.survival.reshape(self.count, self._geometry.layers, self._geometry.experts)
         return np.asarray(self._geometry.experts - survival.sum(axis=2) / kernels.CERTAIN)
 
     def append(self) -> None:
@@ -123,7 +131,7 @@ class Unions:
 
     def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
         """Distinct experts that a request would add to those that each worker's steps wait for, float64 [W]."""
-        survival = self._survival[: self.count]
+        survival = self.survival
         geometry = self._geometry
         if geometry.ranks == 1:
             return _row_products(survival, profile)

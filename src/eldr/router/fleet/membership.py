@@ -79,7 +79,7 @@ class Membership:
         self._members: dict[Worker, _Member] = {}
         self._watching: list[asyncio.Task[None]] = []
 
-    # By what sources say.
+    # Driven by sources.
 
     async def follow(self, sources: list[Source]) -> None:
         """Add and probe the workers that the sources name now, then follow the sources' changes.

@@ -89,7 +89,7 @@ class Admission:
         return {name: len(queue) for name, queue in zip(PRIORITIES, self._queues, strict=True)}
 
     def set_limits(self, limits: QueueLimits) -> None:
-        """Other limits from now on; what waits already stays."""
+        """Use other limits from now on. Requests that already wait stay in the queue."""
         self._limits = limits
         for queue in self._queues:
             queue.limit = limits.max_queued

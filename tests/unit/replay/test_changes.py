@@ -1,0 +1,120 @@
+"""Workers that join and leave during a replay."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from eldr.cost import StepCost
+from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.replay.changes import FleetChange, parse_changes, recovery_s
+from eldr.replay.engine import Engine, FleetSpec, RunResult
+from eldr.replay.errors import ReplayError
+from eldr.replay.packed import pack_trace
+from eldr.replay.workload import Workload
+from tests.synthetic import make_trace
+
+COST = StepCost(base_s=0.01, per_expert_s=0.0, per_token_s=0.0, per_context_token_s=0.0)
+
+
+class Watching(Policy):
+    """Shortest queue, first worker on ties; checks what it hears."""
+
+    name = "watching"
+
+    def __init__(self) -> None:
+        self.fleet: list[str] = []
+        self.running: Counter[str] = Counter()
+        self.heard: list[Any] = []
+        self.offered: list[Any] = []
+
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
+        self.offered.append(set(in_flight))
+        assert set(in_flight) <= set(self.fleet)
+        assert all(self.running[worker] == load for worker, load in in_flight.items())
+        return Decision(min(in_flight, key=in_flight.__getitem__), "least")
+
+    def started(self, request: DecodeRequest, worker: str) -> None:
+        assert worker in self.fleet
+        self.running[worker] += 1
+
+    def finished(self, request: DecodeRequest, worker: str) -> None:
+        assert worker in self.fleet, "a worker left before its last request ended"
+        self.running[worker] -= 1
+
+    def joined(self, worker: str) -> None:
+        self.fleet.append(worker)
+        self.heard.append(("joined", worker))
+
+    def left(self, worker: str) -> None:
+        assert self.running[worker] == 0
+        self.fleet.remove(worker)
+        self.heard.append(("left", worker))
+
+
+def replay(
+    changes: dict[int, int], requests: int = 60, workers: int = 2, gap_s: float = 0.05
+) -> tuple[RunResult, Watching]:
+    packed = pack_trace(make_trace(requests=requests, seed=0), None)
+    arrival_s = np.arange(1, requests + 1, dtype=np.float64) * gap_s
+    workload = Workload(arrival_s, np.arange(requests), range(requests), fleet_changes=changes)
+    policy = Watching()
+    engine = Engine(packed, workload, FleetSpec((COST,) * workers, (COST,) * workers), policy)
+    return engine.run(), policy
+
+
+def test_workers_join_and_drain() -> None:
+    result, policy = replay({20: 2, 40: -3})
+    assert policy.offered[19] == {"w0", "w1"}
+    assert policy.offered[20] == {"w0", "w1", "w2", "w3"}
+    assert policy.offered[40] == {"w3"}
+    assert policy.heard[:4] == [("joined", f"w{number}") for number in range(4)]
+    assert sorted(policy.heard[4:]) == [("left", f"w{number}") for number in range(3)]
+    # Every request ended, also those on workers that drained.
+    assert np.isfinite(result.tpot_s).all()
+    assert set(result.worker[:20].tolist()) <= {0, 1}
+    assert set(result.worker[40:].tolist()) == {3}
+
+
+def test_without_changes_nothing_is_different() -> None:
+    result, _ = replay({})
+    again, _ = replay({30: 0})
+    assert np.array_equal(result.tpot_s, again.tpot_s)
+
+
+def test_the_last_worker_cannot_leave() -> None:
+    with pytest.raises(ReplayError, match="cannot leave"):
+        replay({10: -2})
+
+
+def test_changes_are_parsed() -> None:
+    assert parse_changes("0.7:-1, .25:+12") == (FleetChange(0.25, 12), FleetChange(0.7, -1))
+
+
+@pytest.mark.parametrize("text", ["", "0.5", "0.5:1", "1.5:+1", "0.5:+0", "-0.5:+1", "0.5:+1;0.6:-1", "x:+1"])
+def test_bad_changes_are_refused(text: str) -> None:
+    with pytest.raises(ReplayError, match="SHARE"):
+        parse_changes(text)
+
+
+def run_of(tpot_s: NDArray[np.float64] | list[float]) -> RunResult:
+    count = len(tpot_s)
+    other = np.zeros(count)
+    arrival_s = np.arange(count) / 10
+    whole = np.zeros(count, dtype=np.int64)
+    return RunResult(np.asarray(tpot_s, float), other, other, arrival_s, whole, whole, 0.0, 0.0, 0, 0, 0)
+
+
+def test_recovery_is_measured_from_the_change_to_the_later_level() -> None:
+    # Ten arrivals a second; a change at 20 s, a bad time until 26 s, then a level that is not the old one.
+    tpot_s = [0.010] * 200 + [0.040] * 60 + [0.015] * 340
+    assert recovery_s(run_of(tpot_s), FleetChange(1 / 3, -1), 1.0) == 6.0
+    assert recovery_s(run_of([0.010] * 600), FleetChange(0.5, 1), 1.0) == 0.0
+    rising = np.linspace(0.01, 0.02, 600)
+    assert recovery_s(run_of(rising), FleetChange(0.5, 1), 1.0) == 0.0
+    assert np.isnan(recovery_s(run_of(tpot_s), FleetChange(0.999, 1), 1.0))
