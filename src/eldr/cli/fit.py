@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     flag("trace", type=Path, metavar="TRACE.npz", help="file made by `eldr record`")
     flag("--workers", required=True, type=positive, metavar="K", help="number of decode workers; each gets one zone")
-    flag("--seed", type=int, default=0, metavar="N", help="seed of the fit; the same seed gives the same file (0)")
+    flag("--seed", type=int, default=0, metavar="N", help="seed of the fit (0)")
     flag("--transform", default="count_idf", metavar="NAME", help="count_idf, count, sqrt_count or binary (count_idf)")
     flag("-o", "--output", required=True, type=Path, metavar="FILE", help="the calibration file to write")
 

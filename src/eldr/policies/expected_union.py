@@ -36,8 +36,8 @@ from eldr.policies.unions import Geometry, Profile, RandomBatches, Unions, encod
 
 # Weight of the self-anchor per unit of cosine similarity, relative to the expert time of an average worker's batch.
 ANCHOR = 0.1
-# How much longer than the mean a step may become, in units of what locality saves on the mean step. The share of expert
-# time is allowed in addition, because steps differ that much by chance even if there is nothing to save.
+# How much longer than the mean a step may become, in units of what locality saves on the mean step. GUARD_EXPERT_SHARE
+# of the expert time is allowed in addition, because steps differ that much by chance even if nothing can be saved.
 TAIL_GUARD = 1.25
 GUARD_EXPERT_SHARE = 0.01
 # The anchor uses at most this many (layer, expert) entries, from evenly spaced layers. Layers agree on the topic of a

@@ -3,9 +3,10 @@
 This is a circuit breaker per worker, like Envoy's outlier detection and Hystrix, in one place and without IO. Time is
 an argument, and random choices come from a seeded generator. A worker is
 
-IN      in service OUT     ejected until a certain time; each ejection lasts twice as long as the one before, up to a
-cap TRIAL   that time is over; its next request is its trial TRYING  the trial is running; it gets no other request
-until that one succeeds (IN) or fails (OUT)
+    IN      in service
+    OUT     ejected until a certain time; each ejection lasts twice as long as the one before, up to a cap
+    TRIAL   that time is over; its next request is its trial
+    TRYING  the trial is running; it gets no other request until that one succeeds (IN) or fails (OUT)
 
 Only a limited share of the workers that answer their probes may be out at once. At that share no other worker is
 ejected. If other workers go down and the share is exceeded, those ejected first come back at once. A fleet in which
