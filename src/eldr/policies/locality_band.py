@@ -20,18 +20,20 @@ if TYPE_CHECKING:
 
 
 class LocalityBand(Policy):
-    """Among the eligible workers whose centroid is within `tau` of the nearest one, the least loaded.
+    """Sends each request to the least loaded eligible worker whose centroid is within `tau` of the nearest centroid.
 
-    tau: width of the band in cosine similarity. 0 is pure locality, 2 lets every worker in (counts are never
-        negative, so that 1 does already).
-    two_nearest: with tau > 0, a band of one worker is widened by the second-nearest (by all that tie for it).
+    calibration: the signature model and the zones.
+    tau: the width of the band in cosine similarity. 0 is pure locality. 2 admits every worker, and so does 1, because
+        counts are never negative.
+    two_nearest: whether a band of a single worker is widened by the second-nearest worker (all of them on a tie). Only
+        applies for tau > 0.
+    remember: the number of signatures kept for refitting. 0 leaves the zones as they were fitted.
+    seed: the seed of random choices.
 
-    remember: signatures to keep for refitting, 0 for zones that stay as they were fitted.
-
-    Zones belong to workers: a worker that joins takes the zone with the fewest owners, the first of those; several
-    workers may share a zone. When one leaves, its zone gets one of the owners of a zone that has two more; without
-    such a zone it is nobody's until another worker joins, and its neighbours serve it. A refit gives every
-    worker a zone of its own.
+    Zones belong to workers. A worker that joins takes the zone with the fewest owners, the first one on a tie, so
+    several workers may share a zone. When a worker leaves, its zone takes over an owner from a zone that has at least
+    two more. If there is no such zone, a zone may stay without an owner until another worker joins, and its neighbours
+    serve it. A refit gives every worker a zone of its own.
     """
 
     name = "locality-band"
@@ -82,10 +84,10 @@ class LocalityBand(Policy):
         return Decision(least_loaded({worker: in_flight[worker] for worker in band}, self._rng), "locality")
 
     def similarities(self, counts: ExpertCounts) -> NDArray[np.float32] | None:
-        """float32 [K], cosine similarity of the signature to each centroid; None if the signature is zero."""
+        """Cosine similarity of the signature to each centroid, float32 [K]. None if the signature is zero."""
         entries = self._entries(counts.counts[self._layers]).reshape(-1)
         weighted = entries * self._idf
-        # einsum and not BLAS: on busy cores BLAS threads take milliseconds to meet for a product this small.
+        # Use einsum, not BLAS: on busy cores BLAS threads take milliseconds to synchronise for a product this small.
         norm = np.sqrt(np.einsum("d,d->", weighted, weighted))
         if norm == 0:
             return None

@@ -1,4 +1,4 @@
-"""What decode workers' running requests activate together, kept exact under starts and finishes."""
+"""The experts that each decode worker's running requests activate together, kept exact as requests start and finish."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from numpy.typing import NDArray
 from eldr import kernels
 from eldr.activation import LEAST, MOST, busiest_rank_experts
 
-# Requests that a worker's direction remembers.
+# Length of the moving average of a worker's direction, in requests.
 DIRECTION_REQUESTS = 20
-# Starts after which the experts of random batches are computed anew; sooner while there were few.
+# The experts of random batches are recomputed after this many starts, and sooner as long as there were few.
 RANDOM_BATCH_STARTS = 64
 
-# What a request exposes an expert to, -log2(1 - p), is kept as a code of one byte, finest where most probabilities are:
-# its square counts units of 9e-5. Whole numbers: adding a request and removing it cancel exactly, and 66,000 requests
-# that are all sure to activate the same expert fit into 32 bits.
+# A request's exposure of an expert, -log2(1 - p), is stored as a one-byte code whose square counts units of 9e-5, so it
+# is finest where most probabilities are. Sums are integers: adding and removing a request cancel exactly, and 66,000
+# requests that are all certain to activate the same expert fit into 32 bits.
 _UNIT = -math.log2(1 - MOST) / 255**2
 
 
 class Profile:
-    """What is remembered of a request while it runs. codes: uint8 [D], of `encode_exposure`. context_tokens: of its
-    prompt."""
+    """What is kept about a request while it runs.
+
+    codes: uint8 [D], from `encode_exposure`.
+    context_tokens: the tokens of its prompt.
+    """
 
     __slots__ = ("codes", "context_tokens")
 
@@ -36,7 +39,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """L MoE layers of E experts, divided over `ranks` of expert parallelism; D = L * E, layer by layer."""
+    """L MoE layers of E experts, divided over `ranks` expert-parallel ranks. D = L * E, layer by layer."""
 
     layers: int
     experts: int
@@ -44,24 +47,28 @@ class Geometry:
 
     @property
     def dimension(self) -> int:
-        """D."""
+        """D, the number of (layer, expert) pairs."""
         return self.layers * self.experts
 
     def active(self, survival: NDArray[np.float32]) -> float:
-        """Distinct experts that a step waits for, of [D] probabilities that nobody activates an expert."""
+        """Distinct experts that a step waits for, given the probabilities [D] that no request activates an expert."""
         if self.ranks == 1:
             return len(survival) - float(survival.sum())
         return float(busiest_rank_experts(1 - survival, self.layers, self.ranks))
 
 
 class Unions:
-    """One row a worker. Matrices have room for more, C rows, of which those in use, W, come first.
+    """The state of all workers, one row per worker.
 
-    exposure: uint32 [W, D], sum of -log2(1 - p) of the running requests, in units of _UNIT. survival: uint16 [W, D],
-    the probability that none of them activates an expert, 2^-exposure, as a fraction of CERTAIN. union: float64 [W],
-    expected distinct experts that a step waits for, summed over layers: all of them, with expert parallelism those of
-    the busiest rank (`busiest_rank_experts`). context: W, tokens of running prompts. direction: float32
-    [C, A], where lately started requests point; length: float32 [W].
+    Matrices have spare rows: of their C rows, the first W are in use.
+
+    exposure: uint32 [W, D], the sum of -log2(1 - p) over the running requests, in units of _UNIT.
+    survival: uint16 [W, D], the probability 2^-exposure that no request activates an expert, as a fraction of CERTAIN.
+    union: float64 [W], the expected distinct experts that a step waits for, summed over layers. With expert parallelism
+        these are the experts of the busiest rank (`busiest_rank_experts`), otherwise all.
+    context: W numbers, the tokens of running prompts.
+    direction: float32 [C, A], the average direction of recently started requests.
+    length: float32 [W], the length of each direction.
     """
 
     def __init__(self, geometry: Geometry, anchor_dimension: int) -> None:
@@ -83,12 +90,12 @@ class Unions:
         return self._survival[: self.count]
 
     def by_layer(self) -> NDArray[np.float64]:
-        """float64 [W, L]: expected distinct experts of a step in each layer."""
+        """Expected distinct experts of a step in each layer, float64 [W, L]."""
         survival = self.survival.reshape(self.count, self._geometry.layers, self._geometry.experts)
         return np.asarray(self._geometry.experts - survival.sum(axis=2) / kernels.CERTAIN)
 
     def append(self) -> None:
-        """A row for one more worker; capacity doubles, so that a large fleet may join one by one."""
+        """Add a row for one more worker. Capacity doubles, so that a large fleet can join one by one."""
         row = self.count
         if row == len(self._exposure):
             self._exposure, self._survival = _longer(self._exposure), _longer(self._survival)
@@ -102,7 +109,7 @@ class Unions:
         self.context.append(0)
 
     def remove(self, row: int) -> None:
-        """Forget a worker; the last row takes its place."""
+        """Remove a worker's row. The last row takes its place."""
         self.count -= 1
         for array in (self._exposure, self._survival, self._direction, self.length, self.union):
             array[row] = array[self.count]
@@ -111,7 +118,7 @@ class Unions:
         self.context.pop()
 
     def add(self, row: int, profile: Profile, sign: int) -> None:
-        """Add (sign 1) or remove (sign -1) a running request. Whole numbers: what was added cancels exactly."""
+        """Add (sign 1) or remove (sign -1) a running request. Sums are integers, so a removal cancels exactly."""
         self.context[row] += sign * profile.context_tokens
         union = kernels.shift_exposure(profile.codes, sign, _UNIT, self._exposure, self._survival, row)
         if self._geometry.ranks > 1:
@@ -119,11 +126,11 @@ class Unions:
         self.union[row] = union
 
     def turn(self, row: int, unit_direction: NDArray[np.float32]) -> None:
-        """Move a worker's direction towards that of a request."""
+        """Move a worker's direction towards the direction of a request."""
         self.length[row] = kernels.move_towards(self._direction[row], unit_direction, 1 / DIRECTION_REQUESTS)
 
     def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
-        """float64 [W]: distinct experts that a request adds to what each worker's steps wait for."""
+        """Distinct experts that a request would add to those that each worker's steps wait for, float64 [W]."""
         survival = self.survival
         geometry = self._geometry
         if geometry.ranks == 1:
@@ -132,14 +139,17 @@ class Unions:
         return busiest_rank_experts(active, geometry.layers, geometry.ranks) - self.union
 
     def along(self, unit_direction: NDArray[np.float32]) -> NDArray[np.float64]:
-        """float64 [W]: scalar product of a request's direction and each worker's; over `length` their cosine."""
+        """Scalar product of a request's direction and each worker's, float64 [W].
+
+        Divided by `length` it is their cosine.
+        """
         return _row_products(self._direction[: self.count], unit_direction)
 
 
 class RandomBatches:
-    """Distinct experts that a step of requests drawn at random waits for: what routing by load alone gives.
+    """The distinct experts that a step of a random batch waits for. This is what routing by load alone gives.
 
-    With m the fleet's mean profile, B independent requests activate an expert with probability 1 - (1 - m)^B.
+    With the fleet's mean profile m, B independent requests activate an expert with probability 1 - (1 - m)^B.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -150,20 +160,20 @@ class RandomBatches:
         self._experts = np.zeros(1)
 
     def started(self, mean_profile: NDArray[np.float32]) -> None:
-        """One more request has started; mean_profile: float32 [D], looked at now and then."""
+        """Note that one more request has started. mean_profile: float32 [D], read only now and then."""
         self._starts += 1
         if self._starts >= self._next:
             self._next = self._starts + min(self._starts, RANDOM_BATCH_STARTS)
             self.set_mean(mean_profile)
 
     def set_mean(self, mean_profile: NDArray[np.float32]) -> None:
-        """Use this mean from now on. float32 [D]."""
+        """Use this mean profile, float32 [D], from now on."""
         self._survival = 1 - np.clip(mean_profile, LEAST, MOST)
         self._product = np.ones_like(self._survival)
         self._experts = np.zeros(1)
 
     def experts(self, most: int) -> NDArray[np.float64]:
-        """float64 [at least most + 1], of batches of 0, 1, 2, ... requests."""
+        """Distinct experts of batches of 0, 1, 2, ... requests, float64 [at least most + 1]."""
         if most >= len(self._experts):
             more = []
             for _ in range(len(self._experts), most + 1):
@@ -174,19 +184,19 @@ class RandomBatches:
 
 
 def encode_exposure(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """uint8 [D]: what probabilities 0..1 expose experts to, as codes: p = 1 - 2^-(code^2 * _UNIT)."""
+    """Encode the exposures of probabilities 0..1 as codes, uint8 [D], with p = 1 - 2^-(code^2 * _UNIT)."""
     codes = np.empty(len(profile), dtype=np.uint8)
     kernels.encode_exposure(np.ascontiguousarray(profile, dtype=np.float32), MOST, 1 / _UNIT, codes)
     return codes
 
 
 def _longer(matrix: NDArray[Any]) -> NDArray[Any]:
-    """With as many rows again, at least 8."""
+    """Return the matrix with twice as many rows, and at least 8 new ones."""
     return np.concatenate((matrix, np.zeros((max(8, len(matrix)), matrix.shape[1]), dtype=matrix.dtype)))
 
 
 def _row_products(rows: NDArray[np.float32] | NDArray[np.uint16], vector: NDArray[np.float32]) -> NDArray[np.float64]:
-    """float64 [W]: scalar product of each row [W, D] with the vector."""
+    """Scalar product of each row [W, D] with the vector, float64 [W]."""
     products = np.empty(len(rows))
     kernels.row_products(rows, vector, products)
     return products

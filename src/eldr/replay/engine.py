@@ -1,9 +1,9 @@
-"""The simulation: a fleet of decode workers, each stepping its batch, under one policy.
+"""The simulation: a fleet of decode workers under one policy, each worker stepping its batch.
 
-Every worker makes one decode step after the other; a step takes one token of every running request further and
-costs what the cost model says for the true union of their experts. Between two changes of a worker's batch all its
-steps are computed in one go: OR over the batch of [steps, words] bit sets, popcount, cumulative sum of step times.
-An arrival cuts such a run at the next step boundary.
+Every worker makes one decode step after another. A step generates one token for every running request, and costs what
+the cost model says for the true union of their experts. Between two changes of a worker's batch, all its steps are
+computed at once: OR over the batch of [steps, words] bit sets, popcount, cumulative sum of step times. An arrival cuts
+such a run at the next step boundary.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from eldr.replay.packed import PackedTrace
 from eldr.replay.refits import SimulatedRefits
 from eldr.replay.workload import Draws, Workload
 
-# Steps computed at once: bounds the memory of a run, and the work that an arrival throws away.
+# At most this many steps are computed at once. It bounds memory, and the work that an arrival throws away.
 MAX_RUN_STEPS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLimits:
-    """What one decode worker can hold.
+    """The capacity of one decode worker.
 
-    max_num_seqs: requests in a batch. kv_tokens: tokens of context in its KV cache, None for no limit. A request
-    reserves the room of its whole context when it is admitted, so that nothing is ever preempted; until then it
-    waits, first come first served.
+    A request reserves room for its whole context when it is admitted, so nothing is ever preempted. Until then it
+    waits, first come, first served.
+
+    max_num_seqs: requests in a batch, at most.
+    kv_tokens: tokens of context in the KV cache, at most. None for no limit.
     """
 
     max_num_seqs: int = 256
@@ -43,9 +45,11 @@ class WorkerLimits:
 
 @dataclass(frozen=True, slots=True)
 class FleetSpec:
-    """Decode workers of a replay: one cost each (unequal hardware is allowed), and their common limits.
+    """The decode workers of a replay.
 
-    moe_cost: cost of the MoE layers alone, accounted beside the step time.
+    costs: the cost model of each worker. Hardware may differ.
+    moe_costs: the cost of the MoE layers alone, accounted in addition to the step time.
+    limits: the limits that all workers share.
     """
 
     costs: tuple[StepCost, ...]
@@ -63,7 +67,11 @@ def worker_name(index: int) -> str:
 
 @dataclass(slots=True)
 class _Running:
-    """A request at a worker. row: next row of the trace; end_row: one past its last."""
+    """A request at a worker.
+
+    row: the next row of the trace.
+    end_row: one past the last row.
+    """
 
     arrival: int
     request: DecodeRequest
@@ -84,7 +92,7 @@ class _Worker:
     waiting: deque[_Running] = field(default_factory=deque)
     reserved_tokens: int = 0
     moe_s: float = 0.0  # time its MoE layers have taken since the start
-    # The run under way: end of each step, and how many of them will be made before the batch changes.
+    # The current run: the end of each step, and how many steps will be made before the batch changes.
     ends_s: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     experts: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     planned: int = 0
@@ -93,14 +101,19 @@ class _Worker:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunResult:
-    """What one run measured, over the requests that arrived in the measured window and the steps made in it.
+    """The measurements of one run, over the requests that arrived in the measured window and the steps made in it.
 
-    tpot_s: float64 [M], (last token - first token) / (tokens - 1) of each measured request; its first token is the
-        one that prefill made, so that waiting at the decode worker counts. moe_tpot_s: float64 [M], the same for the
-        time of the MoE layers alone. wait_s: float64 [M], from arrival to the first step.
-    arrival_s: float64 [M]. request: int64 [M], index into the trace. worker: int64 [M].
-    active_experts_mean: distinct experts per step and layer. batch_mean: requests per step.
-    steps, tokens: made in the measured window, all workers. replayed_tokens: made in the whole run.
+    tpot_s: float64 [M], (last token - first token) / (tokens - 1) of each measured request. The first token is the one
+        that prefill generated, so waiting at the decode worker counts.
+    moe_tpot_s: float64 [M], the same for the time of the MoE layers alone.
+    wait_s: float64 [M], from arrival to the first step.
+    arrival_s: float64 [M].
+    request: int64 [M], the index into the trace.
+    worker: int64 [M].
+    active_experts_mean: distinct experts per step and layer.
+    batch_mean: requests per step.
+    steps, tokens: made in the measured window by all workers.
+    replayed_tokens: made in the whole run.
     """
 
     tpot_s: NDArray[np.float64]
@@ -117,7 +130,7 @@ class RunResult:
 
 
 class Engine:
-    """One run of one policy. Make a new one for every run."""
+    """Runs one policy once. Make a new engine for every run."""
 
     def __init__(
         self,
@@ -135,7 +148,7 @@ class Engine:
             for index, (cost, moe_cost) in enumerate(zip(fleet.costs, fleet.moe_costs, strict=True))
         ]
         self._names = list(fleet.names)
-        self._draining: dict[str, int] = {}  # worker -> requests that it still has
+        self._draining: dict[str, int] = {}  # worker -> requests it still has
         self._index_of = {name: index for index, name in enumerate(self._names)}
         self._limits = fleet.limits
         self._workload = workload
@@ -156,9 +169,10 @@ class Engine:
         self._window_experts = self._window_steps = self._window_tokens = self._tokens = 0
 
     def run(self, progress: Callable[[int], None] | None = None) -> RunResult:
-        """Replay every arrival to its end. progress: hears how many more requests have arrived, now and then.
+        """Replay every arrival until it ends.
 
-        Raises ReplayError where more requests would be in flight than the trace has.
+        progress: called now and then with the number of requests that arrived since the last call.
+        Raises ReplayError if more requests would be in flight than the trace has.
         """
         for name in self._names:
             self.policy.joined(name)
@@ -179,7 +193,7 @@ class Engine:
         return self._result()
 
     def _advance(self, until_s: float) -> None:
-        """Handle every end of a run up to and including `until_s`."""
+        """Handle every run that ends at or before `until_s`."""
         events = self._events
         while events and events[0][0] <= until_s:
             now_s, index, version = heapq.heappop(events)
@@ -189,7 +203,7 @@ class Engine:
                 self._begin_run(worker, now_s)
 
     def _change_fleet(self, workers: int) -> None:
-        """Let workers join, as fast as the first; or drain those that have been there longest."""
+        """Let workers join, with the first worker's cost, or drain the workers that have been there longest."""
         for _ in range(workers):
             name = f"w{len(self.workers)}"
             first = self.workers[0]
@@ -227,7 +241,7 @@ class Engine:
         kv_tokens = self._limits.kv_tokens
         if kv_tokens is not None and reserved > kv_tokens:
             raise ReplayError(
-                f"request {index} of the trace needs {reserved} tokens of KV cache, a worker has {kv_tokens}"
+                f"request {index} of the trace needs {reserved} tokens of KV cache, but a worker has only {kv_tokens}"
             )
         self._worker_of[arrival] = worker.index
         self._request_of[arrival] = index
@@ -242,7 +256,7 @@ class Engine:
             self._cut_run(worker, now_s)
 
     def future_rows(self, index: int) -> list[tuple[int, int]]:
-        """(next row, end row) of every request at a worker, waiting ones included, as of the arrival under way."""
+        """The (next row, end row) of every request at a worker, waiting ones included, at the current arrival."""
         worker = self.workers[index]
         made = int(np.searchsorted(worker.ends_s[: worker.planned], self._now_s)) if worker.batch else 0
         running = [(entry.row + made, entry.end_row) for entry in worker.batch]
@@ -255,7 +269,7 @@ class Engine:
         return limits.kv_tokens is None or worker.reserved_tokens + entry.reserved_tokens <= limits.kv_tokens
 
     def _cut_run(self, worker: _Worker, now_s: float) -> None:
-        """End the run after the step under way, so that a waiting request can join."""
+        """End the run after the current step, so that a waiting request can join."""
         steps = int(np.searchsorted(worker.ends_s, now_s)) + 1
         if steps < worker.planned:
             self._plan(worker, steps)
@@ -266,7 +280,7 @@ class Engine:
         heapq.heappush(self._events, (float(worker.ends_s[steps - 1]), worker.index, worker.version))
 
     def _begin_run(self, worker: _Worker, now_s: float) -> None:
-        """Admit what waits and fits, and compute the steps until the next request ends."""
+        """Admit the waiting requests that fit, and compute the steps until the next request ends."""
         while worker.waiting and self._fits(worker, worker.waiting[0]):
             entry = worker.waiting.popleft()
             self._wait_s[entry.arrival] = now_s - entry.started_s
@@ -289,7 +303,7 @@ class Engine:
         self._plan(worker, steps)
 
     def _complete_run(self, worker: _Worker, now_s: float) -> None:
-        """Account for the planned steps and let finished requests go."""
+        """Account for the planned steps and release finished requests."""
         steps, batch = worker.planned, worker.batch
         self._account(worker, steps)
         total = int(worker.experts[:steps].sum())
@@ -346,7 +360,7 @@ class Engine:
 
 
 def union_rows(words: NDArray[np.uint64], rows: list[int], steps: int) -> NDArray[np.uint64]:
-    """uint64 [steps, words]: the experts of step s, the union over the rows `row + s`."""
+    """The experts of each step as bit sets, uint64 [steps, words]. Step s is the union over the rows `row + s`."""
     union = words[rows[0] : rows[0] + steps]
     if len(rows) > 1:
         union = union | words[rows[1] : rows[1] + steps]
