@@ -16,8 +16,8 @@ from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.message import Request
 from eldr.router.http.server import TRANSITIONS, ClientConnection, State
 from tests.router.memory import LIMITS, RUNNER, MemoryTransport, Recorder, Said, split
+from tests.router.wire import GET, wire_requests
 
-GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 NONSENSE = b"NONSENSE\r\n\r\n"
 
@@ -314,27 +314,6 @@ def answers_by_h11(methods: list[bytes], written: bytes, closed: bool) -> list[t
     assert rest == b""
     assert client.their_state is (h11.CLOSED if closed else h11.DONE) or client.their_state is h11.MUST_CLOSE
     return found
-
-
-names = st.from_regex(rb"x-[a-z0-9]{1,8}", fullmatch=True)
-values = st.from_regex(rb"[!-~]([ -~]{0,20}[!-~])?", fullmatch=True)
-
-
-@st.composite
-def wire_requests(draw: st.DrawFn) -> bytes:
-    """Bytes of one request after which the connection may go on."""
-    method = draw(st.sampled_from([b"GET", b"HEAD", b"POST"]))
-    target = b"/whole?a=b" if method == b"HEAD" else draw(st.sampled_from([b"/whole?a=b", b"/stream"]))
-    lines = b"".join(b"%b: %b\r\n" % field for field in draw(st.dictionaries(names, values, max_size=4)).items())
-    head = b"%b %b HTTP/1.1\r\nHost: x\r\n%b" % (method, target, lines)
-    if method != b"POST":
-        return head + b"\r\n"
-    body = draw(st.binary(max_size=300))
-    if draw(st.booleans()):
-        return head + b"content-length: %d\r\n\r\n%b" % (len(body), body)
-    pieces = split(body, draw(st.lists(st.integers(0, 300), max_size=3)))
-    chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
-    return head + b"transfer-encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
 
 
 # Requests that end the connection: h11 keeps none of HTTP/1.0 open.
