@@ -1,10 +1,10 @@
-"""Predicts, from the expert counts of a prompt, how likely one decode step of the request activates each expert.
+"""Activation predictors: from the expert counts of a prompt, how likely one decode step activates each expert.
 
-Two predictors. `own_frequencies` needs no fit: the prompt's own expert frequencies, shrunk towards the fleet's mean.
-`ActivationModel` is fitted to recorded traffic: a linear map from prompt frequencies to the decode activation profile.
-Most of such a map is its diagonal (an expert that the prompt used, its decode uses), so the diagonal is fitted first
-and a reduced-rank ridge regression (Mukherjee and Zhu 2011) of what it leaves open adds the rest; ridge alone would
-pull that diagonal towards zero. Vectors are flat: D = L * E.
+There are two. `own_frequencies` needs no fit: it takes the prompt's own expert frequencies, shrunk towards the fleet's
+mean. `ActivationModel` is fitted to recorded traffic: a linear map from prompt frequencies to the decode activation
+profile. Most of that map is its diagonal, because decode tends to use the experts that the prompt used. So the diagonal
+is fitted first, and a reduced-rank ridge regression (Mukherjee and Zhu 2011) fits the residual. Ridge alone would
+shrink the diagonal towards zero. Vectors are flat: D = L * E.
 """
 
 from __future__ import annotations
@@ -20,29 +20,35 @@ from eldr import kernels
 from eldr.counts import ExpertCounts
 from eldr.errors import EldrError
 
-# Prompt tokens' worth of the mean that a prompt's frequencies are mixed with.
+# Weight of the fleet's mean when it is mixed into a prompt's frequencies, in prompt tokens.
 PRIOR_TOKENS = 4.0
-# A probability never leaves this range: a certain expert would make a worker's survival zero for good.
+# Probabilities are clipped to this range. A certain expert would set a worker's survival to zero for good.
 LEAST, MOST = 1e-4, 0.98
 FOLDS = 4
 STRENGTHS = (0.1, 0.3, 1.0, 3.0)
 RANKS = (0, 4, 8, 16)
-# How strongly the diagonal's slopes are pulled to their common value, in requests of mean spread.
+# How strongly the slopes of the diagonal are pulled to their common value, in requests of average spread.
 SLOPE_PRIOR_REQUESTS = 20.0
 
-# Rows that a request must have for its profile to say what one of its tokens activates, and requests looked at.
+# A request needs this many rows for its profile to describe a single token. At most this many requests are examined.
 WINDOWED_ROWS, WINDOWED_REQUESTS = 32, 64
 
 Floats = NDArray[np.float32]
 
 
 class ActivationError(EldrError):
-    """A predictor that cannot be fitted; says why."""
+    """Raised when a predictor cannot be fitted. The message gives the reason."""
 
 
 def own_frequencies(counts: ExpertCounts, mean: Floats, prior_tokens: float = PRIOR_TOKENS) -> Floats:
-    """float32 [D]: (counts + prior_tokens * mean) / (prompt tokens + prior_tokens); `mean` is float32 [D],
-    C-contiguous."""
+    """A prompt's own expert frequencies, mixed with the mean: float32 [D].
+
+    The result is (counts + prior_tokens * mean) / (prompt tokens + prior_tokens).
+
+    counts: the expert counts of the prompt.
+    mean: float32 [D], C-contiguous, the fleet's mean frequencies.
+    prior_tokens: the weight of the mean, in prompt tokens.
+    """
     frequencies = np.empty(counts.counts.size, dtype=np.float32)
     scale = 1 / (counts.prompt_tokens + prior_tokens)
     kernels.own_frequencies(counts.counts, mean, prior_tokens, scale, frequencies)
@@ -50,9 +56,11 @@ def own_frequencies(counts: ExpertCounts, mean: Floats, prior_tokens: float = PR
 
 
 def to_probabilities(scores: Floats, layers: int, top_k: int) -> Floats:
-    """float32 [..., D] within LEAST..MOST whose layers sum to `top_k`, from scores near that. One step activates
-    exactly top_k experts a layer, so the probabilities of a layer sum to it; what the scaling pushes out of the range
-    is an error of second order in the sum."""
+    """Turn scores into probabilities, float32 [..., D], clipped to LEAST..MOST, whose layers sum to `top_k`.
+
+    One step activates exactly top_k experts per layer, so the probabilities of a layer should sum to top_k. The scores
+    are expected to be close to that already. Clipping after the scaling leaves a second-order error in the sum.
+    """
     scores = np.ascontiguousarray(scores, dtype=np.float32)
     probabilities = np.empty_like(scores)
     experts = scores.shape[-1] // layers
@@ -62,11 +70,17 @@ def to_probabilities(scores: Floats, layers: int, top_k: int) -> Floats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActivationModel:
-    """profile = mean_profile + slope * x + up.T @ (down @ x), with x = own frequencies - mean_frequency.
+    """A fitted linear predictor: profile = mean_profile + slope * x + up.T @ (down @ x).
 
-    mean_frequency, mean_profile, slope: float32 [D]. down, up: float32 [R, D], R may be 0.
-    strength: of the ridge, relative to the mean squared length of x. r2: share of the variance of decode profiles
-    that it predicts, by cross-validation on the calibration requests.
+    x is the prompt's own frequencies minus mean_frequency.
+
+    mean_frequency, mean_profile, slope: float32 [D].
+    down, up: float32 [R, D]. R may be 0.
+    layers: L, the number of MoE layers.
+    top_k: experts per token.
+    strength: the ridge strength, relative to the mean squared length of x.
+    r2: the share of the variance of decode profiles that the model explains, cross-validated on the calibration
+        requests.
     """
 
     mean_frequency: Floats
@@ -81,16 +95,16 @@ class ActivationModel:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """R, the rank of the map beyond its diagonal."""
         return len(self.down)
 
     def predict(self, counts: ExpertCounts) -> Floats:
-        """float32 [D]: probability that one decode step activates each expert."""
+        """Predict the probability that one decode step activates each expert, float32 [D]."""
         x = own_frequencies(counts, self.mean_frequency) - self.mean_frequency
         scores = self.slope * x + self.mean_profile
         if self.rank:
-            # Row by row and layer by layer: products this small numpy gives to BLAS one by one, and BLAS does not
-            # spread them over threads. On busy cores threads take milliseconds to meet.
+            # Multiply row by row and layer by layer: numpy passes products this small to BLAS one at a time, and BLAS
+            # does not use threads for them. On busy cores threads take milliseconds to synchronise.
             latent = np.matmul(self.down[:, None, :], x[:, None]).reshape(1, -1)
             of_layer = self.up.reshape(self.rank, self.layers, -1).transpose(1, 0, 2)
             scores += np.matmul(latent, of_layer).reshape(-1)
@@ -108,10 +122,15 @@ class ActivationModel:
         ranks: Sequence[int] = RANKS,
         strengths: Sequence[float] = STRENGTHS,
     ) -> ActivationModel:
-        """Fit to N requests; rank and strength by cross-validation.
+        """Fit the model to N requests. Rank and strength are chosen by cross-validation.
 
-        counts: [N, L, E]; prompt_tokens: [N]; decode_profiles: [N, L, E], requests whose profile is all zero (no
-        decode step was recorded) are left out. Raises ActivationError where fewer than FOLDS requests are left.
+        counts: [N, L, E].
+        prompt_tokens: [N].
+        decode_profiles: [N, L, E]. A request with an all-zero profile (no decode step was recorded) is left out.
+        top_k: experts per token.
+        seed: the seed of the cross-validation folds.
+        ranks, strengths: the values to choose from.
+        Raises ActivationError if fewer than FOLDS requests are left.
         """
         recorded = decode_profiles.any(axis=(1, 2))
         requests = int(recorded.sum())
@@ -132,7 +151,7 @@ class ActivationModel:
 
 
 class _Ridge:
-    """Diagonal map plus dual ridge regression of its residual: x [N, D] to y [N, D], N much smaller than D."""
+    """Diagonal map plus dual ridge regression of its residual, from x [N, D] to y [N, D], for N much smaller than D."""
 
     def __init__(self, x: Floats, y: Floats) -> None:
         self.mean_x = x.mean(axis=0)
@@ -144,10 +163,10 @@ class _Ridge:
         self._values, self._vectors = np.linalg.eigh((self.x @ self.x.T).astype(np.float64))
 
     def reduced(self, strength: float, rank: int) -> tuple[Floats, Floats]:
-        """down and up, float32 [rank, D]: the ridge solution projected on the main axes of what it fits."""
+        """Project the ridge solution on the main axes of its fitted values. Returns down and up, float32 [rank, D]."""
         values = np.maximum(self._values, 0)
         ridge = values + strength * max(values.mean(), 1e-12)
-        # fitted = x @ weights; its right singular vectors from the N x N matrix of scalar products.
+        # fitted = x @ weights; its right singular vectors come from the N x N matrix of scalar products.
         rotated = self._vectors.T.astype(np.float32) @ self._residual
         fitted = (values / ridge).astype(np.float32)[:, None] * rotated
         spread, axes = np.linalg.eigh((fitted @ fitted.T).astype(np.float64))
@@ -160,7 +179,7 @@ class _Ridge:
 
 
 def _slopes(x: Floats, y: Floats) -> Floats:
-    """float32 [D]: least-squares slope of each entry of y on the same entry of x, pulled to the common slope."""
+    """Least-squares slope of each entry of y on the same entry of x, pulled towards the common slope. float32 [D]."""
     products = (x * y).sum(axis=0)
     squares = (x * x).sum(axis=0)
     total = float(squares.sum())
@@ -178,7 +197,7 @@ def _cross_validate(
     ranks: Sequence[int],
     strengths: Sequence[float],
 ) -> tuple[float, int, float]:
-    """(strength, rank, r2) with the least squared error of held-out profiles."""
+    """Return the (strength, rank, r2) with the least squared error on held-out profiles."""
     fold = np.random.default_rng(seed).permutation(len(x)) % FOLDS
     errors = np.zeros((len(strengths), len(ranks)))
     spread = 0.0
@@ -201,20 +220,25 @@ def _cross_validate(
 
 
 def busiest_rank_experts(active: NDArray[Any], layers: int, ranks: int) -> NDArray[Any]:
-    """[...]: experts that a step waits for, of probabilities [..., D] that an expert is active (or of 0 and 1).
+    """Experts that a step waits for when experts are divided over ranks (expert parallelism).
 
-    With expert parallelism rank r of R holds the experts r * E / R up to (r + 1) * E / R of every layer, and a layer
-    is done when its busiest rank is: the sum over layers of the most active experts on one rank. The expectation of
-    a maximum is above the maximum of expectations, by about as much for every batch; this is the latter.
+    Rank r of R holds experts r * E / R up to (r + 1) * E / R of every layer. A layer is done when its busiest rank is
+    done, so the result is the sum over layers of the most active experts on one rank. The expectation of that maximum
+    is above the maximum of the expectations, by about the same amount for every batch. This function returns the
+    latter.
+
+    active: [..., D], the probability (or 0 and 1) that each expert is active.
+    layers: L, the number of MoE layers.
+    ranks: R.
     """
     return np.asarray(active.reshape(*active.shape[:-1], layers, ranks, -1).sum(axis=-1).max(axis=-1).sum(axis=-1))
 
 
 def of_a_step(profile: Floats, step_tokens: float) -> Floats:
-    """float32 [D]: probability that a step activates each expert, from that of one token.
+    """Probability that one step activates each expert, float32 [D], from the probability that one token does.
 
-    A step of m tokens of a request (speculative decoding) counts as `step_tokens` = alpha * m independent ones:
-    tokens beside each other share experts, so that alpha is below 1 (`effective_tokens` measures it).
+    With speculative decoding a step has m tokens of a request. They count as `step_tokens` = alpha * m independent
+    tokens. Adjacent tokens share experts, so alpha is below 1. `effective_tokens` measures it.
     """
     return profile if step_tokens == 1 else -np.expm1(np.float32(step_tokens) * np.log1p(-np.minimum(profile, MOST)))
 
@@ -225,11 +249,15 @@ def effective_tokens(
     profiles: Floats,
     tokens: int,
 ) -> float:
-    """Independent tokens that count as `tokens` adjacent ones of a request: alpha * m of `of_a_step`.
+    """Measure how many independent tokens `tokens` adjacent tokens of a request count as: alpha * m of `of_a_step`.
 
-    decode_experts: [T, L, k]; decode_offsets: [N + 1]; profiles: [N, L, E], as `Trace.decode_profiles` gives them. The
-    experts of windows of adjacent rows are counted, and the exponent found, by bisection, with which the profiles
-    give as many. nan where no request has enough rows to have a profile.
+    Counts the distinct experts in windows of adjacent rows, then finds by bisection the exponent with which the
+    profiles give the same number. The result is nan if no request has enough rows to have a profile.
+
+    decode_experts: [T, L, k].
+    decode_offsets: [N + 1].
+    profiles: [N, L, E], as from `Trace.decode_profiles`.
+    tokens: the number of adjacent tokens, m.
     """
     layers, experts = profiles.shape[1:]
     distinct, windows, survival = 0, [], []
@@ -255,10 +283,10 @@ def effective_tokens(
 
 
 def expected_union(profiles: NDArray[Any], layers: int) -> float:
-    """Distinct experts a step and layer of a batch with these profiles [B, D] activates, in expectation.
+    """Expected number of distinct experts per step and layer for a batch with these profiles, [B, D].
 
-    Assumes that requests are independent of each other; within a request the layers' top-k constraint does no harm,
-    because expectations add.
+    Assumes that requests are independent of each other. The top-k constraint within a request does not matter, because
+    expectations add.
     """
     survival = np.prod(1 - np.asarray(profiles, dtype=np.float64), axis=0)
     return float((1 - survival).sum()) / layers

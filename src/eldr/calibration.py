@@ -1,7 +1,7 @@
-"""The calibration file: everything a router needs to route on experts, fitted offline from a trace.
+"""Calibration files: everything a router needs to route on experts, fitted offline from a trace.
 
-One .npz: the signature model, one centroid per zone, the geometry of the model it was fitted for, how well each
-transform predicts, where it all came from, and a two-dimensional picture of the calibration requests.
+A calibration is one .npz file. It holds the signature model, one centroid per zone, the geometry of the model it was
+fitted for, how well each transform predicts, its provenance, and a two-dimensional picture of the calibration requests.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from eldr.trace import Trace
 from eldr.zones import balanced_kmeans
 
 FORMAT = "eldr-calibration-v1"
-# Workers hand out counts, not gate scores.
+# Workers report counts, not gate scores.
 ROUTABLE = tuple(name for name, known in TRANSFORMS.items() if known.source == "counts")
-# Requests in the picture: enough to see the zones, small beside the centroids.
+# Requests in the picture: enough to show the zones, and small compared with the centroids.
 PICTURE_REQUESTS = 1000
-# Tokens of a decode step with speculative decoding for which a calibration tells how many independent ones they are.
+# With speculative decoding a decode step has several tokens. For each of these numbers of tokens, a calibration holds
+# the equivalent number of independent tokens.
 STEP_TOKENS = (2, 3, 4)
 
 SPECS: Mapping[str, ArraySpec] = {
@@ -54,12 +55,15 @@ ACTIVATION_ARRAYS = ("mean_frequency", "mean_profile", "slope", "down", "up")
 
 
 class CalibrationError(EldrError):
-    """A calibration that cannot be fitted, read or written: names the file, where there is one, and the reason."""
+    """Raised when a calibration cannot be fitted, read or written.
+
+    The message names the file, if any, and the reason.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """MoE layers, experts per layer and experts per token of a model."""
+    """The size of a model's MoE part: layers, experts per layer, and experts per token."""
 
     layers: int
     experts: int
@@ -71,9 +75,11 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """Calibration signatures on their two main axes (principal components), for plots.
+    """Calibration signatures projected on their two principal components, for plots.
 
-    points: float32 [n, 2], at most PICTURE_REQUESTS of them. zones: int64 [n]. labels: str [n], kind of the request.
+    points: float32 [n, 2], at most PICTURE_REQUESTS requests.
+    zones: int64 [n], the zone of each point.
+    labels: str [n], the kind of each request.
     centroids: float32 [K, 2].
     """
 
@@ -87,11 +93,15 @@ class Picture:
 class Calibration:
     """A fitted signature model and its zones.
 
-    centroids: float32 [K, D], unit vectors, one per decode worker. zone_sizes: int64 [K], calibration requests in each.
-    rho: transform name -> rho on the calibration requests, for each transform that the trace allowed.
-    provenance: JSON-able; model, note, requests, seed, created_utc, trace_sha256 (None if not read from a file),
-        versions.
-    predictor: of the decode profile; None in files without one and where the trace was too small to fit it.
+    signature: the model that turns expert counts into signatures.
+    centroids: float32 [K, D], unit vectors, one per decode worker.
+    zone_sizes: int64 [K], the number of calibration requests in each zone.
+    geometry: the geometry of the model that it was fitted for.
+    rho: maps each transform that the trace supports to its rho on the calibration requests.
+    provenance: JSON-serialisable. Holds model, note, requests, seed, created_utc, trace_sha256 (None if the trace was
+        not read from a file) and versions.
+    picture: calibration signatures in two dimensions, for plots.
+    predictor: predicts decode profiles. None if the file has no predictor, or if the trace was too small to fit one.
     """
 
     signature: SignatureModel
@@ -105,11 +115,11 @@ class Calibration:
 
     @property
     def workers(self) -> int:
-        """K."""
+        """K, the number of zones and so of decode workers."""
         return len(self.centroids)
 
     def save(self, path: str | Path) -> None:
-        """Write to `path`, whole or not at all. Raises CalibrationError if it cannot be written."""
+        """Write the calibration to `path` atomically. Raises CalibrationError if it cannot be written."""
         meta = {
             "format": FORMAT,
             "transform": self.signature.transform_name,
@@ -148,16 +158,22 @@ def fit_calibration(
     compare: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Calibration:
-    """Fit signature model and zones for `workers` decode workers.
+    """Fit the signature model and the zones for a fleet of `workers` decode workers.
 
-    compare: fit the other transforms too, for their rho.
-    progress: hears what is being done, once per stage. Everything but the date is the same for the same trace and
-    seed. Raises CalibrationError, SignatureError or ZonesError where the trace does not allow a fit.
+    The same trace and seed give the same calibration, except for its creation date.
+
+    trace: the recorded requests to fit on.
+    workers: the number of decode workers, K.
+    seed: the seed of all random choices.
+    transform: the transform that signatures use. It must work on counts.
+    compare: whether to fit the other transforms too, to report their rho.
+    progress: called once per stage with a description of it.
+    Raises CalibrationError, SignatureError or ZonesError if the trace does not allow a fit.
     """
     tell = progress or (lambda stage: None)
     if transform not in ROUTABLE:
         raise CalibrationError(
-            f"cannot route on transform {transform!r}: workers hand out counts, which give {', '.join(ROUTABLE)}"
+            f"cannot route on transform {transform!r}: workers report only counts; use {', '.join(ROUTABLE)}"
         )
     profiles = trace.decode_profiles()
     models = {}
@@ -169,7 +185,7 @@ def fit_calibration(
         try:
             models[name] = SignatureModel.fit(source, profiles, transform=name, seed=seed)
         except SignatureError:
-            if name == transform:  # of the others only rho is wanted
+            if name == transform:  # the others are fitted only for their rho
                 raise
     signature = models[transform]
     tell(f"zones for {workers} workers")
@@ -191,12 +207,12 @@ def fit_calibration(
 def _fit_predictor(trace: Trace, profiles: NDArray[np.float32], seed: int) -> ActivationModel | None:
     try:
         return ActivationModel.fit(trace.prefill_counts, trace.prompt_tokens, profiles, trace.meta.top_k, seed=seed)
-    except ActivationError:  # too few requests: policies then use the prompt's own frequencies
+    except ActivationError:  # too few requests; policies then use the prompt's own frequencies
         return None
 
 
 def _source(trace: Trace, transform: str) -> NDArray[Any] | None:
-    """What `transform` is computed from, None where the trace has no such array."""
+    """Return the array that `transform` reads, or None if the trace does not have it."""
     source = TRANSFORMS[transform].source
     array: NDArray[Any] | None = trace.prefill_counts if source == "counts" else getattr(trace, source)
     return array
@@ -221,7 +237,7 @@ def _provenance(trace: Trace, profiles: NDArray[np.float32], seed: int) -> dict[
 
 
 def _step_tokens(trace: Trace, profiles: NDArray[np.float32]) -> dict[str, float]:
-    """Independent tokens that steps of several tokens count as, by their number of tokens; empty if unknown."""
+    """Map a step's number of tokens to its equivalent number of independent tokens. Empty if unknown."""
     found = {
         str(tokens): effective_tokens(trace.decode_experts, trace.decode_offsets, profiles, tokens)
         for tokens in STEP_TOKENS
@@ -236,7 +252,10 @@ def _picture(
     centroids: NDArray[np.float32],
     seed: int,
 ) -> Picture:
-    """Principal components by the eigenvectors of the n x n Gram matrix: D is much larger than n."""
+    """Project signatures on their principal components.
+
+    Uses the eigenvectors of the n x n Gram matrix, because D is much larger than n.
+    """
     shown = np.arange(len(signatures))
     if len(shown) > PICTURE_REQUESTS:
         shown = np.sort(np.random.default_rng(seed).choice(shown, PICTURE_REQUESTS, replace=False))
@@ -259,14 +278,17 @@ def _picture(
 
 
 def load_calibration(path: str | Path) -> Calibration:
-    """The calibration in `path`. Raises CalibrationError naming the file and what is wrong with it."""
+    """Load the calibration in `path`.
+
+    Raises CalibrationError with the file name and the reason if it cannot be used.
+    """
     path = Path(path)
     try:
         arrays = read_npz(path, SPECS, _check_shapes)
         meta = _parse_meta(str(arrays["meta"]))
         layers, experts = arrays["idf"].shape
         if ("activation" in meta) != ("activation_down" in arrays):
-            raise NpzError("its predictor is incomplete")
+            raise NpzError("the predictor is incomplete")
         if meta["top_k"] > experts:
             raise NpzError(f"top_k is {meta['top_k']} with {experts} experts")
         _check_values(arrays)
@@ -303,7 +325,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
     zones, _ = shapes["centroids"]
     shown, _ = shapes["picture_points"]
     if not (1 <= layers <= MAX_LAYERS and 1 <= experts <= MAX_EXPERTS):
-        raise NpzError(f"{layers} layers x {experts} experts is no geometry of a MoE model")
+        raise NpzError(f"{layers} layers x {experts} experts is not a valid MoE geometry")
     if zones == 0:
         raise NpzError("it holds no zones")
     expected = {
@@ -329,7 +351,7 @@ def _parse_meta(text: str) -> dict[str, Any]:
     if transform not in ROUTABLE:
         raise NpzError(f"meta: cannot route on transform {transform!r}")
     if type(top_k) is not int or top_k < 1:
-        raise NpzError(f"meta: top_k is {top_k!r}, expected a whole number from 1")
+        raise NpzError(f"meta: top_k is {top_k!r}, expected a whole number of at least 1")
     if not isinstance(rho, dict) or transform not in rho:
         raise NpzError("meta: rho of the transform is missing")
     if not all(isinstance(value, float) and abs(value) <= 1 + 1e-9 for value in rho.values()):
@@ -359,7 +381,7 @@ def _check_values(arrays: Mapping[str, NDArray[Any]]) -> None:
     if centroids.shape[1] != dimension:
         raise NpzError(
             f"centroids have {centroids.shape[1]} entries, but {int(mask.sum())} layers x {arrays['idf'].shape[1]} "
-            f"experts make {dimension}"
+            f"experts need {dimension}"
         )
     norms = np.linalg.norm(centroids, axis=1)
     if (np.abs(norms - 1) > 1e-3).any():

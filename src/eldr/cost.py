@@ -1,8 +1,8 @@
-"""Step-time models: how long one decode step of a worker takes, from the experts its batch activates.
+"""Step-time models: how long one decode step takes, given the experts its batch activates.
 
-A decode step reads the weights of every distinct expert of its batch once, so that the time of a MoE layer is
-a + b * active experts + c * tokens (ELDR, arXiv 2607.00466, figure 2). Dense layers, head and attention add a part
-that depends on the batch and its context alone. All times are seconds; a cost file holds microseconds.
+A decode step reads the weights of every distinct expert in its batch once. The time of a MoE layer is therefore
+a + b * active experts + c * tokens (ELDR, arXiv 2607.00466, figure 2). Dense layers, the head and attention add a part
+that depends only on the batch and its context. Times in Python are in seconds; a cost file holds microseconds.
 """
 
 from __future__ import annotations
@@ -28,15 +28,20 @@ FloatOrArray = TypeVar("FloatOrArray", float, NDArray[np.float64])
 
 
 class CostError(EldrError):
-    """A cost model that cannot be read, written or fitted: names the file, where there is one, and the reason."""
+    """Raised when a cost model cannot be read, written or fitted.
+
+    The message names the file, if any, and the reason.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Time of one decode step of one worker, linear in what the step does.
+    """The time of one decode step on one worker, as a linear function.
 
-    base_s: whatever the batch. per_expert_s: for each distinct expert, summed over the MoE layers. per_token_s: for
-    each running request. per_context_token_s: for each token of context that attention reads.
+    base_s: the fixed time of every step.
+    per_expert_s: the time per distinct expert, summed over the MoE layers.
+    per_token_s: the time per running request.
+    per_context_token_s: the time per token of context that attention reads.
     """
 
     base_s: float
@@ -45,14 +50,17 @@ class StepCost:
     per_context_token_s: float = 0.0
 
     def step_s(self, active_experts: FloatOrArray, batch: int, context_tokens: FloatOrArray) -> FloatOrArray:
-        """Seconds of a step that activates `active_experts` (summed over layers) for `batch` requests."""
+        """Seconds for one step that activates `active_experts` (summed over layers) for `batch` requests."""
         fixed_s = self.base_s + self.per_token_s * batch
         return fixed_s + self.per_expert_s * active_experts + self.per_context_token_s * context_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class MoeLayerCost:
-    """base + per_expert * active experts + per_token * tokens, microseconds of one MoE layer; r2 of the fit."""
+    """The time of one MoE layer in microseconds: base + per_expert * active experts + per_token * tokens.
+
+    r2: the R2 of the fit. None if unknown.
+    """
 
     base_us: float
     per_expert_us: float
@@ -62,10 +70,11 @@ class MoeLayerCost:
 
 @dataclass(frozen=True, slots=True)
 class RestCost:
-    """Everything of a step that is no MoE layer, in microseconds.
+    """The time of everything in a step outside the MoE layers, in microseconds.
 
-    layer_*: norms, projections and rotary embedding of one layer. head_*: embedding, last norm, output head and
-    sampler, once a step. context_token_us: attention of one layer for one token of context.
+    layer_base_us, layer_per_token_us: norms, projections and rotary embedding of one layer.
+    head_base_us, head_per_token_us: embedding, last norm, output head and sampler, once per step.
+    context_token_us: attention of one layer over one token of context.
     """
 
     layer_base_us: float
@@ -77,7 +86,14 @@ class RestCost:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Measured cost of one model on one device. rest is None where only the MoE layer was measured."""
+    """The measured cost of one model on one device.
+
+    name: the name of the preset or file.
+    device: the device it was measured on.
+    source: where the measurements come from.
+    moe_layer: the cost of one MoE layer.
+    rest: the cost of everything else. None if only the MoE layer was measured.
+    """
 
     name: str
     device: str
@@ -86,18 +102,19 @@ class CostModel:
     rest: RestCost | None = None
 
     def step_cost(self, layers: int, scope: str) -> StepCost:
-        """Cost of a step of `layers` MoE layers: scope "moe" those alone, "step" with everything else.
+        """Cost of one step of a model with `layers` MoE layers.
 
-        Raises CostError for scope "step" where the rest was not measured.
+        scope: "moe" for the MoE layers alone, "step" for the whole step.
+        Raises CostError for scope "step" if the rest of a step was not measured.
         """
         moe = self.moe_layer
         if scope == "moe":
             return StepCost(layers * moe.base_us * _US, moe.per_expert_us * _US, layers * moe.per_token_us * _US)
         if scope != "step":
-            raise CostError(f"there is no cost scope {scope!r}; there are {', '.join(SCOPES)}")
+            raise CostError(f"there is no cost scope {scope!r}; choose from {', '.join(SCOPES)}")
         rest = self.rest
         if rest is None:
-            raise CostError(f"cost {self.name} has the MoE layers alone; use the scope moe or another cost")
+            raise CostError(f"cost {self.name} covers only the MoE layers; use the scope moe or another cost")
         return StepCost(
             base_s=(layers * (moe.base_us + rest.layer_base_us) + rest.head_base_us) * _US,
             per_expert_s=moe.per_expert_us * _US,
@@ -106,11 +123,11 @@ class CostModel:
         )
 
     def to_wire(self) -> dict[str, Any]:
-        """JSON-able form; `cost_from_wire` reads it."""
+        """Return a JSON-serialisable form, which `cost_from_wire` reads."""
         return {"format": FORMAT, **asdict(self)}
 
     def save(self, path: str | Path) -> None:
-        """Write to `path` as JSON, whole or not at all. Raises CostError if it cannot be written."""
+        """Write the model to `path` as JSON, atomically. Raises CostError if it cannot be written."""
         text = json.dumps(self.to_wire(), indent=2, allow_nan=False) + "\n"
         try:
             write_atomically(Path(path), lambda file: _write_text(file, text))
@@ -124,8 +141,8 @@ def _write_text(file: Any, text: str) -> None:
 
 # Coefficients fitted to measurements published with LLMServingSim (github.com/casys-kaist/LLMServingSim, MIT licence,
 # copyright 2024 CASYS Lab at KAIST), Qwen3-30B-A3B in bfloat16 on an NVIDIA RTX PRO 6000, at most 64 tokens a step.
-# They have no attention over the context: context_token_us is a model, the 2 KiB of keys and values that a token has
-# in a layer (4 heads of 128, bfloat16) read at the bandwidth at which the same device reads an expert's weights
+# The measurements leave out attention over the context, so context_token_us is modelled: a token has 2 KiB of keys and
+# values per layer (4 heads of 128, bfloat16), read at the bandwidth at which the same device reads expert weights
 # (9 MiB in per_expert_us: 1.5 TB/s).
 PRESETS: Mapping[str, CostModel] = {
     "qwen3-30b-a3b-rtxpro6000": CostModel(
@@ -146,7 +163,7 @@ DEFAULT_PRESET = "qwen3-30b-a3b-rtxpro6000"
 
 
 def find_cost(name_or_path: str) -> CostModel:
-    """The preset of that name, else the cost file at that path. Raises CostError if it is neither."""
+    """Return the preset with this name, or load the cost file at this path. Raises CostError if it is neither."""
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
     try:
@@ -154,12 +171,12 @@ def find_cost(name_or_path: str) -> CostModel:
     except OSError:  # such as a name that is too long
         found = False
     if not found:
-        raise CostError(f"cost {name_or_path!r} is no file and no preset; presets: {', '.join(PRESETS)}")
+        raise CostError(f"cost {name_or_path!r} is neither a file nor a preset; the presets are {', '.join(PRESETS)}")
     return load_cost(name_or_path)
 
 
 def load_cost(path: str | Path) -> CostModel:
-    """The cost model in `path`. Raises CostError naming the file and what is wrong with it."""
+    """Load the cost model in `path`. Raises CostError with the file name and the reason if it cannot be used."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -179,15 +196,15 @@ def _first_line(error: Exception) -> str:
 
 
 def cost_from_wire(wire: object) -> CostModel:
-    """The cost model of a wire form. Raises ValueError for what is none."""
+    """Build a cost model from the form that `CostModel.to_wire` returns. Raises ValueError if it is not valid."""
     if not isinstance(wire, dict) or wire.get("format") != FORMAT:
         found = wire.get("format") if isinstance(wire, dict) else None
-        raise ValueError(f"it is no {FORMAT} file (its format: {found!r})")
+        raise ValueError(f"not an {FORMAT} file (its format: {found!r})")
     moe = _section(wire, "moe_layer")
     rest = None if wire.get("rest") is None else _section(wire, "rest")
     r2 = moe.get("r2")
     if r2 is not None and (type(r2) not in (int, float) or not -np.inf < r2 <= 1):
-        raise ValueError(f"moe_layer: r2 is {r2!r}, expected a number up to 1")
+        raise ValueError(f"moe_layer: r2 is {r2!r}, expected a number of at most 1")
     model = CostModel(
         name=_text(wire, "name"),
         device=_text(wire, "device"),
@@ -219,21 +236,22 @@ def _text(wire: dict[str, Any], key: str) -> str:
 def _time_us(section: dict[str, Any], key: str) -> float:
     value = section.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < np.inf:
-        raise ValueError(f"{key} is {value!r}, expected microseconds from 0")
+        raise ValueError(f"{key} is {value!r}, expected a number of microseconds, 0 or more")
     return float(value)
 
 
 def fit_moe_layer(
     active_experts: NDArray[np.float64], tokens: NDArray[np.float64], time_us: NDArray[np.float64]
 ) -> MoeLayerCost:
-    """Least squares of base + per_expert * active_experts + per_token * tokens to measured times, all [M].
+    """Fit the cost of a MoE layer to measured times by least squares. All arrays are [M].
 
-    A coefficient that noise would make negative is held at zero and the others are fitted again. Raises CostError
-    for fewer than four measurements or where they do not tell the coefficients apart.
+    The model is base + per_expert * active_experts + per_token * tokens. If noise would make a coefficient negative, it
+    is held at zero and the others are fitted again.
+    Raises CostError for fewer than four measurements, or if they cannot tell the coefficients apart.
     """
     columns = np.stack([np.ones_like(time_us), active_experts, tokens], axis=1)
     if len(time_us) < 4 or np.linalg.matrix_rank(columns) < 3:
-        raise CostError("too few different measurements to fit a MoE layer: vary both active experts and tokens")
+        raise CostError("too few different measurements to fit a MoE layer; vary both active experts and tokens")
     used = [0, 1, 2]
     coefficients = np.zeros(3)
     while used:

@@ -1,8 +1,8 @@
-"""Measures the time of one MoE layer against active experts and tokens, on the device at hand.
+"""Measures how long one MoE layer takes on this device, as active experts and tokens vary.
 
-The layer is the plain form of what serving engines run: for every active expert two matrix products around a gated
-activation, on the tokens routed to it. Weights are random; only their number and shape matter, because a decode step
-is bound by reading them. Needs PyTorch.
+The layer has the plain form that serving engines run: two matrix products around a gated activation for every active
+expert, over the tokens routed to it. Weights are random. Only their number and shape matter, because a decode step is
+bound by reading them. Needs PyTorch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eldr.cost import CostError, CostModel, MoeLayerCost, fit_moe_layer
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """One MoE layer: widths of the model and of an expert, experts, and experts per token."""
+    """The size of one MoE layer: width of the model, width of an expert, experts, and experts per token."""
 
     hidden: int
     expert_hidden: int
@@ -38,14 +38,17 @@ GEOMETRIES: dict[str, LayerGeometry] = {
 }
 TOKENS = (1, 4, 8, 16, 32, 64)
 REPEATS = 9
-# Sets of experts that measurements walk through, so that a step finds its weights in memory and not in a cache.
+# Measurements rotate through this many sets of experts, so that a step reads its weights from memory, not from a cache.
 ROTATIONS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measurements:
-    """active_experts, tokens, time_us: float64 [M], the least of some repeats each: what
-    else the machine does can only add to a time."""
+    """Measured times of one MoE layer.
+
+    active_experts, tokens, time_us: float64 [M]. Each time is the minimum of several repeats, because other work on the
+        machine can only add time.
+    """
 
     active_experts: NDArray[np.float64]
     tokens: NDArray[np.float64]
@@ -60,9 +63,14 @@ def measure(
     repeats: int = REPEATS,
     progress: Callable[[str], None] | None = None,
 ) -> Measurements:
-    """Time of the layer for every token count and every number of active experts that they can reach.
+    """Time the layer for every token count and every number of active experts that those tokens can reach.
 
-    device: "cpu" or "cuda". Raises CostError without PyTorch, without the device, or without memory for the layer.
+    geometry: the size of the layer.
+    device: "cpu" or "cuda".
+    token_counts: the numbers of tokens to measure.
+    repeats: how often each measurement is repeated.
+    progress: called with a description of each measurement.
+    Raises CostError if PyTorch, the device, or memory for the layer is missing.
     """
     torch = _torch()
     if device == "cuda" and not torch.cuda.is_available():
@@ -86,24 +94,24 @@ def measure(
 
 
 def cuda_available() -> bool:
-    """Whether PyTorch sees a CUDA device. Raises CostError without PyTorch."""
+    """Return whether PyTorch sees a CUDA device. Raises CostError if PyTorch is missing."""
     return bool(_torch().cuda.is_available())
 
 
 def calibrate_cost(name: str, measurements: Measurements, device: str) -> CostModel:
-    """The cost model fitted to measurements of the geometry `name`."""
+    """Fit a cost model to measurements of the geometry called `name`."""
     moe_layer: MoeLayerCost = fit_moe_layer(measurements.active_experts, measurements.tokens, measurements.time_us)
     return CostModel(f"{name}-{device}", _device_name(device), "measured by eldr calibrate-cost", moe_layer)
 
 
 def _check_memory(geometry: LayerGeometry) -> None:
-    """Raise CostError where the float32 weights would not leave a quarter of the free memory."""
+    """Raise CostError unless the float32 weights leave a quarter of the free memory."""
     needed_bytes = 3 * 4 * geometry.experts * geometry.hidden * geometry.expert_hidden
     free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed_bytes > 0.75 * free_bytes:
         raise CostError(
-            f"one layer takes {needed_bytes / 1e9:.1f} GB and {free_bytes / 1e9:.1f} GB are free; choose a smaller "
-            "geometry"
+            f"one layer takes {needed_bytes / 1e9:.1f} GB, but only {free_bytes / 1e9:.1f} GB are free; choose a "
+            "smaller geometry"
         )
 
 
@@ -125,7 +133,7 @@ def _device_name(device: str) -> str:
 
 
 def active_counts(geometry: LayerGeometry, tokens: int) -> list[int]:
-    """Numbers of distinct experts, doubling from top-k, that `tokens` tokens can activate."""
+    """Numbers of distinct experts that `tokens` tokens can activate, doubling from top-k."""
     most = min(geometry.experts, tokens * geometry.top_k)
     counts = [geometry.top_k]
     while counts[-1] * 2 <= most:
@@ -147,7 +155,10 @@ class _Layer:
         self._input = weights(max(TOKENS), hidden)
 
     def _routing(self, tokens: int, active: int, first: int) -> list[tuple[int, Any]]:
-        """(expert, its tokens) for `active` experts from `first` on, tokens spread evenly, top-k experts a token."""
+        """Route `tokens` tokens evenly to `active` experts, starting at `first`, with top-k experts per token.
+
+        Returns (expert, its tokens) for each expert.
+        """
         geometry = self._geometry
         of_expert: dict[int, list[int]] = {}
         for slot in range(tokens * geometry.top_k):
@@ -175,7 +186,7 @@ class _Layer:
         return 1e6 * min(times)
 
     def _timed(self, hidden: Any, routing: list[tuple[int, Any]]) -> float:
-        """Seconds of one pass. CUDA replays it as a graph, so that launches do not count, as in serving."""
+        """Seconds for one pass. CUDA replays it as a graph, so that kernel launches do not count, as in serving."""
         torch = self._torch
         if self._device != "cuda":
             start = time.perf_counter()

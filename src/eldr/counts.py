@@ -1,11 +1,11 @@
-"""Expert counts of one prompt, and their wire form.
+"""Expert counts of one prompt, and their wire format.
 
-The prefill worker counts how many prompt tokens chose each expert in their top-k (ELDR, arXiv 2607.00466,
-section on expert signatures) and hands the counts to the router inside the JSON of `kv_transfer_params`.
-Counts of a real prompt are small integers with a long tail. As in patched frame-of-reference coding (Zukowski et al.,
-Super-Scalar RAM-CPU Cache Compression, ICDE 2006) all of them are written with as many bits as suit most, and what
-larger ones have above these bits follows. That takes as little room as deflating them, and a third of the time to
-unpack.
+The prefill worker counts how many prompt tokens chose each expert in their top-k (ELDR, arXiv 2607.00466, section on
+expert signatures). It sends the counts to the router in the JSON of `kv_transfer_params`. Counts of a real prompt are
+small integers with a long tail, so they are packed as in patched frame-of-reference coding (Zukowski et al.,
+Super-Scalar RAM-CPU Cache Compression, ICDE 2006): every count is written with the same number of bits, chosen to fit
+most of them, and the higher bits of larger counts follow. The result is about as small as deflate, and unpacks in a
+third of the time.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from numpy.typing import NDArray
 from eldr import kernels
 from eldr.errors import EldrError
 
-try:  # of the router's extra: the same functions in a tenth of the time
+try:  # from the router's extra: the same functions, ten times as fast
     import pybase64 as base64
 except ImportError:
     import base64  # type: ignore[no-redef]
 
 WIRE_VERSION = 2
 COUNTS_KEYS = ("v", "layers", "experts", "top_k", "prompt_tokens", "low_bits", "high_bits", "data")
-# The largest geometry accepted from the wire: twice the layers and experts of any published model. It bounds the
-# memory that one hostile or damaged answer can take.
+# The largest geometry accepted from the wire: twice the layers and experts of any published model. It limits the
+# memory that one hostile or damaged answer can use.
 MAX_LAYERS = 512
 MAX_EXPERTS = 4096
-# Numbers with higher bits are unpacked one by one: so many of them are avoided for a byte more.
+# Numbers with higher bits are unpacked one by one. Avoiding this many of them is worth one more byte.
 LARGER_PER_BYTE = 4
 
 
 class CountsError(EldrError):
-    """Expert counts that cannot be used: malformed, inconsistent, or declared unavailable by the worker.
+    """Raised for expert counts that cannot be used: malformed, inconsistent, or declared unavailable by the worker.
 
-    `reason` is a short snake_case word, fit for a metric label.
+    reason: a short snake_case word, suitable as a metric label.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -46,10 +46,10 @@ class CountsError(EldrError):
 
 
 class ExpertCounts:
-    """How many prompt tokens chose each expert. Not to be changed.
+    """How many prompt tokens chose each expert. Treat it as immutable.
 
-    counts: uint32 [L, E], C-contiguous; every row sums to prompt_tokens * top_k, because each token picks top_k experts
-    per layer.
+    counts: uint32 [L, E], C-contiguous. Every row sums to prompt_tokens * top_k, because each token picks top_k experts
+        per layer.
     """
 
     __slots__ = ("counts", "experts", "layers", "prompt_tokens", "top_k")
@@ -76,7 +76,7 @@ class ExpertCounts:
 
 
 def encode_counts(counts: ExpertCounts) -> dict[str, Any]:
-    """Wire form of `counts`: a JSON-able dict. At 48 x 128 and 500 prompt tokens it takes under 8 KiB."""
+    """Encode `counts` as a JSON-serialisable dict. At 48 x 128 and 500 prompt tokens it takes under 8 KiB."""
     counts.check()
     low_bits, high_bits, data = pack(counts.counts.reshape(-1))
     return {
@@ -92,12 +92,12 @@ def encode_counts(counts: ExpertCounts) -> dict[str, Any]:
 
 
 def pack(numbers: NDArray[np.uint32]) -> tuple[int, int, bytes]:
-    """(low_bits, high_bits, data) of uint32 [N], with the split of bits that takes little room and time to unpack.
+    """Pack uint32 [N] into (low_bits, high_bits, data), with the split of bits that is cheap in both space and time.
 
-    data: the low bits of every number; then, unless high_bits is 0, a bit for every number that says whether it has
-    higher ones, and those of the numbers that have. Each part begins with a byte of its own, lowest bit first.
+    `data` first holds the low bits of every number. Unless high_bits is 0, a bitmap of the numbers that have higher
+    bits follows, and then the higher bits of those numbers. Each part starts on a byte boundary, lowest bit first.
     """
-    # frexp's exponent of a whole number is the number of its bits.
+    # The exponent that frexp gives for an integer is its bit length.
     of_bits = np.bincount(np.frexp(numbers.astype(np.float64))[1], minlength=33)
     most = int(np.flatnonzero(of_bits)[-1])
     size = numbers.size
@@ -119,7 +119,7 @@ def pack(numbers: NDArray[np.uint32]) -> tuple[int, int, bytes]:
 
 
 def _bits(numbers: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
-    """uint8 [N, bits]: the lowest bits of uint32 [N], as zeros and ones."""
+    """The lowest `bits` bits of uint32 [N] as zeros and ones, uint8 [N, bits]."""
     in_bytes = numbers.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : -(-bits // 8)]
     return np.unpackbits(in_bytes, axis=1, bitorder="little", count=bits)
 
@@ -129,14 +129,14 @@ def _bytes(bits: int) -> int:
 
 
 def encode_unavailable(reason: str) -> dict[str, Any]:
-    """Wire form of counts or decode experts that the worker could not give; `reason` is a short snake_case word."""
+    """Encode the fact that a worker has no counts or decode experts. `reason` is a short snake_case word."""
     return {"v": WIRE_VERSION, "unavailable": reason}
 
 
 def decode_counts(wire: object) -> ExpertCounts:
-    """Expert counts from their wire form, checked.
+    """Decode expert counts and check them.
 
-    Raises CountsError, and nothing else, for whatever is not a consistent form of this version.
+    Raises CountsError, and no other exception, for anything but consistent counts in this wire version.
     """
     wire = versioned(wire, "expert counts")
     layers = bounded_int(wire, "layers", 1, MAX_LAYERS)
@@ -157,7 +157,7 @@ def decode_counts(wire: object) -> ExpertCounts:
         packed, low_bits, high_bits, layers, experts, prompt_tokens * top_k, prompt_tokens, counts
     )
     if fit < 0:
-        raise CountsError("malformed", f"expert counts are not those of {layers} x {experts}: wrong length of data")
+        raise CountsError("malformed", f"expert counts have the wrong data length for {layers} x {experts}")
     found = ExpertCounts(counts, prompt_tokens, top_k)
     if not fit:
         found.check()  # says what is wrong
@@ -165,9 +165,10 @@ def decode_counts(wire: object) -> ExpertCounts:
 
 
 def versioned(wire: object, what: str) -> dict[str, Any]:
-    """`wire` if it is an object of the version that this eldr reads and the worker had `what` to put into it.
+    """Return `wire` if it is an object of a readable version that contains data.
 
-    Raises CountsError if not.
+    what: names the data in error messages.
+    Raises CountsError if it is no object, has another version, or says that the worker had no data.
     """
     if not isinstance(wire, dict):
         raise CountsError("malformed", f"{what}: a {type(wire).__name__}, not an object")
@@ -175,12 +176,12 @@ def versioned(wire: object, what: str) -> dict[str, Any]:
     if type(version) is not int or version != WIRE_VERSION:
         raise CountsError("version", f"{what}: wire version {version!r}; this eldr reads version {WIRE_VERSION}")
     if "unavailable" in wire:
-        raise CountsError("unavailable", f"{what}: the worker has none that are exact: {str(wire['unavailable'])[:80]}")
+        raise CountsError("unavailable", f"{what}: the worker has no exact ones: {str(wire['unavailable'])[:80]}")
     return wire
 
 
 def bounded_int(wire: dict[str, Any], key: str, least: int, most: int) -> int:
-    """`wire[key]` if it is a whole number from `least` to `most`; raises CountsError if not."""
+    """Return `wire[key]` if it is an integer from `least` to `most`. Raises CountsError otherwise."""
     value = wire.get(key)
     if type(value) is not int or not least <= value <= most:
         raise CountsError("malformed", f"{key} is {value!r}, expected a whole number from {least} to {most}")

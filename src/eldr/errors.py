@@ -1,5 +1,5 @@
-"""Errors that are shown to people: what was wrong, where, and what to do."""
+"""The base class of eldr's errors. Their messages are shown to users: what is wrong, where, and what to do."""
 
 
 class EldrError(Exception):
-    """Base of every error that eldr raises on purpose; the command line prints its text and exits with 2."""
+    """Base class of every error that eldr raises on purpose. The command line prints the message and exits with 2."""

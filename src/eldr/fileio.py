@@ -1,4 +1,4 @@
-"""Files of arrays: whole or not at all when written, looked at before anything is allocated when read."""
+"""Reads and writes array files safely: atomic when written, fully checked before anything is allocated when read."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Arrays of counts and labels deflate 5 to 20 times, rarely more; what claims to grow beyond this is a bomb. Small
-# files may hold more zeros than that.
+# Arrays of counts and labels compress 5 to 20 times, rarely more. A file that claims to grow beyond this factor is a
+# zip bomb. Small files are exempt, because they may consist of zeros.
 MAX_GROWTH = 100
 ALWAYS_ALLOWED_BYTES = 64 * 2**20
 
 
-# What zipfile raises, beside BadZipFile, for archives that are none.
+# What zipfile raises, besides BadZipFile, for files that are not archives.
 DAMAGE = (
     EOFError, IndexError, KeyError, MemoryError, NotImplementedError, OverflowError, RuntimeError, ValueError,
     struct.error, zlib.error,
@@ -32,17 +32,22 @@ DAMAGE = (
 
 
 class NpzError(Exception):
-    """Why a file cannot be read as a set of arrays; the caller knows the file's name and purpose."""
+    """Raised when a file cannot be read as a set of arrays. The caller adds the file's name and purpose."""
 
 
 def reason_of(error: NpzError | OSError) -> str:
-    """What went wrong, without the file's name."""
+    """Return what went wrong, without the file's name."""
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
-    """What an array must be: one of `dtypes` ("U" is text of any width), `ndim` dimensions, optional or not."""
+    """The requirements on one array in a file.
+
+    dtypes: the dtypes allowed. "U" is text of any width.
+    ndim: the number of dimensions.
+    optional: whether the array may be missing.
+    """
 
     dtypes: tuple[str, ...]
     ndim: int
@@ -53,9 +58,10 @@ class ArraySpec:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it to disk and rename it to `path`.
+    """Write a file atomically: fill a temporary file next to `path`, sync it to disk, and rename it to `path`.
 
-    Raises OSError where the folder cannot be written to; `path` then holds what it held before.
+    write: called with the open temporary file.
+    Raises OSError if the folder cannot be written to. `path` then keeps its previous content.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -92,11 +98,15 @@ def read_npz(
     specs: Mapping[str, ArraySpec],
     check_shapes: Callable[[Mapping[str, tuple[int, ...]]], None],
 ) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz that `specs` names, in native byte order; members of other names are not read.
+    """Read the arrays of an .npz file that `specs` names, in native byte order. Other arrays are ignored.
 
-    Only headers are read until every dtype, dimension and size agrees with the archive's own table and
-    `check_shapes` (given name -> shape of the arrays present) has not raised. Nothing is ever unpickled.
-    Raises NpzError saying what is wrong, OSError where the file cannot be opened.
+    Only headers are read until every dtype, dimension and size matches the archive's own table and `check_shapes` has
+    accepted the shapes. Nothing is ever unpickled.
+
+    path: the file.
+    specs: array name -> requirements.
+    check_shapes: called with name -> shape of the arrays present. Raises to reject them.
+    Raises NpzError with the reason if the file is not valid, or OSError if it cannot be opened.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -114,14 +124,14 @@ def read_npz(
 
 
 def parse_meta(text: str, expected_format: str) -> dict[str, Any]:
-    """The JSON object in a file's array `meta`. Raises NpzError unless its key "format" is `expected_format`."""
+    """Parse the JSON object in a file's `meta` array. Raises NpzError unless its "format" is `expected_format`."""
     try:
         meta = json.loads(text)
     except (ValueError, RecursionError):
         raise NpzError("meta is not JSON") from None
     found = meta.get("format") if isinstance(meta, dict) else None
     if not isinstance(meta, dict) or found != expected_format:
-        raise NpzError(f"it is no {expected_format} file (its format: {repr(found)[:60]})")
+        raise NpzError(f"not an {expected_format} file (its format: {repr(found)[:60]})")
     return meta
 
 
@@ -132,7 +142,7 @@ def _members(archive: zipfile.ZipFile, specs: Mapping[str, ArraySpec]) -> dict[s
         if name not in specs or name == member.filename:
             continue
         if name in found:
-            raise NpzError(f"array {name} is in it twice")
+            raise NpzError(f"array {name} appears twice")
         found[name] = member
     missing = [name for name, spec in specs.items() if name not in found and not spec.optional]
     if missing:
@@ -141,7 +151,7 @@ def _members(archive: zipfile.ZipFile, specs: Mapping[str, ArraySpec]) -> dict[s
 
 
 def _shape(archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo, spec: ArraySpec) -> tuple[int, ...]:
-    """Shape of one member; raises NpzError unless its header, its dtype and its size in the archive agree."""
+    """Return the shape of one member. Raises NpzError unless its header, dtype and size in the archive agree."""
     with archive.open(member) as file:
         try:
             version = np.lib.format.read_magic(file)
@@ -152,7 +162,7 @@ def _shape(archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo, spec: A
             shape, _, dtype = read_header(file)
         except zipfile.BadZipFile:
             raise
-        except Exception:  # a foreign header can break the header's parser in many ways
+        except Exception:  # a malformed header can break the parser in many ways
             raise NpzError(f"array {name} has no readable header") from None
         header_bytes = file.tell()
     if dtype.hasobject:
@@ -169,7 +179,7 @@ def _shape(archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo, spec: A
 def _check_growth(size_bytes: int, members: Mapping[str, zipfile.ZipInfo]) -> None:
     total_bytes = sum(member.file_size for member in members.values())
     if total_bytes > max(ALWAYS_ALLOWED_BYTES, MAX_GROWTH * size_bytes):
-        raise NpzError(f"its {size_bytes} bytes claim to unpack to {total_bytes}")
+        raise NpzError(f"{size_bytes} bytes claim to unpack to {total_bytes} bytes")
 
 
 def _read(archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo) -> NDArray[Any]:

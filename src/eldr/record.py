@@ -1,7 +1,7 @@
-"""Recording: send prompts through a worker or a router and keep the experts that served them, as a trace.
+"""Records traces: sends prompts through a worker or a router and keeps the experts that served them.
 
-A worker with the eldr connector returns, for a request that asks for it, the expert counts of the prompt and the
-experts of every generated token. A router does the same for whoever holds its admin key.
+A worker with the eldr connector returns the expert counts of the prompt and the experts of every generated token, if
+the request asks for them. A router does the same for a client that has its admin key.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ ERROR_BODY_CHARS = 300
 
 
 class RecordError(EldrError):
-    """A prompt file that cannot be read, or a server that cannot be recorded."""
+    """Raised when a prompt file cannot be read or a server cannot be recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One line of a prompt file: the part of the request body that says what to generate from, and a label."""
+    """One line of a prompt file.
+
+    body: the part of the request body that holds the prompt or the messages.
+    label: the kind of the prompt, empty if the file gives none.
+    """
 
     body: dict[str, Any]
     label: str
@@ -47,8 +51,14 @@ class Prompt:
 class RecordOptions:
     """Where and how to record.
 
-    url: a worker with the eldr connector, or a router. model: None asks the server, which must serve exactly one.
-    admin_key: given, the server is a router and this its admin key. api_key: the worker's API key, if it has one.
+    url: a worker with the eldr connector, or a router.
+    model: the model name. None asks the server, which must then serve exactly one model.
+    max_tokens: generated tokens per request, at most.
+    temperature: the sampling temperature.
+    concurrency: requests in flight at a time.
+    timeout_s: the time limit of each request.
+    api_key: the worker's API key, if it has one.
+    admin_key: the router's admin key. If given, the server is taken to be a router.
     """
 
     url: str
@@ -71,7 +81,11 @@ class RecordOptions:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """The trace of all requests that could be recorded, and a line for each that could not."""
+    """The outcome of a recording.
+
+    trace: the requests that could be recorded.
+    failures: one line of text for each request that could not.
+    """
 
     trace: Trace
     failures: list[str]
@@ -85,8 +99,12 @@ class _Sample:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file: .jsonl with objects {"prompt": text} or {"messages": [...]} and an optional "label", or
-    .txt with one prompt a line. Empty lines are passed over. Raises RecordError naming the file and the line."""
+    """Read the prompts of a file. Empty lines are skipped.
+
+    path: a .jsonl file of objects {"prompt": text} or {"messages": [...]} with an optional "label", or a .txt file with
+        one prompt per line.
+    Raises RecordError with the file and the line.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -98,7 +116,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     else:
         raise RecordError(f"{path}: a prompt file ends in .jsonl or .txt")
     if not prompts:
-        raise RecordError(f"{path}: holds no prompt")
+        raise RecordError(f"{path}: holds no prompts")
     return prompts
 
 
@@ -106,24 +124,29 @@ def _parse_line(path: Path, number: int, line: str) -> Prompt:
     try:
         item = json.loads(line)
     except json.JSONDecodeError as error:
-        raise RecordError(f"{path}:{number}: is not JSON: {error}") from None
+        raise RecordError(f"{path}:{number}: not JSON: {error}") from None
     if not isinstance(item, dict):
         raise RecordError(f'{path}:{number}: expected an object like {{"prompt": "...", "label": "..."}}')
     label = item.get("label", "")
     if not isinstance(label, str):
-        raise RecordError(f"{path}:{number}: the label is not a text")
+        raise RecordError(f"{path}:{number}: the label is not a string")
     if isinstance(item.get("prompt"), str) and item["prompt"] and "messages" not in item:
         return Prompt({"prompt": item["prompt"]}, label)
     if isinstance(item.get("messages"), list) and item["messages"] and "prompt" not in item:
         return Prompt({"messages": item["messages"]}, label)
-    raise RecordError(f'{path}:{number}: needs either "prompt", a text, or "messages", a list, and not empty')
+    raise RecordError(f'{path}:{number}: expected a non-empty "prompt" (a string) or "messages" (a list)')
 
 
 def record(prompts: list[Prompt], options: RecordOptions, progress: Callable[[], None] = lambda: None) -> Recording:
-    """Send every prompt once and return the trace, in the order of the prompts. `progress` is called after each.
+    """Send every prompt once and return the trace, in the order of the prompts.
 
-    The first prompt goes alone, so that a server that cannot be recorded is found out at once: RecordError. Later
-    prompts that fail are listed in the recording. Raises RecordError if requests disagree in geometry.
+    The first prompt is sent alone, so that a server that cannot be recorded fails at once. Later prompts that fail are
+    listed in the recording.
+
+    prompts: what to send.
+    options: where and how to send it.
+    progress: called after each prompt.
+    Raises RecordError if the first prompt fails, or if answers disagree on the model's geometry.
     """
     model = options.model if options.model is not None else only_model(options)
     samples: dict[int, _Sample] = {0: _record_one(prompts[0], model, options)}
@@ -173,7 +196,7 @@ def _record_one(prompt: Prompt, model: str, options: RecordOptions) -> _Sample:
 
 
 def only_model(options: RecordOptions) -> str:
-    """The name of the only model that the server has. Raises RecordError."""
+    """Return the name of the server's only model. Raises RecordError if it serves none or several."""
     models = [model.get("id") for model in _call(options, "/v1/models").get("data", []) if isinstance(model, dict)]
     if len(models) != 1 or not isinstance(models[0], str):
         raise RecordError(f"{options.url} serves {len(models)} models ({models}); name one with --model")
@@ -204,7 +227,7 @@ def _build_trace(samples: list[_Sample], model: str) -> Trace:
         if (sample.counts.layers, sample.counts.experts, sample.counts.top_k) != geometry:
             raise RecordError("the server's answers differ in layers, experts or top-k: several models behind one URL?")
         if sample.rows.shape[1:] != (first.layers, first.top_k) or (sample.rows >= first.experts).any():
-            raise RecordError("the experts of generated tokens do not have the geometry of the prompt's counts")
+            raise RecordError("the experts of generated tokens do not match the geometry of the prompt's counts")
     rows = np.concatenate([sample.rows for sample in samples])
     return Trace(
         prefill_counts=np.stack([sample.counts.counts for sample in samples]),

@@ -1,8 +1,8 @@
-"""Expert signatures: expert counts of a prompt as a unit vector that predicts the experts of its decode.
+"""Expert signatures: turn the expert counts of a prompt into a unit vector that predicts the experts of its decode.
 
-Method of ELDR (arXiv 2607.00466): counts, weighted by inverse document frequency, over the layers that predict
-best, scaled to unit length. rho is how well signatures predict: the rank correlation between the distance of two
-requests' signatures and the distance of their decode activation profiles.
+This is the method of ELDR (arXiv 2607.00466). Counts are weighted by inverse document frequency (IDF), restricted to
+the layers that predict best, and scaled to unit length. rho measures how well signatures predict: it is the rank
+correlation between the distance of two requests' signatures and the distance of their decode activation profiles.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Floats = NDArray[np.floating[Any]]
 
 DEFAULT_TRANSFORM = "count_idf"
 PAIRS = 30_000
-# Gathered rows held at once while pair products are computed: bounds the working memory.
+# Pair products are computed this many pairs at a time, to bound the working memory.
 PAIRS_AT_ONCE = 4096
 
 
 class SignatureError(EldrError):
-    """Signatures that cannot be fitted or used; says why."""
+    """Raised when signatures cannot be fitted or used. The message gives the reason."""
 
 
 def _as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -42,10 +42,11 @@ def _binary(values: NDArray[Any]) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """One way from what is known of a prompt to signature entries.
+    """A way to turn what is known about a prompt into the entries of its signature.
 
-    source: "counts", or the gate scores it needs instead: "prefill_gate_prob" or "prefill_gate_logit".
-    entries: applied elementwise to the source. uses_idf: whether the IDF weight multiplies the result.
+    source: the array that the transform reads: "counts", "prefill_gate_prob" or "prefill_gate_logit".
+    entries: the function applied elementwise to the source.
+    uses_idf: whether the result is multiplied by the IDF weights.
     """
 
     source: str
@@ -68,9 +69,9 @@ class SignatureModel:
     """Turns the expert counts of a prompt into its signature.
 
     transform_name: a key of TRANSFORMS.
-    idf: float32 [L, E], weight of each expert; ones where the transform uses none.
-    layer_mask: bool [L], the layers that are part of the signature.
-    rho: Spearman correlation reached on the requests it was fitted on (in-sample), -1..1.
+    idf: float32 [L, E], the weight of each expert. All ones if the transform uses no IDF.
+    layer_mask: bool [L], the layers that the signature includes.
+    rho: the Spearman correlation, -1..1, on the requests that the model was fitted on (in-sample).
     """
 
     transform_name: str
@@ -80,7 +81,7 @@ class SignatureModel:
 
     @property
     def dimension(self) -> int:
-        """D, entries of a signature: selected layers x experts."""
+        """D, the number of entries in a signature: selected layers x experts."""
         return int(self.layer_mask.sum()) * int(self.idf.shape[1])
 
     @classmethod
@@ -93,17 +94,19 @@ class SignatureModel:
         seed: int = 0,
         pairs: int = PAIRS,
     ) -> SignatureModel:
-        """Fit IDF and layer mask.
+        """Fit the IDF weights and the layer mask.
 
-        source: [N, L, E], counts uint32 or, for the gate transforms, summed gate scores float32.
-        decode_profiles: [N, L, E], share of decode steps that activate each expert; requests whose profile is all
-            zero (no decode step was recorded) count for the IDF and are left out of rho.
-        seed: of the sampled pairs. pairs: how many are sampled; all are used where there are fewer.
-        Raises SignatureError for an unknown transform, bad shapes, or data in which rho is not defined.
+        source: [N, L, E]. uint32 counts, or float32 gate scores summed over the prompt for the gate transforms.
+        decode_profiles: [N, L, E], the share of decode steps that activate each expert. A request with an all-zero
+            profile (no decode step was recorded) counts towards the IDF but is left out of rho.
+        transform: a key of TRANSFORMS.
+        seed: the seed that pairs of requests are sampled with.
+        pairs: how many pairs are sampled. All pairs are used if there are fewer.
+        Raises SignatureError for an unknown transform, for mismatched shapes, or if rho is undefined on this data.
         """
         chosen = TRANSFORMS.get(transform)
         if chosen is None:
-            raise SignatureError(f"unknown transform {transform!r}; there are {', '.join(TRANSFORMS)}")
+            raise SignatureError(f"unknown transform {transform!r}; choose from {', '.join(TRANSFORMS)}")
         if source.ndim != 3 or source.shape != decode_profiles.shape:
             raise SignatureError(
                 f"counts {source.shape} and decode profiles {decode_profiles.shape} are not both [N, L, E]"
@@ -120,7 +123,10 @@ class SignatureModel:
         return cls(transform, idf, mask, rho)
 
     def transform(self, source: NDArray[Any]) -> NDArray[np.float32]:
-        """Signatures float32 [..., D] of source [..., L, E]: unit vectors, or zero where nothing is left to weigh."""
+        """Compute signatures, float32 [..., D], from source [..., L, E].
+
+        Each signature is a unit vector, or all zero if no entry is left after weighting.
+        """
         entries = TRANSFORMS[self.transform_name].entries(source[..., self.layer_mask, :])
         entries = entries * self.idf[self.layer_mask]
         flat = entries.reshape(*entries.shape[:-2], -1)
@@ -129,10 +135,15 @@ class SignatureModel:
 
 
 def rho(signatures: Floats, decode_profiles: Floats, *, seed: int = 0, pairs: int = PAIRS) -> float:
-    """Spearman correlation, over seeded pairs of requests, of signature distance and decode-profile distance.
+    """Spearman correlation between the distances of signatures and the distances of decode profiles.
 
-    signatures: [N, D]; decode_profiles: [N, L, E]. Both distances are cosine distances; ties get average ranks.
-    Raises SignatureError for fewer than three requests or where all distances are equal.
+    Both are cosine distances over the same seeded sample of request pairs. Ties get average ranks.
+
+    signatures: [N, D].
+    decode_profiles: [N, L, E].
+    seed: the seed that pairs are sampled with.
+    pairs: how many pairs are sampled. All pairs are used if there are fewer.
+    Raises SignatureError for fewer than three requests, or if all distances are equal.
     """
     first, second = sample_pairs(len(signatures), pairs, seed)
     target = _centred_ranks(_profile_distance(decode_profiles, first, second))
@@ -146,10 +157,16 @@ def rho(signatures: Floats, decode_profiles: Floats, *, seed: int = 0, pairs: in
 
 
 def sample_pairs(requests: int, pairs: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """`pairs` distinct pairs i < j of 0..requests-1, or all if there are fewer: int64 [P] and int64 [P]."""
+    """Sample distinct pairs of requests, i < j, as two arrays: int64 [P] and int64 [P].
+
+    requests: the number of requests. Indices run from 0 to requests - 1.
+    pairs: how many pairs to sample. All pairs are returned if there are fewer.
+    seed: the same seed gives the same pairs.
+    Raises SignatureError if there are fewer than three pairs.
+    """
     total = requests * (requests - 1) // 2
     if total < 3:
-        raise SignatureError(f"{requests} requests with decode steps are too few to compare pairs of them")
+        raise SignatureError(f"{requests} requests with decode steps are too few to compare pairs")
     if total <= pairs:
         flat = np.arange(total)
     else:
@@ -161,13 +178,13 @@ def sample_pairs(requests: int, pairs: int, seed: int) -> tuple[NDArray[np.int64
 
 
 def _idf(counts: NDArray[Any]) -> NDArray[np.float32]:
-    """float32 [L, E]: ln((N + 1) / (df + 1)), df = requests that used the expert at all."""
+    """IDF weights, float32 [L, E]: ln((N + 1) / (df + 1)), where df is the number of requests that used the expert."""
     used_by = (counts > 0).sum(axis=0)
     return _as_float32(np.log((len(counts) + 1) / (used_by + 1)))
 
 
 def _pair_dots(entries: Floats, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float64]:
-    """float64 [L, P]: scalar product of each pair in each layer, from entries [N, L, E]."""
+    """Scalar product of each pair in each layer, float64 [L, P], from entries [N, L, E]."""
     dots = np.empty((entries.shape[1], len(first)))
     for start in range(0, len(first), PAIRS_AT_ONCE):
         part = slice(start, start + PAIRS_AT_ONCE)
@@ -176,14 +193,14 @@ def _pair_dots(entries: Floats, first: NDArray[np.int64], second: NDArray[np.int
 
 
 def _squares(entries: Floats) -> NDArray[np.float64]:
-    """float64 [L, N]: squared length of each request in each layer."""
+    """Squared length of each request in each layer, float64 [L, N]."""
     return np.asarray(np.einsum("nle,nle->ln", entries, entries), dtype=np.float64)
 
 
 def _distance(
     dots: NDArray[np.float64], first: NDArray[np.float64], second: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Cosine distance from scalar products and squared lengths; 1 where a vector is zero."""
+    """Cosine distance from scalar products and squared lengths. It is 1 if either vector is zero."""
     scale = np.sqrt(first * second)
     cosine: NDArray[np.float64] = np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0)
     return 1 - cosine
@@ -201,10 +218,10 @@ def _select_layers(
     first: NDArray[np.int64],
     second: NDArray[np.int64],
 ) -> tuple[NDArray[np.bool_], float]:
-    """Greedy layer mask: add the layer that raises rho most until none raises it. Returns (mask [L], rho).
+    """Select layers greedily: add the layer that raises rho most until none does. Returns (mask [L], rho).
 
-    The distance of any subset of layers follows from sums of per-layer scalar products and squared lengths, so a
-    candidate costs one addition and one sort of P values, whatever E is.
+    The distance over any subset of layers follows from sums of per-layer scalar products and squared lengths. A
+    candidate layer therefore costs one addition and one sort of P values, whatever E is.
     """
     target = _centred_ranks(target_distance)
     dots = _pair_dots(entries, first, second)
@@ -230,16 +247,16 @@ def _select_layers(
     if not mask.any():
         raise SignatureError(
             "rho is not defined: all signatures, or all decode profiles, are equally far apart. With count_idf this "
-            "happens where every request uses every expert; try the transform count"
+            "happens when every request uses every expert; try the transform count"
         )
     return mask, best
 
 
 def _centred_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks (ties share their mean rank) minus their mean, scaled to unit length; NaN if all values are equal.
+    """Ranks minus their mean, scaled to unit length. Ties share their mean rank. NaN if all values are equal.
 
-    Layer selection spends its time here. The unstable sort is several times faster than the stable one of
-    scipy.stats.rankdata, and ties are averaged, so that their order does not matter.
+    Layer selection spends most of its time here. An unstable sort is several times faster than the stable one of
+    scipy.stats.rankdata. Ties are averaged, so their order does not matter.
     """
     order = np.argsort(values)
     ordered = values[order]
@@ -252,5 +269,5 @@ def _centred_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _inner(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Scalar product without BLAS, whose threads take milliseconds to meet for it where the cores are busy."""
+    """Scalar product without BLAS, whose threads take milliseconds to synchronise when the cores are busy."""
     return float(np.einsum("p,p->", first, second))

@@ -1,7 +1,7 @@
-"""The trace file `eldr-trace-v1`: which experts recorded requests used, in the prompt and in every decode step.
+"""Trace files, `eldr-trace-v1`: the experts that recorded requests used, in the prompt and in every decode step.
 
-One .npz with the arrays of `Trace`. G generated tokens give G - 1 decode rows, the forward passes of tokens
-1..G-1: the last prompt token's pass belongs to the prompt's counts.
+A trace is one .npz file with the arrays of `Trace`. A request that generates G tokens has G - 1 decode rows, one for
+each forward pass of tokens 1..G-1. The pass of the last prompt token belongs to the prompt's counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eldr.errors import EldrError
 from eldr.fileio import ArraySpec, NpzError, parse_meta, read_npz, reason_of, write_npz
 
 FORMAT = "eldr-trace-v1"
-# Rows looked at together when decode experts are checked: bounds the working memory.
+# Decode experts are checked this many rows at a time, to bound the working memory.
 ROWS_AT_ONCE = 2**15
 
 SPECS: Mapping[str, ArraySpec] = {
@@ -38,12 +38,12 @@ OPTIONAL_FLOATS = ("arrival_s", "prefill_gate_prob", "prefill_gate_logit")
 
 
 class TraceError(EldrError):
-    """A trace that cannot be read, written or used: names the file, where there is one, and the reason."""
+    """Raised when a trace cannot be read, written or used. The message names the file, if any, and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceMeta:
-    """What model was recorded, and how."""
+    """The recorded model and how it was recorded."""
 
     model: str
     layers: int
@@ -54,17 +54,18 @@ class TraceMeta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """N recorded requests of one model with L MoE layers of E experts, top-k, T decode rows in all.
+    """N recorded requests to one model with L MoE layers of E experts, top-k routing, and T decode rows in total.
 
-    prefill_counts: uint32 [N, L, E], prompt tokens that chose the expert; each row sums to prompt_tokens * top_k.
+    prefill_counts: uint32 [N, L, E], the prompt tokens that chose each expert. Each row sums to prompt_tokens * top_k.
     prompt_tokens: int32 [N].
-    decode_experts: uint8 or uint16 [T, L, k], the experts of every decode row, all requests one after another.
-    decode_offsets: int64 [N + 1], request i has the rows decode_offsets[i]:decode_offsets[i + 1].
-    label: str [N], the kind of the request, empty where unknown.
+    decode_experts: uint8 or uint16 [T, L, k], the experts of every decode row, with the requests concatenated.
+    decode_offsets: int64 [N + 1]. Request i has the rows decode_offsets[i]:decode_offsets[i + 1].
+    label: str [N], the kind of each request, empty if unknown.
+    meta: the recorded model and its geometry.
     arrival_s: float64 [N], seconds since the start of the recording.
-    prefill_gate_prob, prefill_gate_logit: float32 [N, L, E], the router's softmax probability and its logit for each
-        expert, summed over the prompt's tokens. Workers do not hand these out; they serve to compare signatures.
-    sha256: of the file it was read from; None for a trace that was not read from a file.
+    prefill_gate_prob, prefill_gate_logit: float32 [N, L, E], the MoE router's softmax probability and logit for each
+        expert, summed over the prompt's tokens. Workers do not report them. They serve to compare kinds of signatures.
+    sha256: the digest of the file that the trace was read from. None if it was not read from a file.
     """
 
     prefill_counts: NDArray[np.uint32]
@@ -80,17 +81,17 @@ class Trace:
 
     @property
     def requests(self) -> int:
-        """N."""
+        """N, the number of requests."""
         return len(self.prompt_tokens)
 
     def decode_profile(self, request: int) -> NDArray[np.float32]:
-        """float32 [L, E]: share of the request's decode rows that activate each expert; zero without decode rows."""
+        """Share of a request's decode rows that activate each expert, float32 [L, E]. All zero without decode rows."""
         rows = self.decode_experts[self.decode_offsets[request] : self.decode_offsets[request + 1]]
         profile: NDArray[np.float32] = self._profiles(rows, np.zeros(len(rows), dtype=np.int64), 1)[0]
         return profile
 
     def decode_profiles(self) -> NDArray[np.float32]:
-        """float32 [N, L, E]: `decode_profile` of every request."""
+        """The `decode_profile` of every request, float32 [N, L, E]."""
         owner = np.repeat(np.arange(self.requests), np.diff(self.decode_offsets))
         return self._profiles(self.decode_experts, owner, self.requests)
 
@@ -109,7 +110,7 @@ class Trace:
 
 
 def read_trace(path: str | Path) -> Trace:
-    """The trace in `path`. Raises TraceError naming the file and what is wrong with it."""
+    """Read the trace in `path`. Raises TraceError with the file name and the reason if it cannot be used."""
     path = Path(path)
     try:
         arrays = read_npz(path, SPECS, _check_shapes)
@@ -124,7 +125,7 @@ def read_trace(path: str | Path) -> Trace:
 
 
 def write_trace(trace: Trace, path: str | Path) -> None:
-    """Write `trace` to `path`, whole or not at all. Raises TraceError for an invalid trace or a failed write."""
+    """Write `trace` to `path` atomically. Raises TraceError if the trace is invalid or the write fails."""
     path = Path(path)
     meta = trace.meta
     text = json.dumps(
@@ -152,13 +153,13 @@ def write_trace(trace: Trace, path: str | Path) -> None:
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise NpzError unless all arrays speak of the same requests and layers."""
+    """Raise NpzError unless all arrays describe the same requests and layers."""
     requests, layers, experts = shapes["prefill_counts"]
     _, decode_layers, top_k = shapes["decode_experts"]
     if requests == 0:
         raise NpzError("it holds no requests")
     if not (1 <= layers <= MAX_LAYERS and 1 <= experts <= MAX_EXPERTS and 1 <= top_k <= experts):
-        raise NpzError(f"{layers} layers x {experts} experts, top-{top_k} is no geometry of a MoE model")
+        raise NpzError(f"{layers} layers x {experts} experts, top-{top_k} is not a valid MoE geometry")
     if decode_layers != layers:
         raise NpzError(f"prefill_counts has {layers} layers, decode_experts {decode_layers}")
     expected = {
@@ -186,7 +187,7 @@ def _parse_meta(text: str) -> TraceMeta:
 
 
 def _check(trace: Trace) -> None:
-    """Raise NpzError unless the values are consistent. Shapes and dtypes have been checked."""
+    """Raise NpzError unless the values are consistent. Shapes and dtypes are already checked."""
     declared = (trace.meta.layers, trace.meta.experts, trace.meta.top_k)
     found = (*trace.prefill_counts.shape[1:], trace.decode_experts.shape[2])
     if declared != found:
@@ -223,7 +224,7 @@ def _check_prompts(trace: Trace) -> None:
 def _check_decode(trace: Trace) -> None:
     offsets = trace.decode_offsets
     if offsets[0] != 0 or offsets[-1] != len(trace.decode_experts) or (offsets[1:] < offsets[:-1]).any():
-        raise NpzError(f"decode_offsets do not run from 0 to {len(trace.decode_experts)} without falling")
+        raise NpzError(f"decode_offsets do not rise from 0 to {len(trace.decode_experts)}")
     for start in range(0, len(trace.decode_experts), ROWS_AT_ONCE):
         rows: NDArray[np.uint8 | np.uint16] = np.sort(trace.decode_experts[start : start + ROWS_AT_ONCE], axis=-1)
         if rows.max() >= trace.meta.experts:

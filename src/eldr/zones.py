@@ -1,12 +1,12 @@
-"""Zones: balanced spherical K-means over expert signatures, one centroid for each decode worker.
+"""Zones: cluster expert signatures with balanced spherical K-means, one centroid per decode worker.
 
-Balanced K-means after Malinen and Fränti (Balanced K-Means for Clustering, S+SSPR 2014): every iteration assigns all
-points at the least total cost with no cluster above its cap, then moves each centroid to the mean of its points.
-They solve the assignment with the Hungarian method on an N x N matrix. N points to K capacities is a transportation
-problem, and its residual graph needs only the K clusters as nodes: an edge from a to b is the cheapest move of any
-point from a to b. Successive shortest paths with prices (Ahuja, Magnanti and Orlin, Network Flows, 1993, chapter 9.7)
-on that graph give the same optimum in O(N K) memory. Prices carry over from one iteration of K-means to the next, so
-that after the first only a few points are out of place.
+The algorithm follows Malinen and Fränti (Balanced K-Means for Clustering, S+SSPR 2014). Each iteration finds the
+cheapest assignment of all points in which no cluster exceeds its cap, then moves each centroid to the mean of its
+points. The paper solves the assignment with the Hungarian method on an N x N matrix. Assigning N points to K
+capacities is a transportation problem, whose residual graph needs only the K clusters as nodes: the edge from a to b
+is the cheapest move of any point from a to b. Successive shortest paths with prices (Ahuja, Magnanti and Orlin,
+Network Flows, 1993, chapter 9.7) on that graph reach the same optimum in O(N K) memory. Prices are kept between
+iterations of K-means, so only a few points are out of place after the first one.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from numpy.typing import NDArray
 from eldr.errors import EldrError
 
 MAX_ITERATIONS = 50
-# One k-means++ start can end a tenth above the best; a few make that rare at little cost.
+# A single k-means++ start can end 10 % above the best result. A few starts make that rare at little cost.
 STARTS = 4
 SAMPLE_POINTS = 4096
-# Cosine distance that float32 leaves between equal unit vectors.
+# The cosine distance that float32 rounding can leave between equal unit vectors.
 DUPLICATE_DISTANCE = 1e-6
-# Costs are rounded to 1 / COST_UNITS, so that the assignment is exact integer arithmetic: no tolerance, real ties.
-# 2**40 is far finer than the float32 products behind the costs, and leaves path sums far from overflow.
+# Costs are rounded to multiples of 1 / COST_UNITS, so the assignment uses exact integer arithmetic: ties are real and
+# no tolerance is needed. 2**40 is far finer than the float32 products behind the costs, and path sums cannot overflow.
 COST_UNITS = 2**40
 UNREACHABLE = 2**61
 SETTLED = 2**62
 
 
 class ZonesError(EldrError):
-    """Signatures that cannot be clustered; says why."""
+    """Raised when signatures cannot be clustered. The message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Zones:
-    """K zones over N signatures of dimension D.
+    """The result of clustering N signatures of dimension D into K zones.
 
-    centroids: float32 [K, D], unit vectors. labels: int64 [N], zone of each signature; no zone has more than
-    ceil(N / K). mean_distance: mean cosine distance of a signature to its centroid.
+    centroids: float32 [K, D], unit vectors.
+    labels: int64 [N], the zone of each signature. No zone has more than ceil(N / K).
+    mean_distance: the mean cosine distance between a signature and its centroid.
     """
 
     centroids: NDArray[np.float32]
@@ -51,7 +52,7 @@ class Zones:
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """int64 [K]: signatures in each zone."""
+        """Number of signatures in each zone, int64 [K]."""
         return np.bincount(self.labels, minlength=len(self.centroids))
 
 
@@ -64,16 +65,20 @@ def balanced_kmeans(
     max_iterations: int = MAX_ITERATIONS,
     cap: int | None = None,
 ) -> Zones:
-    """Balanced spherical K-means: k-means++ start, exact assignment capped at ceil(N / K), normalised means.
+    """Cluster signatures with balanced spherical K-means. The same seed gives the same zones.
 
-    signatures: [N, D], unit vectors; zero vectors are allowed and are equally far from every centroid.
-    starts: that many runs are made on the signatures that are not zero, or on a sample of SAMPLE_POINTS of them; a run
-        over all signatures sets out from the centroids of the best (after Bradley and Fayyad, Refining Initial Points
-        for K-Means Clustering, 1998).
-    max_iterations: of each run. The same seed gives the same zones.
-    cap: the largest zone allowed; None for ceil(N / K), N or more for plain spherical K-means.
-    Raises ZonesError where there are fewer signatures than zones, or where signatures are not unit vectors, not
-    finite, or all zero.
+    Centroids start from k-means++ and move to normalised means. The assignment is exact under the cap.
+
+    signatures: [N, D], unit vectors. Zero vectors are allowed and are equally far from every centroid.
+    k: the number of zones.
+    seed: the seed of the random draws.
+    starts: how many trial runs are made, on the non-zero signatures or on a sample of SAMPLE_POINTS of them. The final
+        run covers all signatures and starts from the centroids of the best trial (after Bradley and Fayyad, Refining
+        Initial Points for K-Means Clustering, 1998).
+    max_iterations: the iteration limit of each run.
+    cap: the largest zone allowed. None means ceil(N / K). N or more gives plain spherical K-means.
+    Raises ZonesError if there are fewer signatures than zones, or if signatures are not unit vectors, not finite, or
+    all zero.
     """
     points = np.ascontiguousarray(signatures, dtype=np.float32)
     seen = _check_points(points, k)
@@ -107,7 +112,7 @@ def _one_run(
 
 
 def _check_points(points: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Indices of the points that are not zero; raises ZonesError for what cannot be clustered."""
+    """Indices of the non-zero points. Raises ZonesError for points that cannot be clustered."""
     if points.ndim != 2:
         raise ZonesError(f"signatures have shape {points.shape}, expected [N, D]")
     if k < 1:
@@ -125,10 +130,10 @@ def _check_points(points: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 
 
 def _kmeans_plus_plus(points: NDArray[np.float32], k: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """k points as first centroids, each drawn in proportion to its squared distance to those drawn before.
+    """Choose k points as first centroids, each with probability proportional to its squared distance to those chosen.
 
-    k-means++ of Arthur and Vassilvitskii (2007); between unit vectors the squared distance is twice the cosine
-    distance. A point is drawn twice only where there are too few others.
+    This is the k-means++ of Arthur and Vassilvitskii (2007). Between unit vectors the squared distance is twice the
+    cosine distance. A point is chosen twice only if there are too few others.
     """
     distance = np.ones(len(points))
     chosen: list[int] = []
@@ -142,14 +147,17 @@ def _kmeans_plus_plus(points: NDArray[np.float32], k: int, rng: np.random.Genera
 
 
 def _costs(points: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.int64]:
-    """int64 [N, K]: cosine distance in units of 1 / COST_UNITS."""
+    """Cosine distances, int64 [N, K], in units of 1 / COST_UNITS."""
     return np.rint((1 - (points @ centroids.T).astype(np.float64)) * COST_UNITS).astype(np.int64)
 
 
 def _update_sums(
     sums: NDArray[np.float64], points: NDArray[np.float32], old: NDArray[np.int64], new: NDArray[np.int64]
 ) -> None:
-    """Bring each cluster's sum of points, [K, D], from labels `old` (-1: none) to `new`: late on, few points move."""
+    """Update each cluster's sum of points, [K, D], from labels `old` (-1: none) to `new`.
+
+    In late iterations few points move, so this is cheaper than summing again.
+    """
     moved = np.flatnonzero(old != new)
     clusters = np.arange(len(sums))[:, None]
     change = (clusters == new[moved]).astype(np.float32) - (clusters == old[moved])
@@ -157,24 +165,28 @@ def _update_sums(
 
 
 def _unit_centroids(sums: NDArray[np.float64], previous: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Unit vectors along `sums` [K, D]; a cluster whose points sum to nothing keeps its previous centroid."""
+    """Unit vectors along `sums` [K, D]. A cluster whose points sum to zero keeps its previous centroid."""
     norms = np.linalg.norm(sums, axis=1, keepdims=True)
     return np.where(norms > 1e-4, sums / np.maximum(norms, 1e-4), previous).astype(np.float32)
 
 
 def align_zones(old: NDArray[np.float32], new: NDArray[np.float32]) -> NDArray[np.int64]:
-    """int64 [K]: the new centroid that takes the place of each old one, both [K, D] unit vectors, at the least total
-    cosine distance."""
+    """Match new zones to old ones at the least total cosine distance.
+
+    Returns int64 [K], the index of the new centroid that replaces each old one.
+
+    old, new: [K, D], unit vectors.
+    """
     return BalancedAssignment(len(old), len(new), cap=1).solve(_costs(old, new))[0]
 
 
 class BalancedAssignment:
-    """Least-cost assignments of N points to K clusters of at most `cap` points; keeps its prices between solves.
+    """Finds least-cost assignments of N points to K clusters of at most `cap` points. Keeps its prices between solves.
 
-    The free places become dummy points that cost nothing anywhere, so that every cluster is exactly full and a
-    price may have any sign. Every point sits where cost + price is least; a cluster with too many points sends one
-    along the cheapest path of moves to a cluster with too few, and prices rise so that this stays so. Integers make
-    it exact for the costs given. One path costs O(K^2) plus a look at the points of the clusters on it.
+    Free places are filled with dummy points that cost nothing in any cluster, so every cluster is exactly full and a
+    price may have either sign. Every point sits where cost + price is lowest. A cluster with too many points sends one
+    along the cheapest path of moves to a cluster with too few, and prices rise to preserve that invariant. Integer
+    costs make the result exact. One path costs O(K^2) plus a scan of the points in the clusters on it.
     """
 
     def __init__(self, points: int, k: int, cap: int) -> None:
@@ -185,7 +197,10 @@ class BalancedAssignment:
         self._labels = np.zeros(k * cap, dtype=np.int64)
 
     def solve(self, costs: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-        """Labels int64 [N] and total cost of an optimal assignment under costs int64 [N, K], |cost| <= 2**44."""
+        """Find an optimal assignment. Returns labels, int64 [N], and the total cost.
+
+        costs: int64 [N, K], |cost| <= 2**44.
+        """
         free = np.zeros((self._k * self._cap - self._points, self._k), dtype=np.int64)
         self._costs = np.concatenate((costs, free))
         self._place_at_least_price()
@@ -205,14 +220,14 @@ class BalancedAssignment:
         return labels, int(np.take_along_axis(costs, labels[:, None], axis=1).sum())
 
     def _place_at_least_price(self) -> None:
-        """Each point to the cluster where cost + price is least; where its old one is as good, it stays."""
+        """Move each point to the cluster with the lowest cost + price. On a tie with its old cluster it stays."""
         priced = self._costs + self._prices
         least = priced.argmin(axis=1)
         rows = np.arange(len(priced))
         self._labels = np.where(priced[rows, self._labels] <= priced[rows, least], self._labels, least)
 
     def _find_movers(self, origin: int, targets: NDArray[np.int64]) -> None:
-        """For each target the point of `origin` that moves there at least extra cost."""
+        """For each target, find the point of `origin` that is cheapest to move there."""
         members = np.flatnonzero(self._labels == origin)
         targets = targets[targets != origin]
         if not len(members):
@@ -224,9 +239,10 @@ class BalancedAssignment:
         self._move_cost[origin, targets] = extra[least, np.arange(len(targets))]
 
     def _shortest_path(self, sizes: NDArray[np.int64]) -> list[int]:
-        """Clusters on the cheapest path from one above the cap to one below it; updates the prices.
+        """Find the clusters on the cheapest path from one above the cap to one below it, and update the prices.
 
-        Dijkstra's algorithm on reduced costs, which are never negative because every point sits at its least price.
+        Uses Dijkstra's algorithm on reduced costs. They are never negative, because every point sits at its lowest
+        price.
         """
         reduced = self._move_cost + self._prices - self._prices[:, None]
         distance = np.where(sizes > self._cap, 0, UNREACHABLE)
@@ -249,7 +265,7 @@ class BalancedAssignment:
         return path[::-1]
 
     def _move(self, point: int, origin: int, target: int) -> None:
-        """Move one point and mend the cheapest moves out of both clusters."""
+        """Move one point and update the cheapest moves out of both clusters."""
         self._labels[point] = target
         extra = self._costs[point] - self._costs[point, target]
         cheaper = extra < self._move_cost[target]

@@ -150,13 +150,16 @@ async def until(condition: Callable[[], object], what: str) -> None:
         await asyncio.sleep(0.005)
 
 
+Rule = Callable[[DecodeRequest, Mapping[str, int]], str]
+
+
 class Scripted(Policy):
     """Chooses by a rule that tests may change, and keeps what it hears."""
 
     name = "scripted"
 
-    def __init__(self, choose: Callable[[DecodeRequest, Mapping[str, int]], str] | None = None) -> None:
-        self.rule = choose or (lambda request, in_flight: min(in_flight, key=in_flight.__getitem__))
+    def __init__(self, choose: Rule | None = None) -> None:
+        self.rule: Rule = choose or (lambda request, in_flight: min(in_flight, key=in_flight.__getitem__))
         self.asked: list[tuple[DecodeRequest, dict[str, int]]] = []
         self.heard: list[tuple[str, str]] = []
 
@@ -179,6 +182,11 @@ class Scripted(Policy):
 
     def left(self, worker: str) -> None:
         self.heard.append(("left", worker))
+
+
+def preferring(worker: FakeWorker) -> Rule:
+    """The rule that takes this decode worker whenever it is eligible."""
+    return lambda request, in_flight: worker.url if worker.url in in_flight else min(in_flight)
 
 
 async def raw_stream(s: Setup, headers: bytes = b"") -> bytes:

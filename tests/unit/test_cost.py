@@ -35,7 +35,7 @@ def test_step_cost_adds_up_by_hand() -> None:
 def test_scopes_that_there_are_not() -> None:
     with pytest.raises(CostError, match="no cost scope 'layer'"):
         MODEL.step_cost(3, "layer")
-    with pytest.raises(CostError, match="the MoE layers alone"):
+    with pytest.raises(CostError, match="covers only the MoE layers"):
         CostModel("m", "d", "s", MODEL.moe_layer).step_cost(3, "step")
 
 
@@ -48,7 +48,7 @@ def test_round_trip(tmp_path: Path, model: CostModel) -> None:
 
 def test_find_cost_knows_its_presets() -> None:
     assert find_cost("qwen3-30b-a3b-rtxpro6000").moe_layer.per_expert_us == 6.263
-    with pytest.raises(CostError, match="no file and no preset; presets: qwen3"):
+    with pytest.raises(CostError, match="neither a file nor a preset; the presets are qwen3"):
         find_cost("qwen4")
 
 
@@ -60,7 +60,7 @@ def good() -> dict[str, dict[str, float | None] | str | None]:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "another format": ({"format": "x"}, "no eldr-cost-v1 file"),
+    "another format": ({"format": "x"}, "not an eldr-cost-v1 file"),
     "no layer": ({"moe_layer": None}, "moe_layer is missing"),
     "negative": ({"moe_layer": {"base_us": -1, "per_expert_us": 1, "per_token_us": 1}}, "base_us is -1"),
     "not a number": ({"moe_layer": {"base_us": "1", "per_expert_us": 1, "per_token_us": 1}}, "base_us is '1'"),

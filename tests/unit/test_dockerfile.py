@@ -9,10 +9,11 @@ import tomllib
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from eldr.cli import main
+from eldr.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -38,30 +39,30 @@ def in_the_context(path: str) -> bool:
 
 
 @pytest.mark.parametrize("source", COPIED)
-def test_what_is_copied_exists_and_is_in_the_context(source):
+def test_what_is_copied_exists_and_is_in_the_context(source: str) -> None:
     assert (ROOT / source).exists()
     assert in_the_context(source)
 
 
-def test_what_the_build_reads_is_copied():
+def test_what_the_build_reads_is_copied() -> None:
     needed = {"pyproject.toml", "setup.py", "src", PROJECT["readme"], *PROJECT["license-files"]}
     assert needed <= set(COPIED)
 
 
-def test_the_installation_names_extras_and_constraints_that_are_there():
+def test_the_installation_names_extras_and_constraints_that_are_there() -> None:
     match = re.search(r"pip install .*--constraint (\S+) '\.\[(.+)\]'$", DOCKERFILE, re.MULTILINE)
     assert match is not None
     assert match[1] in COPIED
     assert set(match[2].split(",")) <= PROJECT["optional-dependencies"].keys()
 
 
-def test_both_stages_have_the_same_python():
+def test_both_stages_have_the_same_python() -> None:
     stages = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
     assert len(stages) == 2
     assert len(set(stages)) == 1
 
 
-def test_the_entry_point_is_a_command_of_eldr(capsys):
+def test_the_entry_point_is_a_command_of_eldr(capsys: pytest.CaptureFixture[str]) -> None:
     program, *arguments = command("ENTRYPOINT")
     assert program in PROJECT["scripts"]
     # Unknown flags end in SystemExit, a fleet without workers in an error of eldr's own.
@@ -70,13 +71,13 @@ def test_the_entry_point_is_a_command_of_eldr(capsys):
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False), (None, False)])
-def test_the_health_check_is_the_status_of_health(status, healthy):
+def test_the_health_check_is_the_status_of_health(status: int | None, healthy: bool) -> None:
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(status if self.path == "/health" else 404)
+        def do_GET(self) -> None:
+            self.send_response(status if status and self.path == "/health" else 404)
             self.end_headers()
 
-        def log_message(self, *_):
+        def log_message(self, *_: Any) -> None:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)

@@ -44,7 +44,7 @@ def test_a_wrong_field_is_an_error(key: str, value: Any) -> None:
 
 def test_a_deflate_bomb_is_cut_off() -> None:
     wire = encode_rows(np.zeros((3, 2, 2), dtype=np.uint8))
-    with pytest.raises(CountsError, match="not 3 x 2 x 2"):
+    with pytest.raises(CountsError, match="wrong data length for 3 x 2 x 2"):
         decode_rows({**wire, "data": base64.b64encode(zlib.compress(bytes(10_000_000))).decode()})
 
 

@@ -131,7 +131,7 @@ def test_a_failing_prompt_is_listed_and_the_others_are_kept(server: Server, prom
         (lambda _: (403, b"wrong key"), "answered 403: wrong key"),
         (
             lambda body: (200, {**good_answer(body)[1], "eldr_counts": encode_unavailable("kv_load")}),
-            "none that are exact: kv_load",
+            "no exact ones: kv_load",
         ),
     ],
 )
@@ -172,13 +172,13 @@ def test_a_server_that_is_not_there(prompts: list[Prompt]) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', r"p\.jsonl:2: is not JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', r"p\.jsonl:2: not JSON"),
         ("p.jsonl", "[]", r"p\.jsonl:1: expected an object"),
-        ("p.jsonl", '{"prompt": ""}', r"p\.jsonl:1: needs either"),
-        ("p.jsonl", '{"prompt": "a", "messages": [1]}', r"p\.jsonl:1: needs either"),
-        ("p.jsonl", '{"prompt": ["a"]}', r"p\.jsonl:1: needs either"),
+        ("p.jsonl", '{"prompt": ""}', r"p\.jsonl:1: expected a non-empty"),
+        ("p.jsonl", '{"prompt": "a", "messages": [1]}', r"p\.jsonl:1: expected a non-empty"),
+        ("p.jsonl", '{"prompt": ["a"]}', r"p\.jsonl:1: expected a non-empty"),
         ("p.jsonl", '{"prompt": "a", "label": 1}', r"p\.jsonl:1: the label"),
-        ("p.txt", "\n \n", "holds no prompt"),
+        ("p.txt", "\n \n", "holds no prompts"),
         ("p.csv", "a", "ends in .jsonl or .txt"),
     ],
 )

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ class Oven:
     log: Path | None = setting(None, "file to write to", flag=True, shown="nowhere")
 
 
-def _words(key, value):
+def _words(key: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise SettingError(f"{key} is no list")
     return tuple(word.upper() for word in value)
@@ -43,7 +44,7 @@ class Kitchen:
     shelf: Shelf = group("The shelf")
 
 
-def parse(arguments):
+def parse(arguments: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     add_flags(parser, Kitchen)
     return given(parser.parse_args(arguments), Kitchen)
@@ -69,7 +70,7 @@ def parse(arguments):
         ("log", "a.log", "the path of a file"),
     ],
 )
-def test_what_a_setting_cannot_be(key, value, expected):
+def test_what_a_setting_cannot_be(key: str, value: object, expected: str) -> None:
     oven = Oven()
     check(oven)
     setattr(oven, key, value)
@@ -90,13 +91,13 @@ def test_what_a_setting_cannot_be(key, value, expected):
         ("mode", "air"),
     ],
 )
-def test_the_ends_of_a_range_belong_to_it(key, value):
+def test_the_ends_of_a_range_belong_to_it(key: str, value: object) -> None:
     oven = Oven()
     setattr(oven, key, value)
     check(oven)
 
 
-def test_flat_values_reach_their_groups():
+def test_flat_values_reach_their_groups() -> None:
     kitchen = build(Kitchen, {"jars": ["plum"], "log": "a.log", "bake_s": 5})
     assert (kitchen.shelf.jars, kitchen.oven.log, kitchen.oven.bake_s) == (("PLUM",), Path("a.log"), 5)
     assert kitchen.oven.power_w == 800
@@ -113,12 +114,12 @@ def test_flat_values_reach_their_groups():
         ({"log": ""}, "log is ''"),
     ],
 )
-def test_flat_values_that_are_refused(values, message):
+def test_flat_values_that_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         build(Kitchen, values)
 
 
-def test_flags_set_what_was_given_and_nothing_else():
+def test_flags_set_what_was_given_and_nothing_else() -> None:
     assert parse([]) == {}
     flags = "--power-w 5 --bake inf --no-fan --mode air --log a --jar plum --jar fig --prices plum=2 --prices a=b=3"
     assert parse(flags.split()) == {
@@ -128,13 +129,13 @@ def test_flags_set_what_was_given_and_nothing_else():
 
 
 @pytest.mark.parametrize("flags", ["--share 1", "--name x", "--power-w x", "--mode steam", "--prices plum", "--fan"])
-def test_flags_that_are_refused(flags, capsys):
+def test_flags_that_are_refused(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(flags.split())
     assert "error: " in capsys.readouterr().err
 
 
-def test_help_says_what_a_flag_means_and_its_default(capsys):
+def test_help_says_what_a_flag_means_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -146,7 +147,7 @@ def test_help_says_what_a_flag_means_and_its_default(capsys):
         assert text in shown
 
 
-def test_a_reload_changes_what_is_live_and_names_the_rest():
+def test_a_reload_changes_what_is_live_and_names_the_rest() -> None:
     old, new = build(Kitchen, {"name": "a"}), build(Kitchen, {"power_w": 1, "name": "b", "jars": ["x"], "share": 0.5})
     oven, shelf = old.oven, old.shelf
     assert adopt(old, new) == ["jars"]
@@ -155,5 +156,5 @@ def test_a_reload_changes_what_is_live_and_names_the_rest():
     assert adopt(old, new) == ["jars"]
 
 
-def test_sections_are_those_of_the_groups():
+def test_sections_are_those_of_the_groups() -> None:
     assert {one.section for one in settings_of(Kitchen)} == {"The oven", "The shelf"}

@@ -186,7 +186,7 @@ def test_transform_does_not_change_its_input(trace: Trace) -> None:
 
 def test_refuses_what_cannot_be_fitted(trace: Trace) -> None:
     counts, profiles = trace.prefill_counts, trace.decode_profiles()
-    with pytest.raises(SignatureError, match="unknown transform 'counts'; there are count_idf"):
+    with pytest.raises(SignatureError, match="unknown transform 'counts'; choose from count_idf"):
         SignatureModel.fit(counts, profiles, transform="counts")
     with pytest.raises(SignatureError, match=r"not both \[N, L, E\]"):
         SignatureModel.fit(counts, profiles[:, :4])

@@ -142,9 +142,9 @@ BAD = {
     "negative prompt": (altered("prompt_tokens", set_at(1, -4)), "request 1 has -4 prompt tokens"),
     "expert out of range": (altered("decode_experts", set_at((7, 2, 1), 16)), "row 7 names expert 16 of 16"),
     "expert twice": (altered("decode_experts", set_at((5, 1), 3)), "row 5 names an expert twice"),
-    "offsets fall": (altered("decode_offsets", set_at(3, 10**6)), "without falling"),
-    "offsets start late": (altered("decode_offsets", set_at(0, 1)), "without falling"),
-    "offsets end early": (altered("decode_offsets", lambda a: np.minimum(a, a[-1] - 1)), "without falling"),
+    "offsets fall": (altered("decode_offsets", set_at(3, 10**6)), "decode_offsets do not rise"),
+    "offsets start late": (altered("decode_offsets", set_at(0, 1)), "decode_offsets do not rise"),
+    "offsets end early": (altered("decode_offsets", lambda a: np.minimum(a, a[-1] - 1)), "decode_offsets do not rise"),
     "offsets too few": (altered("decode_offsets", lambda a: a[:-1]), "decode_offsets has shape"),
     "labels too few": (altered("label", lambda a: a[:-1]), "label has shape"),
     "mixed layers": (altered("decode_experts", lambda a: a[:, :2]), "3 layers, decode_experts 2"),
@@ -156,7 +156,7 @@ BAD = {
     "model no text": (meta_with(model=["x"]), "model is not text"),
     "meta no JSON": (put(meta=np.array("{")), "not JSON"),
     "meta deep": (put(meta=np.array("[" * 100_000)), "not JSON"),
-    "meta a list": (put(meta=np.array("[]")), "no eldr-trace-v1"),
+    "meta a list": (put(meta=np.array("[]")), "not an eldr-trace-v1"),
     "meta missing": (drop("meta"), "meta is missing"),
     "counts missing": (drop("prefill_counts"), "prefill_counts is missing"),
     "object array": (put(label=np.array([{}] * 24, dtype=object)), "pickled"),
@@ -254,7 +254,7 @@ def test_an_array_twice_is_refused(path: Path) -> None:
         data = archive.read("label.npy")
         with pytest.warns(UserWarning, match="Duplicate"):
             archive.writestr("label.npy", data)
-    with pytest.raises(TraceError, match="label is in it twice"):
+    with pytest.raises(TraceError, match="label appears twice"):
         read_trace(path)
 
 

@@ -1,4 +1,4 @@
-"""Arguments that several commands take."""
+"""Argument types and helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """Parse a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -15,7 +15,7 @@ def positive(text: str) -> int:
 
 
 def read_key_file(path: Path | None) -> str | None:
-    """The key in a one-line file. Raises ConfigError."""
+    """Return the key in a one-line file. Raises ConfigError."""
     from eldr.router.config.settings import read_key
 
     return None if path is None else read_key(path).decode()

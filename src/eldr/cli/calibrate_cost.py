@@ -1,4 +1,4 @@
-"""`eldr calibrate-cost`: arguments, measurement, fit, plot."""
+"""`eldr calibrate-cost`: measures a MoE layer, fits its cost and plots both."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from eldr.cost import CostModel
     from eldr.cost_measure import Measurements
 
-SUMMARY = "measure the time of a MoE layer against active experts on this device"
+SUMMARY = "measure how the time of a MoE layer grows with active experts on this device"
 EXAMPLES = """examples:
   eldr calibrate-cost --geometry qwen3-30b-a3b --device cuda -o qwen3-h100.cost.json --plot qwen3-h100.svg
   eldr calibrate-cost --layer 2048,768,128,8 --device cpu -o my-model.cost.json
 
-Run it with the interpreter of an environment that has PyTorch.
+Run it in an environment that has PyTorch, such as that of vLLM. The cost file holds the fitted model in microseconds.
+
+exit codes: 0 success, 2 bad input.
 """
 
 
@@ -27,23 +29,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     geometry = parser.add_mutually_exclusive_group()
     geometry.add_argument(
-        "--geometry", choices=tuple(GEOMETRIES), default="qwen3-30b-a3b", help="a known model's layer"
+        "--geometry", choices=tuple(GEOMETRIES), default="qwen3-30b-a3b", help="layer of a known model (qwen3-30b-a3b)"
     )
     geometry.add_argument("--layer", type=_layer, metavar="HIDDEN,EXPERT_HIDDEN,EXPERTS,TOP_K", help="any other layer")
-    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="CUDA where there is one, else CPU (auto)")
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if available, else CPU (auto)")
     flag(
         "--repeats",
         type=int,
         default=REPEATS,
         metavar="N",
-        help=f"runs per measurement, the fastest counts ({REPEATS})",
+        help=f"runs per measurement, of which the fastest counts ({REPEATS})",
     )
-    flag("--plot", type=Path, metavar="OUT.svg", help="plot measurements and fit (needs eldr[report])")
-    flag("-o", "--output", required=True, type=Path, metavar="FILE", help="cost file for `eldr replay --cost`")
+    flag("--plot", type=Path, metavar="OUT.svg", help="plot the measurements and the fit (needs eldr[report])")
+    flag("-o", "--output", required=True, type=Path, metavar="FILE",
+         help="the cost file to write, for --cost of `eldr serve` and `eldr replay`")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `eldr calibrate-cost`; returns the exit code."""
+    """Run `eldr calibrate-cost` and return the exit code."""
     from eldr.cost_measure import calibrate_cost, cuda_available, measure
 
     name = arguments.geometry if arguments.layer is None else "layer"
@@ -72,7 +75,7 @@ def _tell(stage: str) -> None:
 
 
 def _plot(model: CostModel, measurements: Measurements, path: Path) -> None:
-    """Time against active experts, one line of the fit for each token count (the paper's figure 2)."""
+    """Plot time against active experts, with one line of the fit per token count (the paper's figure 2)."""
     import numpy as np
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""`eldr decisions`: arguments, repetition and printing."""
+"""`eldr decisions`: repeats a decision log and prints the differences."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ EXAMPLES = """examples:
   eldr decisions decisions.jsonl --policy expected-union --calibration qwen3.eldr.npz
   eldr decisions decisions.jsonl --json | jq .differing
 
-The log comes from `eldr serve --decision-log FILE`; parts of a rotated log are given oldest first.
-With --policy, --seed or an option of policies another policy hears the same traffic: what would it have chosen, each
-time in the state that the logged choices had led to?
-exit codes: 0 every choice was repeated, 1 some differ or could not be repeated, 2 no decision log. With another policy
-differences are no failure.
+`eldr serve --decision-log FILE` writes the log. Give the files of a rotated log oldest first.
+
+With --policy, --seed or a policy option, a different policy gets the same traffic. The result shows what it would have
+chosen, each time in the state that the logged choices led to.
+
+exit codes: 0 every choice came out the same, 1 some differ or could not be repeated, 2 not a decision log. With a
+different policy, differences are not a failure.
 """
 SHOWN = 10
 EXIT_DIFFERENT = 1
@@ -44,16 +46,16 @@ EXIT_DIFFERENT = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `eldr decisions`."""
     flag = parser.add_argument
-    flag("log", type=Path, nargs="+", metavar="FILE", help="the decision log, or its parts, oldest first; .gz too")
-    flag("--calibration", type=Path, metavar="FILE", help="where the calibration file is now (as the log says)")
-    flag("--policy", metavar="NAME", help="let another policy choose")
-    flag("--seed", type=int, help="of another policy (as the log says)")
-    flag("--json", action="store_true", help="print the result as JSON")
+    flag("log", type=Path, nargs="+", metavar="FILE", help="the decision log, or its files, oldest first; may be .gz")
+    flag("--calibration", type=Path, metavar="FILE", help="calibration file, if it has moved (the path in the log)")
+    flag("--policy", metavar="NAME", help="try this policy on the same traffic (the policy in the log)")
+    flag("--seed", type=int, metavar="N", help="seed of the policy's random choices (the seed in the log)")
+    flag("--json", action="store_true", help="print JSON")
     add_flags(parser, PolicyOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `eldr decisions`; returns the exit code."""
+    """Run `eldr decisions` and return the exit code."""
     from rich.console import Console
 
     from eldr.replay.decisions import read_lines, repeat_decisions
@@ -68,12 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _is_other(arguments: argparse.Namespace) -> bool:
-    """Whether another policy than the log's is asked for."""
+    """Whether the flags ask for a different policy than the log's."""
     return bool(given(arguments, PolicyOptions)) or arguments.policy is not None or arguments.seed is not None
 
 
 def _maker(arguments: argparse.Namespace) -> Callable[[LogHeader], Policy]:
-    """Makes the policy of a header, with what flags say otherwise."""
+    """Return a function that makes the policy of a header, as changed by the flags."""
     from eldr.policies import make_policy
 
     def make(header: LogHeader) -> Policy:
@@ -88,7 +90,10 @@ def _maker(arguments: argparse.Namespace) -> Callable[[LogHeader], Policy]:
 
 
 def _calibration(arguments: argparse.Namespace, header: LogHeader) -> Calibration | None:
-    """The log's calibration, where it was or where it is now; for another policy any that is given."""
+    """Load the log's calibration from where it was or where it is now.
+
+    For a different policy, load any that is given.
+    """
     from eldr.calibration import load_calibration
     from eldr.replay.errors import ReplayError
 
@@ -101,15 +106,15 @@ def _calibration(arguments: argparse.Namespace, header: LogHeader) -> Calibratio
         try:
             found = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
-            raise ReplayError(f"calibration {path}: {error.strerror}; say where it is now with --calibration") from None
+            raise ReplayError(f"calibration {path}: {error.strerror}; give its new path with --calibration") from None
         if found != header.calibration_sha256:
-            raise ReplayError(f"calibration {path} is not the file that the log was made with: its digest differs")
+            raise ReplayError(f"calibration {path} is not the file that the log was made with: the digests differ")
     return load_calibration(path)
 
 
 @contextmanager
 def _progress(paths: Iterable[Path]) -> Iterator[Callable[[Iterable[Line]], Iterator[Line]]]:
-    """A progress bar on standard error over the bytes of the log; the function given passes lines through."""
+    """Show a progress bar on standard error over the bytes of the log. Yields a function that passes lines through."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -154,7 +159,7 @@ def _as_text(repetition: Repetition, policy: str) -> RenderableType:
     lines = [f"{repetition.decisions} decisions repeated with {policy}, {differing} differ ({share:.1f} % equal)"]
     lines += [f"gap at {gap}" for gap in repetition.gaps]
     if repetition.skipped:
-        lines.append(f"{repetition.skipped} decisions behind a gap could not be repeated")
+        lines.append(f"{repetition.skipped} decisions after a gap could not be repeated")
     lines += [f"{where}: incomplete, as a crash leaves it" for where in repetition.cut_off]
     made_by = repetition.headers[0].made_by
     if differing and made_by != software():

@@ -1,4 +1,4 @@
-"""`eldr demo`: a whole fleet on this machine."""
+"""`eldr demo`: runs a whole fleet on this machine."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from pathlib import Path
 
 from eldr.cli.arguments import positive
 
-SUMMARY = "run a whole P/D fleet on this machine and compare policies"
+SUMMARY = "run a whole prefill/decode fleet on this machine and compare policies"
 EXAMPLES = """examples:
   make demo
   eldr demo --vllm-python .envs/vllm-0.32/bin/python --policies jsq,p2c,locality-band
+
+The demo starts one prefill worker and several decode workers of a small MoE model on the CPU, and a router for each
+policy. It writes a summary and a page to the output folder.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `eldr demo`."""
     flag = parser.add_argument
-    flag("--vllm-python", required=True, type=Path, metavar="PATH", help="interpreter of an environment with vLLM")
+    flag("--vllm-python", required=True, type=Path, metavar="PATH", help="Python of an environment with vLLM")
     flag("--policies", default="jsq,locality-band", metavar="A,B", help="policies to compare (jsq,locality-band)")
-    flag("--requests", type=positive, default=200, metavar="N", help="requests a policy (200)")
-    flag("--decode-workers", type=positive, default=4, metavar="N")
-    flag("--output", type=Path, default=Path("build/demo"), metavar="DIR")
-    flag("--seed", type=int, default=0)
+    flag("--requests", type=positive, default=200, metavar="N", help="requests per policy (200)")
+    flag("--decode-workers", type=positive, default=4, metavar="N", help="number of decode workers (4)")
+    flag("--output", type=Path, default=Path("build/demo"), metavar="DIR", help="folder for results (build/demo)")
+    flag("--seed", type=int, default=0, metavar="N", help="seed of prompts, lengths and calibration (0)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `eldr demo`; returns the exit code."""
+    """Run `eldr demo` and return the exit code."""
     from eldr.demo.orchestrate import DemoOptions, run_demo
 
     fields = {field.name for field in dataclasses.fields(DemoOptions)}

@@ -1,4 +1,4 @@
-"""`eldr evaluate`: arguments, progress, and the folder of results."""
+"""`eldr evaluate`: runs the experiments and writes the results to a folder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SUMMARY = "run every experiment on recorded traces and write pictures, tables and one HTML page"
+SUMMARY = "run every experiment on recorded traces; write pictures, tables and an HTML page"
 EXAMPLES = """examples:
   eldr evaluate trace.npz -o build/evaluation
   eldr evaluate a.npz b.npz -o docs/evaluation --torch-python .envs/vllm-0.32/bin/python
   eldr evaluate trace.npz -o build/evaluation --only main,drift --seeds 4
 
-Finished parts are kept in build/evaluate, so that an evaluation that was interrupted goes on where it stopped. They
-are used again only while traces and code are the same.
+Finished parts are kept in build/evaluate, so an interrupted evaluation continues where it stopped. A part is reused
+only if its trace and code have not changed.
+
+exit codes: 0 success, 2 bad input.
 """
 
 
@@ -27,20 +29,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `eldr evaluate`."""
     flag = parser.add_argument
     flag("traces", type=Path, nargs="+", metavar="TRACE.npz", help="files made by `eldr record`")
-    flag(
-        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder of results.json, README.md and pictures"
-    )
-    flag("--only", type=_words, default=(), metavar="A,B", help="these experiments alone")
-    flag("--seeds", type=int, default=10, metavar="S", help="paired runs of the main comparison; others have half (10)")
-    flag("--requests", type=int, default=2000, metavar="N", help="measured requests a run (2000)")
+    flag("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the report and results.json")
+    flag("--only", type=_words, default=(), metavar="A,B", help="run only these experiments (all)")
+    flag("--seeds", type=int, default=10, metavar="S", help="paired runs of the main comparison; others run half (10)")
+    flag("--requests", type=int, default=2000, metavar="N", help="measured requests per run (2000)")
     flag("--processes", type=int, default=2, metavar="N", help="worker processes (2)")
-    flag("--keep", type=Path, default=Path("build/evaluate"), metavar="DIR", help="finished parts (build/evaluate)")
-    flag("--torch-python", type=Path, metavar="PATH", help="interpreter with PyTorch, to time the connector's table")
-    flag("--no-report", action="store_true", help="only compute and keep the parts")
+    flag("--keep", type=Path, default=Path("build/evaluate"), metavar="DIR",
+         help="folder of finished parts (build/evaluate)")  # fmt: skip
+    flag("--torch-python", type=Path, metavar="PATH",
+         help="Python with PyTorch, to time the connector's table of counts")  # fmt: skip
+    flag("--no-report", action="store_true", help="compute and keep the parts, but write no results")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `eldr evaluate`; returns the exit code."""
+    """Run `eldr evaluate` and return the exit code."""
     from eldr.evaluate.bench import EvaluationError
     from eldr.evaluate.run import Plan, evaluate
 

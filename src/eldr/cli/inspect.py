@@ -1,4 +1,4 @@
-"""`eldr inspect`: what a calibration holds."""
+"""`eldr inspect`: shows a calibration."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import argparse
 import json
 from pathlib import Path
 
-SUMMARY = "show what a calibration file holds"
+SUMMARY = "show the contents of a calibration file"
 EXAMPLES = """examples:
   eldr inspect qwen3.eldr.npz
   eldr inspect qwen3.eldr.npz --html calibration.html
   eldr inspect qwen3.eldr.npz --json | jq .rho
+
+exit codes: 0 success, 2 bad input.
 """
 
 
@@ -18,12 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `eldr inspect`."""
     flag = parser.add_argument
     flag("calibration", type=Path, metavar="FILE", help="file made by `eldr fit`")
-    flag("--json", action="store_true", help="print it as JSON")
-    flag("--html", type=Path, metavar="OUT", help="write a page with plots (needs eldr[report])")
+    flag("--json", action="store_true", help="print JSON")
+    flag("--html", type=Path, metavar="OUT", help="also write an HTML page with plots (needs eldr[report])")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `eldr inspect`; returns the exit code."""
+    """Run `eldr inspect` and return the exit code."""
     from rich.console import Console
 
     from eldr.calibration import load_calibration

@@ -1,4 +1,4 @@
-"""`eldr load`: arguments, the run, printing."""
+"""`eldr load`: sends a workload to a server and prints the measurements."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from eldr.workloads.presets import WorkloadPreset
     from eldr.workloads.prompt import Prompt
 
-SUMMARY = "stream a named workload against a router or a worker and measure TTFT, TPOT and ITL"
+SUMMARY = "send a named workload to a router or a worker and measure TTFT, TPOT and ITL"
 EXAMPLES = """examples:
   eldr load http://router:8000 --workload task --rate 20 --requests 500
   eldr load http://router:8000 --workload language --prompts wildchat/ --rate 60 --requests 5000 --json result.json
   eldr load http://127.0.0.1:8000 --workload task --in-flight 8 --requests 40 --max-tokens 64 --max-prompt-chars 300
 
-PROMPTS is a .jsonl file with {"prompt": ..., "label": ...} a line, or a folder of .jsonl and .txt files whose names are
-the labels. Without it built-in templates are used, which have a workload's lengths but not its variety.
+--prompts takes a .jsonl file with one {"prompt": ..., "label": ...} object per line, or a folder of .jsonl and .txt
+files named after their label. Without it, built-in templates are used. They have a workload's lengths but not its
+variety.
+
 exit codes: 0 every request succeeded, 1 some failed, 2 nothing was sent.
 """
 
@@ -31,27 +33,28 @@ exit codes: 0 every request succeeded, 1 some failed, 2 nothing was sent.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `eldr load`."""
     flag = parser.add_argument
-    flag("url", help="a router, or any server that speaks the OpenAI completions API")
+    flag("url", help="address of a router, or of any server with the OpenAI completions API")
     flag("--workload", default="task", metavar="NAME", help="named workload, see `eldr workload list` (task)")
     pace = parser.add_mutually_exclusive_group()
-    pace.add_argument("--rate", type=float, metavar="R", help="requests a second, a Poisson process (open loop)")
-    pace.add_argument("--in-flight", type=int, metavar="N", help="requests in flight at all times (closed loop; 8)")
+    pace.add_argument("--rate", type=float, metavar="R", help="open loop: requests per second, as a Poisson process")
+    pace.add_argument("--in-flight", type=int, metavar="N", help="closed loop: requests in flight at all times (8)")
     flag("--requests", type=int, default=200, metavar="N", help="requests to send (200)")
-    flag("--prompts", type=Path, metavar="FILE|DIR", help="prompts to send instead of the built-in ones")
+    flag("--prompts", type=Path, metavar="FILE|DIR", help="send these prompts instead of the built-in ones")
     flag("--kind", action="append", default=[], metavar="KIND=LABEL[,LABEL...]",
-         help="which labels of PROMPTS are of this kind (repeatable)")  # fmt: skip
-    flag("--max-tokens", type=int, metavar="T", help="generated tokens a request (the workload's)")
-    flag("--max-prompt-chars", type=int, metavar="C", help="cut prompts, for models with a short context")
-    flag("--stop-at-eos", action="store_true", help="let the model end; default: every request has the same length")
-    flag("--model", help="model name (default: the only one the server has)")
-    flag("--api-key-file", type=Path, metavar="FILE")
-    flag("--timeout", type=float, default=600.0, dest="timeout_s", metavar="SECONDS", help="limit a request (600)")
-    flag("--seed", type=int, default=0)
-    flag("--json", metavar="FILE|-", help="write the figures as JSON")
+         help="with --prompts: the labels that belong to this kind (repeatable)")  # fmt: skip
+    flag("--max-tokens", type=int, metavar="T", help="generated tokens per request (as the workload says)")
+    flag("--max-prompt-chars", type=int, metavar="C", help="cut prompts to C characters, for short contexts")
+    flag("--stop-at-eos", action="store_true",
+         help="let the model end a request; otherwise all have the same length")  # fmt: skip
+    flag("--model", help="model name (the server's only model)")
+    flag("--api-key-file", type=Path, metavar="FILE", help="file with the server's API key")
+    flag("--timeout", type=float, default=600.0, dest="timeout_s", metavar="SECONDS", help="limit per request (600)")
+    flag("--seed", type=int, default=0, metavar="N", help="seed of prompts and arrival times (0)")
+    flag("--json", metavar="FILE|-", help="write the figures as JSON to a file, or to standard output (-)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `eldr load`; returns the exit code."""
+    """Run `eldr load` and return the exit code."""
     import asyncio
 
     from rich.console import Console
@@ -92,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         "prompts": "built in" if arguments.prompts is None else str(arguments.prompts),
         "seed": arguments.seed,
         **summarise(outcomes, time.monotonic() - begin),
-        # How late this client was itself: its own share in what it measured.
+        # How late this client sent its requests. This delay is part of what it measured.
         "sent_late_p99_ms": _p99_ms(late_s),
     }
     title = f"{preset.name}: {summary['requests'] - summary['errors']} of {summary['requests']} succeeded, "
@@ -109,9 +112,9 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("requests", "in_flight", "max_tokens", "max_prompt_chars"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise WorkloadError(f"--{name.replace('_', '-')} is {value}, expected a number from 1")
+            raise WorkloadError(f"--{name.replace('_', '-')} is {value}, expected a number of at least 1")
     if arguments.rate is not None and not 0 < arguments.rate < float("inf"):
-        raise WorkloadError(f"--rate is {arguments.rate}, expected requests a second")
+        raise WorkloadError(f"--rate is {arguments.rate}, expected a positive number of requests per second")
 
 
 def _prompts(arguments: argparse.Namespace, preset: WorkloadPreset) -> list[Prompt]:
@@ -137,7 +140,7 @@ def _target(arguments: argparse.Namespace) -> Target:
     url = arguments.url.rstrip("/").removesuffix("/v1")
     key = None if arguments.api_key_file is None else read_key(arguments.api_key_file).decode()
     model = arguments.model or only_model(RecordOptions(url=url, api_key=key))
-    run_name = f"load-{secrets.token_hex(4)}"  # a run of its own name starts with an empty prefix cache
+    run_name = f"load-{secrets.token_hex(4)}"  # a run with a new name hits no cached prefixes of earlier runs
     return Target(url, model, run_name, not arguments.stop_at_eos, key, arguments.timeout_s)
 
 

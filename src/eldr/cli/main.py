@@ -1,4 +1,4 @@
-"""The command line: finds the command, runs it, turns its errors into messages and exit codes."""
+"""The command line: finds the command, runs it, and turns its errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from eldr.cli import (
 from eldr.cli.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from eldr.errors import EldrError
 
-# Name, module, and the extras that it needs. A module imports those when it runs: the base install has numpy alone.
+# Name, module, and the extras that it needs. A module imports them only when it runs, because the base install has only
+# numpy.
 COMMANDS: tuple[tuple[str, ModuleType, str], ...] = (
     ("serve", serve, "router"),
     ("record", record, "fit"),
@@ -44,7 +45,7 @@ COMMANDS: tuple[tuple[str, ModuleType, str], ...] = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    """Run one command and return its exit code: 0 success, 1 failure, 2 bad input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of the output has gone, as `| head` does: not a failure. Nothing more may be flushed to it.
+        # The reader closed the pipe, as `| head` does. That is not a failure, but nothing more may be flushed to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

@@ -1,4 +1,4 @@
-"""`eldr record`: prompts to a trace."""
+"""`eldr record`: records prompts to a trace."""
 
 from __future__ import annotations
 
@@ -9,33 +9,36 @@ from pathlib import Path
 from eldr.cli.arguments import positive, read_key_file
 from eldr.cli.exit_codes import EXIT_FAILED
 
-SUMMARY = "record the experts that prompts use"
+SUMMARY = "send prompts to a worker or a router and record the experts that they use"
 EXAMPLES = """examples:
   eldr record prompts.jsonl --url http://p0:8100 -o trace.npz
   eldr record prompts.txt --url http://router:8000 --admin-key-file admin.key -o trace.npz
 
-A line of prompts.jsonl: {"prompt": "def fib(n):", "label": "code"}, or {"messages": [...], "label": "chat"}.
-exit codes: 0 all recorded, 1 some prompts failed and the trace holds the others, 2 nothing was recorded.
+PROMPTS is a .txt file with one prompt per line, or a .jsonl file with one object per line:
+  {"prompt": "def fib(n):", "label": "code"}
+  {"messages": [{"role": "user", "content": "Hello"}], "label": "chat"}
+
+exit codes: 0 all prompts were recorded, 1 some failed and the trace has the others, 2 nothing was recorded.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `eldr record`."""
     flag = parser.add_argument
-    flag("prompts", type=Path, metavar="PROMPTS", help=".jsonl or .txt file")
+    flag("prompts", type=Path, metavar="PROMPTS", help=".jsonl or .txt file with the prompts")
     flag("--url", required=True, help="a worker with the eldr connector, or a router")
-    flag("-o", "--output", required=True, type=Path, metavar="TRACE.npz")
-    flag("--model", help="model name (default: the only one the server has)")
-    flag("--max-tokens", type=positive, default=128, metavar="N", help="generated tokens a prompt (128)")
-    flag("--temperature", type=float, default=0.0)
-    flag("--concurrency", type=positive, default=8, metavar="N", help="prompts in flight (8)")
-    flag("--timeout", type=float, default=600.0, dest="timeout_s", metavar="SECONDS", help="limit a prompt (600)")
-    flag("--api-key-file", type=Path, metavar="FILE", help="the worker's API key")
-    flag("--admin-key-file", type=Path, metavar="FILE", help="the router's admin key; its presence means a router")
+    flag("-o", "--output", required=True, type=Path, metavar="TRACE.npz", help="the trace file to write")
+    flag("--model", help="model name (the server's only model)")
+    flag("--max-tokens", type=positive, default=128, metavar="N", help="generated tokens per prompt, at most (128)")
+    flag("--temperature", type=float, default=0.0, metavar="T", help="sampling temperature (0.0)")
+    flag("--concurrency", type=positive, default=8, metavar="N", help="prompts in flight at a time (8)")
+    flag("--timeout", type=float, default=600.0, dest="timeout_s", metavar="SECONDS", help="limit per prompt (600)")
+    flag("--api-key-file", type=Path, metavar="FILE", help="file with the worker's API key")
+    flag("--admin-key-file", type=Path, metavar="FILE", help="file with the admin key, if --url is a router")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `eldr record`; returns the exit code."""
+    """Run `eldr record` and return the exit code."""
     from rich.progress import Progress
 
     from eldr.record import RecordOptions, read_prompts, record

@@ -1,4 +1,4 @@
-"""`eldr replay`: arguments, runs and printing."""
+"""`eldr replay`: compares policies on a trace and prints the results."""
 
 from __future__ import annotations
 
@@ -29,9 +29,13 @@ EXAMPLES = """examples:
   eldr replay trace.npz --workers 8 --fleet-change 0.3:-1,0.6:+1 --json -
   eldr replay trace.npz --workload task --kind math=gsm8k,mgsm --workers 16 --batch 5
 
-The four load balancers rr, random, p2c and jsq always run, because changes are given against the best of them.
-Policies of the laboratory alone: expected-union-own (without calibration), expected-union-true (with the true decode
-profiles), clairvoyant (greedy with full knowledge of every running request).
+The load balancers rr, random, p2c and jsq always run, because changes are given against the best of them.
+These policies exist only in the replay:
+  expected-union-own   without a calibration
+  expected-union-true  with the true decode profiles
+  clairvoyant          greedy, with full knowledge of every running request
+
+exit codes: 0 success, 2 bad input.
 """
 
 
@@ -41,37 +45,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("trace", type=Path, metavar="TRACE.npz", help="file made by `eldr record`")
     flag("--policies", type=_words, default=("locality-band", "expected-union"), metavar="A,B",
          help="policies to compare (locality-band,expected-union)")  # fmt: skip
-    flag("--workers", type=_whole_numbers, default=(8,), metavar="W[,W...]", help="decode workers (8)")
+    flag("--workers", type=_whole_numbers, default=(8,), metavar="W[,W...]", help="number of decode workers (8)")
     load = parser.add_mutually_exclusive_group()
-    load.add_argument("--rate", type=_positive, metavar="R", help="requests a second, whole fleet")
-    load.add_argument("--batch", type=_positive, metavar="B", help="the rate that gives this mean batch under jsq (7)")
+    load.add_argument("--rate", type=_positive, metavar="R", help="requests per second for the whole fleet")
+    load.add_argument("--batch", type=_positive, metavar="B",
+                      help="use the rate that gives this mean batch under jsq (7)")  # fmt: skip
     load.add_argument("--goodput", type=_positive, metavar="LIMIT_MS",
-                      help="find the highest rate whose p99 TPOT stays under this limit")  # fmt: skip
-    flag("--requests", type=_whole, default=2000, metavar="N", help="measured requests a run (2000)")
+                      help="find the highest rate at which p99 TPOT stays within this limit")  # fmt: skip
+    flag("--requests", type=_whole, default=2000, metavar="N", help="measured requests per run (2000)")
     flag("--max-output", type=_whole, metavar="T", help="cut requests after T generated tokens")
-    flag("--seeds", type=_whole, default=5, metavar="S", help="paired runs of every policy (5)")
+    flag("--seeds", type=_whole, default=5, metavar="S", help="paired runs per policy (5)")
     flag("--calibrate-fraction", type=float, default=0.5, metavar="F",
-         help="share of the requests that calibrates and is not served; 0 for none (0.5)")  # fmt: skip
-    flag("--calibrate-labels", type=_words, metavar="A,B", help="calibrate on these kinds of requests alone")
-    flag("--serve-labels", type=_words, metavar="C,D", help="serve these kinds of requests alone")
+         help="share of the requests to calibrate on, which are not served; 0 for none (0.5)")  # fmt: skip
+    flag("--calibrate-labels", type=_words, metavar="A,B", help="calibrate only on requests with these labels")
+    flag("--serve-labels", type=_words, metavar="C,D", help="serve only requests with these labels")
     flag("--workload", metavar="NAME", help="serve the kinds and shares of a named workload (`eldr workload list`)")
     flag("--kind", action="append", default=[], metavar="KIND=LABEL[,LABEL...]",
-         help="with --workload: which of the trace's labels are of this kind (repeatable)")  # fmt: skip
+         help="with --workload: the trace's labels that belong to this kind (repeatable)")  # fmt: skip
     flag("--switch-at", type=float, metavar="SHARE",
-         help="serve the calibrated kinds until this share of the run, then the served ones")  # fmt: skip
+         help="serve --calibrate-labels until this share of the run, then --serve-labels")  # fmt: skip
     flag("--fleet-change", type=_changes, default=(), metavar="SHARE:+N[,SHARE:-N...]",
-         help="at this share of the run N workers join, or drain and leave")  # fmt: skip
+         help="at this share of the run, N workers join (+) or drain and leave (-)")  # fmt: skip
     flag("--calibration", type=Path, metavar="FILE", help="use this file instead of calibrating on the trace")
     flag("--arrivals", default="poisson", metavar="poisson|trace|FILE",
-         help="a Poisson process, or arrivals stretched to the rate: the trace's own, a .csv or .jsonl")  # fmt: skip
-    flag("--max-num-seqs", type=_whole, default=256, metavar="N", help="requests a worker runs at once (256)")
+         help="poisson, or recorded arrival times stretched to the rate: those of the trace, or of a .csv, .jsonl "
+         "or text file (poisson)")  # fmt: skip
+    flag("--max-num-seqs", type=_whole, default=256, metavar="N", help="requests that a worker runs at once (256)")
     flag("--kv-tokens", type=_whole, metavar="N", help="tokens that a worker's KV cache holds (no limit)")
-    flag("--json", metavar="FILE|-", help="write the results as JSON")
+    flag("--json", metavar="FILE|-", help="write the results as JSON to a file, or to standard output (-)")
     add_flags(parser, PolicyOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `eldr replay`; returns the exit code."""
+    """Run `eldr replay` and return the exit code."""
     from rich.console import Console
 
     from eldr.replay.output import as_tables
@@ -104,7 +110,7 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
     if arguments.arrivals == "trace":
         recorded = trace.arrival_s
         if recorded is None:
-            raise ReplayError(f"{arguments.trace} has no arrival times; leave out --arrivals trace")
+            raise ReplayError(f"{arguments.trace} has no arrival times; omit --arrivals trace")
     elif arguments.arrivals != "poisson":
         recorded = read_arrivals(Path(arguments.arrivals))
     kinds, output_tokens = _workload(arguments, trace.label.tolist())
@@ -129,17 +135,17 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
 
 
 def _workload(arguments: argparse.Namespace, labels: list[str]) -> tuple[tuple[ServedKind, ...], int | None]:
-    """The kinds to serve and their output length, nothing where no workload was named."""
+    """Return the kinds to serve and their output length, or nothing if no workload was named."""
     from eldr.replay.errors import ReplayError
     from eldr.replay.workload import ServedKind
     from eldr.workloads.presets import find_workload, kinds_of, labels_of_kinds
 
     if arguments.workload is None:
         if arguments.kind:
-            raise ReplayError("--kind is of no use without --workload")
+            raise ReplayError("--kind needs --workload")
         return (), None
     if arguments.calibrate_labels or arguments.serve_labels or arguments.switch_at is not None:
-        raise ReplayError("--workload says what is served: leave out --calibrate-labels, --serve-labels, --switch-at")
+        raise ReplayError("--workload cannot be combined with --calibrate-labels, --serve-labels or --switch-at")
     preset = find_workload(arguments.workload)
     found = labels_of_kinds(preset, labels, kinds_of(arguments.kind))
     return tuple(ServedKind(kind.name, found[kind.name], kind.share) for kind in preset.kinds), preset.output_tokens
@@ -188,7 +194,7 @@ def _goodput(
     objects = []
     for cell, reached in found:
         entry = as_object(cell, cells, laboratory.settings.options.cost_scope)
-        # Cells lie at different rates here: a change of TPOT between them would mean nothing.
+        # The cells have different rates here, so a change of TPOT between them would mean nothing.
         entry = {key: value for key, value in entry.items() if "vs_" not in key}
         entry |= {"goodput_limit_ms": arguments.goodput, "goodput_reached": reached}
         objects.append(entry | {"goodput_vs_best_baseline": 100 * (cell.rate / best - 1)})
@@ -197,7 +203,7 @@ def _goodput(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error; the function given takes (requests done, requests more to do)."""
+    """Show a progress bar on standard error. Yields a function that takes (requests done, requests added)."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -233,7 +239,7 @@ def _write_json(target: str | None, objects: list[dict[str, Any]]) -> None:
 def _words(text: str) -> tuple[str, ...]:
     words = tuple(word.strip() for word in text.split(",") if word.strip())
     if not words:
-        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+        raise argparse.ArgumentTypeError(f"{text!r} is an empty list")
     return words
 
 
@@ -250,7 +256,7 @@ def _changes(text: str) -> tuple[FleetChange, ...]:
 def _whole(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return value
 
 

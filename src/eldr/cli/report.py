@@ -1,4 +1,4 @@
-"""`eldr report`: arguments and the files that it takes."""
+"""`eldr report`: turns result files into a page."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ EXAMPLES = """examples:
   eldr report replay.json -o report.html
   eldr report docs/evaluation/results.json qwen3.cost.json calibration.eldr.npz build/demo/summary.json -o report.html
 
-What a file is, is told by its content: results of `eldr evaluate`, of `eldr replay --json`, of `eldr load --json`, a
-cost file, a calibration, or the summary of a demo. Sections come in the order of the files.
+A file can be a result of `eldr evaluate`, `eldr replay --json` or `eldr load --json`, a cost file, a calibration, or
+the summary of a demo. Its content tells which. Sections appear in the order of the files.
+
+exit codes: 0 success, 2 bad input.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `eldr report`."""
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html")
-    parser.add_argument("--title", default="eldr: results", help="title of the page")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html", help="the page to write")
+    parser.add_argument("--title", default="eldr: results", help="title of the page (eldr: results)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `eldr report`; returns the exit code."""
+    """Run `eldr report` and return the exit code."""
     from eldr.report.html import page, write_page
     from eldr.report.inputs import ReportError, blocks_of
 

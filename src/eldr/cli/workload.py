@@ -1,4 +1,4 @@
-"""`eldr workload`: shows the named workloads and writes their prompts."""
+"""`eldr workload`: lists the named workloads and writes prompts for them."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-SUMMARY = "show the named workloads, or write prompts of one"
+SUMMARY = "list the named workloads, or write prompts for one"
 EXAMPLES = """examples:
   eldr workload list
   eldr workload prompts task --count 400 -o task.jsonl      # for `eldr record`
   eldr load http://router:8000 --workload task --rate 20    # see `eldr load --help`
   eldr replay trace.npz --workload language --workers 16
+
+exit codes: 0 success, 2 bad input.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `eldr workload`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|prompts")
-    listing = actions.add_parser("list", help="the workloads, their kinds, shares and lengths")
-    listing.add_argument("--json", action="store_true", help="print them as JSON")
-    prompts = actions.add_parser("prompts", help="write built-in prompts of a workload as .jsonl")
-    prompts.add_argument("workload", metavar="NAME")
-    prompts.add_argument("--count", type=int, default=400, metavar="N", help="prompts (400)")
-    prompts.add_argument("--seed", type=int, default=0)
-    prompts.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.jsonl")
+    listing = actions.add_parser("list", help="list the workloads with their kinds, shares and lengths")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    prompts = actions.add_parser("prompts", help="write built-in prompts for a workload to a .jsonl file")
+    prompts.add_argument("workload", metavar="NAME", help="named workload, see `eldr workload list`")
+    prompts.add_argument("--count", type=int, default=400, metavar="N", help="number of prompts (400)")
+    prompts.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompts (0)")
+    prompts.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.jsonl", help="the file to write")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run `eldr workload`; returns the exit code."""
+    """Run `eldr workload` and return the exit code."""
     return _list(arguments) if arguments.action == "list" else _prompts(arguments)
 
 
@@ -64,7 +66,7 @@ def _prompts(arguments: argparse.Namespace) -> int:
     from eldr.workloads.prompts import built_in_prompts
 
     if arguments.count < 1:
-        raise WorkloadError(f"--count is {arguments.count}, expected a number from 1")
+        raise WorkloadError(f"--count is {arguments.count}, expected a number of at least 1")
     prompts = built_in_prompts(find_workload(arguments.workload), arguments.count, seed=arguments.seed)
     lines = "".join(json.dumps({"prompt": p.text, "label": p.kind}, ensure_ascii=False) + "\n" for p in prompts)
     try:

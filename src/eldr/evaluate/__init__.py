@@ -1,1 +1,1 @@
-"""The evaluation: every experiment of docs/evaluation, run on recorded traces and kept as plain rows of numbers."""
+"""The evaluation: runs every experiment of docs/evaluation on recorded traces and keeps the results as rows."""

@@ -1,4 +1,4 @@
-"""What each step of the paper's method is worth: locality-band with one of them changed at a time."""
+"""Ablations of the paper's method: locality-band with one step changed at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ from eldr.zones import balanced_kmeans
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Locality-band with at most one step changed. name: what is changed, "the paper's method" for nothing."""
+    """Locality-band with at most one step changed.
+
+    ablation: the step that is changed.
+    name: what it is changed to. "the paper's method" if nothing is changed.
+    transform, all_layers, balanced, tau, two_nearest: the settings of the method.
+    """
 
     ablation: str
     name: str
@@ -36,7 +41,7 @@ class Variant:
     two_nearest: bool = True
 
     def change(self, fitted: Calibration, part: Trace, seed: int) -> Calibration:
-        """`fitted` with this variant's transform to the requests of `part`, its layers and zones changed."""
+        """Return `fitted` with this variant's transform, layers and zones, computed on the requests of `part`."""
         if not self.all_layers and self.balanced:
             return fitted
         signature = fitted.signature
@@ -61,7 +66,7 @@ VARIANTS = (
 
 
 def _run(bench: Bench, part: Part) -> list[Row]:
-    """One row a variant: rho on requests not fitted on, TPOT, and its changes against the unchanged method."""
+    """One row per variant: rho on held-out requests, TPOT, and the change of TPOT against the unchanged method."""
     laboratory, workers, seeds = bench.laboratory, bench.workers, bench.seeds
     rate = laboratory.rate_for_batch(MAIN_BATCH, workers)
     baselines = [run_cell(laboratory, name, workers, rate, MAIN_BATCH, seeds) for name in BASELINES]

@@ -1,4 +1,4 @@
-"""What every experiment is given: a trace, how often to repeat, and how much load the trace can carry."""
+"""The inputs of every experiment: a trace, how often to repeat, and how much load the trace can carry."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from eldr.replay.experiment import BASELINES, Cell, Laboratory, Settings
 from eldr.replay.output import as_object
 from eldr.trace import Trace, read_trace
 
-# One flat object of numbers and words: a row of a table, a point of a plot.
+# A flat object of numbers and strings: one row of a table, or one point of a plot.
 Row = dict[str, Any]
 Part = dict[str, Any]
 
-# Share of the served requests that may be in flight: above it draws have no choice left, and policies would no longer
-# see the same requests.
+# The share of the served requests that may be in flight. Above it few requests are left to draw from, and policies
+# would no longer see the same ones.
 MOST_IN_FLIGHT = 0.8
 MAIN_BATCH = 7.0
 MAIN_WORKERS = (16, 8, 4, 2)
@@ -26,12 +26,18 @@ POLICIES = ("locality-band", "expected-union", "expected-union-own")
 
 
 class EvaluationError(EldrError):
-    """An experiment that this trace does not allow, or a results file that cannot be used; says why."""
+    """Raised when a trace does not allow an experiment, or a results file cannot be used. The message says why."""
 
 
 @dataclass
 class Bench:
-    """One trace under evaluation. seeds: paired repetitions of the main comparison; others use `fewer_seeds`."""
+    """One trace under evaluation, and how to run it.
+
+    path: the trace file.
+    seeds: paired repetitions of the main comparison. Other experiments use `fewer_seeds`.
+    requests: measured requests per run.
+    torch_python: an interpreter with PyTorch, for the measurements that need it.
+    """
 
     path: Path
     seeds: int = 10
@@ -48,12 +54,12 @@ class Bench:
 
     @cached_property
     def laboratory(self) -> Laboratory:
-        """Half of the requests calibrate, half are served; cost scope step."""
+        """Half of the requests calibrate, the other half are served. The cost scope is "step"."""
         return Laboratory(self.trace, Settings(requests=self.requests))
 
     @cached_property
     def capacity(self) -> int:
-        """Requests that may be in flight."""
+        """The number of requests that may be in flight."""
         return int(MOST_IN_FLIGHT * len(self.laboratory.split(0).serve))
 
     @cached_property
@@ -68,15 +74,18 @@ class Bench:
         )
 
     def batches(self, workers: int, wanted: Sequence[float]) -> list[float]:
-        """Those of the mean batches that the trace can keep on so many workers."""
+        """Return those of the wanted mean batches that the trace can sustain on `workers` workers."""
         return [batch for batch in wanted if batch * workers <= self.capacity]
 
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """parts: independent pieces of work, each JSON-able. run: the rows of one part.
+    """One experiment of the evaluation.
 
-    once: whether one run serves all traces, because it does not look at them.
+    name: its name.
+    parts: splits the experiment into independent, JSON-serialisable pieces of work.
+    run: computes the rows of one part.
+    once: whether one run serves all traces, because the experiment does not use them.
     """
 
     name: str
@@ -88,7 +97,7 @@ class Experiment:
 def compare_at(
     laboratory: Laboratory, policies: Sequence[str], workers: int, batch: float, seeds: int, **columns: Any
 ) -> list[Row]:
-    """Rows of the four load balancers and `policies` at the rate that gives jsq this mean batch."""
+    """Run the four load balancers and `policies` at the rate that gives jsq this mean batch. Returns rows."""
     rate = laboratory.rate_for_batch(batch, workers)
     cells = [run_cell(laboratory, name, workers, rate, batch, seeds) for name in dict.fromkeys((*BASELINES, *policies))]
     scope = laboratory.settings.options.cost_scope
@@ -96,5 +105,5 @@ def compare_at(
 
 
 def run_cell(laboratory: Laboratory, name: str, workers: int, rate: float, batch: float, seeds: int) -> Cell:
-    """All seeds of one policy."""
+    """Run one policy with all seeds."""
     return Cell(name, workers, rate, [laboratory.run(name, workers, rate, batch, seed) for seed in range(seeds)])

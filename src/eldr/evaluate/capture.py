@@ -1,6 +1,6 @@
-"""Times the connector's table of expert counts on the CPU and prints rows as JSON. Needs PyTorch.
+"""Times the connector's table of expert counts on the CPU and prints the rows as JSON. Needs PyTorch.
 
-Run: python -m eldr.evaluate.capture
+Run it with: python -m eldr.evaluate.capture
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REPEATS = 15
 
 
 def median_us(call: Callable[[], object]) -> float:
-    """Median wall-clock time of a call, after one that warms up."""
+    """Median wall-clock time of a call in microseconds, after one warm-up call."""
     call()
     times = []
     for _ in range(REPEATS):

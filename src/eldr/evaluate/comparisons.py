@@ -1,4 +1,4 @@
-"""Policies against each other: the main comparison, over load, over the size of the pool, over their knobs; goodput."""
+"""Compares policies: the main comparison, over load, over pool size, over their settings, and by goodput."""
 
 from __future__ import annotations
 
@@ -18,20 +18,24 @@ LABORATORY = ("expected-union-true",)
 LOADS = (1.0, 2.0, 4.0, 7.0, 10.0, 14.0, 18.0)
 LOAD_WORKERS = 8
 POOLS = (8, 16, 24, 40)
-# Settings of the policies, as the replay names them; infinity is no tail guard.
+# Settings of the policies, under their names in the replay. Infinity turns the tail guard off.
 KNOBS: dict[str, tuple[str, tuple[float, ...]]] = {
     "others_weight": ("expected-union", (0.25, 0.5, 1.0, 2.0, 4.0)),
     "tail_guard": ("expected-union", (*(factor * TAIL_GUARD for factor in (0.0, 0.5, 1.0, 2.0, 4.0)), math.inf)),
     "anchor": ("expected-union", tuple(factor * ANCHOR for factor in (0.0, 0.5, 1.0, 2.0))),
     "tau": ("locality-band", (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)),
 }
-# Limits of p99 TPOT, relative to that of jsq at the main batch.
+# Limits of p99 TPOT, relative to the p99 TPOT of jsq at the main batch.
 LIMITS = (0.9, 1.15)
 GOODPUT_SEEDS = 2
 
 
 def _main_parts(bench: Bench) -> list[Part]:
-    """Clairvoyant takes ten times as long as all others: it has parts of its own, in the headline's scope alone."""
+    """Split the main comparison into parts.
+
+    Clairvoyant takes ten times as long as all other policies together. It runs in parts of its own, only in the scope
+    of the headline.
+    """
     sizes = [workers for workers in (bench.workers // 2, bench.workers) if workers > 1]
     parts = [
         {"workers": workers, "scope": scope, "policies": [*POLICIES, *LABORATORY]}
@@ -44,7 +48,7 @@ def _main_parts(bench: Bench) -> list[Part]:
 def _main(bench: Bench, part: Part) -> list[Row]:
     laboratory = bench.laboratory.with_options(cost_scope=part["scope"])
     rows = compare_at(laboratory, part["policies"], part["workers"], MAIN_BATCH, bench.seeds)
-    # The load balancers run in every part, to compare with: one of them has their rows.
+    # The load balancers run in every part, as a baseline. Only one part keeps their rows.
     return [row for row in rows if row["policy"] in part["policies"] or part["policies"] != ["clairvoyant"]]
 
 
@@ -62,7 +66,7 @@ def _load(bench: Bench, part: Part) -> list[Row]:
 
 
 def _pool_parts(bench: Bench) -> list[Part]:
-    """Every pool at the batch that the largest can have, and those that can at the main batch."""
+    """One part per pool: each at the batch that the largest pool can sustain, and at the main batch if it can."""
     common = min(MAIN_BATCH, math.floor(bench.capacity / POOLS[-1] * 2) / 2)
     batches = {batch for batch in (common, MAIN_BATCH) if batch >= 1}
     return [
@@ -78,7 +82,7 @@ def _knob_parts(bench: Bench) -> list[Part]:
 
 
 def _knobs(bench: Bench, part: Part) -> list[Row]:
-    """One row a value; changes are against the best load balancer, which is run once."""
+    """One row per value. Changes are against the best load balancer, which is run once."""
     knob, laboratory, workers = part["knob"], bench.laboratory, bench.workers
     policy, values = KNOBS[knob]
     rate = laboratory.rate_for_batch(MAIN_BATCH, workers)
@@ -100,7 +104,7 @@ def _goodput_parts(bench: Bench) -> list[Part]:
 
 
 def _goodput(bench: Bench, part: Part) -> list[Row]:
-    """The highest rate of each policy whose p99 TPOT stays within the limit."""
+    """The highest rate of each policy at which p99 TPOT stays within the limit."""
     workers = _load_workers(bench)
     laboratory = Laboratory(bench.trace, dataclasses.replace(bench.laboratory.settings, requests=bench.requests // 2))
     rate = laboratory.rate_for_batch(MAIN_BATCH, workers)

@@ -1,4 +1,4 @@
-"""A change of mix during the run: TPOT over time, and before and after."""
+"""Drift: the mix of requests changes during the run. Reports TPOT over time, and before and after the change."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ POLICIES = ("jsq", "locality-band", "locality-band-refit", "expected-union", "ex
 
 
 def by_labels(trace: Trace) -> NDArray[np.str_]:
-    """[N] of BEFORE and AFTER: whole kinds, ordered along the main axis of their prompts' expert use and cut in half.
+    """Label each request BEFORE or AFTER, [N], by whole kinds.
 
-    Raises EvaluationError where the trace has one kind.
+    Kinds are ordered along the main axis of their prompts' expert use and cut in half. Raises EvaluationError if the
+    trace has only one kind.
     """
     kinds = np.unique(trace.label)
     if len(kinds) < 2:
@@ -37,14 +38,16 @@ def by_labels(trace: Trace) -> NDArray[np.str_]:
 
 
 def by_axis(trace: Trace) -> NDArray[np.str_]:
-    """[N] of BEFORE and AFTER: requests cut in half at the median of the main axis of their prompts' expert use, the
-    strongest change of mix that the trace allows."""
+    """Label each request BEFORE or AFTER, [N], by the main axis of its prompt's expert use.
+
+    The cut is at the median. This is the strongest change of mix that the trace allows.
+    """
     position = _main_axis(trace)
     return np.where(position <= np.median(position), BEFORE, AFTER)
 
 
 def _main_axis(trace: Trace) -> NDArray[np.float64]:
-    """float64 [N]: first principal component of prompt frequencies."""
+    """First principal component of the prompt frequencies, float64 [N]."""
     flat = trace.prefill_counts.reshape(trace.requests, -1) / trace.prompt_tokens[:, None]
     centred = flat - flat.mean(axis=0)
     _, vectors = np.linalg.eigh(centred @ centred.T)
@@ -60,7 +63,7 @@ def _parts(bench: Bench) -> list[Part]:
 
 
 def _run(bench: Bench, part: Part) -> list[Row]:
-    """Rows of two sorts: sort "timeline", one a policy and bucket, and sort "change", one a policy and phase."""
+    """Rows of two sorts: "timeline", one per policy and bucket, and "change", one per policy and phase."""
     labels = GROUPINGS[part["grouping"]](bench.trace)
     kinds = {side: sorted(set(bench.trace.label[labels == side].tolist())) for side in (BEFORE, AFTER)}
     regrouped = dataclasses.replace(bench.trace, label=labels)
@@ -88,7 +91,7 @@ def _run(bench: Bench, part: Part) -> list[Row]:
 
 
 def _timeline(cell: Cell) -> list[Row]:
-    """TPOT of the requests that arrive in each bucket, against seconds since the switch, over all seeds."""
+    """TPOT of the requests that arrive in each bucket, by seconds since the switch, over all seeds."""
     rows = []
     for bucket in range(BUCKETS):
         tpot, since = [], []

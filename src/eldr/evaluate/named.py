@@ -1,4 +1,4 @@
-"""The named workloads that a trace can serve: the main comparison under their mix of kinds."""
+"""The main comparison under the mixes of the named workloads that a trace can serve."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from eldr.replay.split import Mix
 from eldr.replay.workload import ServedKind
 from eldr.workloads.presets import WORKLOADS, WorkloadError, labels_of_kinds
 
-# Requests in flight for each one that the scarcest kind has to serve.
+# Requests in flight per request that the scarcest kind can serve.
 MOST_OF_A_KIND = 0.7
 
 
 def _parts(bench: Bench) -> list[Part]:
-    """One for each workload all of whose kinds the trace has."""
+    """One part per workload whose kinds are all in the trace."""
     parts = []
     for preset in WORKLOADS.values():
         try:

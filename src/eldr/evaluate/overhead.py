@@ -1,4 +1,4 @@
-"""What routing on experts costs: memory of the signature cache, capture, and the router's own time."""
+"""The overhead of routing on experts: memory of the signature cache, capture, and the router's own time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ BLOCK_SIZES = (16, 32, 64, 128)
 
 @dataclass(frozen=True, slots=True)
 class CachedModel:
-    """full_attention_layers: whose blocks the rows are kept with. kv_bytes: of one token in one such layer."""
+    """A published model's cache geometry.
+
+    full_attention_layers: the layers whose blocks the rows are kept with.
+    kv_bytes: bytes of one token in one such layer.
+    """
 
     name: str
     moe_layers: int
@@ -33,7 +37,7 @@ class CachedModel:
     kv_bytes: int
 
 
-# From the models' published configurations: keys and values, heads x head width x 2 bytes (bfloat16).
+# From the models' published configurations. kv_bytes is keys and values, heads x head width x 2 bytes (bfloat16).
 CACHED_MODELS = (
     CachedModel("Qwen3-30B-A3B", 48, 128, 48, 2 * 4 * 128 * 2),
     CachedModel("GPT-OSS-120B", 36, 128, 18, 2 * 8 * 64 * 2),
@@ -42,7 +46,10 @@ CACHED_MODELS = (
 
 
 def _memory(bench: Bench, part: Part) -> list[Row]:
-    """A row of counts against the KV blocks that it belongs to; one byte a count, as blocks hold up to 255 tokens."""
+    """The size of a row of counts relative to its KV blocks.
+
+    One byte per count, because blocks hold up to 255 tokens.
+    """
     rows = []
     for model in CACHED_MODELS:
         for block in BLOCK_SIZES:
@@ -62,7 +69,7 @@ def _memory(bench: Bench, part: Part) -> list[Row]:
 
 
 def _capture(bench: Bench, part: Part) -> list[Row]:
-    """Time of the connector's own operations on this machine's CPU, in an interpreter that has PyTorch."""
+    """The time of the connector's own operations on this machine's CPU, in an interpreter that has PyTorch."""
     if bench.torch_python is None:
         return []
     command = [str(bench.torch_python), "-m", "eldr.evaluate.capture"]
@@ -102,7 +109,7 @@ def _decisions(bench: Bench, part: Part) -> list[Row]:
 
 
 def _time_s(call: Callable[..., object], *arguments: object) -> float:
-    begin = time.thread_time_ns()  # CPU time: what else the machine does is not the router's
+    begin = time.thread_time_ns()  # CPU time, so that other work on the machine does not count
     call(*arguments)
     return (time.thread_time_ns() - begin) / 1e9
 

@@ -1,4 +1,4 @@
-"""How well decode activations are predicted: unions of whole batches, and single probabilities."""
+"""The quality of decode activation predictors, on unions of whole batches and on single probabilities."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Predict = Callable[[ExpertCounts], NDArray[np.float32]]
 
 
 def predictors(fitted: ActivationModel) -> dict[str, Predict]:
-    """The fitted predictor, and the prompt's own frequencies that are used without calibration."""
+    """Return the fitted predictor, and the prompt's own frequencies that are used without a calibration."""
 
     def own(counts: ExpertCounts) -> NDArray[np.float32]:
         return to_probabilities(own_frequencies(counts, fitted.mean_frequency), counts.layers, counts.top_k)
@@ -29,7 +29,7 @@ def predictors(fitted: ActivationModel) -> dict[str, Predict]:
 
 
 def _run(bench: Bench, part: Part) -> list[Row]:
-    """Rows of sort "union" (one a batch of requests), "probability" (one a bin) and "judgement" (one a predictor)."""
+    """Rows of sort "union" (one per batch), "probability" (one per bin) and "judgement" (one per predictor)."""
     laboratory = bench.laboratory
     profiles = bench.trace.decode_profiles().reshape(bench.trace.requests, -1)
     rows: list[Row] = []
@@ -56,7 +56,7 @@ def _run(bench: Bench, part: Part) -> list[Row]:
 
 
 def _unions(predict: Predict, bench: Bench, served: NDArray[np.int64]) -> list[Row]:
-    """Predicted and recorded distinct experts of single batches, from very alike to random."""
+    """Predicted and recorded distinct experts of single batches, from very similar ones to random ones."""
     rng = np.random.default_rng(1)
     packed = bench.laboratory.packed
     predicted = np.stack([predict(packed.counts[request]) for request in served.tolist()])

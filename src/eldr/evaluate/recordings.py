@@ -1,4 +1,4 @@
-"""What a recording itself says, before any routing: prefill against decode, one kind against mixed, signatures."""
+"""Statistics of a recording before any routing: prefill against decode, one kind against mixed, and signatures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ ZONES_SHOWN = 8
 
 
 def _correlation(bench: Bench, part: Part) -> list[Row]:
-    """Pearson's r, over requests, of an expert's share of the prompt and of its share of the decode; by layer, and as
-    a histogram over all experts. Experts that no request or every request uses alike have no r."""
+    """Pearson's r, over requests, between an expert's share of the prompt and its share of the decode.
+
+    Given by layer, and as a histogram over all experts. An expert that all requests use equally, or not at all, has no
+    r.
+    """
     trace = bench.trace
     recorded = np.diff(trace.decode_offsets) > 0
     prompt = trace.prefill_counts[recorded] / trace.prompt_tokens[recorded, None, None]
@@ -40,7 +43,7 @@ def _correlation(bench: Bench, part: Part) -> list[Row]:
 
 
 def _pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[L, E]: correlation over axis 0; NaN where either does not vary."""
+    """Correlation over axis 0, [L, E]. NaN if either side does not vary."""
     x, y = x - x.mean(axis=0), y - y.mean(axis=0)
     scale = np.sqrt((x * x).sum(axis=0) * (y * y).sum(axis=0))
     undefined: NDArray[np.float64] = np.full(scale.shape, np.nan)
@@ -49,7 +52,7 @@ def _pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float
 
 
 def _kinds(bench: Bench, part: Part) -> list[Row]:
-    """Distinct experts of a step and layer: requests at random, of one kind (label), and nearest to each other."""
+    """Distinct experts per step and layer, for random requests, requests of one kind (label), and similar requests."""
     rng = np.random.default_rng(0)
     packed, labels = bench.laboratory.packed, bench.trace.label
     served = np.flatnonzero(np.diff(bench.trace.decode_offsets) > 0)
@@ -63,7 +66,7 @@ def _kinds(bench: Bench, part: Part) -> list[Row]:
     for batch in BATCHES:
         if batch > len(served) // 2:
             break
-        large = weights * (weights >= 2 * batch)  # else the same few requests would be drawn again and again
+        large = weights * (weights >= 2 * batch)  # otherwise the same few requests would be drawn again and again
         drawn = {
             "mixed": [rng.choice(served, batch, replace=False) for _ in range(DRAWS)],
             "alike": [served[nearest[rng.integers(len(served)), :batch]] for _ in range(DRAWS)],
@@ -82,7 +85,7 @@ def _kinds(bench: Bench, part: Part) -> list[Row]:
 
 
 def _signatures(bench: Bench, part: Part) -> list[Row]:
-    """Signatures of all requests on their two main axes with the zones' centroids, and rho of each transform."""
+    """Signatures of all requests on their two main axes, the centroids of the zones, and the rho of each transform."""
     fitted = fit_calibration(bench.trace, min(ZONES_SHOWN, bench.workers), seed=0)
     picture = fitted.picture
     rows: list[Row] = [

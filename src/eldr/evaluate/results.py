@@ -17,8 +17,12 @@ MAX_FILE_BYTES = 2**27
 
 @dataclass(frozen=True, slots=True)
 class TraceResults:
-    """One trace: what it is, and experiment -> rows. about: name, model, layers, experts, top_k, requests, kinds,
-    prompt and decode tokens (medians), note, sha256. skipped: experiment -> why it has no rows."""
+    """The results on one trace.
+
+    about: name, model, layers, experts, top_k, requests, kinds, prompt and decode tokens (medians), note and sha256.
+    experiments: experiment -> rows.
+    skipped: experiment -> why it has no rows.
+    """
 
     about: dict[str, Any]
     experiments: dict[str, list[Row]]
@@ -27,7 +31,12 @@ class TraceResults:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """made: how, JSON-able. common: experiments that do not look at a trace."""
+    """The results of a whole evaluation.
+
+    made: how it was made, JSON-serialisable.
+    traces: the results on each trace.
+    common: the experiments that do not use a trace.
+    """
 
     made: dict[str, Any]
     traces: list[TraceResults]
@@ -35,7 +44,7 @@ class Results:
 
 
 def write_results(results: Results, path: Path) -> None:
-    """Write as JSON, whole or not at all. Raises EvaluationError."""
+    """Write the results as JSON, atomically. Raises EvaluationError."""
     wire = {
         "format": FORMAT,
         "made": results.made,
@@ -45,7 +54,7 @@ def write_results(results: Results, path: Path) -> None:
             for trace in results.traces
         ],
     }
-    # One row a line: readable, and a change of one number changes one line.
+    # One row per line is readable, and a change of one number changes one line.
     text = json.dumps(rounded(wire), indent=1, allow_nan=False, ensure_ascii=False)
     text = _rows_on_one_line(text)
     try:
@@ -55,7 +64,7 @@ def write_results(results: Results, path: Path) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """The same with six significant digits; what is not a number becomes None."""
+    """Return the value with six significant digits. NaN and infinity become None."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -66,7 +75,7 @@ def rounded(value: Any) -> Any:
 
 
 def _rows_on_one_line(text: str) -> str:
-    """Objects without objects inside, each put on one line."""
+    """Put each object without nested objects on one line."""
     lines: list[str] = []
     opened: int | None = None
     for line in text.split("\n"):
@@ -82,7 +91,7 @@ def _rows_on_one_line(text: str) -> str:
 
 
 def parse_results(wire: Any, path: Path) -> Results:
-    """Results from parsed JSON. Raises EvaluationError naming `path` and what is missing."""
+    """Build results from parsed JSON. Raises EvaluationError with `path` and what is missing."""
     try:
         if wire["format"] != FORMAT:
             raise ValueError(f"its format is {wire['format']!r}, expected {FORMAT!r}")

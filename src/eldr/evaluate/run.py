@@ -1,4 +1,4 @@
-"""Runs the experiments in a few processes and keeps every finished part, so that an evaluation can be continued."""
+"""Runs experiments in several processes and keeps finished parts, so that an interrupted evaluation can continue."""
 
 from __future__ import annotations
 
@@ -42,13 +42,20 @@ EXPERIMENTS: dict[str, Experiment] = {
         overhead.CAPTURE,
     )
 }
-# A kept part is good for as long as the code that made it: its experiment's own, and everything that experiments run.
+# A kept part is valid while the code that made it is unchanged: the experiment's own, and everything that it runs.
 CODE_LEFT_OUT = ("report", "router", "demo", "engines", "load", "evaluate")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to evaluate. only: names of experiments, empty for all. keep: folder of finished parts."""
+    """What to evaluate, and how.
+
+    traces: the trace files.
+    keep: the folder of finished parts.
+    only: names of experiments. Empty for all.
+    seeds, requests, torch_python: see `Bench`.
+    processes: worker processes.
+    """
 
     traces: tuple[Path, ...]
     keep: Path
@@ -74,19 +81,20 @@ class _Work:
 
 
 def evaluate(plan: Plan, progress: Callable[[int, int, str], None]) -> Results:
-    """Run what is not kept yet, and gather everything. progress: parts done, of how many, and which was the last.
+    """Run the parts that are not kept yet, and gather all results.
 
-    Raises EvaluationError for an experiment that there is not, TraceError for an unusable trace.
+    progress: called with the number of parts done, the number of all parts, and the name of the last one.
+    Raises EvaluationError for an unknown experiment, TraceError for an unusable trace.
     """
     for name in plan.only:
         if name not in EXPERIMENTS:
-            raise EvaluationError(f"there is no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+            raise EvaluationError(f"there is no experiment {name!r}; choose from {', '.join(EXPERIMENTS)}")
     benches = {trace: plan.bench(trace) for trace in plan.traces}
     work = list(_work(plan, benches))
     missing = [item for item in work if not item.kept.exists()]
     done = len(work) - len(missing)
     progress(done, len(work), "")
-    # The longest parts first, so that no process ends up alone with one of them.
+    # Start the longest parts first, so that no process is left alone with one at the end.
     with ProcessPoolExecutor(plan.processes, initializer=_one_thread) as pool:
         running = {pool.submit(_run, plan, item): item for item in missing}
         for future in as_completed(running):
@@ -139,7 +147,7 @@ def _common_code() -> bytes:
     return digest.digest()
 
 
-# Benches of this process: a trace is read, packed and fitted once, not once a part.
+# The benches of this process. A trace is read, packed and fitted once, not once per part.
 _benches: dict[Path, Bench] = {}
 
 
@@ -149,7 +157,7 @@ def _run(plan: Plan, work: _Work) -> None:
     kept: dict[str, Any] = {"rows": [], "skipped": None}
     try:
         kept["rows"] = rounded(EXPERIMENTS[work.experiment].run(_benches[work.trace], work.part))
-    except EldrError as error:  # this trace does not allow it: the report says so
+    except EldrError as error:  # this trace does not allow it, and the report says so
         kept["skipped"] = str(error)
     work.kept.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(work.kept, lambda file: file.write(json.dumps(kept).encode()))
@@ -169,7 +177,7 @@ def _gather(plan: Plan, benches: dict[Path, Bench], work: list[_Work]) -> Result
 
 
 def about(bench: Bench) -> dict[str, Any]:
-    """What a trace is."""
+    """Describe a trace."""
     trace = bench.trace
     steps = np.diff(trace.decode_offsets)
     kinds, counts = np.unique(trace.label, return_counts=True)

@@ -1,9 +1,9 @@
-"""The inner loops of expert counts and expected-union: in C where the installation could compile them, else in numpy.
+"""The inner loops of expert counts and expected-union: in C if the installation could compile them, otherwise in numpy.
 
-A request's 6,144 probabilities (48 x 128) pass through some thirty numpy calls, each a walk over memory and an
-allocation; in C they take a fourth of the time. Both give the same integers; floats agree to a few units in the last
-place. Every array is C-contiguous. `COMPILED` says which are in use; ELDR_NO_EXTENSIONS=1 in the environment asks for
-numpy. The docstrings are in `_numpy`.
+A request's 6,144 probabilities (48 x 128) go through some thirty numpy calls, each of which walks memory and allocates.
+C takes a quarter of the time. Both give the same integers; floats agree to a few units in the last place. Every array
+is C-contiguous. `COMPILED` tells which kernels are in use. Set ELDR_NO_EXTENSIONS=1 in the environment to use numpy.
+The docstrings are in `_numpy`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from eldr.kernels._numpy import from_fractions
 from eldr.kernels._types import CERTAIN, FleetState, PlacementWeights
 
-# The compiled kernels have no types of their own: their signatures are those of the numpy ones.
+# The compiled kernels carry no type annotations. Their signatures are those of the numpy kernels.
 if TYPE_CHECKING or os.environ.get("ELDR_NO_EXTENSIONS"):
     from eldr.kernels import _numpy as _chosen
 else:

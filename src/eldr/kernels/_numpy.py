@@ -1,4 +1,4 @@
-"""The kernels in numpy. They run where the compiled ones are missing, and say what both compute."""
+"""The kernels in numpy. They run if the compiled kernels are missing, and their docstrings describe both."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from eldr.kernels._types import CERTAIN, Counts, Doubles, FleetState, Floats, Pl
 def unpack_counts(
     data: bytes, low_bits: int, high_bits: int, layers: int, experts: int, total: int, most: int, out: Counts
 ) -> int:
-    """The numbers that `counts.pack` made `data` of, into `out`, uint32 [L, E].
+    """Unpack the data of `counts.pack` into `out`, uint32 [L, E].
 
-    1 if every layer sums to `total` and no number exceeds `most`, 0 if not, -1 for data of another length than such
-    numbers take.
+    Returns 1 if every layer sums to `total` and no number exceeds `most`, 0 if not, and -1 if `data` has the wrong
+    length.
     """
     size = layers * experts
     stream = np.frombuffer(data, dtype=np.uint8)
@@ -34,20 +34,23 @@ def unpack_counts(
 
 
 def _of_bits(stream: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint64]:
-    """uint64 [count]: whole numbers of so many bits each, lowest bit first."""
+    """Read `count` integers of `bits` bits each, lowest bit first: uint64 [count]."""
     each = np.unpackbits(stream, bitorder="little")[: count * bits].reshape(count, bits)
     return each @ (np.uint64(1) << np.arange(bits, dtype=np.uint64))
 
 
 def own_frequencies(counts: Counts, mean: Floats, prior: float, scale: float, out: Floats) -> None:
-    """(counts + prior * mean) * scale into `out`; all [D]. counts: below 2^31."""
+    """Write (counts + prior * mean) * scale to `out`. All arrays are [D]. Counts are below 2^31."""
     out[:] = counts.reshape(-1)
     out += np.float32(prior) * mean
     out *= np.float32(scale)
 
 
 def to_probabilities(scores: Floats, layers: int, least: float, most: float, target: float, out: Floats) -> None:
-    """Clip `scores` [layers * E] to least..most, scale every layer to the sum `target`, clip again, into `out`."""
+    """Clip `scores` [layers * E] to least..most, scale each layer to sum to `target`, clip again.
+
+    The result goes to `out`.
+    """
     rows = out.reshape(layers, -1)
     np.clip(scores.reshape(layers, -1), np.float32(least), np.float32(most), out=rows)
     rows *= np.float32(target) / rows.sum(axis=-1, keepdims=True)
@@ -55,19 +58,23 @@ def to_probabilities(scores: Floats, layers: int, least: float, most: float, tar
 
 
 def encode_signature(signature: Floats, out: NDArray[np.uint8]) -> None:
-    """Numbers x from 0 to 1 as codes, x = (code / 255)^2, into `out`; both [D]."""
+    """Encode numbers x in 0..1 as codes with x = (code / 255)^2, and write them to `out`. Both arrays are [D]."""
     out[:] = np.sqrt(signature) * np.float32(255) + np.float32(0.5)
 
 
 def encode_exposure(profile: Floats, most: float, scale: float, out: NDArray[np.uint8]) -> None:
-    """-log2(1 - p) as codes, whose squares are that times `scale`, into `out`; probabilities above `most`, at most
-    0.99, count as that. Both [D]."""
+    """Encode exposures -log2(1 - p) as codes whose squares are exposure * `scale`, and write them to `out`.
+
+    Both are [D].
+
+    Probabilities above `most`, which is at most 0.99, are encoded as `most`.
+    """
     exposure = -np.log2(1 - np.minimum(profile, np.float32(most)))
     out[:] = np.sqrt(exposure * np.float32(scale)) + np.float32(0.5)
 
 
 def from_fractions(survival: NDArray[np.uint16]) -> Floats:
-    """The probabilities that fractions of CERTAIN are."""
+    """Turn fractions of CERTAIN into probabilities."""
     return survival.astype(np.float32) / np.float32(CERTAIN)
 
 
@@ -79,8 +86,11 @@ def shift_exposure(
     survivals: NDArray[np.uint16],
     row: int,
 ) -> float:
-    """Add (sign 1) or subtract (sign -1) the squares of `codes`, [D], to a row of `exposures`, [W, D], and set that of
-    `survivals` to 2^-(exposure * unit), as a fraction of CERTAIN. Returns D less the sum of what survives."""
+    """Add (sign 1) or subtract (sign -1) the squares of `codes` [D] to one row of `exposures` [W, D].
+
+    The same row of `survivals` is set to 2^-(exposure * unit), as a fraction of CERTAIN. Returns D minus the sum of the
+    survival probabilities.
+    """
     exposure, survival = exposures[row], survivals[row]
     shift = codes.astype(np.uint32) ** 2
     if sign > 0:
@@ -94,15 +104,15 @@ def shift_exposure(
 
 
 def move_towards(own: Floats, target: Floats, share: float) -> float:
-    """own += (target - own) * share; both [D]. Returns the length of what `own` has become."""
+    """Do own += (target - own) * share, both [D]. Returns the new length of `own`."""
     own += (target - own) * np.float32(share)
     return float(np.sqrt(own @ own))
 
 
 def unit_direction(own: Floats, mean: Floats, layers: int, every: int, out: Floats) -> bool:
-    """own - mean, both [layers * E], of every `every`-th layer and scaled to unit length, into `out`.
+    """Write own - mean to `out`, taking only every `every`-th layer and scaling to unit length. Both are [layers * E].
 
-    False if it has no length; `out` is then zero.
+    Returns False, with `out` zero, if the difference has no length.
     """
     np.subtract(
         own.reshape(layers, -1)[::every], mean.reshape(layers, -1)[::every], out=out.reshape(-1, len(own) // layers)
@@ -114,10 +124,12 @@ def unit_direction(own: Floats, mean: Floats, layers: int, every: int, out: Floa
 
 
 def row_products(rows: Floats | NDArray[np.uint16], vector: Floats, out: Doubles) -> None:
-    """Scalar product of each row [W, D], floats or fractions of CERTAIN, with the vector [D] into `out`, [W].
+    """Write the scalar product of each row [W, D] and the vector [D] to `out` [W].
 
-    As W products of 1 x D and D x 1 numpy calls BLAS for each row alone, which it does not spread over threads: on
-    busy cores threads take milliseconds to meet for a product this small.
+    Rows are floats or fractions of CERTAIN.
+
+    The product is written as W products of 1 x D and D x 1, because numpy then calls BLAS once per row and BLAS uses no
+    threads. On busy cores threads take milliseconds to synchronise for a product this small.
     """
     if rows.dtype == np.uint16:
         rows = from_fractions(cast(NDArray[np.uint16], rows))
@@ -135,12 +147,19 @@ def placement_cost(
     context_tokens: float,
     out: Doubles,
 ) -> int:
-    """What expected-union minimises, into `out`, [N]: seconds per step, infinity behind the tail guard. Returns the
-    index of the least.
+    """Write the cost that expected-union minimises to `out` [N], in seconds per step. Returns the index of the lowest.
 
-    Of the request: `added`, [W], the experts that it adds to each worker's union; `products`, [W], of its direction
-    with each worker's, which over `fleet.length` are similarities; `context_tokens` of its prompt. at_random:
-    [batch + 1], experts of a batch so large drawn at random. rows: [N], the workers to choose from, with `load`, [N].
+    The cost is infinity for a worker that the tail guard rules out.
+
+    fleet: the state of all workers.
+    weights: the weights of the cost's terms.
+    added: [W], the experts that the request adds to each worker's union.
+    products: [W], scalar products of the request's direction and each worker's. Divided by `fleet.length` they are
+        similarities.
+    at_random: [batch + 1], the experts of a batch of each size drawn at random.
+    rows: [N], the workers to choose from.
+    load: [N], the load of those workers.
+    context_tokens: the tokens of the request's prompt.
     """
     loads, contexts = np.array(load, dtype=np.float64), np.array(fleet.context, dtype=np.float64)
     base_s, expert_s, token_s, context_s = fleet.columns[:, rows]

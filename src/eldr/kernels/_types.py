@@ -16,10 +16,12 @@ CERTAIN = 65535
 
 
 class FleetState(NamedTuple):
-    """The W workers of a fleet. The arrays are those that the policy keeps up to date.
+    """The W workers of a fleet. The policy keeps the arrays up to date.
 
-    columns: float64 [4, W], a step's base, per expert, per token and per context token, seconds. union: float64 [W],
-    distinct experts of a step. context: W, tokens of running prompts. length: float32 [W], of each worker's direction.
+    columns: float64 [4, W], seconds that a step takes: base, per expert, per token and per context token.
+    union: float64 [W], the distinct experts of a step.
+    context: W numbers, the tokens of running prompts.
+    length: float32 [W], the length of each worker's direction.
     """
 
     columns: Doubles
@@ -29,11 +31,12 @@ class FleetState(NamedTuple):
 
 
 class PlacementWeights(NamedTuple):
-    """Weights of the terms that expected-union adds up.
+    """The weights of the terms that expected-union adds up.
 
-    others: of the time that a newcomer adds to the requests already there. anchor: of the distance to the nearest
-    worker's direction. tail_guard: margin of the tail guard, in units of what locality saves. guard_share: share of
-    expert time that counts as saved beside it.
+    others: the weight of the time that a newcomer adds to the requests already there.
+    anchor: the weight of the distance to the nearest worker's direction.
+    tail_guard: the margin of the tail guard, in units of what locality saves.
+    guard_share: the share of expert time that counts as saved in addition.
     """
 
     others: float

@@ -1,1 +1,1 @@
-"""The load client: streams completions against a server and measures what a user would see."""
+"""The load client: streams completions from a server and measures what its users would see."""

@@ -1,4 +1,4 @@
-"""Streaming completions against one server, by a fixed number of clients or at given times."""
+"""Streams completions from one server, with a fixed number of clients or at given times."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ Heard = Callable[[Outcome], None]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server to load.
+    """The server to load.
 
-    run: names the run in request ids and keeps prefix caches apart: requests hit only blocks of their own run.
-    ignore_eos: generate max_tokens whatever the model says (vLLM's option); fewer are then an error.
+    url: its address.
+    model: the model name.
+    run: names the run in request ids and keeps prefix caches apart, so requests hit only blocks of their own run.
+    ignore_eos: generate max_tokens even if the model would stop (a vLLM option). Fewer tokens are then an error.
+    api_key: the server's API key, if it has one.
+    timeout_s: the time limit of each request.
     """
 
     url: str
@@ -53,12 +57,12 @@ class Target:
 
 
 def request_id(run: str, number: int) -> str:
-    """The X-Request-Id of a request, by which a router's log is read."""
+    """The X-Request-Id of a request. It identifies the request in the router's log."""
     return f"{run}-{number}"
 
 
 async def run_closed(target: Target, requests: Sequence[Request], in_flight: int, heard: Heard) -> None:
-    """Send all requests in order, `in_flight` at a time; `heard` is called with each as it ends."""
+    """Send all requests in order, `in_flight` at a time. `heard` is called with each as it ends."""
     waiting = iter(requests)
 
     async def client(session: aiohttp.ClientSession) -> None:
@@ -71,9 +75,9 @@ async def run_closed(target: Target, requests: Sequence[Request], in_flight: int
 
 
 async def run_open(target: Target, requests: Sequence[Request], arrival_s: Sequence[float], heard: Heard) -> float:
-    """Send each request at its time, in seconds from now, whether or not earlier ones have ended.
+    """Send each request at its time, in seconds from the start, whether or not earlier ones have ended.
 
-    Returns when that now was, on the clock of the outcomes.
+    Returns the start time on the clock of the outcomes.
     """
     begin = time.monotonic()
 
@@ -93,7 +97,7 @@ def _session(target: Target) -> aiohttp.ClientSession:
 
 
 async def send(session: aiohttp.ClientSession, target: Target, request: Request) -> Outcome:
-    """One request to its end; whatever goes wrong is in the outcome's error."""
+    """Send one request and wait until it ends. Any failure is recorded in the outcome's error."""
     outcome = Outcome(request.number, request.prompt.kind, sent_s=time.monotonic())
     try:
         body, headers = target.body(request), target.headers(request)
@@ -109,14 +113,14 @@ async def send(session: aiohttp.ClientSession, target: Target, request: Request)
     if outcome.error is None and target.ignore_eos and tokens != request.max_tokens:
         outcome.error = f"{tokens} tokens instead of {request.max_tokens}"
     if outcome.error is None and not tokens:
-        outcome.error = "no token came"
+        outcome.error = "no token arrived"
     return outcome
 
 
 async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome) -> str | None:
-    """Add the events of a stream to `outcome`; returns what was wrong with the stream, None if nothing.
+    """Add the events of a stream to `outcome`. Returns what is wrong with the stream, or None.
 
-    A server that does not return token ids is taken to send one token an event with text.
+    If a server does not return token ids, each event with text is counted as one token.
     """
     async for line in response.content:
         if not line.startswith(b"data:"):
@@ -135,5 +139,5 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome) -> st
                 tokens = int(bool(text)) if ids is None else len(ids)
                 outcome.token_times_s += [time.monotonic()] * tokens
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            return f"an event that cannot be read ({error!r}): {data[:ERROR_CHARS]!r}"
+            return f"unreadable event ({error!r}): {data[:ERROR_CHARS]!r}"
     return "the stream ended before [DONE]"

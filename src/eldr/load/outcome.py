@@ -1,4 +1,4 @@
-"""What is measured of one streamed request, by the field's definitions."""
+"""The measurements of one streamed request, with the field's usual definitions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ import numpy as np
 
 @dataclass(slots=True)
 class Outcome:
-    """One streamed request as its client saw it. Times are seconds of one monotonic clock.
+    """One streamed request as its client saw it. Times are in seconds on one monotonic clock.
 
-    number: index in the workload.
-    token_times_s: arrival of each token; tokens that came in one event share its time. error: None if it succeeded.
+    number: the index in the workload.
+    kind: the kind of its prompt.
+    sent_s: when it was sent.
+    text: the generated text.
+    token_ids: the generated tokens, if the server returns them.
+    token_times_s: when each token arrived. Tokens in one event share its time.
+    error: what went wrong. None if the request succeeded.
     """
 
     number: int
@@ -27,12 +32,12 @@ class Outcome:
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token: from sending the request; None without a token."""
+        """Time to first token, from sending the request. None without a token."""
         return self.token_times_s[0] - self.sent_s if self.token_times_s else None
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token: (last token time - first token time) / (tokens - 1); None below two tokens."""
+        """Time per output token: (last token time - first token time) / (tokens - 1). None below two tokens."""
         times = self.token_times_s
         return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
 
@@ -43,5 +48,5 @@ class Outcome:
 
 
 def percentile_ms(times_s: Sequence[float], percent: float) -> float | None:
-    """The percentile, by linear interpolation, in milliseconds; None of nothing."""
+    """The percentile in milliseconds, by linear interpolation. None for an empty list."""
     return 1000 * float(np.percentile(times_s, percent)) if len(times_s) else None

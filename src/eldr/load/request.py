@@ -1,4 +1,4 @@
-"""One request of a load."""
+"""One request of a load run."""
 
 from __future__ import annotations
 

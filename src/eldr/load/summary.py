@@ -1,4 +1,4 @@
-"""The figures of a load run."""
+"""The result figures of a load run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ ERROR_EXAMPLES = 5
 
 
 def summarise(outcomes: Sequence[Outcome], duration_s: float) -> dict[str, Any]:
-    """JSON-able figures; latencies are of the requests that succeeded, null where there are none.
+    """Summarise a run as JSON-serialisable figures.
 
-    TTFT and TPOT: percentiles over requests. ITL: over all gaps between tokens.
+    Latencies cover the requests that succeeded, and are null if there are none. Percentiles of TTFT and TPOT are over
+    requests; those of ITL are over all gaps between tokens.
     """
     good = [outcome for outcome in outcomes if outcome.error is None]
     errors = Counter(outcome.error for outcome in outcomes if outcome.error is not None)
@@ -53,7 +54,7 @@ def _percentiles(times_s: Sequence[float]) -> dict[str, float | None]:
 
 
 def as_table(summary: dict[str, Any], title: str) -> Table:
-    """Latencies as a table."""
+    """Format the latencies as a table."""
     table = Table(title=title, title_justify="left")
     table.add_column("ms")
     for name in (*PERCENTILES, "mean"):

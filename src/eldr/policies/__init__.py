@@ -1,4 +1,4 @@
-"""Decode policies by name. A new policy is one file here and one line in `_MAKERS`."""
+"""Decode policies by name. To add a policy, add a file here and a line in `_MAKERS`."""
 
 from __future__ import annotations
 
@@ -49,10 +49,14 @@ POLICY_NAMES: tuple[str, ...] = tuple(_MAKERS)
 def make_policy(
     name: str, options: PolicyOptions | None = None, *, calibration: Calibration | None = None, seed: int = 0
 ) -> Policy:
-    """The policy called `name`; options that it does not have are ignored, and expected-union needs no calibration.
+    """Make the policy called `name`.
 
+    name: one of POLICY_NAMES.
+    options: policy options. Those that the policy does not have are ignored.
+    calibration: a fitted calibration. expected-union works without one.
+    seed: the seed of the policy's random choices.
     Raises PolicyError for an unknown name or a missing calibration.
     """
     if name not in _MAKERS:
-        raise PolicyError(f"there is no policy {name!r}; there are {', '.join(POLICY_NAMES)}")
+        raise PolicyError(f"there is no policy {name!r}; choose from {', '.join(POLICY_NAMES)}")
     return _MAKERS[name](calibration, options or PolicyOptions(), seed)

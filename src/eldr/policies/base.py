@@ -1,7 +1,7 @@
-"""The interface of a decode policy: which decode worker gets a request whose prefill has ended.
+"""The interface of a decode policy, which chooses the decode worker for a request once its prefill has ended.
 
-The router and the replay run the same policy objects. A policy reads neither clock nor socket: load and time are
-arguments, randomness comes from a seeded generator, so that every decision can be repeated from a log.
+The router and the replay run the same policy objects. A policy reads neither a clock nor a socket. Load and time are
+passed in, and random choices come from a seeded generator, so every decision can be repeated from a log.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ if TYPE_CHECKING:
     from eldr.policies.refit import Refit, RefitTask
 
 
-# Of the classes that every request makes objects of, __init__ is written out: one that dataclass makes is not compiled.
+# Classes instantiated for every request spell out __init__: mypyc does not compile the one that dataclass makes.
 @dataclass(slots=True, init=False)
 class DecodeRequest:
-    """What a policy may know of a request, and does not change.
+    """What a policy may know about a request. Policies must not modify it.
 
-    request_id: unique among the requests that run.
-    counts: expert counts of the prompt, None where the worker had none.
-    label: the client's own label of the request's kind (header X-Eldr-Label), None if not given.
-    max_tokens: the client's limit on generated tokens, None if not given.
-    counts_wire: the wire form that counts were read from, None where they were not: a log need not encode them again.
+    request_id: unique among running requests.
+    prompt_tokens: the length of the prompt.
+    counts: the expert counts of the prompt. None if the worker had none.
+    label: the kind of the request, as given by the client in the header X-Eldr-Label. None if not given.
+    max_tokens: the client's limit on generated tokens. None if not given.
+    counts_wire: the wire form that counts were decoded from, so that a log need not encode them again. None if they
+        were not decoded.
     """
 
     request_id: str
@@ -54,13 +56,17 @@ class DecodeRequest:
         self.counts_wire = counts_wire
 
     def forget_counts(self) -> None:
-        """Let go of the counts: they take more memory than all the rest of a running stream."""
+        """Drop the counts. They take more memory than everything else about a running stream."""
         self.counts = self.counts_wire = None
 
 
 @dataclass(slots=True, init=False)
 class Decision:
-    """The worker chosen and a short snake_case reason, fit for a metric label."""
+    """A policy's choice.
+
+    worker: the chosen worker.
+    reason: a short snake_case word, suitable as a metric label.
+    """
 
     worker: str
     reason: str
@@ -72,10 +78,12 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What a policy knows of its workers, one row a worker, for people to look at.
+    """A view of what a policy knows about its workers, for display. It has one row per worker.
 
-    kind: "expected_union", the expected distinct experts of a decode step, a column a layer; or "zones", the cosine of
-    the worker's zone and each worker's, in the same order. most: the largest value that a cell can have.
+    kind: "expected_union" for the expected distinct experts of a decode step, one column per layer; or "zones" for the
+        cosine of the worker's zone with every worker's zone, in the same order.
+    rows: worker -> values.
+    most: the largest value that a cell can have.
     """
 
     kind: str
@@ -83,48 +91,54 @@ class Picture:
     most: float
 
 
-# Policies that are not compiled go with a router that is.
+# A compiled router accepts policies that are not compiled.
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Policy(ABC):
-    """Chooses a decode worker for each request and hears what happens in the fleet.
+    """Chooses a decode worker for each request, and is notified of what happens in the fleet.
 
-    Workers are named by their id (the router uses the URL). `joined` is heard once for each worker before any
-    request can go to it, `left` once when it goes for good. Between `started` and `finished` a request runs on its
-    worker; both are heard exactly once for each request that was sent to a worker.
+    Workers are identified by a string (the router uses the URL). `joined` is called once per worker, before any request
+    can go to it; `left` is called once, when it goes for good. A request runs on its worker between `started` and
+    `finished`. Both are called exactly once for every request sent to a worker.
     """
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """As in `--policy` and on metrics; a class attribute will do."""
+        """The name used in `--policy` and in metrics. A class attribute is enough."""
 
     @abstractmethod
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
-        """The worker for `request`.
+        """Choose the worker for `request`.
 
-        in_flight: eligible worker -> its decode requests in flight; never empty. Workers at capacity, unhealthy or
-        draining are not in it, so a policy can never choose them.
+        in_flight: eligible worker -> its decode requests in flight. Never empty. It leaves out workers that are at
+            capacity, unhealthy or draining, so a policy can never choose them.
         """
 
-    # Background refitting (`eldr.policies.refit`); a policy that fits nothing needs none of these.
+    # Background refitting (`eldr.policies.refit`). A policy that fits nothing needs none of these.
     @property
     def signatures_seen(self) -> int:
-        """Signatures of requests seen so far."""
+        """Number of request signatures seen so far."""
         return 0
 
     def refit_task(self, newest: int) -> RefitTask | None:
-        """A fit to the `newest` signatures seen, to be run anywhere; None where nothing can be fitted."""
+        """Return a task that fits zones to the `newest` signatures, and that any process can run.
+
+        None if there is nothing to fit.
+        """
         return None
 
     def refitted(self, refit: Refit) -> None:  # noqa: B027
-        """Take the outcome of a fit over, at once and whole. The fleet may have changed since its task was made."""
+        """Adopt the result of a fit, all at once. The fleet may have changed since its task was made."""
 
-    # Hooks of policies that keep state; a policy that only looks at the load needs none of them.
+    # Hooks for policies that keep state. A policy that only looks at the load needs none of them.
     def started(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027
-        """`request` was sent to `worker`. Afterwards it may lose its counts."""
+        """`request` was sent to `worker`. Its counts may be dropped afterwards."""
 
     def finished(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027
-        """`request`, whose counts may be gone by now, no longer runs on `worker`: completed, failed or cancelled."""
+        """`request` has stopped running on `worker`: it completed, failed or was cancelled.
+
+        Its counts may be gone by now.
+        """
 
     def joined(self, worker: str) -> None:  # noqa: B027
         """`worker` is now part of the fleet."""
@@ -133,5 +147,8 @@ class Policy(ABC):
         """`worker` is no longer part of the fleet."""
 
     def picture(self) -> Picture | None:
-        """What is to be seen of its state; None if there is nothing. Not asked while a request waits for it."""
+        """Return a view of the policy's state, or None if there is nothing to show.
+
+        Never called while a request waits for it.
+        """
         return None

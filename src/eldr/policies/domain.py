@@ -1,4 +1,4 @@
-"""The oracle of the paper's comparison: requests carry a label, and every label has its workers."""
+"""The oracle policy of the paper's comparison: every request carries a label, and every label has its own workers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import least_loaded
 
-# The label is a header that any client may send: past this many, unknown labels are treated as none.
+# Any client may send the label header. Beyond this many labels, new ones are treated as no label.
 MAX_LABELS = 1024
 
 
 class Domain(Policy):
-    """Splits the fleet among the labels seen so far and sends each request to the least loaded worker of its label.
+    """Splits the fleet among the labels seen so far, and sends each request to the least loaded worker of its label.
 
     Labels are numbered in order of appearance, workers in order of joining. With D labels and W workers, label d has
-    the workers d, d + D, d + 2D, ... when D < W, else the one worker d % W. A request without a label, or one whose
-    workers can take no more, goes to the least loaded worker.
+    the workers d, d + D, d + 2D, ... if D < W, and otherwise the single worker d % W. A request without a label, or
+    whose workers are all full, goes to the least loaded worker.
     """
 
     name = "domain"

@@ -1,18 +1,20 @@
-"""Expected-union routing: the worker on which a request adds least decode time, by the experts it will activate.
+"""Expected-union routing: send a request to the worker where it adds the least decode time.
 
-With p[r] the probabilities that a decode step of request r activates each (layer, expert), a worker with the requests
-R activates in expectation U = sum(1 - q) distinct experts a step, q = prod over R of (1 - p[r]). One more request
-adds dU = q . p. The step time T = a + b U + c B + d context then grows by dT = b dU + c + d context(r); the newcomer
-pays T + dT in every step, and each of the B requests already there pays dT.
+The added time follows from the experts that the request will activate. Let p[r] be the probabilities that a decode step
+of request r activates each (layer, expert). A worker with the requests R then activates U = sum(1 - q) distinct experts
+per step in expectation, where q = prod over R of (1 - p[r]). One more request adds dU = q . p. The step time
+T = a + b U + c B + d context grows by dT = b dU + c + d context(r). The newcomer pays T + dT in every step, and each of
+the B requests already there pays dT.
 
-Least added time now is not the whole of it, and two terms look further:
+Two more terms look beyond the time added now:
 
-- The *self-anchor* rewards sending a request where similar ones went lately. Every worker keeps a moving average of
-  the direction in which the expert frequencies of its requests differ from the fleet's mean, and a request pays for
-  its distance to the nearest one. Workers so find their own zones, with no fit, and the zones follow the traffic.
-- The *tail guard* leaves out workers whose step would become longer than the mean of what it would become elsewhere,
-  by more than locality saves on that mean. Locality may fill a worker with its kind of request; the tail of TPOT is
-  made there. What it saves is known: the mean profile says how many experts batches drawn at random would activate.
+- The *self-anchor* rewards sending a request where similar ones went recently. Every worker keeps a moving average of
+  the direction in which the expert frequencies of its requests differ from the fleet's mean. A request pays for its
+  distance to the nearest direction. In this way workers find their own zones without a fit, and the zones follow the
+  traffic.
+- The *tail guard* leaves out a worker if its step would become longer than the mean step elsewhere by more than
+  locality saves on that mean. Without it locality may fill one worker with its kind of request, and such workers make
+  the tail of TPOT. The saving is known: the mean profile tells how many experts random batches would activate.
 """
 
 from __future__ import annotations
@@ -35,30 +37,33 @@ from eldr.policies.rows import WorkerRows
 from eldr.policies.unions import Geometry, Profile, Unions
 from eldr.policies.worker_costs import WorkerCosts
 
-# Weight of the self-anchor, in expert time of a mean worker's whole batch per unit of cosine similarity.
+# Weight of the self-anchor per unit of cosine similarity, relative to the expert time of an average worker's batch.
 ANCHOR = 0.1
-# How much longer than the mean a step may become, in units of what locality saves on the mean step, and on top of it
-# this share of expert time: where there is nothing to save, steps differ that much by chance.
+# How much longer than the mean a step may become, in units of what locality saves on the mean step. GUARD_EXPERT_SHARE
+# of the expert time is allowed in addition, because steps differ that much by chance even if nothing can be saved.
 TAIL_GUARD = 1.25
 GUARD_EXPERT_SHARE = 0.01
 
 
 class ExpectedUnion(Policy):
-    """Sends each request where it adds the least decode time.
+    """Sends each request to the worker where it adds the least decode time.
 
-    predictor: fitted activation model; without one the prompt's own expert frequencies are used.
-    cost, scope: step-time model of every worker; worker_costs: of single workers, where hardware differs.
-    others_weight: weight of what the newcomer adds to the requests already there. 1 is their true share in steady
-        state; 0.5 favours the tail of TPOT, 2 its median, little while there is a tail guard.
-    anchor: weight of the self-anchor, 0 for none.
-    tail_guard: margin of the tail guard, in units of what locality saves. At 1 about no step becomes longer than the
-        mean of a fleet routed by load; larger favours the median, smaller the tail; infinity for no guard.
-    step_tokens: independent tokens that a step takes a request further, more than 1 with speculative decoding
-        (`eldr.activation.of_a_step`). ranks: of expert parallelism in every worker; a step then waits for the rank
-        with the most active experts (`eldr.activation.busiest_rank_experts`).
+    predictor: a fitted activation model. Without one the prompt's own expert frequencies are used.
+    cost, scope: the step-time model of every worker.
+    worker_costs: step-time models of single workers, if hardware differs.
+    others_weight: the weight of the time added to the requests already there. 1 is their true share in steady state.
+        0.5 favours the tail of TPOT, 2 its median. With a tail guard it matters little.
+    anchor: the weight of the self-anchor. 0 turns it off.
+    tail_guard: the margin of the tail guard, in units of what locality saves. At 1 hardly any step becomes longer than
+        the mean of a fleet routed by load. Larger favours the median, smaller the tail. Infinity turns it off.
+    step_tokens: the number of independent tokens that a request gains per step. More than 1 with speculative decoding
+        (`eldr.activation.of_a_step`).
+    ranks: expert-parallel ranks per worker. A step then waits for the rank with the most active experts
+        (`eldr.activation.busiest_rank_experts`).
+    seed: the seed of random choices.
 
-    A request without usable counts goes where the fleet's mean profile adds least. The state is exact: after any
-    number of starts and finishes it depends on the running requests alone.
+    A request without usable counts goes where the fleet's mean profile adds least. The state is exact: after any number
+    of starts and finishes it depends only on the running requests.
     """
 
     name = "expected-union"
@@ -117,8 +122,11 @@ class ExpectedUnion(Policy):
         return Decision(workers[best], reason)
 
     def costs(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> dict[str, float] | None:
-        """What `choose` compares: seconds of decode time per step that `request` would cost on each worker, anchor
-        included, and infinity behind the tail guard. None while the model is unknown."""
+        """Return the costs that `choose` compares, or None while the model is unknown.
+
+        A cost is the seconds of decode time per step that `request` would add on a worker, anchor included. It is
+        infinity for a worker that the tail guard rules out.
+        """
         placement = self._placement_for(request.counts)
         if placement is None:
             return None
@@ -128,7 +136,7 @@ class ExpectedUnion(Policy):
 
     @property
     def unions(self) -> Unions | None:
-        """The experts that each worker's running requests activate together, or None while the model is unknown."""
+        """The experts that each worker's running requests activate together. None while the model is unknown."""
         return None if self._placement is None else self._placement.unions
 
     def row(self, worker: str) -> int:
@@ -136,7 +144,7 @@ class ExpectedUnion(Policy):
         return self._rows.row_of[worker]
 
     def _look_at(self, request: DecodeRequest, placement: Placement) -> Arrival:
-        """The request with its profile. The fleet's mean profile stands in where its counts cannot be used."""
+        """Return the request with its profile. If its counts cannot be used, it gets the fleet's mean profile."""
         counts, means = request.counts, placement.means
         if counts is None or (counts.layers, counts.experts, counts.top_k) != placement.shape:
             return Arrival(request.request_id, request.prompt_tokens, means.profile.copy(), None, None)
@@ -152,8 +160,10 @@ class ExpectedUnion(Policy):
     def predict(
         self, request: DecodeRequest, counts: ExpertCounts, frequency: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """float32 [D]: probability that one decode step of `request` activates each expert.
+        """Predict the probability that one decode step of `request` activates each expert, float32 [D].
 
+        request: the request.
+        counts: its expert counts.
         frequency: float32 [D], its own expert frequencies, mixed with the fleet's mean.
         """
         return self._request_model.profile(counts, frequency)

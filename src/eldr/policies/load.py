@@ -1,4 +1,4 @@
-"""The four load balancers that ELDR is compared with: round-robin, random, power of two choices, shortest queue."""
+"""The four load balancers that ELDR is compared with: round-robin, random, power of two choices and shortest queue."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from eldr.policies.base import Decision, DecodeRequest, Policy
 
 
 def least_loaded(in_flight: Mapping[str, int], rng: random.Random) -> str:
-    """A worker with the fewest requests in flight; ties are broken at random, else the first worker gets them all."""
+    """Return a worker with the fewest requests in flight. Ties are broken at random, so no worker gets them all."""
     fewest = min(in_flight.values())
     return rng.choice([worker for worker, load in in_flight.items() if load == fewest])
 
 
 class RoundRobin(Policy):
-    """Workers in turn, in the order in which they joined; a worker that cannot take a request loses its turn."""
+    """Sends requests to workers in turn, in joining order. A worker that cannot take a request loses its turn."""
 
     name = "rr"
 
@@ -24,7 +24,7 @@ class RoundRobin(Policy):
         self._turns_given = 0
 
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
-        # The worker whose last turn lies furthest back; a new worker is due at once.
+        # The worker whose last turn is longest ago. A new worker is due at once.
         return Decision(min(in_flight, key=lambda worker: self._turn.get(worker, -1)), "rr")
 
     def started(self, request: DecodeRequest, worker: str) -> None:
@@ -36,7 +36,7 @@ class RoundRobin(Policy):
 
 
 class Random(Policy):
-    """Any eligible worker with equal probability."""
+    """Sends each request to a random eligible worker."""
 
     name = "random"
 
@@ -48,7 +48,7 @@ class Random(Policy):
 
 
 class PowerOfTwo(Policy):
-    """The less loaded of two workers drawn at random (Mitzenmacher 2001)."""
+    """Sends each request to the less loaded of two workers drawn at random (Mitzenmacher 2001)."""
 
     name = "p2c"
 
@@ -61,7 +61,7 @@ class PowerOfTwo(Policy):
 
 
 class ShortestQueue(Policy):
-    """A worker with the fewest requests in flight."""
+    """Sends each request to a worker with the fewest requests in flight."""
 
     name = "jsq"
 

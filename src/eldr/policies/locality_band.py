@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 
 class LocalityBand(Policy):
-    """Among the eligible workers whose centroid is within `tau` of the nearest one, the least loaded.
+    """Sends each request to the least loaded eligible worker whose centroid is within `tau` of the nearest centroid.
 
-    tau: width of the band in cosine similarity. 0 is pure locality, 2 lets every worker in (counts are never
-        negative, so that 1 does already).
-    two_nearest: with tau > 0, a band of one worker is widened by the second-nearest (by all that tie for it).
-    remember: signatures to keep for refitting, 0 for zones that stay as they were fitted.
+    calibration: the signature model and the zones.
+    tau: the width of the band in cosine similarity. 0 is pure locality. 2 admits every worker, and so does 1, because
+        counts are never negative.
+    two_nearest: whether a band of a single worker is widened by the second-nearest worker (all of them on a tie). Only
+        applies for tau > 0.
+    remember: the number of signatures kept for refitting. 0 leaves the zones as they were fitted.
+    seed: the seed of random choices.
 
-    `ZoneOwners` says which worker has which zone. Where a zone has no worker, its neighbours serve it. A refit gives
+    `ZoneOwners` says which worker has which zone. The neighbours of a zone without an owner serve it. A refit gives
     every worker a zone of its own.
     """
 

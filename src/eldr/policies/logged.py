@@ -1,8 +1,8 @@
-"""A decision log: everything that a policy heard and chose, as JSON-able events, so that each choice can be repeated.
+"""Decision logs: everything a policy was told and chose, as JSON events, so that each choice can be repeated.
 
-Policies read neither clock nor socket and draw from a seeded generator: a fresh policy with the same options that
-hears the same log makes the same choices (`eldr.replay.decisions`). A log begins with a header; every restart of the
-router writes another.
+Policies read neither a clock nor a socket and draw from a seeded generator. A fresh policy with the same options that
+is told the same events therefore makes the same choices (`eldr.replay.decisions`). A log starts with a header, and
+every restart of the router writes another one.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ Write = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class LogHeader:
-    """What a fresh policy needs to repeat a log.
+    """The information that a fresh policy needs to repeat a log.
 
-    calibration, calibration_sha256: the file it was made with and that file's digest, None without one.
-    made_by: the software that chose; the last bits of sums may differ with it.
+    policy: the policy's name.
+    seed: the seed of its random choices.
+    options: its options.
+    calibration, calibration_sha256: the calibration file and its digest. None without one.
+    made_by: the software versions that made the choices. The last bits of sums may differ between versions.
     """
 
     policy: str
@@ -55,7 +58,7 @@ class LogHeader:
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> LogHeader:
-        """Raises KeyError, TypeError, ValueError or EldrError for what is no header of this version."""
+        """Build a header from its wire form. Raises KeyError, TypeError, ValueError or EldrError if it is not valid."""
         if wire["v"] != LOG_VERSION:
             raise ValueError(f"log version {wire['v']!r}; this eldr reads version {LOG_VERSION}")
         options = PolicyOptions.from_wire(wire["options"])
@@ -64,7 +67,7 @@ class LogHeader:
 
 
 def software() -> dict[str, Any]:
-    """What computes here."""
+    """Return the versions of the software that runs here."""
     return {
         "eldr": eldr.__version__,
         "numpy": np.__version__,
@@ -74,11 +77,11 @@ def software() -> dict[str, Any]:
 
 
 class LoggedPolicy(Policy):
-    """Passes everything on to another policy and hands an event of it to `write`.
+    """Wraps another policy: forwards every call to it, and passes an event for each call to `write`.
 
-    A request's counts are written once, with its choice; its finish, and its start if that was not at once where it was
-    chosen to be, name it by id, which must be unique among running requests. Workers of a choice are numbers in order
-    of joining, for a URL each would be most of a line in a large fleet.
+    A request's counts are written once, with its choice. Later events refer to the request by id, which must be unique
+    among running requests. A start has its own event only if the request did not start at once on the chosen worker. In
+    a choice, workers are numbers in joining order, because in a large fleet URLs would fill most of the line.
     """
 
     def __init__(self, policy: Policy, write: Write) -> None:
@@ -86,7 +89,7 @@ class LoggedPolicy(Policy):
         self._write = write
         self._numbers: dict[str, int] = {}
         self._joined = 0
-        # The last choice, until it is known whether the request starts there.
+        # The last choice, kept until it is known whether the request starts there.
         self._chosen: dict[str, Any] | None = None
 
     @property
@@ -166,18 +169,18 @@ class LoggedPolicy(Policy):
 
 
 def _counts_wire(request: DecodeRequest) -> Mapping[str, Any] | None:
-    """The counts as they came; nothing else that a worker may have put beside them."""
+    """Return the counts as received, without anything else that a worker may have sent along."""
     if request.counts is None:
         return None
     wire = request.counts_wire
     if wire is None:
         return encode_counts(request.counts)
-    # They were decoded, so that all keys are there.
+    # They were decoded, so all keys are present.
     return wire if len(wire) == len(COUNTS_KEYS) else {key: wire[key] for key in COUNTS_KEYS}
 
 
 def request_of(event: Mapping[str, Any]) -> DecodeRequest:
-    """The request of a choose event. Raises CountsError, KeyError or TypeError for what is none."""
+    """Build the request of a choose event. Raises CountsError, KeyError or TypeError if the event is not valid."""
     counts = event["counts"]
     return DecodeRequest(
         request_id=event["id"],

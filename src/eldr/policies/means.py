@@ -8,16 +8,17 @@ from numpy.typing import NDArray
 from eldr import kernels
 from eldr.policies.unions import Geometry, RandomBatches
 
-# Requests that the means remember.
+# Length of the moving averages, in requests.
 MEAN_REQUESTS = 500
 
 
 class FleetMeans:
     """Moving averages over the requests that the fleet has started.
 
-    frequency: float32 [D], of their expert frequencies. profile: float32 [D], of the probabilities that a decode step
-    activates each expert. at_random: batches of requests with the mean profile. requests: the weight of the initial
-    means, counted in requests. With 0 the first request replaces them.
+    frequency: float32 [D], the mean of their expert frequencies.
+    profile: float32 [D], the mean of the probabilities that a decode step activates each expert.
+    at_random: batches of requests with the mean profile.
+    requests: the weight of the initial means, in requests. With 0 the first request replaces them.
     """
 
     def __init__(

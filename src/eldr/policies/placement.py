@@ -14,10 +14,12 @@ from eldr.policies.unions import Geometry, Profile, Unions, encode_exposure
 
 
 class Placement:
-    """The workers of a fleet that serves one model, one row a worker, and the cost of one more request on each.
+    """The workers of a fleet that serves one model, one row per worker, and the cost of one more request on each.
 
-    shape: layers, experts and top-k of the model's counts. unions: experts that each worker's requests
-    activate. anchor: directions of each worker's requests. means: of the fleet's requests.
+    shape: the layers, experts and top-k of the model's counts.
+    unions: the experts that each worker's requests activate.
+    anchor: the directions of each worker's requests.
+    means: the means over the fleet's requests.
     """
 
     def __init__(self, geometry: Geometry, top_k: int, weights: kernels.PlacementWeights, means: FleetMeans) -> None:
@@ -29,7 +31,7 @@ class Placement:
         self._set_columns(np.zeros((4, 0)))
 
     def _set_columns(self, columns: NDArray[np.float64]) -> None:
-        """Renew the kernel's view after workers have come or gone. columns: float64 [4, W], as in `FleetState`."""
+        """Adjust the kernel's state after workers came or went. columns: see `FleetState`."""
         unions = self.unions
         self._fleet = kernels.FleetState(columns, unions.union, unions.context, self.anchor.length)
 
@@ -41,7 +43,7 @@ class Placement:
         self._set_columns(np.append(self._fleet.columns, column, axis=1))
 
     def remove(self, row: int) -> None:
-        """Forget a worker; the last row takes its place."""
+        """Remove a worker's row. The last row takes its place."""
         self.unions.remove(row)
         self.anchor.remove(row)
         columns = self._fleet.columns
@@ -49,10 +51,14 @@ class Placement:
         self._set_columns(np.ascontiguousarray(columns[:, :-1]))
 
     def costs(self, arrival: Arrival, rows: NDArray[np.int64], load: list[int]) -> tuple[int, NDArray[np.float64]]:
-        """The index of the best worker among `rows`, and the cost of the request on each of them.
+        """Choose among the workers in `rows`.
 
-        Costs are float64 [N], in seconds of decode time per step, and include the anchor. They are infinite behind the
-        tail guard, which always lets the least step time through. rows: int64 [N]. load: [N], requests in flight.
+        rows: int64 [N], rows of the eligible workers.
+        load: their N requests in flight.
+
+        Returns the position of the best worker and float64 [N], the seconds of decode time per step that each placement
+        costs, anchor included. Infinity marks workers that the tail guard rules out. It never rules out the worker with
+        the shortest step.
         """
         unions = self.unions
         direction = arrival.direction if self._weights.anchor > 0 else None

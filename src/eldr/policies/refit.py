@@ -1,9 +1,9 @@
-"""Background refitting of zones: what to fit, the fit itself, and when. A policy takes part by three of its methods.
+"""Background refitting of zones: when to fit, what to fit, and the fit itself. A policy takes part with three methods.
 
-Zones that were fitted once do not follow a change of traffic. ELDR's artifact therefore fits them again every few
-seconds to the signatures of the last few, and keeps each worker near the zone it had by a minimum-cost matching of old
-and new centroids, so that running requests stay among their like. Nothing here reads a clock: whoever drives the refits
-(the router, the replay) says what time it is, and a fit is an event that a policy hears like any other.
+Zones that were fitted once do not follow a change of traffic. ELDR's artifact therefore refits them every few seconds
+to the signatures of the last few seconds. A minimum-cost matching of old and new centroids keeps each worker near its
+old zone, so that running requests stay among similar ones. Nothing here reads a clock: the router or the replay passes
+the time in, and a fit is an event that a policy is notified of like any other.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from numpy.typing import NDArray
 from eldr import kernels
 from eldr.zones import align_zones, balanced_kmeans
 
-# Signatures that a policy remembers, one byte an entry: 12 MiB at 48 x 128 experts.
+# Signatures that a policy remembers, at one byte per entry: 12 MiB for 48 x 128 experts.
 CAPACITY = 2048
-# Where the window has fewer signatures a zone than this, older ones are taken in; below LEAST_PER_ZONE nothing is
-# fitted.
+# If the window has fewer signatures per zone than this, older ones are added. Below LEAST_PER_ZONE nothing is fitted.
 WANTED_PER_ZONE = 16
 LEAST_PER_ZONE = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Refit:
-    """New zones. workers: W of them; centroids: float16 [W, D], unit vectors, the zone of each.
+    """New zones for a fleet.
 
-    moved: workers whose new zone is nearer to another's old zone than to their own. shift: mean cosine distance of a
-    worker's new zone to its old one.
+    workers: the W workers.
+    centroids: float16 [W, D], unit vectors, the zone of each worker.
+    moved: the number of workers whose new zone is nearer to another worker's old zone than to their own.
+    shift: the mean cosine distance between a worker's new zone and its old one.
     """
 
     workers: tuple[str, ...]
@@ -43,13 +44,13 @@ class Refit:
     shift: float = 0.0
 
     def to_wire(self) -> dict[str, Any]:
-        """JSON-able form of what a policy hears."""
+        """Return a JSON-serialisable form."""
         data = np.ascontiguousarray(self.centroids, dtype="<f2").tobytes()
         return {"workers": list(self.workers), "centroids": base64.b64encode(data).decode("ascii")}
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Refit:
-        """Raises KeyError, TypeError or ValueError for what is none."""
+        """Build a refit from its wire form. Raises KeyError, TypeError or ValueError if it is not valid."""
         workers = tuple(wire["workers"])
         try:
             data = base64.b64decode(wire["centroids"], validate=True)
@@ -60,9 +61,12 @@ class Refit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RefitTask:
-    """What a fit needs, fit to be sent to another process.
+    """The input of a fit. It can be sent to another process.
 
-    workers: W of them. centroids: float32 [W, D], the zone that each has now. codes: uint8 [N, D], signatures.
+    workers: the W workers.
+    centroids: float32 [W, D], the zone that each worker has now.
+    codes: uint8 [N, D], encoded signatures.
+    seed: the seed of the clustering.
     """
 
     workers: tuple[str, ...]
@@ -71,7 +75,7 @@ class RefitTask:
     seed: int
 
     def run(self) -> Refit:
-        """Balanced zones of the signatures, one a worker. Raises ZonesError where they cannot be clustered."""
+        """Compute balanced zones of the signatures, one per worker. Raises ZonesError if they cannot be clustered."""
         signatures = decode_signatures(self.codes)
         found = balanced_kmeans(signatures, len(self.workers), seed=self.seed).centroids
         centroids = found[align_zones(self.centroids, found)]
@@ -82,40 +86,45 @@ class RefitTask:
 
 
 def encode_signature(signature: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """uint8 [D]: entries 0..1 as codes, (code / 255)^2."""
+    """Encode entries in 0..1 as codes, uint8 [D], with entry = (code / 255)^2."""
     codes = np.empty(len(signature), dtype=np.uint8)
     kernels.encode_signature(np.ascontiguousarray(signature, dtype=np.float32), codes)
     return codes
 
 
 def decode_signatures(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """float32 [N, D] from codes [N, D], made by `encode_signature`, scaled to unit length again; all zero stays
-    zero."""
+    """Decode signatures, float32 [N, D], from codes [N, D] of `encode_signature`.
+
+    They are scaled to unit length again. All-zero signatures stay zero.
+    """
     signatures = np.square(codes.astype(np.float32))
     norms = np.sqrt(np.einsum("nd,nd->n", signatures, signatures))
     return np.asarray(signatures / np.where(norms > 0, norms, 1)[:, None])
 
 
 class SignatureWindow:
-    """The last CAPACITY signatures. seen: how many there have been in all."""
+    """The last CAPACITY signatures.
+
+    seen: how many signatures were added in total.
+    """
 
     def __init__(self, dimension: int, capacity: int = CAPACITY) -> None:
         self.seen = 0
         self._codes = np.zeros((capacity, dimension), dtype=np.uint8)
 
     def add(self, signature: NDArray[np.float32]) -> None:
-        """signature: float32 [D], unit vector without negative entries."""
+        """Add a signature, float32 [D], a unit vector without negative entries."""
         self._codes[self.seen % len(self._codes)] = encode_signature(signature)
         self.seen += 1
 
     def newest(self, count: int) -> NDArray[np.uint8]:
-        """uint8 [n, D]: a copy of the last `count`, or of as many as there are, oldest first."""
+        """Copy the last `count` signatures, or as many as there are, oldest first: uint8 [n, D]."""
         count = min(count, self.seen, len(self._codes))
         return self._codes[np.arange(self.seen - count, self.seen) % len(self._codes)]
 
 
 class RefitSchedule:
-    """When to fit, and to how many signatures. Times are of any one clock, in seconds."""
+    """Decides when to fit, and to how many signatures. Times are seconds on any one clock."""
 
     def __init__(self, interval_s: float, window_s: float) -> None:
         self.interval_s = interval_s
@@ -123,7 +132,7 @@ class RefitSchedule:
         self._marks: deque[tuple[float, int]] = deque([(0.0, 0)])
 
     def newest(self, now_s: float, seen: int) -> int:
-        """How many of the `seen` signatures are of the window that ends now, rounded up to whole intervals."""
+        """Return how many of the `seen` signatures are in the window that ends now, rounded up to whole intervals."""
         marks = self._marks
         while len(marks) > 1 and marks[1][0] <= now_s - self._window_s:
             marks.popleft()

@@ -14,9 +14,11 @@ from eldr.policies.unions import Geometry
 class Arrival:
     """A request to be placed, with everything that is known of it.
 
-    profile: float32 [D], the probabilities that a decode step activates each expert. frequency: float32 [D], its own
-    expert frequencies, or None where its counts cannot be used. direction: float32 [A], the unit vector from the
-    fleet's mean frequencies to these, or None where there is none.
+    request_id: its id.
+    context_tokens: the tokens of its prompt.
+    profile: float32 [D], the probabilities that a decode step activates each expert.
+    frequency: float32 [D], its own expert frequencies. None if its counts cannot be used.
+    direction: float32 [A], the unit vector from the fleet's mean frequencies to its own. None if there is none.
     """
 
     __slots__ = ("context_tokens", "direction", "frequency", "profile", "request_id")
@@ -37,10 +39,10 @@ class Arrival:
 
 
 class RequestModel:
-    """Profiles of requests from the expert counts of their prompts.
+    """Predicts the profiles of requests from the expert counts of their prompts.
 
-    predictor: fitted activation model; without one the prompt's own expert frequencies are used. step_tokens:
-    independent tokens that a step takes a request further.
+    predictor: a fitted activation model. Without one the prompt's own expert frequencies are used.
+    step_tokens: the number of independent tokens that a request gains per step.
     """
 
     def __init__(self, predictor: ActivationModel | None, step_tokens: float) -> None:
@@ -48,9 +50,10 @@ class RequestModel:
         self._step_tokens = step_tokens
 
     def profile(self, counts: ExpertCounts, frequency: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [D]: probability that one decode step activates each expert.
+        """Predict the probability that one decode step of a request activates each expert, float32 [D].
 
-        frequency: float32 [D], the request's own expert frequencies, mixed with the fleet's mean.
+        counts: its expert counts.
+        frequency: float32 [D], its own expert frequencies, mixed with the fleet's mean.
         """
         if self._predictor is not None:
             token = self._predictor.predict(counts)

@@ -13,7 +13,8 @@ from eldr import kernels
 class WorkerRows:
     """The row of each worker, 0 to W - 1. When a worker leaves, the last row takes its place.
 
-    names: the W workers in the order of their rows. row_of: worker -> its row.
+    names: the W workers in the order of their rows.
+    row_of: worker -> its row.
     """
 
     def __init__(self) -> None:
@@ -22,7 +23,7 @@ class WorkerRows:
         self._all = np.arange(0)
 
     def rows(self, workers: list[str]) -> NDArray[np.int64]:
-        """int64 [N]: the rows of these workers. Raises KeyError for one that is not there."""
+        """The rows of N workers, int64 [N]. Raises KeyError for a worker without a row."""
         return self._all if workers == self.names else np.array([self.row_of[worker] for worker in workers])
 
     def append(self, worker: str) -> None:
@@ -32,7 +33,7 @@ class WorkerRows:
         self._all = np.arange(len(self.names))
 
     def remove(self, worker: str) -> int:
-        """Forget a worker. Returns its row, which the last worker has now."""
+        """Remove a worker. Returns its row, which the last worker has now."""
         row = self.row_of.pop(worker)
         last = self.names.pop()
         if last != worker:
@@ -43,12 +44,12 @@ class WorkerRows:
 
 
 def longer(matrix: NDArray[Any]) -> NDArray[Any]:
-    """The matrix with twice its rows, and at least 8 more, so that a large fleet may join one by one."""
+    """Return the matrix with twice as many rows, and at least 8 new ones, so that a large fleet can join one by one."""
     return np.concatenate((matrix, np.zeros((max(8, len(matrix)), matrix.shape[1]), dtype=matrix.dtype)))
 
 
 def row_products(rows: NDArray[np.float32] | NDArray[np.uint16], vector: NDArray[np.float32]) -> NDArray[np.float64]:
-    """float64 [W]: scalar product of each row [W, D] with the vector [D]."""
+    """Scalar product of each row [W, D] with the vector [D], float64 [W]."""
     products = np.empty(len(rows))
     kernels.row_products(rows, vector, products)
     return products

@@ -1,4 +1,4 @@
-"""What decode workers' running requests activate together, kept exact under starts and finishes."""
+"""The experts that each decode worker's running requests activate together, kept exact as requests start and finish."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from eldr import kernels
 from eldr.activation import LEAST, MOST, busiest_rank_experts
 from eldr.policies.rows import longer, row_products
 
-# Starts after which the experts of random batches are computed anew; sooner while there were few.
+# The experts of random batches are recomputed after this many starts, and sooner as long as there were few.
 RANDOM_BATCH_STARTS = 64
 
-# What a request exposes an expert to, -log2(1 - p), is kept as a code of one byte, finest where most probabilities are:
-# its square counts units of 9e-5. Whole numbers: adding a request and removing it cancel exactly, and 66,000 requests
-# that are all sure to activate the same expert fit into 32 bits.
+# A request's exposure of an expert, -log2(1 - p), is stored as a one-byte code whose square counts units of 9e-5, so it
+# is finest where most probabilities are. Sums are integers: adding and removing a request cancel exactly, and 66,000
+# requests that are all certain to activate the same expert fit into 32 bits.
 _UNIT = -math.log2(1 - MOST) / 255**2
 
 
 class Profile:
-    """What is remembered of a request while it runs. codes: uint8 [D], of `encode_exposure`. context_tokens: of its
-    prompt."""
+    """What is kept about a request while it runs.
+
+    codes: uint8 [D], from `encode_exposure`.
+    context_tokens: the tokens of its prompt.
+    """
 
     __slots__ = ("codes", "context_tokens")
 
@@ -34,7 +37,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """L MoE layers of E experts, divided over `ranks` of expert parallelism; D = L * E, layer by layer."""
+    """L MoE layers of E experts, divided over `ranks` expert-parallel ranks. D = L * E, layer by layer."""
 
     layers: int
     experts: int
@@ -42,23 +45,26 @@ class Geometry:
 
     @property
     def dimension(self) -> int:
-        """D."""
+        """D, the number of (layer, expert) pairs."""
         return self.layers * self.experts
 
     def active(self, survival: NDArray[np.float32]) -> float:
-        """Distinct experts that a step waits for, of [D] probabilities that nobody activates an expert."""
+        """Distinct experts that a step waits for, given the probabilities [D] that no request activates an expert."""
         if self.ranks == 1:
             return len(survival) - float(survival.sum())
         return float(busiest_rank_experts(1 - survival, self.layers, self.ranks))
 
 
 class Unions:
-    """One row a worker. Matrices have room for more, C rows, of which those in use, W, come first.
+    """The experts that each worker's requests activate, one row per worker.
 
-    exposure: uint32 [W, D], sum of -log2(1 - p) of the running requests, in units of _UNIT. survival: uint16 [W, D],
-    the probability that none of them activates an expert, 2^-exposure, as a fraction of CERTAIN. union: float64 [W],
-    expected distinct experts that a step waits for, summed over layers: all of them, with expert parallelism those of
-    the busiest rank (`busiest_rank_experts`). context: W, tokens of running prompts.
+    Matrices have spare rows, and the first W are in use.
+
+    exposure: uint32 [W, D], the sum of -log2(1 - p) over the running requests, in units of _UNIT.
+    survival: uint16 [W, D], the probability 2^-exposure that no request activates an expert, as a fraction of CERTAIN.
+    union: float64 [W], the expected distinct experts that a step waits for, summed over layers. With expert parallelism
+        these are the experts of the busiest rank (`busiest_rank_experts`), otherwise all.
+    context: W numbers, the tokens of running prompts.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -78,12 +84,12 @@ class Unions:
         return self._survival[: self.count]
 
     def by_layer(self) -> NDArray[np.float64]:
-        """float64 [W, L]: expected distinct experts of a step in each layer."""
+        """Expected distinct experts of a step in each layer, float64 [W, L]."""
         survival = self.survival.reshape(self.count, self._geometry.layers, self._geometry.experts)
         return np.asarray(self._geometry.experts - survival.sum(axis=2) / kernels.CERTAIN)
 
     def append(self) -> None:
-        """Add a row for one more worker, which runs nothing yet."""
+        """Add a row for one more worker. Capacity doubles, so that a large fleet can join one by one."""
         row = self.count
         if row == len(self._exposure):
             self._exposure, self._survival = longer(self._exposure), longer(self._survival)
@@ -94,7 +100,7 @@ class Unions:
         self.context.append(0)
 
     def remove(self, row: int) -> None:
-        """Forget a worker; the last row takes its place."""
+        """Remove a worker's row. The last row takes its place."""
         self.count -= 1
         for array in (self._exposure, self._survival, self.union):
             array[row] = array[self.count]
@@ -103,7 +109,7 @@ class Unions:
         self.context.pop()
 
     def add(self, row: int, profile: Profile, sign: int) -> None:
-        """Add (sign 1) or remove (sign -1) a running request. Whole numbers: what was added cancels exactly."""
+        """Add (sign 1) or remove (sign -1) a running request. Sums are integers, so a removal cancels exactly."""
         self.context[row] += sign * profile.context_tokens
         union = kernels.shift_exposure(profile.codes, sign, _UNIT, self._exposure, self._survival, row)
         if self._geometry.ranks > 1:
@@ -111,7 +117,7 @@ class Unions:
         self.union[row] = union
 
     def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
-        """float64 [W]: distinct experts that a request adds to what each worker's steps wait for."""
+        """Distinct experts that a request would add to those that each worker's steps wait for, float64 [W]."""
         survival = self.survival
         geometry = self._geometry
         if geometry.ranks == 1:
@@ -121,9 +127,9 @@ class Unions:
 
 
 class RandomBatches:
-    """Distinct experts that a step of requests drawn at random waits for: what routing by load alone gives.
+    """The distinct experts that a step of a random batch waits for. This is what routing by load alone gives.
 
-    With m the fleet's mean profile, B independent requests activate an expert with probability 1 - (1 - m)^B.
+    With the fleet's mean profile m, B independent requests activate an expert with probability 1 - (1 - m)^B.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -134,20 +140,20 @@ class RandomBatches:
         self._experts = np.zeros(1)
 
     def started(self, mean_profile: NDArray[np.float32]) -> None:
-        """One more request has started; mean_profile: float32 [D], looked at now and then."""
+        """Note that one more request has started. mean_profile: float32 [D], read only now and then."""
         self._starts += 1
         if self._starts >= self._next:
             self._next = self._starts + min(self._starts, RANDOM_BATCH_STARTS)
             self.set_mean(mean_profile)
 
     def set_mean(self, mean_profile: NDArray[np.float32]) -> None:
-        """Use this mean from now on. float32 [D]."""
+        """Use this mean profile, float32 [D], from now on."""
         self._survival = 1 - np.clip(mean_profile, LEAST, MOST)
         self._product = np.ones_like(self._survival)
         self._experts = np.zeros(1)
 
     def experts(self, most: int) -> NDArray[np.float64]:
-        """float64 [at least most + 1], of batches of 0, 1, 2, ... requests."""
+        """Distinct experts of batches of 0, 1, 2, ... requests, float64 [at least most + 1]."""
         if most >= len(self._experts):
             more = []
             for _ in range(len(self._experts), most + 1):
@@ -158,7 +164,7 @@ class RandomBatches:
 
 
 def encode_exposure(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """uint8 [D]: what probabilities 0..1 expose experts to, as codes: p = 1 - 2^-(code^2 * _UNIT)."""
+    """Encode the exposures of probabilities 0..1 as codes, uint8 [D], with p = 1 - 2^-(code^2 * _UNIT)."""
     codes = np.empty(len(profile), dtype=np.uint8)
     kernels.encode_exposure(np.ascontiguousarray(profile, dtype=np.float32), MOST, 1 / _UNIT, codes)
     return codes

@@ -11,8 +11,9 @@ from eldr.cost import CostModel, StepCost
 class WorkerCosts:
     """Step-time models by worker.
 
-    cost, scope: model of every worker that has none of its own in `of_workers`. step_tokens: tokens of each request
-    that a step computes.
+    cost, scope: the model of every worker that has none of its own.
+    of_workers: models of single workers.
+    step_tokens: tokens of each request that a step computes.
     """
 
     def __init__(self, cost: CostModel, scope: str, of_workers: Mapping[str, CostModel], step_tokens: float) -> None:
@@ -22,7 +23,9 @@ class WorkerCosts:
         self._step_tokens = step_tokens
 
     def step_cost(self, worker: str, layers: int) -> StepCost:
-        """The time of a step of `worker` with a model of so many MoE layers. Raises CostError for a model without the
-        scope."""
+        """The step time of a worker, for a model with this many MoE layers.
+
+        Raises CostError if the worker's model does not have the scope.
+        """
         cost = self._of_workers.get(worker, self._cost).step_cost(layers, self._scope)
         return dataclasses.replace(cost, per_token_s=cost.per_token_s * self._step_tokens)

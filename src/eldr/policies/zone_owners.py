@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 
 class ZoneOwners:
-    """The zone of each worker. Several workers may share a zone, and a zone may have no worker.
+    """The zone of each worker.
 
-    A worker that joins takes the zone with the fewest owners, the first of those. When one leaves, its zone gets one of
-    the owners of a zone that has two more. Without such a zone it has no owner until another worker joins.
+    A worker that joins takes the zone with the fewest owners, the first one on a tie, so several workers may share a
+    zone. When a worker leaves, its zone takes over an owner from a zone that has at least two more. If there is no such
+    zone, a zone may stay without an owner until another worker joins.
 
     zone_of: worker -> its zone, 0 to K - 1, in the order in which workers joined.
     """
@@ -25,7 +26,7 @@ class ZoneOwners:
         self._owners[zone] += 1
 
     def leave(self, worker: str) -> None:
-        """Forget a worker that leaves. Raises KeyError for one that has none."""
+        """Remove a worker. Raises KeyError for a worker without a zone."""
         self._owners[self.zone_of.pop(worker)] -= 1
         most, fewest = max(self._owners), min(self._owners)
         if most - fewest > 1:

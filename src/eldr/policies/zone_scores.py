@@ -13,7 +13,8 @@ from eldr.signature import TRANSFORMS, SignatureModel
 class ZoneScores:
     """Cosine similarities of signatures with the centroids of K zones.
 
-    dimension: D, entries of a signature. centroids: float32 [K, D], unit vectors.
+    dimension: D, the entries of a signature.
+    centroids: float32 [K, D], unit vectors.
     """
 
     def __init__(self, signature: SignatureModel, centroids: NDArray[np.float32]) -> None:
@@ -32,13 +33,13 @@ class ZoneScores:
         self._weights = np.ascontiguousarray(centroids * self._idf)
 
     def similarities(self, counts: ExpertCounts, window: SignatureWindow | None) -> NDArray[np.float32] | None:
-        """float32 [K], cosine similarity of the signature with each centroid, or None if the signature is zero.
+        """Cosine similarity of the signature to each centroid, float32 [K]. None if the signature is zero.
 
         window: remembers the signature for a refit. None if there are no refits.
         """
         entries = self._entries(counts.counts[self._layers]).reshape(-1)
         weighted = entries * self._idf
-        # einsum and not BLAS: on busy cores BLAS threads take milliseconds to meet for a product this small.
+        # Use einsum, not BLAS: on busy cores BLAS threads take milliseconds to synchronise for a product this small.
         norm = np.sqrt(np.einsum("d,d->", weighted, weighted))
         if norm == 0:
             return None
@@ -47,6 +48,6 @@ class ZoneScores:
         return np.asarray(np.einsum("kd,d->k", self._weights, entries) / norm, dtype=np.float32)
 
     def alike(self, zones: list[int]) -> list[list[float]]:
-        """[n][n]: cosine similarities of the centroids of these zones with each other."""
+        """Cosine similarities of the centroids of n zones with each other, [n][n]."""
         rows: list[list[float]] = self._alike[zones][:, zones].tolist()
         return rows

@@ -1,1 +1,1 @@
-"""Discrete-event replay of recorded expert activations over the policies that the router runs."""
+"""Discrete-event replay: runs the router's policies on recorded expert activations, without a GPU."""

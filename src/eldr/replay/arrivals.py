@@ -1,4 +1,4 @@
-"""Recorded arrival times, from a trace or from the files in which production traces are published."""
+"""Recorded arrival times, from a trace or from the published files of production traces."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ MAX_FILE_BYTES = 2**28
 
 
 def read_arrivals(path: Path) -> NDArray[np.float64]:
-    """float64 [n], seconds since the first arrival, ascending.
+    """Read arrival times as seconds since the first arrival, float64 [n], ascending.
 
-    .csv: a column TIMESTAMP with dates (Azure LLM inference traces). .jsonl: objects with "timestamp" in ms
-    (Mooncake traces). Anything else: one number of seconds per line. Raises ReplayError naming file and line.
+    path: a .csv file with dates in a TIMESTAMP column (Azure LLM inference traces), a .jsonl file of objects with a
+        "timestamp" in ms (Mooncake traces), or any other text file with one number of seconds per line.
+    Raises ReplayError with the file and the line.
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -42,7 +43,7 @@ def read_arrivals(path: Path) -> NDArray[np.float64]:
         try:
             times.append(parse(record))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ReplayError(f"arrivals {path}, entry {len(times) + 1}: no arrival time ({error})") from None
+            raise ReplayError(f"arrivals {path}, entry {len(times) + 1}: not an arrival time ({error})") from None
     seconds = np.sort(np.array(times, dtype=np.float64))
     if not len(seconds) or not np.isfinite(seconds).all() or seconds[0] == seconds[-1]:
         raise ReplayError(f"arrivals {path}: fewer than two different arrival times")
@@ -54,6 +55,6 @@ def _mooncake_s(line: str) -> float:
 
 
 def _azure_s(row: Mapping[str, str]) -> float:
-    """Seconds of a date such as 2023-11-16 18:17:03.9799600."""
+    """Parse a date such as 2023-11-16 18:17:03.9799600 into seconds."""
     head, _, fraction = row["TIMESTAMP"].strip().partition(".")
     return datetime.fromisoformat(f"{head}+00:00").timestamp() + (float(f"0.{fraction}") if fraction else 0.0)

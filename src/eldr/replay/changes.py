@@ -1,4 +1,4 @@
-"""A fleet that changes during a replay: workers that join, workers that drain and leave, and how TPOT takes it."""
+"""Fleet changes during a replay: workers join, or drain and leave, and TPOT takes time to recover."""
 
 from __future__ import annotations
 
@@ -10,35 +10,39 @@ import numpy as np
 from eldr.replay.errors import ReplayError
 from eldr.replay.measurements import RunResult
 
-# Within this much of its later level TPOT has recovered.
+# TPOT has recovered when it is at most this multiple of its later level.
 RECOVERED = 1.1
 BIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class FleetChange:
-    """At a share 0..1 of the measured run, so many workers join (positive) or drain and leave (negative)."""
+    """A change of the fleet during a replay.
+
+    at: when, as a share 0..1 of the measured run.
+    workers: how many workers join (positive), or drain and leave (negative).
+    """
 
     at: float
     workers: int
 
 
 def parse_changes(text: str) -> tuple[FleetChange, ...]:
-    """Changes such as 0.3:+2,0.7:-1. Raises ReplayError."""
+    """Parse changes such as 0.3:+2,0.7:-1. Raises ReplayError."""
     changes = []
     for part in text.split(","):
         found = re.fullmatch(r"(0?\.\d+|0|1):([+-][1-9]\d*)", part.strip())
         if not found:
-            raise ReplayError(f"{part!r} is no change of the fleet, expected SHARE:+N or SHARE:-N, such as 0.5:-1")
+            raise ReplayError(f"{part!r} is not a fleet change; expected SHARE:+N or SHARE:-N, such as 0.5:-1")
         changes.append(FleetChange(float(found[1]), int(found[2])))
     return tuple(sorted(changes, key=lambda change: change.at))
 
 
 def recovery_s(run: RunResult, change: FleetChange, until: float) -> float:
-    """Seconds after a change from which on mean TPOT stays at its later level, NaN if that is never reached.
+    """Seconds from a change until mean TPOT stays at its later level. NaN if it never does.
 
-    The level is the mean over requests that arrive in the second half of what follows the change, up to the share
-    `until` of the run; it is reached when the mean of two seconds of arrivals is within a tenth of it.
+    The level is the mean over requests that arrive in the second half of the time between the change and the share
+    `until` of the run. It is reached when the mean of two seconds of arrivals is within a tenth of it.
     """
     count = len(run.tpot_s)
     first, last = round(change.at * count), round(until * count)

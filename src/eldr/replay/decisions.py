@@ -1,4 +1,4 @@
-"""Repeats a decision log of the router on fresh policies and says where the choices differ."""
+"""Repeats a router's decision log on fresh policies and reports where the choices differ."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from eldr.policies.refit import Refit
 from eldr.replay.errors import ReplayError
 
 T = TypeVar("T")
-# Another policy may differ in most of millions of choices.
+# A different policy may differ in most of several million choices.
 KEPT_DIFFERENCES = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a log, and where it stands. number: from 1."""
+    """One line of a log and its position.
+
+    number: the line number, from 1.
+    """
 
     file: str
     number: int
@@ -37,7 +40,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A choice that came out otherwise. logged, chosen: workers, None where the policy failed."""
+    """A choice that came out differently.
+
+    logged, chosen: the workers. None if the policy failed.
+    """
 
     where: str
     request: str
@@ -47,12 +53,16 @@ class Difference:
 
 @dataclass(slots=True)
 class Repetition:
-    """What came of repeating a log.
+    """The result of repeating a log.
 
-    headers: one for each start of the router. decisions: choices repeated. differing: those that came out otherwise;
-    differences: the first KEPT_DIFFERENCES of them. skipped: decisions behind a gap, which cannot be repeated. gaps:
-    where lines were lost. cut_off: incomplete last lines, as a crash leaves them. logged, chosen: worker -> requests
-    sent there.
+    headers: one for each start of the router.
+    decisions: the number of choices repeated.
+    differing: the number of choices that came out differently.
+    skipped: the number of decisions after a gap, which cannot be repeated.
+    differences: the first KEPT_DIFFERENCES differences.
+    gaps: where lines were lost.
+    cut_off: incomplete last lines, as a crash leaves them.
+    logged, chosen: worker -> requests sent there.
     """
 
     headers: list[LogHeader] = field(default_factory=list)
@@ -72,7 +82,10 @@ class Repetition:
 
 
 def read_lines(paths: Iterable[Path]) -> Iterator[Line]:
-    """The lines of the parts of one log, oldest first; .gz is unpacked. Raises ReplayError naming the file."""
+    """Read the lines of one log's files, oldest first, decompressing .gz files.
+
+    Raises ReplayError with the file name.
+    """
     for path in paths:
         try:
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -83,11 +96,15 @@ def read_lines(paths: Iterable[Path]) -> Iterator[Line]:
 
 
 def repeat_decisions(lines: Iterable[Line], make: Callable[[LogHeader], Policy]) -> Repetition:
-    """Let the policy that `make` gives for each header hear the log, choose again, and compare.
+    """Repeat a log: a policy is told what the log says, chooses again, and its choices are compared.
 
-    Where a choice differs the log's worker is what starts, so that later choices are judged in the logged state.
-    Raises ReplayError naming the line that is no event. An incomplete line at the end of the log, or before the
-    header of the next start, is what a crash leaves, and no error.
+    If a choice differs, the request is started on the worker of the log, so that later choices start from the logged
+    state. An incomplete line at the end of the log, or before the header of the next start, is what a crash leaves. It
+    is not an error.
+
+    lines: the lines of the log.
+    make: makes the policy for each header.
+    Raises ReplayError with the line that is not an event.
     """
     repeater = _Repeater(make)
     broken: tuple[Line, ReplayError] | None = None
@@ -111,7 +128,7 @@ def repeat_decisions(lines: Iterable[Line], make: Callable[[LogHeader], Policy])
     if broken is not None:
         repeater.result.cut_off.append(broken[0].where)
     if not repeater.result.headers:
-        raise ReplayError("the decision log holds no header: it is empty, or no decision log")
+        raise ReplayError("the decision log has no header: it is empty or not a decision log")
     return repeater.result
 
 
@@ -121,7 +138,7 @@ def _no_event(line: Line, error: Exception) -> ReplayError:
 
 
 class _Repeater:
-    """Sends every line to the run of the router that wrote it: at an upgrade two routers write to one file."""
+    """Sends every line to the run of the router that wrote it. During an upgrade two routers write to the same file."""
 
     def __init__(self, make: Callable[[LogHeader], Policy]) -> None:
         self.result = Repetition()
@@ -138,7 +155,7 @@ class _Repeater:
             _parsed(line, lambda: self._runs[name].hear(event, line))
         else:
             raise ReplayError(
-                f"decision log {line.where}: begins without a header; give the older parts of the log first"
+                f"decision log {line.where}: there is no header before this line; give the older files of the log first"
             )
 
 
@@ -150,7 +167,7 @@ def _parsed(line: Line, parse: Callable[[], T]) -> T:
 
 
 class _Run:
-    """One start of the router: its policy, numbers of workers, and running requests."""
+    """One start of the router: its policy, its numbered workers, and its running requests."""
 
     def __init__(self, result: Repetition, policy: Policy) -> None:
         self._result = result
@@ -204,13 +221,13 @@ class _Run:
 
 
 def _tell(hook: Callable[[DecodeRequest, str], None], request: DecodeRequest, worker: str) -> None:
-    """As the router does: a policy that fails to take note goes on."""
+    """Call a hook the way the router does: if the policy fails, the run goes on."""
     with contextlib.suppress(Exception):
         hook(request, worker)
 
 
 def _worker_of(policy: Policy, request: DecodeRequest, in_flight: dict[str, int]) -> str | None:
-    """The policy's choice, None where it fails: the router then took the least loaded worker."""
+    """Return the policy's choice, or None if it fails. The router then took the least loaded worker."""
     try:
         return policy.choose(request, in_flight).worker
     except Exception:

@@ -1,4 +1,4 @@
-"""The simulation: a fleet of decode workers, each stepping its batch, under one policy.
+"""The simulation: a fleet of decode workers under one policy, each worker stepping its batch.
 
 The workers compute whole runs of steps (`eldr.replay.worker`). An arrival cuts the run of its worker at the next step
 boundary.
@@ -25,9 +25,9 @@ PROGRESS_ARRIVALS = 64
 
 
 class Engine:
-    """One run of one policy. Make a new one for every run.
+    """Runs one policy once. Make a new engine for every run.
 
-    clock, fleet: their state at the arrival under way.
+    clock, fleet: their state at the current arrival.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class Engine:
         self._window = Window(workload)
 
     def run(self, progress: Callable[[int], None] | None = None) -> RunResult:
-        """Replay every arrival to its end. progress: hears how many more requests have arrived, now and then.
+        """Replay every arrival until it ends.
 
-        Raises ReplayError where more requests would be in flight than the trace has.
+        progress: called now and then with the number of requests that arrived since the last call.
+        Raises ReplayError if more requests would be in flight than the trace has.
         """
         told = 0
         for arrival, now_s in enumerate(self._workload.arrival_s.tolist()):
@@ -70,7 +71,7 @@ class Engine:
         return result_of(self._workload, self._trace, self._log, self._window)
 
     def _advance(self, until_s: float) -> None:
-        """Handle every end of a run up to and including `until_s`."""
+        """Handle every run that ends at or before `until_s`."""
         while (index := self.clock.next_end(until_s)) is not None:
             worker = self.fleet.workers[index]
             self._window.add(worker.run, len(worker.batch))
@@ -114,7 +115,7 @@ class Engine:
             self.clock.plan(worker.index, end_s)
 
     def _end(self, entry: Running, worker: DecodeWorker) -> None:
-        """Let a finished request go."""
+        """Log and release a finished request."""
         moe_s = worker.moe_s - entry.moe_at_start_s
         self._log.ended(entry.arrival, self.clock.now_s, entry.admitted_s - entry.arrived_s, moe_s)
         self._draws.release(entry.trace_index)

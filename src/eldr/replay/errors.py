@@ -1,7 +1,7 @@
-"""Why a replay cannot be run."""
+"""The error of a replay that cannot be run."""
 
 from eldr.errors import EldrError
 
 
 class ReplayError(EldrError):
-    """Options, a trace or a load that cannot be replayed; says why and what to change."""
+    """Raised when options, a trace or a load cannot be replayed. The message says why and what to change."""

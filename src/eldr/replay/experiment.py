@@ -1,4 +1,4 @@
-"""Compares policies on a trace: every policy under the same arrivals, draws and split, seed by seed."""
+"""Compares policies on a trace. For each seed, every policy gets the same arrivals, draws and split."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from eldr.trace import Trace
 from eldr.zones import balanced_kmeans
 
 BASELINES = ("rr", "random", "p2c", "jsq")
-# Of the laboratory alone: expected-union without calibration, with true profiles, and greedy with full knowledge.
-# locality-band-refit is locality-band with background refits, whether or not an interval is given.
+# Policies that exist only in the replay: expected-union without a calibration, expected-union with true profiles, and
+# greedy with full knowledge. locality-band-refit is locality-band with background refits, even if no interval is given.
 LAB_POLICIES = ("locality-band-refit", "expected-union-own", "expected-union-true", "clairvoyant")
 CALIBRATED = ("locality-band", "locality-band-refit", "expected-union", "expected-union-true")
 REFIT_INTERVAL_S = 2.5
-# Requests that warm the fleet up and that keep it loaded at the end, in multiples of the expected number in flight.
+# Requests that warm the fleet up, and that keep it loaded at the end, in multiples of the expected number in flight.
 WARM_UP, COOL_DOWN = 2.0, 1.25
 RATE_TOLERANCE = 0.01
 RATE_TRIALS = 8
@@ -50,12 +50,16 @@ RATE_TRIALS = 8
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is the same for every policy, fleet size and seed of a comparison.
+    """The settings that all policies, fleet sizes and seeds of a comparison share.
 
-    requests: measured requests of a run, those of warm-up and cool-down come on top. recorded_arrivals_s: float64
-    [n], arrival times whose rhythm is used in place of a Poisson process. options: of the policies; their costs are
-    also those of the simulated workers w0, w1, ... kinds: shares of the kinds of requests in what is served; none
-    draws from all served requests alike. fleet_changes: workers that join or leave during the measured run.
+    requests: measured requests per run. Those of warm-up and cool-down come on top.
+    max_output: cuts each request after this many generated tokens. None for no limit.
+    mix: how the trace is split.
+    limits: the capacity of each worker.
+    recorded_arrivals_s: float64 [n], arrival times whose rhythm replaces the Poisson process.
+    options: policy options. Their costs also apply to the simulated workers w0, w1, ...
+    kinds: the shares of the kinds of requests served. Empty draws from all served requests alike.
+    fleet_changes: workers that join or leave during the measured run.
     """
 
     requests: int = 2000
@@ -69,7 +73,7 @@ class Settings:
 
 
 class Laboratory:
-    """A trace, its settings, and what is fitted on it, once for every seed."""
+    """A trace, its settings, and everything fitted on it, once per seed."""
 
     def __init__(self, trace: Trace, settings: Settings, calibration: Calibration | None = None) -> None:
         self.trace = trace
@@ -89,7 +93,7 @@ class Laboratory:
                 )
 
     def with_options(self, **options: Any) -> Laboratory:
-        """The same trace, splits and fits under other options of the policies (tau, cost_scope, anchor, ...)."""
+        """Return a laboratory with the same trace, splits and fits, but other policy options (tau, cost_scope, ...)."""
         other = copy.copy(self)
         changed = dataclasses.replace(self.settings.options, **options)
         other.settings = dataclasses.replace(self.settings, options=changed)
@@ -106,7 +110,7 @@ class Laboratory:
         return self._splits[seed]
 
     def calibration(self, workers: int, seed: int) -> Calibration | None:
-        """The calibration given, else one fitted to the seed's calibration requests; None where there are none."""
+        """Return the given calibration, or fit one to the seed's calibration requests. None if there are none."""
         if self._given is not None:
             return self._given
         chosen = self.split(seed).calibrate
@@ -116,7 +120,7 @@ class Laboratory:
             part = take_requests(self.trace, chosen)
             self._fitted[seed] = fit_calibration(part, workers, seed=seed, compare=False)
         fitted = self._fitted[seed]
-        if fitted.workers != workers:  # of what is fitted only the zones depend on the number of workers
+        if fitted.workers != workers:  # only the zones depend on the number of workers
             signatures = fitted.signature.transform(self.trace.prefill_counts[chosen])
             zones = balanced_kmeans(signatures, workers, seed=seed)
             fitted = dataclasses.replace(fitted, centroids=zones.centroids, zone_sizes=zones.sizes)
@@ -124,7 +128,7 @@ class Laboratory:
         return fitted
 
     def policy(self, name: str, workers: int, seed: int) -> Policy:
-        """A fresh policy. Raises PolicyError for an unknown name or a missing calibration."""
+        """Make a fresh policy. Raises PolicyError for an unknown name or a missing calibration."""
         settings = self.settings
         if name == "clairvoyant":
             return Clairvoyant(self.packed)
@@ -151,7 +155,7 @@ class Laboratory:
         return self._profiles
 
     def workload(self, rate: float, in_flight: float, seed: int, requests: int | None = None) -> Workload:
-        """Arrivals at `rate` requests/s with about `in_flight` of them running at a time."""
+        """Make a workload with arrivals at `rate` requests/s, of which about `in_flight` run at a time."""
         settings = self.settings
         measured = settings.requests if requests is None else requests
         warm_up = math.ceil(WARM_UP * in_flight) + 1
@@ -184,7 +188,7 @@ class Laboratory:
         return mixed_draw_order(pools, count, in_flight, rng) if pools else draw_order(pool, count, in_flight, rng)
 
     def _pools_by_kind(self, pool: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], float]]:
-        """(requests, share) of each kind of the settings that `pool` has."""
+        """Return (requests, share) for each kind of the settings that `pool` has."""
         labels = np.array(self.packed.label)[pool]
         pools = [(pool[np.isin(labels, kind.labels)], kind.share) for kind in self.settings.kinds]
         return [(requests, share) for requests, share in pools if len(requests)]
@@ -208,7 +212,7 @@ class Laboratory:
         requests: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> RunResult:
-        """One run of one policy. batch: the mean batch to expect at this rate; sets warm-up, cool-down and draws."""
+        """Run one policy once. batch: the mean batch expected at this rate, which sets warm-up, cool-down and draws."""
         return self.run_policy(self.policy(name, workers, seed), workers, rate, batch, seed, requests, progress)
 
     def run_policy(
@@ -221,22 +225,22 @@ class Laboratory:
         requests: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> RunResult:
-        """The same for a policy made elsewhere; it must be a fresh one."""
+        """Run a policy made elsewhere, which must be fresh. The other parameters are those of `run`."""
         workload = self.workload(rate, workers * batch, seed, requests)
         options = self.settings.options
         interval_s = options.refit_interval_s if options.refits else REFIT_INTERVAL_S
-        refits = RefitSchedule(interval_s, options.refit_window_s)  # of no effect on a policy that remembers nothing
+        refits = RefitSchedule(interval_s, options.refit_window_s)  # no effect on a policy that keeps no signatures
         engine = Engine(self.packed, workload, self.fleet(workers), policy, refits)
         if isinstance(policy, Clairvoyant):
             policy.attach(engine)
         return engine.run(progress)
 
     def served_steps(self, seed: int) -> float:
-        """Mean decode steps of the requests served."""
+        """Mean number of decode steps of the served requests."""
         return float(self._steps[self.split(seed).serve].mean())
 
     def batch_at(self, rate: float, workers: int, seed: int = 0) -> float:
-        """Mean batch to expect at a rate, from the step times of random batches: it grows until it fits the rate."""
+        """Estimate the mean batch at a rate from the step times of random batches. It grows until it fits the rate."""
         per_worker = rate / workers * self.served_steps(seed)
         batch = 1.0
         for _ in range(60):
@@ -249,7 +253,7 @@ class Laboratory:
         return max(batch, 0.05)
 
     def _random_step_s(self, batch: int, seed: int) -> float:
-        """Step time of a batch of requests drawn at random, at random places of their decode."""
+        """Step time of a batch of random requests, each at a random point of its decode."""
         rng = np.random.default_rng([seed, 2])
         serve = self.split(seed).serve
         size = min(batch, len(serve))
@@ -266,7 +270,7 @@ class Laboratory:
         return float(np.mean(times))
 
     def rate_for_batch(self, batch: float, workers: int, seed: int = 0) -> float:
-        """The rate that gives mean batch `batch` under jsq, by secant steps between logarithms."""
+        """Find the rate that gives mean batch `batch` under jsq, by secant steps on logarithms."""
         self._check_in_flight(batch, workers, seed)
         requests = max(600, int(6 * workers * batch))
         rate = workers * batch / (self.served_steps(seed) * self._random_step_s(max(1, round(batch)), seed))
@@ -287,7 +291,7 @@ class Laboratory:
         split = self.split(seed)
         parts = [part for part in (split.serve, split.serve_before) if part is not None]
         smallest = min(len(part) for part in parts)
-        for part in parts:  # a kind with a large share and few requests is short of them first
+        for part in parts:  # a kind with a large share and few requests runs out first
             pools = self._pools_by_kind(part)
             total = sum(share for _, share in pools)
             smallest = min([smallest, *(int(len(requests) * total / share) for requests, share in pools)])
@@ -309,7 +313,7 @@ class Cell:
     runs: list[RunResult]
 
     def per_seed(self, measure: Callable[[RunResult], float]) -> NDArray[np.float64]:
-        """float64 [S]: a figure of each run."""
+        """Apply `measure` to each run: float64 [S]."""
         return np.array([measure(run) for run in self.runs])
 
 
@@ -322,7 +326,10 @@ def compare(
     seeds: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Cell]:
-    """Cells of the four load balancers and of `policies`, each policy once, under the same seeds."""
+    """Run the four load balancers and `policies` under the same seeds, each policy once.
+
+    Returns one cell per policy.
+    """
     names = list(dict.fromkeys((*BASELINES, *policies)))
     return [
         Cell(
@@ -336,8 +343,8 @@ def compare(
 
 
 def check_names(policies: Sequence[str]) -> None:
-    """Raise ReplayError for a policy that there is not."""
+    """Raise ReplayError if a policy does not exist."""
     for name in policies:
         if name not in POLICY_NAMES and name not in LAB_POLICIES:
             known = ", ".join((*POLICY_NAMES, *LAB_POLICIES))
-            raise ReplayError(f"there is no policy {name!r} to replay; there are {known}")
+            raise ReplayError(f"there is no policy {name!r} to replay; choose from {known}")

@@ -12,9 +12,11 @@ from eldr.replay.worker import DecodeWorker, WorkerLimits
 
 @dataclass(frozen=True, slots=True)
 class FleetSpec:
-    """Decode workers of a replay: one cost each (unequal hardware is allowed), and their common limits.
+    """The decode workers of a replay.
 
-    moe_cost: cost of the MoE layers alone, accounted beside the step time.
+    costs: the cost model of each worker. Hardware may differ.
+    moe_costs: the cost of the MoE layers alone, accounted in addition to the step time.
+    limits: the limits that all workers share.
     """
 
     costs: tuple[StepCost, ...]
@@ -25,22 +27,23 @@ class FleetSpec:
 class SimulatedFleet:
     """The workers of one run. The policy hears of every worker and request as it would in the router.
 
-    workers: all that have ever joined, by index. by_name: the same by name. in_flight: eligible worker -> its requests
-    in flight.
+    workers: all that have ever joined, by index.
+    by_name: the same workers by name.
+    in_flight: eligible worker -> its requests in flight.
     """
 
     def __init__(self, spec: FleetSpec, policy: Policy) -> None:
         self.workers: list[DecodeWorker] = []
         self.by_name: dict[str, DecodeWorker] = {}
         self.in_flight: dict[str, int] = {}
-        self._draining: dict[str, int] = {}  # worker -> requests that it still has
+        self._draining: dict[str, int] = {}  # worker -> requests it still has
         self._limits = spec.limits
         self._policy = policy
         for cost, moe_cost in zip(spec.costs, spec.moe_costs, strict=True):
             self._join(cost, moe_cost)
 
     def change(self, workers: int) -> None:
-        """Let workers join that are as fast as the first. A negative number drains those that have been there longest.
+        """Let workers join, with the first worker's cost. A negative number drains those that have been there longest.
 
         Raises ReplayError if none would be left.
         """

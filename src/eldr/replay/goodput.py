@@ -1,4 +1,4 @@
-"""Goodput: the highest rate at which a policy keeps p99 TPOT under a limit."""
+"""Goodput: the highest request rate at which a policy keeps p99 TPOT under a limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from eldr.replay.errors import ReplayError
 from eldr.replay.experiment import Cell, Laboratory
 
-# Relative width at which the bisection ends.
+# The bisection ends at this relative width.
 TOLERANCE = 0.01
 FIRST_BATCH = 1.0
 MAX_DOUBLINGS = 20
@@ -23,14 +23,15 @@ def goodput(
     seeds: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Cell, bool]:
-    """The cell at the highest rate whose p99 TPOT, mean over seeds, is at most `limit_ms`, and whether the trace was
-    long enough to go beyond it: where it was not, the rate is the highest that could be replayed.
+    """Find the highest rate at which p99 TPOT, averaged over seeds, is at most `limit_ms`.
 
-    Raises ReplayError where even a nearly idle fleet is slower than the limit.
+    Returns the cell at that rate, and whether the limit was reached. If the trace is too short to go beyond the limit,
+    the rate is the highest that could be replayed.
+    Raises ReplayError if even a nearly idle fleet exceeds the limit.
     """
 
     def cell_at(rate: float) -> Cell | None:
-        """None where the trace has too few requests for this load."""
+        """Return None if the trace has too few requests for this load."""
         batch = laboratory.batch_at(rate, workers)
         try:
             runs = [laboratory.run(policy, workers, rate, batch, seed, progress=progress) for seed in range(seeds)]

@@ -14,14 +14,19 @@ from eldr.replay.workload import Workload
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunResult:
-    """What one run measured, over the requests that arrived in the measured window and the steps made in it.
+    """The measurements of one run, over the requests that arrived in the measured window and the steps made in it.
 
-    tpot_s: float64 [M], (last token - first token) / (tokens - 1) of each measured request; its first token is the
-        one that prefill made, so that waiting at the decode worker counts. moe_tpot_s: float64 [M], the same for the
-        time of the MoE layers alone. wait_s: float64 [M], from arrival to the first step.
-    arrival_s: float64 [M]. request: int64 [M], index into the trace. worker: int64 [M].
-    active_experts_mean: distinct experts per step and layer. batch_mean: requests per step.
-    steps, tokens: made in the measured window, all workers. replayed_tokens: made in the whole run.
+    tpot_s: float64 [M], (last token - first token) / (tokens - 1) of each measured request. The first token is the one
+        that prefill generated, so waiting at the decode worker counts.
+    moe_tpot_s: float64 [M], the same for the time of the MoE layers alone.
+    wait_s: float64 [M], from arrival to the first step.
+    arrival_s: float64 [M].
+    request: int64 [M], the index into the trace.
+    worker: int64 [M].
+    active_experts_mean: distinct experts per step and layer.
+    batch_mean: requests per step.
+    steps, tokens: made in the measured window by all workers.
+    replayed_tokens: made in the whole run.
     """
 
     tpot_s: NDArray[np.float64]
@@ -40,8 +45,11 @@ class RunResult:
 class ArrivalLog:
     """The course of each of n arrivals.
 
-    request, worker: int64 [n], index into the trace and of the worker. finish_s: float64 [n], when it ended. wait_s:
-    float64 [n], from arrival to the first step. moe_s: float64 [n], time of the MoE layers in its steps.
+    request: int64 [n], the index into the trace.
+    worker: int64 [n], the index of the worker.
+    finish_s: float64 [n], when it ended.
+    wait_s: float64 [n], from arrival to the first step.
+    moe_s: float64 [n], the time of the MoE layers in its steps.
     """
 
     def __init__(self, arrivals: int) -> None:
@@ -66,7 +74,9 @@ class ArrivalLog:
 class Window:
     """Sums over the steps that end between the first measured arrival and the first one after the measured.
 
-    steps, tokens, experts: made or activated by all workers in the window. replayed_tokens: made in the whole run.
+    steps, tokens: made in the window by all workers.
+    experts: the sum over these steps of their active experts.
+    replayed_tokens: made in the whole run.
     """
 
     def __init__(self, workload: Workload) -> None:

@@ -1,4 +1,4 @@
-"""Policies of the laboratory alone: they know what no router can know."""
+"""Oracle policies for the replay only: they know things that no router can know."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ if TYPE_CHECKING:
 
 
 def trace_index(request: DecodeRequest) -> int:
-    """Index into the trace, which the engine writes behind the dot of a request's id."""
+    """Return the request's index into the trace. The engine writes it after the dot in the request id."""
     return int(request.request_id.rpartition(".")[2])
 
 
 class TrueProfiles(ExpectedUnion):
-    """Expected-union with the request's true decode profile in place of a prediction: the bound of any predictor."""
+    """Expected-union with the request's true decode profile instead of a prediction.
+
+    It bounds what any predictor can reach.
+    """
 
     name = "expected-union-true"
 
     def __init__(self, profiles: NDArray[np.float32], predictor: ActivationModel | None = None, **options: Any) -> None:
-        """profiles: float32 [N, D]. The predictor gives the geometry and the fleet's first mean, nothing else."""
+        """profiles: float32 [N, D]. predictor: used only for the geometry and the fleet's initial mean."""
         super().__init__(predictor, **options)
         self._profiles = profiles
 
@@ -41,12 +44,12 @@ class TrueProfiles(ExpectedUnion):
 
 
 class Clairvoyant(Policy):
-    """Greedy with full knowledge of the future steps of every running request.
+    """Greedy placement with full knowledge of the future steps of every running request.
 
-    For each worker it computes the distinct experts that the newcomer would add to every step it shares with the
-    requests there, from the recorded rows themselves, and sends it where it adds least decode time: the same cost as
-    expected-union, with the truth in place of every expectation. It knows nothing of arrivals to come and has no
-    anchor, so that it is no upper bound on what routing can gain.
+    For each worker it computes, from the recorded rows, the distinct experts that the newcomer would add to every step
+    it shares with the requests there. It picks the worker with the least added decode time: the same cost as
+    expected-union, with the truth instead of expectations. It knows nothing about future arrivals and has no anchor, so
+    it is not an upper bound on the gains of routing.
     """
 
     name = "clairvoyant"
@@ -56,7 +59,7 @@ class Clairvoyant(Policy):
         self._engine: Engine | None = None
 
     def attach(self, engine: Engine) -> None:
-        """Let it see the running requests of `engine`."""
+        """Give it access to the running requests of `engine`."""
         self._engine = engine
 
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
@@ -66,7 +69,7 @@ class Clairvoyant(Policy):
         return Decision(list(in_flight)[int(np.argmin(costs))], "clairvoyant")
 
     def _placement_s(self, index: int, position: int) -> float:
-        """Seconds that the newcomer and the others together pay for it on one worker, over its whole decode."""
+        """Seconds that the newcomer and the others pay together on one worker, over the newcomer's whole decode."""
         assert self._engine is not None
         trace = self._trace
         row, end = trace.first_row[index], trace.end_row[index]

@@ -1,4 +1,4 @@
-"""Results of a comparison as rows, JSON objects and a table."""
+"""Formats the results of a comparison as rows, JSON objects and tables."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from eldr.replay.measurements import RunResult
 from eldr.replay.statistics import Change, paired_change
 
 Measure = Callable[[RunResult], float]
-# Parts of the run that a timeline shows.
+# A timeline divides the run into this many parts.
 TIMELINE_BINS = 20
 
 
 def tpot_ms(percent: float | None) -> Measure:
-    """A percentile over requests of TPOT in ms; None for the mean."""
+    """A percentile of TPOT over requests, in ms. None for the mean."""
     return lambda run: _statistic(run.tpot_s, percent)
 
 
 def moe_tpot_ms(percent: float | None) -> Measure:
-    """The same of the MoE layers' share of TPOT."""
+    """The same for the part of TPOT that the MoE layers take."""
     return lambda run: _statistic(run.moe_tpot_s, percent)
 
 
@@ -38,14 +38,14 @@ STATISTICS: dict[str, float | None] = {"p50": 50.0, "p99": 99.0, "mean": None}
 
 
 def change_against_best(cell: Cell, cells: Sequence[Cell], measure: Measure) -> Change:
-    """Paired change against the load balancer whose mean over seeds is least."""
+    """Paired change against the load balancer with the lowest mean over seeds."""
     baselines = [other.per_seed(measure) for other in cells if other.policy in BASELINES]
     best = min(baselines, key=lambda values: float(values.mean()))
     return paired_change(cell.per_seed(measure), best)
 
 
 def as_object(cell: Cell, cells: Sequence[Cell], scope: str) -> dict[str, Any]:
-    """The JSON object of one (policy, workers, rate)."""
+    """Return the JSON object of one (policy, workers, rate)."""
 
     def mean(measure: Measure) -> float:
         return float(cell.per_seed(measure).mean())
@@ -84,14 +84,16 @@ def _known(value: float) -> float | None:
 
 
 def timeline_ms(cell: Cell) -> list[float]:
-    """Mean TPOT in ms of each twentieth of the measured arrivals, in order of arrival, over all seeds."""
+    """Mean TPOT in ms for each twentieth of the measured arrivals, in order of arrival, over all seeds."""
     parts = [np.array_split(run.tpot_s, TIMELINE_BINS) for run in cell.runs]
     return [1e3 * float(np.concatenate([run[at] for run in parts]).mean()) for at in range(TIMELINE_BINS)]
 
 
 def recoveries_s(cell: Cell, changes: Sequence[FleetChange]) -> list[float | None]:
-    """Mean seconds over the seeds from each change of the fleet until TPOT was at its later level; None if it never
-    was in one of them."""
+    """Mean recovery time over the seeds, in seconds, for each fleet change.
+
+    None if TPOT did not recover in some seed.
+    """
     ends = [change.at for change in changes[1:]] + [1.0]
     means = (
         float(cell.per_seed(lambda run, change=change, end=end: recovery_s(run, change, end)).mean())  # type: ignore[misc]
@@ -101,11 +103,14 @@ def recoveries_s(cell: Cell, changes: Sequence[FleetChange]) -> list[float | Non
 
 
 def as_tables(objects: Sequence[dict[str, Any]], title: str) -> list[Table]:
-    """Two tables that fit a terminal of 80 columns, one row per (policy, workers, rate): TPOT, and its change against
-    the best load balancer; of a search for goodput, the change of its rates."""
+    """Return two tables that fit a terminal of 80 columns, one row per (policy, workers, rate).
+
+    The first has TPOT, the second its change against the best load balancer. For a goodput search the second has the
+    change of the rate.
+    """
     absolute = _table(f"{title}\nTPOT in ms", ("workers", "req/s", "p50", "p95", "p99", "mean", "experts", "batch"))
     if "goodput_limit_ms" in objects[0]:
-        change = _table("req/s against the best load balancer's", ("workers", "%"))
+        change = _table("change of req/s against the best load balancer", ("workers", "%"))
     else:
         change = _table(
             "change of TPOT in percent against the best load balancer", ("workers", "p50", "p99", "mean", "MoE mean")

@@ -13,18 +13,20 @@ from eldr.counts import ExpertCounts
 from eldr.replay.errors import ReplayError
 from eldr.trace import Trace
 
-# Rows unpacked to one byte per (layer, expert) at once: bounds the working memory.
+# This many rows are unpacked to one byte per (layer, expert) at a time, to bound the working memory.
 ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedTrace:
-    """The part of a trace that a replay needs.
+    """The parts of a trace that a replay needs.
 
-    words: uint64 [T, ceil(L * E / 64)], bit l * E + e is set where the step activates expert e in layer l.
-    first_row, end_row: int [N], rows of each request. prompt_tokens: int [N]. label: str [N].
-    counts: expert counts of each prompt, as the router would hear them.
-    ranks: of expert parallelism; a step then waits for the rank with the most active experts of each layer.
+    words: uint64 [T, ceil(L * E / 64)]. Bit l * E + e is set if the step activates expert e in layer l.
+    first_row, end_row: int [N], the rows of each request.
+    prompt_tokens: int [N].
+    label: str [N].
+    counts: the expert counts of each prompt, as the router would receive them.
+    ranks: expert-parallel ranks. A step waits for the rank with the most active experts in each layer.
     """
 
     words: NDArray[np.uint64]
@@ -43,11 +45,14 @@ class PackedTrace:
         return len(self.first_row)
 
     def steps(self, request: int) -> int:
-        """Decode steps of one request: its generated tokens less one."""
+        """Decode steps of one request, which is one less than its generated tokens."""
         return self.end_row[request] - self.first_row[request]
 
     def active_experts(self, union: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """int64 [steps]: experts that each step waits for, summed over layers, of unions of rows [steps, words]."""
+        """Experts that each step waits for, summed over layers, int64 [steps].
+
+        union: unions of rows, [steps, words].
+        """
         if self.ranks == 1:
             return np.asarray(np.bitwise_count(union).sum(axis=1, dtype=np.int64))
         bits = np.unpackbits(union.view(np.uint8), axis=1, bitorder="little")[:, : self.layers * self.experts]
@@ -55,9 +60,9 @@ class PackedTrace:
 
 
 def pack_trace(trace: Trace, max_output: int | None = None, ranks: int = 1) -> PackedTrace:
-    """Bit sets of `trace`, each request cut after `max_output` generated tokens.
+    """Pack `trace` into bit sets. Each request is cut after `max_output` generated tokens.
 
-    Raises ReplayError where no request has a decode step left, or where `ranks` do not divide the experts.
+    Raises ReplayError if no request has a decode step left, or if `ranks` does not divide the experts.
     """
     meta = trace.meta
     if meta.experts % ranks:
@@ -86,7 +91,7 @@ def pack_trace(trace: Trace, max_output: int | None = None, ranks: int = 1) -> P
 
 
 def pack_rows(decode_experts: NDArray[np.unsignedinteger[Any]], experts: int) -> NDArray[np.uint64]:
-    """uint64 [T, ceil(L * E / 64)] from expert ids [T, L, k]."""
+    """Pack expert ids [T, L, k] into bit sets, uint64 [T, ceil(L * E / 64)]."""
     rows, layers, _ = decode_experts.shape
     bits = layers * experts
     words = np.zeros((rows, -(-bits // 64)), dtype=np.uint64)
@@ -100,7 +105,7 @@ def pack_rows(decode_experts: NDArray[np.unsignedinteger[Any]], experts: int) ->
 
 
 def union_rows(words: NDArray[np.uint64], rows: list[int], steps: int) -> NDArray[np.uint64]:
-    """uint64 [steps, words]: the experts of step s, the union over the rows `row + s`."""
+    """The experts of each step as bit sets, uint64 [steps, words]. Step s is the union over the rows `row + s`."""
     union = words[rows[0] : rows[0] + steps]
     if len(rows) > 1:
         union = union | words[rows[1] : rows[1] + steps]

@@ -1,4 +1,4 @@
-"""How good a predictor of decode activations is, judged on what routing needs: the experts of whole batches."""
+"""Judges predictors of decode activations on what routing needs: the distinct experts of whole batches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ RELIABILITY_BINS = 20
 
 @dataclass(frozen=True, slots=True)
 class UnionJudgement:
-    """Distinct experts of a step and layer, mean over batches: predicted, with true profiles, and as recorded.
+    """Distinct experts per step and layer, averaged over batches.
 
-    With true profiles the difference from what was recorded is that of assuming independent requests.
+    predicted: from the predictor.
+    from_true_profiles: from true profiles. Its difference from `recorded` is the error of assuming independent
+        requests.
+    recorded: counted in the trace.
     """
 
     predicted: float
@@ -30,10 +33,12 @@ class UnionJudgement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judgement:
-    """r2: share of the variance of decode profiles that is predicted. random, similar: on batches of requests drawn
-    at random, and of those nearest to each other by their true profiles.
+    """The quality of one predictor.
 
-    reliability: float64 [bins, 3], mean predicted probability, recorded frequency, and number of entries.
+    r2: the share of the variance of decode profiles that it explains.
+    random: on batches of random requests.
+    similar: on batches of requests with the nearest true profiles.
+    reliability: float64 [bins, 3], the mean predicted probability, the recorded frequency and the number of entries.
     """
 
     r2: float
@@ -52,7 +57,10 @@ def judge(
     batches: int = 200,
     seed: int = 0,
 ) -> Judgement:
-    """Judge on `requests`, which the predictor was not fitted on. profiles: float32 [N, D], true ones of the trace."""
+    """Judge a predictor on `requests`, which it must not have been fitted on.
+
+    profiles: float32 [N, D], the true profiles of the trace.
+    """
     rng = np.random.default_rng(seed)
     true = profiles[requests]
     predicted = np.stack([predict(trace.counts[request]) for request in requests.tolist()])
@@ -76,7 +84,7 @@ def judge(
 def recorded_union(
     trace: PackedTrace, requests: NDArray[np.int64], rng: np.random.Generator, places: int = 20
 ) -> float:
-    """Distinct experts of a step and layer of these requests, each at a random place of its decode."""
+    """Distinct experts per step and layer of these requests, each at a random point of its decode."""
     union = np.zeros((places, trace.words.shape[1]), dtype=np.uint64)
     for request in requests.tolist():
         union |= trace.words[rng.integers(trace.first_row[request], trace.end_row[request], places)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from eldr.policies.base import Policy
 from eldr.policies.refit import Refit, RefitSchedule
 
-# How long a fit takes in the router's second process, so that zones are as old here as there.
+# How long a fit takes in the router's second process. Zones are then as old here as they are there.
 FIT_S = 0.5
 
 
 class SimulatedRefits:
-    """Fits when the schedule says so and hands the policy what came of it FIT_S seconds later."""
+    """Runs fits when the schedule says so, and hands each result to the policy FIT_S seconds later."""
 
     def __init__(self, policy: Policy, schedule: RefitSchedule) -> None:
         self._policy = policy
@@ -19,7 +19,7 @@ class SimulatedRefits:
         self._fitted: tuple[float, Refit] | None = None
 
     def advance(self, now_s: float) -> None:
-        """To be called before every choice: between two of them refits change nothing that could be seen."""
+        """Call this before every choice. Between two choices a refit has no visible effect."""
         self._apply(now_s)
         if now_s < self._due_s or self._fitted is not None:
             return

@@ -1,4 +1,4 @@
-"""Which requests of a trace calibrate and which are served."""
+"""Splits a trace into requests that calibrate and requests that are served."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ Indices = NDArray[np.int64]
 class Mix:
     """How a trace is split.
 
-    calibrate_fraction: of the requests of a kind that is both calibrated on and served. 0 calibrates nothing.
-    calibrate_labels, serve_labels: kinds of requests, None for all. A kind in only one of them goes there whole.
-    switch_at: share of the arrivals after which the served kinds change from calibrate_labels to serve_labels;
-        None serves serve_labels throughout.
+    calibrate_fraction: the share of requests to calibrate on, among kinds that are both calibrated on and served. 0
+        calibrates on nothing.
+    calibrate_labels, serve_labels: kinds of requests. None for all. A kind in only one of the two goes there entirely.
+    switch_at: the share of the arrivals after which the served kinds change from calibrate_labels to serve_labels. None
+        serves serve_labels throughout.
     """
 
     calibrate_fraction: float = 0.5
@@ -32,7 +33,12 @@ class Mix:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:
-    """Indices into the trace. serve_before: what is served before the switch, None without one."""
+    """Indices into the trace.
+
+    calibrate: the requests to calibrate on.
+    serve: the requests to serve.
+    serve_before: the requests to serve before the switch. None without a switch.
+    """
 
     calibrate: Indices
     serve: Indices
@@ -40,16 +46,17 @@ class Split:
 
 
 def split_trace(label: Sequence[str], steps: NDArray[np.int64], mix: Mix, rng: np.random.Generator) -> Split:
-    """A random split; requests without a decode step are never served.
+    """Split a trace at random. Requests without a decode step are never served.
 
-    label: [N]; steps: int64 [N], decode steps of each request. Raises ReplayError for labels that the trace does not
-    have, or where nothing is left to serve.
+    label: [N].
+    steps: int64 [N], the decode steps of each request.
+    Raises ReplayError for labels that the trace does not have, or if nothing is left to serve.
     """
     labels = np.asarray(label)
     for wanted in (mix.calibrate_labels, mix.serve_labels):
         _check_labels(labels, wanted)
     if not 0 <= mix.calibrate_fraction < 1:
-        raise ReplayError(f"calibrate fraction {mix.calibrate_fraction}: expected a number from 0 to below 1")
+        raise ReplayError(f"calibrate fraction {mix.calibrate_fraction}: expected a number of at least 0 and below 1")
     may_calibrate = _having(labels, mix.calibrate_labels)
     may_serve = _having(labels, mix.serve_labels)
     if mix.calibrate_fraction == 0:
@@ -57,7 +64,7 @@ def split_trace(label: Sequence[str], steps: NDArray[np.int64], mix: Mix, rng: n
     order = rng.permutation(len(labels))
     if mix.switch_at is None:
         shared, first = may_calibrate & may_serve, may_calibrate & ~may_serve
-    else:  # before the switch the calibrated kinds are served, so that all of them are shared
+    else:  # the calibrated kinds are served before the switch, so all of them are shared
         shared, first = may_calibrate, np.zeros_like(may_calibrate)
     mixed = order[shared[order]]
     cut = round(len(mixed) * mix.calibrate_fraction)
@@ -89,7 +96,7 @@ def _check_labels(labels: NDArray[np.str_], wanted: tuple[str, ...] | None) -> N
 
 
 def take_requests(trace: Trace, chosen: Indices) -> Trace:
-    """The trace of the chosen requests alone, for calibration: gate scores and arrival times are left behind."""
+    """Return a trace of only the chosen requests, for calibration. Gate scores and arrival times are dropped."""
     offsets = trace.decode_offsets
     steps = offsets[chosen + 1] - offsets[chosen]
     ends = np.cumsum(steps)

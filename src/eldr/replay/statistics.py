@@ -13,7 +13,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Signed percent change, and the 95 % interval of its mean over seeds; NaN bounds with a single seed."""
+    """A signed percent change and the 95 % confidence interval of its mean over seeds.
+
+    With one seed the bounds are NaN.
+    """
 
     percent: float
     low: float
@@ -21,7 +24,7 @@ class Change:
 
 
 def paired_change(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> Change:
-    """Mean over seeds of 100 * (value / baseline - 1), both [S], seed by seed."""
+    """Mean over seeds of 100 * (value / baseline - 1). Both arrays are [S] and paired by seed."""
     changes = 100 * (values / baseline - 1)
     mean = float(changes.mean())
     if len(changes) < 2:

@@ -1,8 +1,8 @@
 """A simulated decode worker: the requests that wait and run, and the steps that it makes.
 
-A worker makes one decode step after the other. A step takes every running request one token further, and the cost model
-gives its time for the true union of their experts. Between two changes of a worker's batch all its steps are
-computed in one go, a run: OR over the batch of [steps, words] bit sets, popcount, cumulative sum of step times.
+A worker makes one decode step after another. A step generates one token for every running request, and costs what the
+cost model says for the true union of their experts. Between two changes of a worker's batch, all its steps are computed
+at once, as a run: OR over the batch of [steps, words] bit sets, popcount, cumulative sum of step times.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from eldr.policies.base import DecodeRequest
 from eldr.replay.errors import ReplayError
 from eldr.replay.packed import PackedTrace, union_rows
 
-# Steps computed at once: bounds the memory of a run, and the work that an arrival throws away.
+# At most this many steps are computed at once. It bounds memory, and the work that an arrival throws away.
 MAX_RUN_STEPS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLimits:
-    """What one decode worker can hold.
+    """The capacity of one decode worker.
 
-    max_num_seqs: requests in a batch. kv_tokens: tokens of context in its KV cache, None for no limit. A request
-    reserves the room of its whole context when it is admitted, so that nothing is ever preempted; until then it
-    waits, first come first served.
+    A request reserves room for its whole context when it is admitted, so nothing is ever preempted. Until then it
+    waits, first come, first served.
+
+    max_num_seqs: requests in a batch, at most.
+    kv_tokens: tokens of context in the KV cache, at most. None for no limit.
     """
 
     max_num_seqs: int = 256
@@ -39,9 +41,16 @@ class WorkerLimits:
 class Running:
     """A request at a worker.
 
-    arrival: its number in the workload. trace_index: which request of the trace it is. row: next row of the trace.
-    end_row: one past its last. context_tokens: of its prompt and of the steps made. reserved_tokens: of KV cache.
-    admitted_s: when it came into the batch. moe_at_start_s: the worker's `moe_s` then.
+    arrival: its number in the workload.
+    arrived_s: when it arrived.
+    request: the request as the policy sees it.
+    trace_index: the index into the trace.
+    row: the next row of the trace.
+    end_row: one past the last row.
+    context_tokens: the tokens of its prompt and of the steps made.
+    reserved_tokens: the tokens of KV cache that it reserves.
+    admitted_s: when it joined the batch.
+    moe_at_start_s: the worker's `moe_s` when it joined the batch.
     """
 
     arrival: int
@@ -58,8 +67,12 @@ class Running:
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """Steps of one batch. ends_s: float64 [S], when each of them ends. experts: int64 [S], active experts of each.
-    planned: how many of them will be made before the batch changes."""
+    """Steps of one batch.
+
+    ends_s: float64 [S], the end of each step.
+    experts: int64 [S], the active experts of each step, summed over layers.
+    planned: how many steps will be made before the batch changes.
+    """
 
     ends_s: NDArray[np.float64]
     experts: NDArray[np.int64]
@@ -69,8 +82,11 @@ class Run:
 class DecodeWorker:
     """One worker of the fleet. Times are those of the simulation.
 
-    cost: of its steps. batch: the running requests. waiting: the others, in order of arrival. run: the
-    steps under way while there is a batch. moe_s: time that its MoE layers have taken since the start.
+    cost, moe_cost: the time of a step, and of its MoE layers alone.
+    batch: the running requests.
+    waiting: the other requests, in order of arrival.
+    run: the current run while there is a batch.
+    moe_s: the time that its MoE layers have taken since the start.
     """
 
     def __init__(self, index: int, cost: StepCost, moe_cost: StepCost, limits: WorkerLimits) -> None:
@@ -90,8 +106,8 @@ class DecodeWorker:
         kv_tokens = self._limits.kv_tokens
         if kv_tokens is not None and entry.reserved_tokens > kv_tokens:
             raise ReplayError(
-                f"request {entry.trace_index} of the trace needs {entry.reserved_tokens} tokens of KV cache, a worker "
-                f"has {kv_tokens}"
+                f"request {entry.trace_index} of the trace needs {entry.reserved_tokens} tokens of KV cache, but a "
+                f"worker has only {kv_tokens}"
             )
         self.waiting.append(entry)
 
@@ -103,7 +119,7 @@ class DecodeWorker:
         return limits.kv_tokens is None or self._reserved_tokens + entry.reserved_tokens <= limits.kv_tokens
 
     def begin_run(self, trace: PackedTrace, now_s: float) -> float | None:
-        """Admit what waits and fits, and compute the steps until the next request ends.
+        """Admit the waiting requests that fit, and compute the steps until the next request ends.
 
         Returns when the run ends, or None if there is nothing to run.
         """
@@ -126,7 +142,7 @@ class DecodeWorker:
         return float(ends_s[-1])
 
     def cut_run(self, now_s: float) -> float | None:
-        """End the run after the step under way, so that a waiting request can join.
+        """End the run after the current step, so that a waiting request can join.
 
         Returns when the run now ends, or None if it ends there anyway.
         """
@@ -156,7 +172,7 @@ class DecodeWorker:
         return ended
 
     def future_rows(self, now_s: float) -> list[tuple[int, int]]:
-        """(next row, end row) of every request that is here, waiting ones included."""
+        """The (next row, end row) of every request here, waiting ones included."""
         made = int(np.searchsorted(self.run.ends_s[: self.run.planned], now_s))
         running = [(entry.row + made, entry.end_row) for entry in self.batch]
         return running + [(entry.row, entry.end_row) for entry in self.waiting]

@@ -1,7 +1,7 @@
-"""What arrives when: arrival times, and which request of the trace each arrival is.
+"""The workload of a replay: when requests arrive, and which request of the trace each arrival is.
 
-Everything here depends on the seed alone, so that policies compared under one seed see the same arrivals and the
-same draw. Only a draw that would put a request in flight twice is swapped with a later one.
+Everything here depends only on the seed, so policies compared under one seed see the same arrivals and the same draw.
+The only exception is a draw that would put a request in flight twice, which is swapped with a later one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from eldr.replay.errors import ReplayError
 
 @dataclass(frozen=True, slots=True)
 class ServedKind:
-    """A kind of requests with its share of the arrivals (shares are relative). labels: of the trace."""
+    """A kind of requests and its share of the arrivals.
+
+    labels: the labels of the kind in the trace.
+    share: relative to the shares of the other kinds.
+    """
 
     name: str
     labels: tuple[str, ...]
@@ -27,11 +31,14 @@ class ServedKind:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workload:
-    """arrival_s: float64 [n], ascending. request: int64 [n], index into the trace wanted for each arrival.
+    """The arrivals of one run.
 
-    measured: arrivals whose requests count; those before warm the fleet up, those after keep it loaded.
-    max_tokens: the limit every request states, None for none. with_counts: whether the policy sees expert counts.
-    fleet_changes: arrival -> workers that join before it (positive), or that drain from it on (negative).
+    arrival_s: float64 [n], ascending.
+    request: int64 [n], the index into the trace wanted for each arrival.
+    measured: the arrivals that are measured. Those before warm the fleet up, those after keep it loaded.
+    max_tokens: the limit that every request states. None for none.
+    with_counts: whether the policy sees expert counts.
+    fleet_changes: arrival -> workers that join before it (positive), or that start to drain there (negative).
     """
 
     arrival_s: NDArray[np.float64]
@@ -43,15 +50,15 @@ class Workload:
 
 
 def poisson_arrivals(rate_per_s: float, count: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """float64 [count]: arrival times of a Poisson process."""
+    """Arrival times of a Poisson process, float64 [count]."""
     return np.cumsum(rng.exponential(1 / rate_per_s, count))
 
 
 def traced_arrivals(recorded_s: NDArray[np.float64], rate_per_s: float, count: int) -> NDArray[np.float64]:
-    """float64 [count]: the recorded gaps, stretched to the mean rate and repeated as often as needed."""
+    """Arrival times with the recorded gaps, stretched to the mean rate and repeated as needed, float64 [count]."""
     gaps = np.diff(np.sort(recorded_s))
     if not len(gaps) or gaps.sum() <= 0:
-        raise ReplayError("the recorded arrival times do not differ; use Poisson arrivals")
+        raise ReplayError("the recorded arrival times are all the same; use Poisson arrivals")
     gaps = gaps / gaps.mean() / rate_per_s
     return np.cumsum(np.tile(gaps, -(-count // len(gaps)))[:count])
 
@@ -59,10 +66,10 @@ def traced_arrivals(recorded_s: NDArray[np.float64], rate_per_s: float, count: i
 def draw_order(
     pool: NDArray[np.int64], count: int, expected_in_flight: float, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """int64 [count] of `pool`, at random, each request rested until it has most likely ended.
+    """Draw from `pool` at random, int64 [count], such that a request has most likely ended before it is drawn again.
 
-    A request is drawn again only after 1.25 times as many other arrivals as are expected in flight, so that a
-    conflict with one still running is rare and policies see the same draw.
+    A request is drawn again only after 1.25 times as many other arrivals as are expected in flight. Conflicts with a
+    request still running are then rare, and policies see the same draw.
     """
     rest = int(min(1.25 * expected_in_flight + 2, len(pool) - 1))
     shuffled = rng.permutation(pool).tolist()
@@ -83,7 +90,7 @@ def draw_order(
 def mixed_draw_order(
     pools: Sequence[tuple[NDArray[np.int64], float]], count: int, expected_in_flight: float, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """int64 [count] of several pools, each drawn from as often as its share says, at random."""
+    """Draw from several pools at random, int64 [count], from each as often as its share says."""
     shares = np.array([share for _, share in pools])
     shares /= shares.sum()
     kind = rng.choice(len(pools), count, p=shares)
@@ -95,7 +102,7 @@ def mixed_draw_order(
 
 
 class Draws:
-    """Hands out the workload's draws, never a request that is still in flight."""
+    """Hands out the workload's draws, but never a request that is still in flight."""
 
     def __init__(self, workload: Workload) -> None:
         self._order: list[int] = workload.request.tolist()
@@ -103,7 +110,7 @@ class Draws:
         self._requests = len(set(self._order))
 
     def draw(self, arrival: int) -> int:
-        """The request of this arrival; where it still runs, the next one of the order that does not.
+        """Return the request of this arrival. If it is still running, return the next one in the order that is not.
 
         Raises ReplayError if all are in flight.
         """
@@ -125,5 +132,5 @@ class Draws:
         return order[arrival]
 
     def release(self, request: int) -> None:
-        """`request` has ended."""
+        """Note that `request` has ended."""
         self._running.remove(request)

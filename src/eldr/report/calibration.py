@@ -1,4 +1,4 @@
-"""What a calibration holds, for people: a table for the terminal, JSON, and one HTML page with plots."""
+"""Shows the contents of a calibration: a table for the terminal, JSON, or an HTML page with plots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from eldr.report.html import Html
 
 BAR_WIDTH = 40
-# Colours repeat after eight groups; with more than this they say nothing any more.
+# Colours repeat after eight groups. With more groups than this they are of no use.
 MAX_COLOURED = 24
 RHO_NOTE = (
     "rho is the rank correlation of signature distance and decode-profile distance, on the calibration requests "
@@ -32,7 +32,7 @@ PICTURE_NOTE = (
 
 
 def calibration_as_json(calibration: Calibration) -> dict[str, Any]:
-    """Everything `render_calibration` shows, as JSON-able values."""
+    """Return everything that `render_calibration` shows, as JSON-serialisable values."""
     geometry = calibration.geometry
     return {
         "geometry": {"layers": geometry.layers, "experts": geometry.experts, "top_k": geometry.top_k},
@@ -46,7 +46,7 @@ def calibration_as_json(calibration: Calibration) -> dict[str, Any]:
 
 
 def render_calibration(calibration: Calibration) -> RenderableType:
-    """Facts, rho of each transform, layers kept and zone sizes, for a terminal."""
+    """Render facts, the rho of each transform, the layers kept and the zone sizes for a terminal."""
     facts = Table.grid(padding=(0, 2))
     for name, fact in _facts(calibration):
         facts.add_row(Text(name, style="bold"), Text(fact))
@@ -73,8 +73,8 @@ def render_calibration(calibration: Calibration) -> RenderableType:
 
 
 def calibration_page(calibration: Calibration, path: Path) -> None:
-    """Write one self-contained HTML page with plots. Raises EldrError where it cannot be written."""
-    # The page needs matplotlib (eldr[report]), the terminal does not.
+    """Write a self-contained HTML page with plots. Raises EldrError if it cannot be written."""
+    # The page needs matplotlib (eldr[report]). The terminal output does not.
     from eldr.report.html import page, write_page
 
     title = f"Calibration of {_model(calibration)}"
@@ -86,7 +86,7 @@ def calibration_page(calibration: Calibration, path: Path) -> None:
 
 
 def calibration_blocks(calibration: Calibration) -> list[Html]:
-    """The sections of that page."""
+    """Return the sections of that page."""
     from eldr.report.html import figure, paragraph, row, section, table
     from eldr.report.plots import bars, scatter
 
@@ -146,7 +146,7 @@ def _model(calibration: Calibration) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text of a file without the control characters that could steer a terminal."""
+    """Remove the control characters that could steer a terminal from text that comes from a file."""
     return "".join(character if character.isprintable() else "�" for character in text)
 
 

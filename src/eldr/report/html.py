@@ -1,6 +1,6 @@
-"""Reports as one HTML file that needs nothing else: building blocks, style inside, no script, light and dark.
+"""Building blocks of reports: one self-contained HTML file with inline style, no script, in light and dark.
 
-Every function that takes text escapes it; `Html` marks what is markup already.
+Every function that takes text escapes it. `Html` marks strings that are already markup.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: un
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A figure to be seen first. tone: "", "accent", "good" or "bad"."""
+    """A key figure at the top of a page. tone: "", "accent", "good" or "bad"."""
 
     value: str
     caption: str
@@ -77,14 +77,14 @@ def tiles(items: Sequence[Tile]) -> Html:
 
 
 def section(title: str, *blocks: Html, badge: str = "", anchor: str = "") -> Html:
-    """A card. badge: a word beside the title. anchor: what a link within the page goes to."""
+    """A card. badge: a word beside the title. anchor: the target for links within the page."""
     beside = f'<span class="badge">{escape(badge)}</span>' if badge else ""
     name = f' id="{escape(anchor)}"' if anchor else ""
     return Html(f"<section{name}><h2>{escape(title)}{beside}</h2>{''.join(blocks)}</section>")
 
 
 def part(title: str, text: str, anchor: str) -> Html:
-    """The heading of several sections."""
+    """The heading of a group of sections."""
     return Html(f'<h1 class="part" id="{escape(anchor)}">{escape(title)}</h1><p>{escape(text)}</p>')
 
 
@@ -95,18 +95,18 @@ def links(targets: Sequence[tuple[str, str]]) -> Html:
 
 
 def details(summary: str, *blocks: Html) -> Html:
-    """Blocks that are folded away until they are asked for."""
+    """Blocks that are collapsed until the reader opens them."""
     return Html(f"<details><summary>{escape(summary)}</summary>{''.join(blocks)}</details>")
 
 
 def paragraph(text: str, *, note: bool = False) -> Html:
-    """A paragraph; a note stands out."""
+    """A paragraph. A note is highlighted."""
     style = ' class="note"' if note else ""
     return Html(f"<p{style}>{escape(text)}</p>")
 
 
 def row(*blocks: Html) -> Html:
-    """Blocks side by side where there is room."""
+    """Blocks side by side if there is room."""
     return Html(f'<div class="row">{"".join(blocks)}</div>')
 
 
@@ -117,7 +117,7 @@ def figure(svg: Html, caption: str = "") -> Html:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = False) -> Html:
-    """A table of figures, the first column its names; with `text`, a table of texts."""
+    """A table of figures, with names in the first column. With `text`, a table of text."""
     head_cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows)
     style = ' class="text"' if text else ""
@@ -127,7 +127,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = Fa
 
 
 def page(title: str, subtitle: str, *blocks: Html) -> Html:
-    """A whole document."""
+    """A complete HTML document."""
     return Html(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"/>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"/><title>{escape(title)}</title>'
@@ -137,7 +137,7 @@ def page(title: str, subtitle: str, *blocks: Html) -> Html:
 
 
 def write_page(document: Html, path: Path) -> None:
-    """Write a document, whole or not at all. Raises OSError."""
+    """Write a document atomically. Raises OSError."""
 
     def write(file: IO[bytes]) -> None:
         file.write(document.encode())

@@ -1,4 +1,4 @@
-"""Result files as sections of a page: what a file is, is told by its content."""
+"""Turns result files into sections of a page. The content of a file tells its kind."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ TOKENS_SHOWN = (1, 16, 64)
 
 
 class ReportError(EldrError):
-    """A file that cannot be reported on: names it and says why."""
+    """Raised when a file cannot be reported on. The message names the file and says why."""
 
 
 def blocks_of(path: Path) -> list[Html]:
-    """The sections of one result file. Raises ReportError, or the error of the file's own format."""
+    """Return the sections of one result file. Raises ReportError, or the error of the file's own format."""
     if path.suffix == ".npz":
         return [
             html.part(path.name, "A calibration, made by eldr fit.", path.name),
@@ -56,8 +56,8 @@ def blocks_of(path: Path) -> list[Html]:
         detail = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ReportError(f"{path}: its rows are not complete: {detail}") from None
     raise ReportError(
-        f"{path}: no result file that this version knows: expected what eldr evaluate, eldr replay --json, eldr load "
-        "--json, eldr calibrate-cost, eldr fit or eldr demo write"
+        f"{path}: not a result file that this version knows; expected a file from eldr evaluate, eldr replay --json, "
+        "eldr load --json, eldr calibrate-cost, eldr fit or eldr demo"
     )
 
 

@@ -1,4 +1,4 @@
-"""Plots as SVG elements for a page: transparent, text in the page's own colour, so that they suit light and dark."""
+"""Plots as SVG elements for a page: transparent, with text in the page's own colour, so they suit light and dark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from eldr.report.html import Html
 from eldr.report.style import INK, as_svg, make_panels, style
 
-# Distinguishable with the common colour blindnesses and on light and dark ground.
+# Distinguishable with the common kinds of colour blindness, on light and dark backgrounds.
 COLOURS = ("#e08a00", "#2b8ae0", "#12a37a", "#c567a8", "#8a73d6", "#d6552e", "#7d8794", "#b5a300")
 
 
@@ -40,7 +40,7 @@ def distributions(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str
 
 
 def heat_map(counts: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequence[str], colour: str) -> Html:
-    """A matrix of counts, each cell as strong as its share of its row."""
+    """A matrix of counts. The strength of a cell is its share of its row."""
     with style():
         figure, (axis,) = make_panels(1, width=0.62 * len(columns) + 1.6, height=0.4 * len(rows) + 0.5)
         for y, cells in enumerate(counts):
@@ -59,7 +59,7 @@ def heat_map(counts: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequ
 
 
 def bars(series: Mapping[str, Sequence[float]], groups: Sequence[str], label: str) -> Html:
-    """Grouped bars: one group per name in `groups`, one bar per series in it, values written on top."""
+    """Grouped bars: one group per name in `groups`, one bar per series in it, with values on top."""
     with style():
         figure, (axis,) = make_panels(1, width=max(5.0, 0.7 * len(groups) + 1.5), height=3.4)
         width = 0.8 / max(1, len(series))
@@ -78,7 +78,7 @@ def bars(series: Mapping[str, Sequence[float]], groups: Sequence[str], label: st
 
 
 def scatter(points: NDArray[Any], labels: Sequence[str], centres: NDArray[Any], centre_names: Sequence[str]) -> Html:
-    """Points in the plane coloured by label, and named centres. points: [n, 2]. centres: [K, 2]."""
+    """Labelled points in the plane, coloured by label, and named centres. points: [n, 2]. centres: [K, 2]."""
     with style():
         figure, (axis,) = make_panels(1, width=5.0, height=3.4)
         kinds = list(dict.fromkeys(labels))

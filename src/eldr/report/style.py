@@ -1,4 +1,4 @@
-"""How every plot of the project looks: one colour, dash and marker a policy, and the way to SVG and PNG."""
+"""The common look of all plots: one colour, dash and marker per policy, and rendering to SVG and PNG."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from matplotlib.figure import Figure
 
 from eldr.report.html import Html
 
-# Stands for the page's text colour until an SVG is written: matplotlib knows no such thing. In a PNG it is black.
+# A placeholder for the page's text colour, which matplotlib does not know. It is replaced when an SVG is written. In a
+# PNG it is black.
 INK = "#0a0b0c"
 GREY = "#8a94a3"
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyStyle:
-    """shown: the policy's name in legends. Hues differ in lightness too, and markers differ, so that neither colour
-    blindness nor a grey print merges two policies. Load balancers are grey, what is in the foreground has colour."""
+    """The look of one policy in plots.
+
+    Hues also differ in lightness, and markers differ, so that neither colour blindness nor a grey print merges two
+    policies. Load balancers are grey. Highlighted policies have colour.
+
+    shown: the policy's name in legends.
+    colour, marker, dash: matplotlib's names.
+    """
 
     shown: str
     colour: str
@@ -44,17 +51,17 @@ _UNKNOWN = PolicyStyle("", "#b5a300", "d")
 
 
 def policy_style(name: str) -> PolicyStyle:
-    """The style of a policy; one common style for policies that this module does not know."""
+    """Return the style of a policy. Policies that this module does not know share one style."""
     return POLICY_STYLES.get(name, PolicyStyle(name, _UNKNOWN.colour, _UNKNOWN.marker))
 
 
 def policy_order(names: set[str]) -> list[str]:
-    """Policies in the order of legends: load balancers, the paper's, ours, the laboratory's, others."""
+    """Sort policies in legend order: load balancers, the paper's, ours, the replay's own, others."""
     return [name for name in POLICY_STYLES if name in names] + sorted(names - POLICY_STYLES.keys())
 
 
 def style() -> AbstractContextManager[None]:
-    """Settings under which figures are drawn and saved."""
+    """Return the settings under which figures are drawn and saved."""
     return mpl.rc_context(
         {
             "svg.fonttype": "none",
@@ -62,7 +69,7 @@ def style() -> AbstractContextManager[None]:
             "font.family": "sans-serif",
             "font.size": 10,
             "text.color": INK,
-            "text.parse_math": False,  # names may hold dollar signs
+            "text.parse_math": False,  # names may contain dollar signs
             "axes.edgecolor": INK,
             "axes.labelcolor": INK,
             "axes.spines.top": False,
@@ -81,19 +88,19 @@ def style() -> AbstractContextManager[None]:
 
 
 def make_panels(count: int, *, width: float, height: float, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels side by side, each `width` x `height` inches."""
+    """Make a figure with `count` panels side by side, each `width` x `height` inches."""
     figure = Figure(figsize=(width * count, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False, sharey=share_y)[0])
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
-    """One legend for all panels, under them."""
+    """Draw one legend for all panels, below them."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def as_svg(figure: Figure) -> Html:
-    """An SVG element: transparent, text in the page's own colour, so that it suits light and dark."""
+    """Render an SVG element: transparent, with text in the page's own colour, so it suits light and dark."""
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -103,7 +110,7 @@ def as_svg(figure: Figure) -> Html:
 
 
 def as_png(figure: Figure, dots_per_inch: int = 110) -> bytes:
-    """A picture on white, for where no page surrounds it."""
+    """Render a picture on white, for use outside a page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()

@@ -1,6 +1,6 @@
-"""Kinds of text: openings and templates of sentences, written for this project, which a seeded generator fills.
+"""Kinds of text: openings and sentence templates, written for this project and filled in by a seeded generator.
 
-Prompts of one kind share their openings, so that prefix caches are hit, and differ in what fills the slots.
+Prompts of one kind share their openings, so that they hit prefix caches, and differ in the slots that are filled in.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from string import Template
 class Kind:
     """How prompts of one kind are made.
 
-    openings: texts that many prompts begin with. sentences: templates, a few of which follow. slots: name -> texts
-    that may stand for `$name`; `$n` and `$m` are numbers everywhere. joint: stands between the parts.
+    openings: texts that many prompts start with.
+    sentences: templates, a few of which follow.
+    slots: name -> texts that may replace `$name`. `$n` and `$m` are numbers everywhere.
+    joint: the text between the parts.
     """
 
     openings: tuple[str, ...]
@@ -25,7 +27,7 @@ class Kind:
     joint: str = " "
 
     def sentence(self, template: str, rng: random.Random) -> str:
-        """One of the templates with its slots filled at random."""
+        """Fill the slots of a template at random."""
         fills = {name: rng.choice(texts) for name, texts in self.slots.items()}
         fills |= {name: str(rng.randint(2, 99)) for name in ("n", "m")}
         return Template(template).substitute(fills) + self.joint

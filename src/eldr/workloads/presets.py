@@ -1,9 +1,10 @@
-"""The workloads: which kinds of requests, in which shares, how long their prompts and outputs are.
+"""The workload presets: the kinds of requests, their shares, and the lengths of prompts and outputs.
 
-From the paper: the kinds of Task (code, mathematics, medicine, law), English and Chinese as three quarters of Language,
-512 generated tokens, 20 to 100 requests a second on 16 decode workers. The paper's prompts are public questions and
-WildChat conversations. Their lengths are modelled as log-normal; medians and spreads here are our estimate of such
-questions, and so are equal shares in Task and the smaller languages' shares. Arrivals are a Poisson process.
+From the paper come the kinds of Task (code, mathematics, medicine, law), English and Chinese as three quarters of
+Language, 512 generated tokens, and 20 to 100 requests a second on 16 decode workers. The paper's prompts are public
+questions and WildChat conversations. We model their lengths as log-normal. Medians and spreads are our estimate for
+such questions. The equal shares in Task and the shares of the smaller languages are also ours. Arrivals are a Poisson
+process.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 16, 4096
 
 
 class WorkloadError(EldrError):
-    """A workload that there is not, or that a trace or a prompt file cannot serve."""
+    """Raised when a workload does not exist, or when a trace or a prompt file cannot serve it."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadKind:
     """One kind of request.
 
-    share: of the arrivals; the shares of a workload sum to 1. median_prompt_tokens, prompt_sigma: of the log-normal
-    length of prompts, sigma of its natural logarithm. labels: what traces and prompt files call this kind, besides its
-    name; case does not matter.
+    name: its name.
+    share: its share of the arrivals. The shares of a workload sum to 1.
+    median_prompt_tokens, prompt_sigma: the log-normal length of prompts. Sigma is that of the natural logarithm.
+    labels: what traces and prompt files call this kind, besides its name. Case does not matter.
     """
 
     name: str
@@ -41,7 +43,7 @@ class WorkloadKind:
     labels: tuple[str, ...]
 
     def prompt_tokens_at(self, share: float) -> float:
-        """The length below which this share of the prompts is, 0 < share < 1."""
+        """The length that this share of the prompts is shorter than, 0 < share < 1."""
         return self.median_prompt_tokens * math.exp(self.prompt_sigma * NormalDist().inv_cdf(share))
 
     def goes_by(self, label: str) -> bool:
@@ -50,8 +52,11 @@ class WorkloadKind:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadPreset:
-    """A named workload. output_tokens: generated tokens of every request. rate: requests a second of the paper's
-    middle load on 16 decode workers."""
+    """A named workload.
+
+    output_tokens: generated tokens of every request.
+    rate: requests per second of the paper's middle load on 16 decode workers.
+    """
 
     name: str
     summary: str
@@ -62,7 +67,7 @@ class WorkloadPreset:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One request's shape."""
+    """The kind and the prompt length of one drawn request."""
 
     kind: WorkloadKind
     prompt_tokens: int
@@ -70,7 +75,7 @@ class Drawn:
 
 TASK = WorkloadPreset(
     "task",
-    "questions of four trades: code, mathematics, medicine, law",
+    "questions from four fields: code, mathematics, medicine and law",
     (
         WorkloadKind("code", 0.25, 180, 0.55, ("coding", "programming", "python", "humaneval", "mbpp")),
         WorkloadKind("math", 0.25, 90, 0.45, ("mathematics", "maths", "gsm8k", "mgsm")),
@@ -80,7 +85,7 @@ TASK = WorkloadPreset(
 )
 LANGUAGE = WorkloadPreset(
     "language",
-    "conversations in seven languages, English and Chinese three quarters of them",
+    "conversations in seven languages, three quarters of them English or Chinese",
     (
         WorkloadKind("english", 0.55, 120, 1.10, ("en",)),
         WorkloadKind("chinese", 0.20, 100, 1.10, ("zh",)),
@@ -95,14 +100,14 @@ WORKLOADS: Mapping[str, WorkloadPreset] = {preset.name: preset for preset in (TA
 
 
 def find_workload(name: str) -> WorkloadPreset:
-    """The preset of that name. Raises WorkloadError."""
+    """Return the preset with this name. Raises WorkloadError."""
     if name not in WORKLOADS:
-        raise WorkloadError(f"there is no workload {name!r}; there are {', '.join(WORKLOADS)}")
+        raise WorkloadError(f"there is no workload {name!r}; choose from {', '.join(WORKLOADS)}")
     return WORKLOADS[name]
 
 
 def draw(preset: WorkloadPreset, count: int, *, seed: int) -> list[Drawn]:
-    """`count` requests of the workload: kinds by their shares, lengths log-normal within MIN..MAX_PROMPT_TOKENS."""
+    """Draw `count` requests: kinds by their shares, lengths log-normal and within MIN..MAX_PROMPT_TOKENS."""
     rng = np.random.default_rng([seed, 0])
     kinds = rng.choice(len(preset.kinds), count, p=[kind.share for kind in preset.kinds])
     z = rng.standard_normal(count)
@@ -115,12 +120,12 @@ def draw(preset: WorkloadPreset, count: int, *, seed: int) -> list[Drawn]:
 
 
 def arrivals(rate_per_s: float, count: int, *, seed: int) -> NDArray[np.float64]:
-    """float64 [count]: seconds, a Poisson process."""
+    """Arrival times of a Poisson process in seconds, float64 [count]."""
     return np.cumsum(np.random.default_rng([seed, 1]).exponential(1 / rate_per_s, count))
 
 
 def kinds_of(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Kind -> labels, from KIND=LABEL,LABEL. Raises WorkloadError."""
+    """Parse KIND=LABEL,LABEL arguments into kind -> labels. Raises WorkloadError."""
     found = {}
     for text in given:
         kind, equals, labels = text.partition("=")
@@ -134,18 +139,18 @@ def kinds_of(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def labels_of_kinds(
     preset: WorkloadPreset, labels: Sequence[str], given: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[str, ...]]:
-    """Kind -> those of `labels` that belong to it: the ones `given` for it, else those it goes by.
+    """Map each kind to those of `labels` that belong to it: the ones `given` for it, otherwise the ones it is known by.
 
-    Raises WorkloadError where a kind has none, and for a kind or label in `given` that there is not.
+    Raises WorkloadError if a kind has no label, or if `given` has an unknown kind or label.
     """
     known = list(dict.fromkeys(labels))
     names = [kind.name for kind in preset.kinds]
     for kind_name, wanted in given.items():
         if kind_name not in names:
-            raise WorkloadError(f"workload {preset.name} has no kind {kind_name!r}; it has {', '.join(names)}")
+            raise WorkloadError(f"workload {preset.name} has no kind {kind_name!r}; its kinds are {', '.join(names)}")
         absent = [label for label in wanted if label not in known]
         if absent:
-            raise WorkloadError(f"no request has the label {absent[0]!r}; there are {_shown(known)}")
+            raise WorkloadError(f"no request has the label {absent[0]!r}; the labels are {_shown(known)}")
     found = {
         kind.name: tuple(given[kind.name]) if kind.name in given else tuple(filter(kind.goes_by, known))
         for kind in preset.kinds
@@ -153,8 +158,8 @@ def labels_of_kinds(
     missing = [name for name, of_kind in found.items() if not of_kind]
     if missing:
         raise WorkloadError(
-            f"workload {preset.name}: no request is {missing[0]}; the labels are {_shown(known)}. Say which belong to "
-            f"it with --kind {missing[0]}=LABEL,LABEL"
+            f"workload {preset.name}: no request is of kind {missing[0]}; the labels are {_shown(known)}. Say which "
+            f"labels belong to it with --kind {missing[0]}=LABEL,LABEL"
         )
     return found
 

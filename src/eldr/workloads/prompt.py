@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt and its kind, which no policy is told."""
+    """A prompt and its kind. Policies are not told the kind."""
 
     kind: str
     text: str

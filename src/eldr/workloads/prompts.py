@@ -1,4 +1,4 @@
-"""Prompts of a workload: from files of the user's, or built in."""
+"""Prompts of a workload, built in or read from the user's files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eldr.workloads.texts import write_prompt
 
 
 def built_in_prompts(preset: WorkloadPreset, count: int, *, seed: int) -> list[Prompt]:
-    """`count` prompts of the workload's kinds and lengths, from the built-in templates."""
+    """Make `count` prompts with the workload's kinds and lengths from the built-in templates."""
     rng = random.Random(seed)
     return [
         Prompt(drawn.kind.name, write_prompt(drawn.kind.name, drawn.prompt_tokens, rng))
@@ -24,10 +24,10 @@ def built_in_prompts(preset: WorkloadPreset, count: int, *, seed: int) -> list[P
 def prompts_from(
     path: Path, preset: WorkloadPreset, count: int, *, seed: int, given: Mapping[str, Sequence[str]]
 ) -> list[Prompt]:
-    """`count` prompts of the workload's kinds in its shares, from a prompt file or a folder of them.
+    """Read `count` prompts of the workload's kinds and shares from a prompt file or a folder of prompt files.
 
-    Kinds are told by labels; in a folder, a prompt without a label has the name of its file. Prompts of a kind come in
-    random order and are used again only when all have been. Raises WorkloadError or RecordError.
+    Labels tell the kinds apart. In a folder, a prompt without a label is labelled with the name of its file. Prompts of
+    a kind come in random order, and are reused only after all have been used. Raises WorkloadError or RecordError.
     """
     by_label = _read(path)
     found = labels_of_kinds(preset, list(by_label), given)
@@ -44,10 +44,10 @@ def prompts_from(
 
 
 def _read(path: Path) -> dict[str, list[str]]:
-    """Texts by label."""
+    """Read the texts, grouped by label."""
     files = sorted(entry for entry in path.iterdir() if entry.suffix in (".jsonl", ".txt")) if path.is_dir() else [path]
     if not files:
-        raise WorkloadError(f"{path}: holds no .jsonl or .txt file with prompts")
+        raise WorkloadError(f"{path}: no .jsonl or .txt file with prompts")
     by_label: dict[str, list[str]] = {}
     for file in files:
         for prompt in read_prompts(file):

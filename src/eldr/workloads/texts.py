@@ -1,7 +1,7 @@
-"""Built-in prompts, for where no real ones are at hand: templates written for this project, filled at random.
+"""Built-in prompts, for when no real ones are at hand: templates written for this project and filled in at random.
 
-They have the lengths of a workload and the vocabulary of its kinds, and little else of real questions: use prompts of
-your own (--prompts) for anything that is to be reported.
+They have the lengths of a workload and the vocabulary of its kinds, but little else in common with real questions. Use
+your own prompts (--prompts) for any result that you report.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from eldr.workloads.kinds import KINDS, Kind
 
-# Rough characters a token of common tokenizers; the lengths of built-in prompts are no more exact than that.
+# Rough characters per token of common tokenizers. The lengths of built-in prompts are no more exact than that.
 CHARS_PER_TOKEN: Mapping[str, float] = {
     "code": 3.2, "math": 2.5, "chinese": 1.5, "japanese": 1.6, "russian": 3.2,
 }  # fmt: skip
@@ -103,7 +103,7 @@ TEXTS: Mapping[str, Kind] = {
 
 
 def write_prompt(kind: str, tokens: int, rng: random.Random) -> str:
-    """Text of a workload's kind, about so many tokens long."""
+    """Write a text of a workload's kind, about `tokens` tokens long."""
     texts = TEXTS[kind]
     chars = round(tokens * CHARS_PER_TOKEN.get(kind, DEFAULT_CHARS_PER_TOKEN))
     text = rng.choice(texts.openings)

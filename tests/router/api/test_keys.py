@@ -88,7 +88,7 @@ def test_keys_are_known_by_name_and_can_be_replaced(key_file: Path) -> None:
     assert keys.client(b"Bearer secret-of-alice") is None
     assert keys.client(b"Bearer another") == "zoe"
     key_file.write_bytes(b"")
-    with pytest.raises(ConfigError, match="no key in it"):
+    with pytest.raises(ConfigError, match="it has no keys"):
         keys.reload()
     assert keys.client(b"Bearer another") == "zoe"
 

@@ -125,7 +125,7 @@ async def test_load_speed_and_decisions_are_followed(tmp_path: Path) -> None:
     async with shown(tmp_path, decode=2, max_inflight=4) as (s, page):
         for worker in s.decode:
             await expect(row(page, worker)).to_contain_text("up")
-        await expect(page.get_by_text("No request has come yet.")).to_be_visible()
+        await expect(page.get_by_text("No requests yet.")).to_be_visible()
         release, tasks = await held(s, 3)
         loads = [f"{s.router.services.fleet.workers('decode')[worker.url].in_flight} / 4" for worker in s.decode]
         assert sorted(loads) == ["1 / 4", "2 / 4"]
@@ -233,9 +233,9 @@ async def test_it_can_be_paused_and_says_when_the_router_is_gone(tmp_path: Path)
         await s.post()
         await asyncio.sleep(1.5)  # longer than the page waits between two questions
         await expect(page.locator("#log tr")).to_have_count(0)
-        await page.get_by_role("button", name="Go on").click()
+        await page.get_by_role("button", name="Resume").click()
         await expect(page.locator("#log tr")).to_have_count(1)
         await page.context.set_offline(True)
-        await expect(page.get_by_role("status")).to_have_text("the router does not answer")
+        await expect(page.get_by_role("status")).to_have_text("router not reachable")
         await page.context.set_offline(False)
         await expect(page.get_by_role("status")).to_have_text("live")

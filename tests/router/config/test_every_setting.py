@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,8 +17,8 @@ from hypothesis import strategies as st
 from eldr.cli import serve
 from eldr.cost import DEFAULT_PRESET, PRESETS
 from eldr.router.config.settings import ConfigError, RouterConfig
+from eldr.settings import Setting, settings_of
 from eldr.settings import given as given_flags
-from eldr.settings import settings_of
 
 ROOT = Path(__file__).parents[3]
 TWO = {"prefill": ["http://p:1"], "decode": ["http://d:1"]}
@@ -109,11 +111,11 @@ FLAGS = """
 """
 
 
-def values(config):
+def values(config: RouterConfig) -> dict[str, Any]:
     return {key: getattr(one.holder(config), key) for key, one in ALL.items()}
 
 
-def test_every_key_of_a_file(tmp_path):
+def test_every_key_of_a_file(tmp_path: Path) -> None:
     written = tomllib.loads(FILE)
     assert written.keys() == ALL.keys()
     (tmp_path / "eldr.toml").write_text(FILE)
@@ -134,7 +136,7 @@ def test_every_key_of_a_file(tmp_path):
     assert {key for key, value in values(config).items() if value == default[key]} == {"prefill", "cost"}
 
 
-def test_every_flag():
+def test_every_flag() -> None:
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     arguments = parser.parse_args(FLAGS.split())
@@ -153,11 +155,11 @@ def test_every_flag():
     }
 
 
-def test_the_live_settings():
+def test_the_live_settings() -> None:
     assert {key for key, one in ALL.items() if one.live} == LIVE
 
 
-def rows():
+def rows() -> dict[str, list[str]]:
     """The tables of the page: key -> its other cells."""
     page = (ROOT / "docs" / "router.md").read_text()
     part = page.partition("<!-- settings -->")[2].partition("<!-- /settings -->")[0]
@@ -165,7 +167,7 @@ def rows():
     return {row[0].strip("`"): row[1:] for row in cells}
 
 
-def test_the_page_lists_every_setting_with_its_default():
+def test_the_page_lists_every_setting_with_its_default() -> None:
     assert list(rows()) == list(ALL)
     default = values(RouterConfig.of(**TWO))
     for key, (flag, shown, live, _) in rows().items():
@@ -176,18 +178,18 @@ def test_the_page_lists_every_setting_with_its_default():
             assert tomllib.loads(f"value = {text}")["value"] == default[key], key
 
 
-def test_the_page_is_up_to_date():
+def test_the_page_is_up_to_date() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "settings_table.py", "--check"], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def toml(flat):
+def toml(flat: Mapping[str, object]) -> str:
     return "".join(f"{key} = {toml_value(value)}\n" for key, value in flat.items())
 
 
-def toml_value(value):
+def toml_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -197,7 +199,7 @@ def toml_value(value):
     return repr(value)
 
 
-def valid(one):
+def valid(one: Setting) -> st.SearchStrategy[Any]:
     if one.key in TWO:
         return st.lists(st.integers(1, 9).map(lambda port: f"http://w:{port}"), min_size=1, max_size=3, unique=True)
     if one.key == "cost":
@@ -214,7 +216,7 @@ def valid(one):
     return st.text(min_size=1, max_size=20)
 
 
-def wrong(one):
+def wrong(one: Setting) -> st.SearchStrategy[Any]:
     if one.key in TWO:
         return st.sampled_from(["http://w:1", 1, [1], ["w:1"], ["http://w:1", "http://w:1"], ["http://w:0"], []])
     if one.key == "worker_costs":
@@ -242,13 +244,13 @@ TOGETHER = {"tls_cert", "tls_key", "admin_listen", "admin_key_file", "worker_cos
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("settings")
 
 
 @settings(max_examples=50)
 @given(st.data())
-def test_values_of_a_file_arrive_as_they_were_written(folder, data):
+def test_values_of_a_file_arrive_as_they_were_written(folder: Path, data: st.DataObject) -> None:
     keys = data.draw(st.sets(st.sampled_from(sorted(ALL.keys() - TOGETHER - TWO.keys()))))
     flat = {key: data.draw(valid(ALL[key]), key) for key in [*TWO, *sorted(keys)]}
     (folder / "eldr.toml").write_text(toml(flat))
@@ -268,20 +270,20 @@ def test_values_of_a_file_arrive_as_they_were_written(folder, data):
 @pytest.mark.parametrize("key", ALL)
 @settings(max_examples=6)
 @given(data=st.data())
-def test_a_wrong_value_is_refused_by_name(key, data):
+def test_a_wrong_value_is_refused_by_name(key: str, data: st.DataObject) -> None:
     value = data.draw(wrong(ALL[key]))
     with pytest.raises(ConfigError) as caught:
         RouterConfig.of(**{**TWO, key: value})
     assert re.search(rf"\b{key}\b", str(caught.value))
 
 
-def test_a_key_that_is_none_is_refused_by_name():
+def test_a_key_that_is_none_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'decoed'; known are .*\bdecode\b"):
         RouterConfig.of(**TWO, decoed=[])
 
 
 @pytest.mark.parametrize("cost", [3, "", "no such", "x" * 5000, "\0"])
-def test_a_cost_that_is_none_is_refused_by_name(cost):
+def test_a_cost_that_is_none_is_refused_by_name(cost: object) -> None:
     with pytest.raises(ConfigError, match=r"\bcost\b"):
         RouterConfig.of(**TWO, cost=cost)
     with pytest.raises(ConfigError, match=r"worker_costs of http://d:1\b"):
@@ -289,7 +291,7 @@ def test_a_cost_that_is_none_is_refused_by_name(cost):
 
 
 @pytest.mark.parametrize("costs", ["x", 3, ["ab"], [[1, "x"]], [["http://d:1", DEFAULT_PRESET]]])
-def test_costs_that_are_no_table_are_refused(costs):
+def test_costs_that_are_no_table_are_refused(costs: object) -> None:
     with pytest.raises(ConfigError, match=r"worker_costs is .*, expected a table"):
         RouterConfig.of(**TWO, worker_costs=costs)
 
@@ -297,7 +299,7 @@ def test_costs_that_are_no_table_are_refused(costs):
 @pytest.mark.parametrize(
     "text", ["port = ", "port = " + "1" * 5000, "port = " + "[" * 5000, "port = 1\nport = 2", "\0"]
 )
-def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path, text):
+def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "eldr.toml").write_text(text)
     with pytest.raises(ConfigError, match=r"eldr\.toml: cannot be read as TOML: "):
         RouterConfig.load(tmp_path / "eldr.toml", {})

@@ -45,7 +45,7 @@ def test_options_of_policies_from_a_file_and_flags(tmp_path: Path) -> None:
         ({"refit_interval_s": "often"}, "refit_interval_s is 'often'"),
         ({"refit_window_s": 0}, "refit_window_s is 0"),
         ({"cost": 3}, "cost is 3, expected text"),
-        ({"cost": "h200"}, "cost 'h200' is no file and no preset; presets: qwen3"),
+        ({"cost": "h200"}, "cost 'h200' is neither a file nor a preset; the presets are qwen3"),
         ({"cost_scope": "layer"}, "cost_scope is 'layer', expected one of step, moe"),
         ({"worker_costs": "x"}, "worker_costs is 'x', expected a table"),
         (

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from eldr.router.config.endpoint import Role
 from tests.router.fake_worker import FakeWorker, Seen, reply
-from tests.router.harness import ASK, Scripted, Setup, on_uvloop, running, until
+from tests.router.harness import ASK, Scripted, Setup, on_uvloop, preferring, running, until
 
 EJECTING: dict[str, Any] = {"eject_failures": 2, "eject_base_s": 0.5, "eject_max_s": 2.0}
 
@@ -24,11 +23,6 @@ async def hang(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, wri
     await asyncio.sleep(3600)
 
 
-def to(setup: Setup, index: int) -> Callable[..., Any]:
-    """A policy's choice: that decode worker while it may be chosen."""
-    return lambda request, in_flight: url if (url := setup.decode[index].url) in in_flight else min(in_flight)
-
-
 def later(setup: Setup) -> None:
     """The time of every ejection is over."""
     setup.router.services.legs.outcomes.sweep(time.monotonic() + 1000.0)
@@ -38,7 +32,7 @@ def later(setup: Setup) -> None:
 async def test_a_decode_worker_that_fails_is_ejected_tried_and_taken_back() -> None:
     policy = Scripted()
     async with running(decode=2, policy=policy, **{**EJECTING, "eject_base_s": 60.0, "eject_max_s": 60.0}) as s:
-        policy.rule = to(s, 0)
+        policy.rule = preferring(s.decode[0])
         bad, good = s.decode
         bad.behaviour = fail
         for _ in range(2):
@@ -104,7 +98,7 @@ async def test_a_prefill_worker_comes_back_by_its_trial() -> None:
 async def test_a_trial_whose_client_leaves_is_no_verdict() -> None:
     policy = Scripted()
     async with running(decode=2, policy=policy, **EJECTING) as s:
-        policy.rule = to(s, 0)
+        policy.rule = preferring(s.decode[0])
         bad = s.decode[0]
         bad.behaviour = fail
         for _ in range(2):
@@ -125,7 +119,7 @@ async def test_a_trial_whose_client_leaves_is_no_verdict() -> None:
 async def test_a_long_streams_trial_ends_with_its_first_event() -> None:
     policy = Scripted()
     async with running(decode=2, policy=policy, **EJECTING) as s:
-        policy.rule = to(s, 0)
+        policy.rule = preferring(s.decode[0])
         bad = s.decode[0]
         bad.behaviour = fail
         for _ in range(2):
@@ -157,7 +151,7 @@ async def test_an_ejected_worker_comes_back_when_the_others_go_down() -> None:
     policy = Scripted()
     settings = {**EJECTING, "eject_base_s": 60.0, "eject_max_s": 60.0}
     async with running(decode=2, policy=policy, **settings) as s:
-        policy.rule = to(s, 0)
+        policy.rule = preferring(s.decode[0])
         s.decode[0].behaviour = fail
         for _ in range(2):
             await s.post()
@@ -206,7 +200,7 @@ async def test_requests_leave_a_worker_that_stops_answering_its_probes(refused_f
     policy = Scripted()
     async with running(decode=2, policy=policy, health_timeout_s=0.2) as s:
         stopped, other = s.decode
-        policy.rule = to(s, 0)
+        policy.rule = preferring(s.decode[0])
         stopped.behaviour = hang
         tasks = [asyncio.create_task(s.post({**ASK, "stream": n % 2 == 0})) for n in range(6)]
         await until(lambda: len(stopped.generated) == 6, "they wait there")

@@ -52,7 +52,7 @@ async def test_a_stopping_router_tells_streams_and_waiting_clients_why() -> None
         await s.router.stop(0.3)
         raw = first + await reader.read()
         writer.close()
-        assert json.loads(raw.rstrip().rsplit(b"data: ", 1)[1])["error"]["message"] == "the router stops"
+        assert json.loads(raw.rstrip().rsplit(b"data: ", 1)[1])["error"]["message"] == "the router is shutting down"
         assert b"[DONE]" not in raw
         assert not raw.endswith(b"0\r\n\r\n")
         for task in (whole, queued):

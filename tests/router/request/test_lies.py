@@ -10,7 +10,8 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -18,7 +19,7 @@ import pytest
 
 from eldr.router.fleet.workers import Worker
 from tests.router.fake_worker import Behaviour, FakeWorker, Seen, begin_stream, chunk, end_stream, reply
-from tests.router.harness import ASK, CHAT, Reply, Scripted, Setup, on_uvloop, raw_stream, running, until
+from tests.router.harness import ASK, CHAT, Reply, Scripted, Setup, on_uvloop, preferring, raw_stream, running, until
 
 ERROR: dict[str, Any] = {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": 500}}
 
@@ -163,6 +164,15 @@ async def assert_settled(s: Setup) -> None:
     await until(lambda: not any(pool.active for pool in pools.values()), "no exchange is left, probes aside")
 
 
+@asynccontextmanager
+async def running_with_a_favourite(**settings: Any) -> AsyncIterator[Setup]:
+    """Two decode workers. Every request tries the first one first, and so meets its behaviour."""
+    policy = Scripted()
+    async with running(decode=2, policy=policy, **settings) as s:
+        policy.rule = preferring(s.decode[0])
+        yield s
+
+
 async def home_of(s: Setup) -> FakeWorker:
     """The prefill worker to which the prompt of ASK belongs."""
     assert (await s.post()).status == 200
@@ -188,7 +198,7 @@ def single_use(s: Setup) -> list[str]:
 )
 @on_uvloop
 async def test_a_decode_workers_lie_is_repaired_by_another_worker(fault: Behaviour, stream: bool) -> None:
-    async with running(decode=2, policy=Scripted()) as s:
+    async with running_with_a_favourite() as s:
         s.decode[0].behaviour = fault
         other = asyncio.create_task(s.post({**ASK, "prompt": "another"}))
         answer = await s.post({**ASK, "stream": stream})
@@ -276,7 +286,7 @@ async def test_the_client_gets_no_part_of_an_event_before_all_of_it() -> None:
                 await chunk(writer, bytes([byte]))
         await end_stream(writer)
 
-    async with running(decode=2, policy=Scripted()) as s:
+    async with running_with_a_favourite() as s:
         s.decode[0].behaviour, s.decode[1].behaviour = breaks_off, drips
         assert text_of(await s.post({**ASK, "stream": True}), True) == "abcd"
         await assert_settled(s)
@@ -300,7 +310,7 @@ def named(behaviour_of: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("stream", [False, True])
 @on_uvloop
 async def test_an_answer_to_somebody_else_is_not_passed_on(stream: bool) -> None:
-    async with running(decode=2, policy=Scripted()) as s:
+    async with running_with_a_favourite() as s:
         assert (await s.post({**ASK, "stream": stream})).status == 200  # the fleet names its answers
         s.decode[0].behaviour = named(lambda name: "of-somebody-else")
         answer = await s.post({**ASK, "stream": stream})
@@ -386,7 +396,7 @@ LIMITS: dict[str, Any] = {"prefill_timeout_s": 0.5, "decode_first_byte_timeout_s
 )
 @on_uvloop
 async def test_a_decode_worker_that_takes_too_long_is_given_up(fault: Behaviour, stream: bool) -> None:
-    async with running(decode=2, policy=Scripted(), **LIMITS) as s:
+    async with running_with_a_favourite(**LIMITS) as s:
         s.decode[0].behaviour = fault
         assert text_of(await s.post({**ASK, "stream": stream}), stream) == "abcd"
         await until(lambda: s.decode[0].generated[0].aborted, "the slow worker hears of it")
@@ -428,7 +438,7 @@ async def test_a_stream_that_falls_silent_is_broken_off() -> None:
 
 @on_uvloop
 async def test_chat_is_checked_as_completions_are() -> None:
-    async with running(decode=2, policy=Scripted()) as s:
+    async with running_with_a_favourite() as s:
         for stream in (False, True):
             s.decode[0].behaviour = None
             assert (await s.chat({**CHAT, "stream": stream})).status == 200
@@ -436,6 +446,7 @@ async def test_chat_is_checked_as_completions_are() -> None:
             answer = await s.chat({**CHAT, "stream": stream})
             assert answer.status == 200
             assert b"somebody" not in answer.body
+        assert await s.metric("eldr_worker_failures_total", reason="wrong_answer", worker=s.decode[0].url) == 2
 
 
 async def stream_error(

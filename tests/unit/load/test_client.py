@@ -97,10 +97,10 @@ async def test_what_is_asked(serve: Callable[..., Any]) -> None:
         (GOOD[:-1], "before [DONE]"),
         ([GOOD[0], "data: [DONE]\n\n"], "1 tokens instead of 4"),
         ([GOOD[0], 'data: {"error": {"message": "out of cache"}}\n\n'], "out of cache"),
-        (["data: {\n\n"], "cannot be read"),
-        (['data: {"choices": [{"no": "text"}]}\n\n'], "cannot be read"),
+        (["data: {\n\n"], "unreadable event"),
+        (['data: {"choices": [{"no": "text"}]}\n\n'], "unreadable event"),
         (['data: {"choices": [{"text": "one token"}]}\n\n', GOOD[-1]], "1 tokens instead of 4"),
-        (["data: 7\n\n"], "cannot be read"),
+        (["data: 7\n\n"], "unreadable event"),
     ],
 )
 async def test_a_bad_stream_is_an_error(serve: Callable[..., Any], lines: list[str], problem: str) -> None:

@@ -388,8 +388,8 @@ def test_bad_weights_are_refused() -> None:
 
 
 def test_a_cost_without_the_rest_of_a_step_is_refused_before_anything_is_routed() -> None:
-    with pytest.raises(CostError, match="has the MoE layers alone"):
+    with pytest.raises(CostError, match="covers only the MoE layers"):
         PolicyOptions(cost=MOE_ONLY)
-    with pytest.raises(CostError, match="has the MoE layers alone"):
+    with pytest.raises(CostError, match="covers only the MoE layers"):
         PolicyOptions(worker_costs={"a": MOE_ONLY})
     assert PolicyOptions(cost=MOE_ONLY, cost_scope="moe").cost is MOE_ONLY

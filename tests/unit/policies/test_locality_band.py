@@ -247,7 +247,7 @@ def test_policies_by_name() -> None:
 
 
 def test_policies_that_cannot_be_made() -> None:
-    with pytest.raises(PolicyError, match="no policy 'jqs'; there are rr, random, p2c, jsq"):
+    with pytest.raises(PolicyError, match="no policy 'jqs'; choose from rr, random, p2c, jsq"):
         make_policy("jqs")
     with pytest.raises(PolicyError, match="needs a calibration"):
         make_policy("locality-band")

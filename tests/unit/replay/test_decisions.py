@@ -201,7 +201,7 @@ def test_decisions_behind_a_gap_are_not_repeated(trace: Trace) -> None:
     assert repetition.decisions == 200 + sum('"choose"' in line for line in lines[:100])
 
 
-@pytest.mark.parametrize(("lines", "message"), [([], "no header"), (['{"event":"left"}'], "line 1: begins without")])
+@pytest.mark.parametrize(("lines", "message"), [([], "has no header"), (['{"event":"left"}'], "no header before")])
 def test_a_log_without_its_beginning_is_refused(lines: list[str], message: str) -> None:
     with pytest.raises(ReplayError, match=message):
         repeat(lines, make_policy("jsq"))
@@ -259,7 +259,7 @@ def test_the_command_repeats_the_parts_of_a_log(log: list[Path], capsys: pytest.
     assert "200 decisions repeated with locality-band, 0 differ" in " ".join(capsys.readouterr().out.split())
     assert [line.number for line in read_lines(log)][58:62] == [59, 60, 1, 2]
     assert main(["decisions", *map(str, log[1:])]) == 2
-    assert "log.1, line 1: begins without a header" in capsys.readouterr().err
+    assert "log.1, line 1: there is no header before this line" in capsys.readouterr().err
 
 
 def test_the_command_lets_another_policy_choose(log: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,8 +303,8 @@ def test_the_command_checks_the_calibration(
     moved = tmp_path / "moved.npz"
     (tmp_path / "c.npz").rename(moved)
     assert main(["decisions", *map(str, log)]) == 2
-    assert "say where it is now with --calibration" in capsys.readouterr().err
+    assert "give its new path with --calibration" in capsys.readouterr().err
     assert main(["decisions", *map(str, log), "--calibration", str(moved)]) == 0
     fit_calibration(make_trace(requests=60, layers=3, experts=16, kinds=3, seed=3), 3).save(moved)
     assert main(["decisions", *map(str, log), "--calibration", str(moved)]) == 2
-    assert "its digest differs" in capsys.readouterr().err
+    assert "the digests differ" in capsys.readouterr().err

@@ -226,7 +226,7 @@ def test_a_request_larger_than_the_kv_cache_is_refused() -> None:
     trace = make_trace(requests=6, layers=2, experts=16, seed=1, steps=9)
     workload = Workload(np.array([0.0]), np.array([0]), range(1))
     fleet = FleetSpec((COST,), (MOE,), WorkerLimits(kv_tokens=4))
-    with pytest.raises(ReplayError, match="a worker has 4"):
+    with pytest.raises(ReplayError, match="a worker has only 4"):
         Engine(pack_trace(trace), workload, fleet, make_policy("jsq")).run()
 
 

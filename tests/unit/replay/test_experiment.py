@@ -115,7 +115,7 @@ def test_arrivals_have_their_rate() -> None:
     assert stats.kstest(gaps, "expon", args=(0, 1 / 40)).pvalue > 1e-3
     stretched = traced_arrivals(np.array([5.0, 0.0, 1.0, 2.0]), 2.0, 7)
     assert np.diff(stretched, prepend=0.0) == pytest.approx([0.3, 0.3, 0.9, 0.3, 0.3, 0.9, 0.3])
-    with pytest.raises(ReplayError, match="do not differ"):
+    with pytest.raises(ReplayError, match="are all the same"):
         traced_arrivals(np.array([1.0, 1.0]), 2.0, 3)
 
 
@@ -271,7 +271,7 @@ def test_unequal_workers_are_simulated_and_known_to_the_policy(trace: Trace) -> 
 
 def test_names_are_checked() -> None:
     check_names(["jsq", "clairvoyant"])
-    with pytest.raises(ReplayError, match="no policy 'oracle' to replay; there are rr"):
+    with pytest.raises(ReplayError, match="no policy 'oracle' to replay; choose from rr"):
         check_names(["oracle"])
 
 
@@ -325,7 +325,7 @@ def test_the_command_finds_goodput(trace: Trace, tmp_path: Path, capsys: pytest.
     [
         (("--policies", "jqs"), "no policy 'jqs'"),
         (("--arrivals", "trace"), "has no arrival times"),
-        (("--cost", "nowhere"), "no file and no preset"),
+        (("--cost", "nowhere"), "neither a file nor a preset"),
         (("--serve-labels", "poetry"), "no request with the label 'poetry'"),
         (("--batch", "500"), "requests in flight"),
         (("--json", "/nowhere/r.json", "--requests", "20", "--seeds", "1", "--batch", "1"), "cannot be written"),

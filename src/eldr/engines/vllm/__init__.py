@@ -1,1 +1,1 @@
-"""The vLLM connector: expert counts, the hand-off's lease, active experts. Imports nothing of the router."""
+"""The vLLM connector: expert counts, hand-off leases and active experts. It imports nothing from the router."""

@@ -1,7 +1,7 @@
-"""EldrConnector: vLLM's NIXL pull connector, plus expert counts, recorded experts and an enforced lease.
+"""EldrConnector: vLLM's NIXL pull connector plus expert counts, recorded experts and an enforced lease.
 
-Selected with `"kv_connector": "EldrConnector", "kv_connector_module_path": "eldr.engines.vllm.connector"`; see
-docs/vllm.md. vLLM makes one object for its scheduler and one for each worker of an engine.
+Select it with `"kv_connector": "EldrConnector", "kv_connector_module_path": "eldr.engines.vllm.connector"`; see
+docs/vllm.md. vLLM creates one object for an engine's scheduler and one for each of its workers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class EldrConnector(NixlPullConnector):
-    """The connector of a prefill or decode worker, and of a single worker that is recorded."""
+    """The KV connector of a prefill worker, a decode worker, or a single worker that is recorded."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         check_engine(vllm_config)
@@ -89,7 +89,7 @@ class EldrConnector(NixlPullConnector):
         metadata = super().build_connector_meta(scheduler_output)
         plan = self._tracker.plan(scheduler_output)
         for request_id, pull in metadata.reqs_to_recv.items():
-            # The rest only tell the prefill worker to free its blocks.
+            # The other pulls only tell the prefill worker to free its blocks.
             if pull.awaiting_kvs and request_id in self._deadlines_unix_s:
                 plan.deadlines_unix_s[request_id] = self._deadlines_unix_s[request_id]
         metadata.eldr = plan
@@ -128,7 +128,7 @@ class EldrConnector(NixlPullConnector):
         super().start_load_kv(forward_context, **kwargs)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Called once a step, after its forward pass and before its statistics are read."""
+        """Called once per step, after its forward pass and before its statistics are read."""
         results = super().get_transfer_results(finished_req_ids)
         self._guard.settle(results)
         if self._counter is not None:

@@ -1,7 +1,7 @@
-"""Captures which experts each token of a step chose, and where the token's KV went.
+"""Captures which experts each token of a step chose, and where its KV was written.
 
 vLLM's own capturer knows its routers, its monolithic kernels and the batch layouts of data, expert and sequence
-parallelism; this one adds the KV slots and finds the layers without holding the model.
+parallelism. This one adds the KV slots, and finds the layers without access to the model object.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from eldr.engines.vllm.support import UnsupportedError
 
 
 class ExpertCapture(RoutedExpertsCapturer):
-    """The routing of the step that ran last, in static buffers, so that CUDA graphs may write them.
+    """The routing of the most recent step, in static buffers so that CUDA graphs can write to them.
 
-    device_buffer: int32 [T_max, L, k], logical expert ids before any load balancing moves experts, L the MoE layers
-    in model order. slots: int64 [T_max], the KV slot of each token in `attention_layer`'s cache group.
+    device_buffer: int32 [T_max, L, k], logical expert ids, before load balancing moves experts. L counts the MoE layers
+        in model order.
+    slots: int64 [T_max], the KV slot of each token in the cache group of `attention_layer`.
     """
 
     def __init__(self, config: VllmConfig, attention_layer: str, device: torch.device) -> None:
@@ -36,7 +37,7 @@ class ExpertCapture(RoutedExpertsCapturer):
         self._index = {source.layer_id: i for i, source in enumerate(sources)}
         self._attention_layer = attention_layer
         most = config.scheduler_config.max_num_batched_tokens
-        # The three attributes that the inherited `capture` reads.
+        # The inherited `capture` reads these three attributes.
         self.device_buffer = torch.zeros((most, self.layers, self.top_k), dtype=torch.int32, device=device)
         self.dp_rank = config.parallel_config.data_parallel_rank
         self.tp_size = config.parallel_config.tensor_parallel_size
@@ -47,7 +48,7 @@ class ExpertCapture(RoutedExpertsCapturer):
             raise UnsupportedError(f"this model's expert choices cannot be captured: {error}") from None
 
     def capture(self, layer_id: int, topk_ids: torch.Tensor) -> None:
-        """Called inside the forward pass of each MoE layer with integer ids [T, k]."""
+        """Called inside the forward pass of each MoE layer, with integer ids [T, k]."""
         index = self._index[layer_id]
         super().capture(index, topk_ids)
         if index == 0 and is_forward_context_available():
@@ -58,7 +59,7 @@ class ExpertCapture(RoutedExpertsCapturer):
 
 
 def _moe_layers(config: VllmConfig) -> list[Any]:
-    # Layers behind the model's own are those of a drafter.
+    # Layers after the model's own belong to a drafter.
     model_layers = config.model_config.get_total_num_hidden_layers()
     found = [
         layer

@@ -1,4 +1,4 @@
-"""A device tensor on its way to the host, so that the thread that launches kernels never waits for one."""
+"""Copies a device tensor to the host without making the thread that launches kernels wait."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 
 class HostCopy:
-    """A copy of `tensor` that starts now and is waited for by whoever reads it.
+    """A copy of `tensor` that starts at once. The code that reads it waits for it.
 
-    Pickling reads it: with a worker in its own process that happens in the thread that sends the step's output,
+    Pickling reads the copy. If a worker has its own process, that happens in the thread that sends the step's output,
     which waits for the step anyway. `tensor` must not be written to afterwards.
     """
 

@@ -1,9 +1,9 @@
-"""The lease of a hand-off: how long the prefill worker keeps the blocks that a decode worker is to pull.
+"""The lease of a hand-off: how long the prefill worker keeps the blocks that a decode worker will pull.
 
-A NIXL pull is a one-sided read that nobody checks: after the lease the prefill worker may have put another prompt's
-KV into the blocks, and the pull succeeds all the same. So the time left travels with the hand-off, and the decode
-side refuses a pull that would start too late and discards one that ended too late; vLLM then computes the prompt
-itself. The heartbeats by which a NIXL decode worker extends leases prove nothing here: they are not acknowledged.
+A NIXL pull is a one-sided read that nobody checks. After the lease, the prefill worker may have put another prompt's KV
+into the blocks, and the pull still succeeds. So the remaining time travels with the hand-off. The decode side refuses a
+pull that would start too late, and discards one that ended too late. vLLM then computes the prompt itself. The
+heartbeats with which a NIXL decode worker extends leases prove nothing here, because they are not acknowledged.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any, TypeGuard
 
 
 def grant(lease_s: float, now_unix_s: float) -> dict[str, float]:
-    """Wire form of a lease that starts now."""
+    """Encode a lease that starts now."""
     return {"left_s": float(lease_s), "unix_s": now_unix_s}
 
 
 def deadline_unix_s(wire: object, now_unix_s: float, margin_s: float) -> float | None:
-    """When to stop trusting a hand-off seen now, by this machine's wall clock; None if `wire` is no lease.
+    """Return when to stop trusting a hand-off seen now, on this machine's wall clock. None if `wire` is not a lease.
 
-    `unix_s`, the sender's clock when `left_s` was true, counts the time on the way, also in the socket buffer of a
-    stopped process. A sender whose clock is ahead cannot lengthen a lease.
+    `unix_s` is the sender's clock at the moment `left_s` was true. It accounts for the time in transit, including time
+    in the socket buffer of a stopped process. A sender whose clock is ahead cannot lengthen a lease.
     """
     if not isinstance(wire, dict):
         return None
@@ -38,10 +38,10 @@ def _is_finite(value: object) -> TypeGuard[float]:
 
 
 class PullGuard:
-    """Enforces deadlines on a decode worker's pulls; one for each worker of an engine.
+    """Enforces deadlines on a decode worker's pulls. An engine has one for each of its workers.
 
-    Works on NIXL's ReqMeta and vLLM's KVConnectorTransferResults. `events` counts what was refused or discarded,
-    by reason, until the caller clears it.
+    It works on NIXL's ReqMeta and vLLM's KVConnectorTransferResults. `events` counts refused and discarded pulls by
+    reason, until the caller clears it.
     """
 
     def __init__(self, clock_unix_s: Callable[[], float]) -> None:
@@ -51,7 +51,7 @@ class PullGuard:
         self.events: Counter[str] = Counter()
 
     def admit(self, pulls: dict[str, Any], deadlines_unix_s: Mapping[str, float | None]) -> None:
-        """Take the pulls that must not start out of `pulls` (request id -> ReqMeta), before NIXL sees them."""
+        """Remove the pulls that must not start from `pulls` (request id -> ReqMeta), before NIXL sees them."""
         now = self._clock_unix_s()
         for request_id, deadline in deadlines_unix_s.items():
             if deadline is None:
@@ -66,7 +66,7 @@ class PullGuard:
                 self._running[request_id] = deadline
 
     def settle(self, results: Any) -> None:
-        """Mark in `results` the refused pulls as failed, and those that ended after their deadline."""
+        """Mark refused pulls, and pulls that ended after their deadline, as failed in `results`."""
         now = self._clock_unix_s()
         for request_id in results.finished_recving:
             deadline = self._running.pop(request_id, None)

@@ -1,4 +1,4 @@
-"""What the scheduler's side of the connector tells the worker's side for one step, and what comes back."""
+"""The messages between the connector's scheduler side and its worker side: a plan for each step, and its result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eldr.engines.vllm.hostcopy import HostCopy
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """L MoE layers with E experts each, of which a token chooses top_k."""
+    """L MoE layers with E experts each. A token chooses top_k of them per layer."""
 
     layers: int
     experts: int
@@ -20,7 +20,7 @@ class Geometry:
 
 @dataclass(slots=True)
 class EndedPrefill:
-    """A prompt whose last token is computed in this step: its blocks and its length in tokens."""
+    """A prompt whose last token is computed in this step, with its blocks and its length in tokens."""
 
     request_id: str
     blocks: list[int]
@@ -29,7 +29,7 @@ class EndedPrefill:
 
 @dataclass(slots=True)
 class RecordedSpan:
-    """Consecutive generated tokens of a recorded request: the slots that this step computes."""
+    """Consecutive generated tokens of a recorded request, as the slots that this step computes."""
 
     request_id: str
     first_position: int
@@ -38,11 +38,16 @@ class RecordedSpan:
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step.
+    """The scheduler's plan for one step.
 
-    tokens: tokens scheduled. taken: blocks from the pool that the step computes into, loaded: blocks that a KV load
-    fills. decode_slots: slots of the generated tokens among the step's tokens, None if all are. deadlines_unix_s:
-    for each pull that starts in this step, until when the prefill worker holds its blocks, None if it did not say.
+    tokens: the number of tokens scheduled.
+    taken: blocks from the pool that the step computes into.
+    loaded: blocks that a KV load fills.
+    ended: prompts whose last token is computed in this step.
+    decode_slots: slots of the generated tokens among the step's tokens. None if all tokens are generated ones.
+    recorded: generated tokens of recorded requests.
+    deadlines_unix_s: for each pull that starts in this step, until when the prefill worker holds its blocks. None if
+        the worker did not say.
     """
 
     tokens: int = 0
@@ -64,13 +69,13 @@ class RecordedRows:
 
 @dataclass
 class StepResult(KVConnectorWorkerMetadata):
-    """What a worker read off one step: packed sums of BlockTable and recorded rows, by request."""
+    """What a worker read from one step: packed sums of BlockTable, and recorded rows, by request."""
 
     geometry: Geometry
     sums: dict[str, HostCopy] = field(default_factory=dict)
     rows: dict[str, RecordedRows] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Only one rank of an engine counts (every rank routes every token), so there is nothing to add up."""
+        """Return this result unchanged. Only one rank of an engine counts, because every rank routes every token."""
         assert isinstance(other, StepResult)
         return StepResult(self.geometry, other.sums | self.sums, other.rows | self.rows)

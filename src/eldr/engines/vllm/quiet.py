@@ -1,4 +1,4 @@
-"""NIXL on machines with few cores: progress threads that sleep, engines free to run on every core."""
+"""Makes NIXL gentle on machines with few cores: its progress threads sleep, and engines may run on every core."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 @contextmanager
 def quiet_nixl(delay_us: int) -> Iterator[None]:
-    """NIXL agents made inside sleep `delay_us` between polls, and vLLM's pinning of the thread is undone.
+    """Make NIXL agents created inside sleep `delay_us` between polls, and undo vLLM's pinning of the thread.
 
-    NIXL's Python API fixes the progress thread's delay at zero, which polls and takes a core per engine; with a
-    delay the events of UCX still wake the thread. vLLM's NIXL worker pins the calling thread to the last core of
-    each NUMA node on CPU, which puts every engine of the machine on one core.
+    NIXL's Python API fixes the progress thread's delay at zero, so that it polls and occupies one core per engine. With
+    a delay, UCX events still wake the thread. On CPU, vLLM's NIXL worker pins the calling thread to the last core of
+    each NUMA node, which puts every engine of the machine on one core.
     """
     api: Any = importlib.import_module("nixl._api")
     bindings = importlib.import_module(api.nixl_agent.__module__).nixlBind

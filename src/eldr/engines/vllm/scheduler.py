@@ -1,4 +1,4 @@
-"""The scheduler's side: follows every request through its blocks, plans what the worker counts, answers requests."""
+"""The scheduler side: follows every request through its blocks, plans what the worker counts, and answers requests."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ class _Request:
 class RequestTracker:
     """Follows requests from arrival to finish.
 
-    group: index of the full-attention KV cache group. block_size: tokens per block of that group.
-    recordable: whether generated tokens can be attributed to positions (not with speculative decoding).
+    group: the index of the full-attention KV cache group.
+    block_size: tokens per block of that group.
+    recordable: whether generated tokens can be attributed to positions. Not the case with speculative decoding.
     """
 
     def __init__(self, group: int, block_size: int, *, recordable: bool = True) -> None:
         self._group = group
         self._block_size = block_size
         self._recordable = recordable
-        self._geometry: Geometry | None = None  # known from the first result on
+        self._geometry: Geometry | None = None  # known after the first result
         self._requests: dict[str, _Request] = {}
         self._plan = StepPlan()
-        # Requests that finished in the step whose result is still to come, with the answer already handed out.
+        # Requests that finished in the step whose result is still to come, with the answer that was already returned.
         self._answered: dict[str, tuple[_Request, int, dict[str, Any]]] = {}
 
     def arrived(self, request_id: str, prompt_tokens: int, params: dict[str, Any] | None) -> None:
@@ -56,16 +57,16 @@ class RequestTracker:
             request.local_hit_tokens = local_hit_tokens
 
     def allocated(self, request_id: str, blocks: Sequence[int], *, load: bool) -> None:
-        """The request was given `blocks`, in order; `load`: a KV load into them starts.
+        """The request was given `blocks`, in order. If `load`, a KV load into them starts.
 
-        Heard also of requests that are cached or aborted before any step computes them.
+        Also called for requests that are cached or aborted before any step computes them.
         """
         if request := self._requests.get(request_id):
             fresh = blocks[request.local_hit_tokens // self._block_size :]
             (self._plan.loaded if load else self._plan.taken).extend(fresh)
 
     def plan(self, step: Any) -> StepPlan:
-        """What the worker is to do in `step` (vLLM's SchedulerOutput), with what was allocated since the last."""
+        """Plan what the worker does in `step` (vLLM's SchedulerOutput), given what was allocated since the last one."""
         self._answered.clear()
         plan, self._plan = self._plan, StepPlan()
         plan.tokens = step.total_num_scheduled_tokens
@@ -94,7 +95,7 @@ class RequestTracker:
         self._geometry = result.geometry
         for request_id, packed in result.sums.items():
             request = self._find(request_id)
-            # A preempted request ends its prefill again, then with generated tokens in the last block.
+            # A preempted request ends its prefill a second time, with generated tokens in the last block.
             if request and (request.counts is None or "unavailable" in request.counts):
                 request.counts = _encode(packed.numpy(), request.prompt_tokens, result.geometry)
         for request_id, span in result.rows.items():
@@ -106,9 +107,10 @@ class RequestTracker:
         self._answered.clear()
 
     def finished(self, request_id: str, generated_tokens: int, params: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The request finished; returns the kv_transfer_params of its answer, `params` being NIXL's.
+        """The request finished. Returns the kv_transfer_params of its answer; `params` are NIXL's.
 
-        vLLM asks before it delivers the result of the last step and sends the answer after: it is filled in between.
+        vLLM calls this before it delivers the result of the last step, and sends the answer afterwards. The answer is
+        filled in between.
         """
         request = self._requests.pop(request_id, None)
         if request is None or not request.counted or (params is None and not request.recorded):
@@ -124,7 +126,7 @@ class RequestTracker:
         return self._requests.get(request_id)
 
     def _place(self, plan: StepPlan, request: _Request, blocks: Sequence[int], computed: int) -> None:
-        """The request starts with `computed` tokens in `blocks`: local hits, then loaded ones, then none."""
+        """The request starts with `computed` tokens in `blocks`: first local hits, then loaded tokens, then none."""
         request.blocks = list(blocks)
         hits = min(request.local_hit_tokens, computed) // self._block_size
         held = -(-computed // self._block_size)
@@ -132,7 +134,7 @@ class RequestTracker:
         plan.taken += request.blocks[held:]
 
     def _advance(self, plan: StepPlan, step: Any, request_id: str, request: _Request, computed: int) -> list[int]:
-        """Plan the tokens of one request in this step; returns the slots of the generated ones."""
+        """Plan the tokens of one request in this step. Returns the slots of the generated ones."""
         end = computed + step.num_scheduled_tokens[request_id]
         if request.counted and computed < request.prompt_tokens <= end:
             plan.ended.append(EndedPrefill(request_id, list(request.blocks), request.prompt_tokens))

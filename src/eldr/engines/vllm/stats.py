@@ -1,4 +1,4 @@
-"""Active experts and refused pulls in vLLM's own statistics, beside those of the NIXL connector."""
+"""Reports active experts and refused pulls in vLLM's own statistics, next to those of the NIXL connector."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _BUCKETS = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 
 @dataclass
 class EldrStats(NixlKVConnectorStats):
-    """NIXL's statistics of an interval plus ours.
+    """NIXL's statistics of an interval, plus ours.
 
-    data[ACTIVE]: distinct experts, one number for each decode step and MoE layer. data[REFUSED]: reasons, one for
-    each pull that the lease ruled out.
+    data[ACTIVE]: distinct experts, one number for each decode step and MoE layer. data[REFUSED]: reasons, one for each
+    pull that the lease ruled out.
     """
 
     @classmethod
     def of(
         cls, nixl: NixlKVConnectorStats | None, active_experts: list[int], refused: Mapping[str, int]
     ) -> EldrStats | None:
-        """The statistics of an interval, None if nothing happened in it."""
+        """Return the statistics of an interval, or None if nothing happened in it."""
         stats = cls()
         if nixl is not None:
             stats.aggregate(nixl)
@@ -50,7 +50,7 @@ class EldrStats(NixlKVConnectorStats):
 
 
 class EldrPromMetrics(NixlPromMetrics):
-    """vllm:eldr_active_experts and vllm:eldr_refused_pulls at vLLM's /metrics."""
+    """Exports vllm:eldr_active_experts and vllm:eldr_refused_pulls at vLLM's /metrics."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What the connector can work with, checked when an engine starts."""
+"""Checks, when an engine starts, that the connector can work with it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FIRST_VERSION, LAST_VERSION = (0, 30), (0, 32)
 
 
 class UnsupportedError(EldrError):
-    """An engine that the connector cannot count in; says why and what to do."""
+    """Raised when the connector cannot count in an engine. The message says why and what to do."""
 
 
 def check_engine(config: VllmConfig, version: str = vllm.__version__) -> None:
-    """Raise UnsupportedError unless the connector can count exactly in an engine of this configuration."""
+    """Raise UnsupportedError unless the connector can count exactly in an engine with this configuration."""
     check_version(version)
     model, parallel = config.model_config, config.parallel_config
     if not model.get_num_experts():
@@ -44,7 +44,7 @@ def check_engine(config: VllmConfig, version: str = vllm.__version__) -> None:
 
 
 def check_version(version: str) -> None:
-    """Raise UnsupportedError unless `version` is one of the vLLM releases the connector was written for."""
+    """Raise UnsupportedError unless `version` is a vLLM release that the connector was written for."""
     major, minor = (int(part) for part in version.split(".")[:2])
     if not FIRST_VERSION <= (major, minor) <= LAST_VERSION:
         first, last = (".".join(map(str, v)) for v in (FIRST_VERSION, LAST_VERSION))
@@ -55,7 +55,7 @@ def check_version(version: str) -> None:
 
 
 def full_attention_group(kv_cache: KVCacheConfig) -> int:
-    """Index of the KV cache group whose blocks keep every token: sliding windows give theirs back."""
+    """Index of the KV cache group whose blocks keep every token. Sliding-window groups free theirs."""
     for index, group in enumerate(kv_cache.kv_cache_groups):
         if is_full_attention_spec(group.kv_cache_spec):
             return index
@@ -63,10 +63,11 @@ def full_attention_group(kv_cache: KVCacheConfig) -> int:
 
 
 def options(extra: dict[str, Any]) -> dict[str, float]:
-    """eldr's own keys of kv_connector_extra_config, with defaults.
+    """Return eldr's own keys of kv_connector_extra_config, with defaults filled in.
 
-    eldr_lease_margin_s: how long before the end of a lease the decode side stops to trust it; covers what the
-    clocks of two workers may differ by. eldr_nixl_delay_us: sleep of NIXL's progress thread on CPU workers.
+    eldr_lease_margin_s: the decode side stops trusting a lease this long before it ends. The margin covers the
+        difference between the clocks of two workers. eldr_nixl_delay_us: how long NIXL's progress thread sleeps on CPU
+        workers.
     """
     known: dict[str, float] = {"eldr_lease_margin_s": 2.0, "eldr_nixl_delay_us": 1000}
     for key, value in extra.items():
@@ -75,6 +76,6 @@ def options(extra: dict[str, Any]) -> dict[str, float]:
         if key not in known:
             raise UnsupportedError(f"kv_connector_extra_config has an unknown key {key!r}; known: {', '.join(known)}")
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise UnsupportedError(f"kv_connector_extra_config: {key} is {value!r}, expected a number from 0")
+            raise UnsupportedError(f"kv_connector_extra_config: {key} is {value!r}, expected a number of at least 0")
         known[key] = value
     return known

@@ -1,9 +1,9 @@
-"""Expert counts per KV-cache block, co-indexed with the cache (the signature cache of ELDR, arXiv 2607.00466).
+"""Expert counts per KV-cache block, indexed like the cache (the signature cache of ELDR, arXiv 2607.00466).
 
-A row lives exactly as long as its block's content: it is emptied when the block is taken from the pool and grows
-with every token whose KV is computed into the block. Prefix hits therefore find the counts of their tokens, and
-eviction needs no code. A row is trusted only if it has counted exactly as many tokens as the block holds; whatever
-fills a block without computing it here (a KV load, a copy) leaves the row short, and the sum says so.
+A row lives exactly as long as its block's content. It is emptied when the block is taken from the pool, and grows with
+every token whose KV is computed into the block. Prefix hits therefore find the counts of their tokens, and eviction
+needs no code. A row is trusted only if it has counted exactly as many tokens as the block holds. A KV load or a copy
+fills a block without computing it here, which leaves the row short, and the sum reports it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 
 def row_dtype(block_size: int) -> torch.dtype:
-    """The smallest dtype for a row: a token picks an expert at most once, so no count exceeds the block size."""
+    """The smallest dtype for a row. A token picks an expert at most once, so no count exceeds the block size."""
     for dtype in (torch.uint8, torch.int16):
         if block_size <= torch.iinfo(dtype).max:
             return dtype
@@ -24,7 +24,7 @@ def row_dtype(block_size: int) -> torch.dtype:
 
 
 class BlockTable:
-    """Counts for `blocks` KV-cache blocks of `block_size` tokens, of L layers with E experts each.
+    """Counts for `blocks` KV-cache blocks of `block_size` tokens, with L layers of E experts each.
 
     Every operation is queued on the device without waiting for it.
     """
@@ -32,7 +32,7 @@ class BlockTable:
     def __init__(self, blocks: int, block_size: int, layers: int, experts: int, *, device: torch.device | str) -> None:
         self.block_size = block_size
         self._shape = (layers, experts)
-        # One more row, for the tokens that pad a batch.
+        # One extra row takes the tokens that pad a batch.
         self._rows = torch.zeros((blocks + 1, layers, experts), dtype=row_dtype(block_size), device=device)
         self._tokens = torch.zeros(blocks + 1, dtype=torch.int32, device=device)
         self._loaded = torch.zeros(blocks + 1, dtype=torch.bool, device=device)
@@ -44,7 +44,7 @@ class BlockTable:
         return int(self._rows.nbytes + self._tokens.nbytes + self._loaded.nbytes)
 
     def take(self, blocks: Sequence[int], *, loaded: bool) -> None:
-        """Empty the rows of `blocks`, whose content is about to change; `loaded`: by a KV load."""
+        """Empty the rows of `blocks`, whose content is about to change. `loaded`: whether a KV load changes it."""
         if not blocks:
             return
         index = torch.tensor(blocks, dtype=torch.int64).to(self._rows.device, non_blocking=True)
@@ -55,8 +55,8 @@ class BlockTable:
     def add(self, slots: torch.Tensor, experts: torch.Tensor) -> None:
         """Count the tokens of one step.
 
-        slots: int64 [T], where each token's KV went: block * block_size + offset, negative for padding.
-        experts: integer [T, L, k], the experts each token chose.
+        slots: int64 [T], where each token's KV went: block * block_size + offset. Negative for padding.
+        experts: integer [T, L, k], the experts that each token chose.
         """
         block = torch.where(slots < 0, self._rows.shape[0] - 1, slots // self.block_size)
         layers, per_layer = self._shape
@@ -66,7 +66,7 @@ class BlockTable:
         self._tokens.index_add_(0, block, torch.ones_like(block, dtype=torch.int32))
 
     def sum(self, blocks: Sequence[int], tokens: int) -> torch.Tensor:
-        """Counts of the first `tokens` tokens of the sequence in `blocks`, packed for `unpack_sum`.
+        """Sum the counts of the first `tokens` tokens of the sequence in `blocks`, packed for `unpack_sum`.
 
         Returns int32 [L * E + 2] on the table's device.
         """
@@ -82,7 +82,7 @@ class BlockTable:
 
 
 def unpack_sum(packed: NDArray[np.int32], layers: int, experts: int) -> NDArray[np.uint32] | str:
-    """Counts uint32 [L, E] from what BlockTable.sum returned, or why they are not exact (snake_case)."""
+    """Unpack the output of BlockTable.sum: counts uint32 [L, E], or the snake_case reason why they are not exact."""
     wrong, loaded = packed[-2:]
     if loaded:
         return "kv_load"

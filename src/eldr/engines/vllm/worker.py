@@ -1,4 +1,4 @@
-"""The worker's side: counts the tokens of each step and reads off it what the scheduler's side asked for."""
+"""The worker side: counts the tokens of each step, and reads from it what the scheduler side asked for."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from eldr.engines.vllm.routing import distinct_experts, experts_at, tokens_at
 from eldr.engines.vllm.support import full_attention_group
 from eldr.engines.vllm.table import BlockTable
 
-# Under vLLM's own logger, which writes to the worker's log.
+# A child of vLLM's own logger, which writes to the worker's log.
 logger = logging.getLogger("vllm.eldr")
 
 
 class ExpertCounter:
-    """Counts what `capture` saw into `table`; without a table it does nothing."""
+    """Adds the routing that `capture` saw to `table`. Without a table it does nothing."""
 
     def __init__(self, capture: ExpertCapture, table: BlockTable | None) -> None:
         self._capture = capture
@@ -32,7 +32,7 @@ class ExpertCounter:
         self._result: StepResult | None = None
 
     def count(self, plan: StepPlan) -> None:
-        """Count the step that just ran (or is queued to run before this on the device)."""
+        """Count the step that just ran, or that is queued to run before this on the device."""
         self._result = None
         if self._table is None:
             return
@@ -56,12 +56,12 @@ class ExpertCounter:
             )
 
     def take_result(self) -> StepResult | None:
-        """What the scheduler's side asked to know of the step counted last."""
+        """Return what the scheduler side asked for about the step counted last."""
         result, self._result = self._result, None
         return result
 
     def take_distinct(self) -> list[int]:
-        """Distinct experts of each (decode step, layer) that became known since the last call."""
+        """Return the distinct experts of each (decode step, layer) that became known since the last call."""
         values: list[int] = []
         while self._distinct and self._distinct[0].ready():
             values += self._distinct.popleft().numpy().tolist()
@@ -71,10 +71,10 @@ class ExpertCounter:
 def make_counter(
     config: VllmConfig, kv_cache: KVCacheConfig, kv_cache_bytes: int, device: torch.device
 ) -> ExpertCounter:
-    """The counter of one worker.
+    """Make the counter of one worker.
 
-    Only the first tensor-parallel rank counts, as every rank routes every token; the others take part in the
-    collectives of the capture.
+    Only the first tensor-parallel rank counts, because every rank routes every token. The other ranks only take part in
+    the collectives of the capture.
     """
     group = kv_cache.kv_cache_groups[full_attention_group(kv_cache)]
     capture = ExpertCapture(config, group.layer_names[0], device)

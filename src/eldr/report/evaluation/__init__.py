@@ -1,4 +1,4 @@
-"""An evaluation as something to look at: one HTML page, pictures, and a README with every number."""
+"""The report of an evaluation: one HTML page, pictures, and a README with every number."""
 
 from eldr.report.evaluation.document import evaluation_blocks, evaluation_sections, write_evaluation
 

@@ -1,4 +1,4 @@
-"""Policies against each other, over load, knobs and pool sizes; goodput."""
+"""Report sections that compare policies: overall, over load, settings and pool size, and goodput."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def _scope(scope: str) -> str:
 
 
 def oracle_share(rows: Rows) -> float | None:
-    """Mean TPOT reduction of expected-union over that with true profiles, percent; None where there is no gain."""
+    """Mean TPOT reduction of expected-union relative to that with true profiles, in percent.
+
+    None if there is no gain.
+    """
     by_name = {row["policy"]: row for row in rows}
     if not {"expected-union", "expected-union-true"} <= by_name.keys():
         return None
@@ -85,7 +88,7 @@ def _oracle_share(step: Rows) -> str:
 
 
 def changes_figure(rows: Rows) -> Figure:
-    """Changes of median, p99 and mean against the best load balancer, a line a policy."""
+    """Changes of median, p99 and mean against the best load balancer, one line per policy."""
     routed = [row for name in policy_order({row["policy"] for row in rows}) for row in of(rows, policy=name)]
     routed = [row for row in routed if row["policy"] not in BALANCERS]
     names = [shown(row["policy"]) for row in routed]
@@ -146,7 +149,7 @@ def _load(rows: Rows) -> Figure:
         axis.grid(visible=True)
     axes[2].axhline(0, color=INK, linewidth=0.8)
     low = min(row["vs_best_baseline_p50"] for row in rows)
-    axes[2].set_ylim(low - 2, 12)  # random's far worse values would flatten the rest
+    axes[2].set_ylim(low - 2, 12)  # the far worse values of random would flatten the rest
     legend_below(figure, axes[0], 4)
     return figure
 
@@ -257,7 +260,7 @@ def _frontier(rows: Rows) -> Figure:
             for row in of(line, default=True):
                 point = (row["vs_best_baseline_p50"], row["vs_best_baseline_p99"])
                 axis.plot(*point, "o", markersize=13, markerfacecolor="none", markeredgecolor=colour, linewidth=1.5)
-            if axis is axes[1] and knob != "tail_guard":  # these lie close together: their ends alone
+            if axis is axes[1] and knob != "tail_guard":  # points lie close together, so only the ends are labelled
                 _label_points(axis, [line[0], line[-1]], colour)
             elif axis is axes[1] or knob == "tau":
                 _label_points(axis, line, colour)

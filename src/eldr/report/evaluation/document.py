@@ -1,4 +1,4 @@
-"""Puts an evaluation together: HTML page, PNG pictures and README.md from the same sections."""
+"""Assembles the report of an evaluation: HTML page, PNG pictures and README.md from the same sections."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ class TracePart:
 
 
 def evaluation_sections(results: Results) -> tuple[list[TracePart], list[Section]]:
-    """Sections of each trace, and those that are of no trace. Experiments without rows have no section."""
+    """Return the sections of each trace, and those that belong to no trace.
+
+    Experiments without rows have no section.
+    """
     parts = [TracePart(trace.about, list(_of_trace(trace)), trace.skipped) for trace in results.traces]
     common: list[Section] = []
     if results.common.get("memory"):
@@ -107,7 +110,7 @@ def _shares(main: Rows) -> str:
 
 
 def evaluation_blocks(results: Results) -> list[Html]:
-    """The body of a page."""
+    """Return the body of a page."""
     parts, common = evaluation_sections(results)
     targets = [(part.title, part.anchor) for part in parts] + ([("What it costs", "costs")] if common else [])
     blocks = [html.links(targets)]
@@ -145,7 +148,7 @@ def _section(section: Section) -> Html:
 
 
 def _tiles(trace: TraceResults) -> Html:
-    """What is to be seen first: the largest fleet of the main comparison."""
+    """The key figures, from the largest fleet of the main comparison."""
     step = of(trace.experiments.get("main", []), cost_scope="step")
     if not step:
         return html.tiles([])
@@ -170,7 +173,7 @@ def _tiles(trace: TraceResults) -> Html:
 
 
 def write_evaluation(results: Results, folder: Path) -> None:
-    """Write report.html, README.md and the pictures into `folder`. Raises OSError."""
+    """Write report.html, README.md and the pictures to `folder`. Raises OSError."""
     title = "Evaluation of eldr"
     subtitle = (
         f"Recorded models: {len(results.traces)}. The main comparison has {results.made['seeds']} paired runs of "
@@ -186,7 +189,7 @@ def write_evaluation(results: Results, folder: Path) -> None:
             _write_picture(picture, pictures)
             written.add(f"{picture.name}.png")
     for old in pictures.glob("*.png"):
-        if old.name not in written:  # of a trace that is not evaluated any more
+        if old.name not in written:  # belongs to a trace that is no longer evaluated
             old.unlink()
     text = _readme(title, subtitle, results, parts, common)
     write_atomically(folder / "README.md", lambda file: file.write(text.encode()))

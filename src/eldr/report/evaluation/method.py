@@ -1,4 +1,4 @@
-"""Ablations of the paper's method, and a change of mix during the run."""
+"""Report sections on ablations of the paper's method, and on a change of mix during the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What routing on experts costs: memory, capture, decisions."""
+"""Report sections on overhead: memory, capture and decisions."""
 
 from __future__ import annotations
 

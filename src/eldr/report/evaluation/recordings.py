@@ -1,4 +1,4 @@
-"""What the recordings say: prefill against decode, one kind against mixed, signatures, and the predictor."""
+"""Report sections on the recordings: prefill against decode, one kind against mixed, signatures, and the predictor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAX_COLOURED = 16
 
 
 def kinds_section(rows: Rows, load: Rows, prefix: str) -> Section:
-    """load: rows of the comparison over load, whose batches and active experts are shown beside."""
+    """load: rows of the comparison over load, whose batches and active experts are shown alongside."""
     picture = Picture(
         f"{prefix}-experts",
         "Left: distinct experts per decode step and layer against batch size. Middle: change against random batches. "
@@ -196,7 +196,7 @@ def _signatures(rows: Rows) -> Figure:
 
 
 def predictors_section(rows: Rows, share: str, prefix: str) -> Section:
-    """share: a sentence on how much of the gain with true profiles is kept."""
+    """share: a sentence on how much of the gain with true profiles the predictor keeps."""
     judged = of(rows, sort="judgement")
     picture = Picture(
         f"{prefix}-predictor",

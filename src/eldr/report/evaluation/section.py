@@ -1,4 +1,4 @@
-"""A section of an evaluation: what is said, the pictures, and the numbers behind them; and small drawing helpers."""
+"""A section of an evaluation report: its text, its pictures and the numbers behind them. Also small drawing helpers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eldr.report.style import INK, make_panels, policy_style
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 
-# Where numbers come from; a section says one of them beside its title.
+# Where the numbers of a section come from. A section shows one of these beside its title.
 REPLAYED = "replayed: recorded experts, modelled step time"
 RECORDED = "computed from the recording"
 MEASURED = "measured on the machine that made this page"
@@ -23,7 +23,12 @@ COMPUTED = "computed from published model shapes"
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """name: of its file, without suffix. draw: called under the project's plot style."""
+    """A picture of a section.
+
+    name: the file name, without suffix.
+    caption: the text below it.
+    draw: draws the figure. Called under the project's plot style.
+    """
 
     name: str
     caption: str
@@ -32,7 +37,12 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """A table: shown head -> how a row's cell reads."""
+    """A table of numbers.
+
+    columns: column heading -> function that formats the cell of a row.
+    rows: the rows.
+    caption: the text above it.
+    """
 
     columns: Mapping[str, Callable[[Row], str]]
     rows: Rows
@@ -44,7 +54,10 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """origin: one of the constants above."""
+    """A section of the report.
+
+    origin: where its numbers come from, one of the constants above.
+    """
 
     title: str
     anchor: str
@@ -63,7 +76,7 @@ def number(key: str, digits: int = 2) -> Callable[[Row], str]:
 
 
 def change(key: str) -> Callable[[Row], str]:
-    """A signed percent with half of its 95 % interval, where it has one."""
+    """Format a signed percent change, with half of its 95 % interval if it has one."""
 
     def read(row: Row) -> str:
         if row.get(key) is None:
@@ -76,7 +89,7 @@ def change(key: str) -> Callable[[Row], str]:
 
 
 def tpot_columns(against: str = "vs_best_baseline") -> dict[str, Callable[[Row], str]]:
-    """Columns that every comparison of TPOT has."""
+    """The columns that every comparison of TPOT has."""
     return {
         "p50 ms": number("tpot_p50_ms"),
         "p95 ms": number("tpot_p95_ms"),
@@ -96,17 +109,17 @@ def shown(policy: str) -> str:
 
 
 def of(rows: Rows, **wanted: Any) -> list[Row]:
-    """The rows that have all these values."""
+    """Return the rows that have all these values."""
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
 def values(rows: Iterable[Row], key: str) -> list[Any]:
-    """Different values of a column, ascending."""
+    """The distinct values of a column, ascending."""
     return sorted({row[key] for row in rows})
 
 
 def policy_line(axes: Axes, policy: str, x: Sequence[float], y: Sequence[float], **options: Any) -> None:
-    """A policy's curve in its colour, dash and marker."""
+    """Draw a policy's curve in its colour, dash and marker."""
     look = policy_style(policy)
     quiet = policy in ("rr", "random", "p2c")
     axes.plot(
@@ -123,7 +136,7 @@ def policy_line(axes: Axes, policy: str, x: Sequence[float], y: Sequence[float],
 
 
 def change_dots(axes: Axes, names: Sequence[str], rows: Sequence[Row], key: str, colours: Sequence[str]) -> None:
-    """Signed changes as dots with their 95 % intervals, one a line, names at the left, zero marked."""
+    """Draw signed changes as dots with their 95 % intervals, one per line, with names at the left and zero marked."""
     for line, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         value, low, high = row[key], row.get(f"{key}_lo"), row.get(f"{key}_hi")
         if low is not None and high is not None:
@@ -144,7 +157,7 @@ def change_dots(axes: Axes, names: Sequence[str], rows: Sequence[Row], key: str,
 def horizontal_bars(
     names: Sequence[str], lengths: Sequence[float], notes: Sequence[str], colours: Sequence[str], unit: str
 ) -> Figure:
-    """A figure of one bar a line, its name at the left and its note behind it."""
+    """A figure with one bar per line, its name at the left and its note after it."""
     figure, (axes,) = make_panels(1, width=10.8, height=0.33 * len(names) + 0.8)
     for line, (length, note, colour) in enumerate(zip(lengths, notes, colours, strict=True)):
         axes.barh(line, length, 0.7, color=colour)

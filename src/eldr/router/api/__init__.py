@@ -1,1 +1,1 @@
-"""What is served beside completions: routes, keys, models, metrics, the admin API and the page."""
+"""Everything served besides completions: routes, keys, models, metrics, the admin API and the page."""

@@ -1,4 +1,4 @@
-"""The admin API, on an address of its own: look at the fleet, take workers in, drain them, let them go."""
+"""The admin API, on an address of its own: show the fleet, add workers, drain them and remove them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ STATE = b"/ui/state"
 
 
 class AdminApi:
-    """Answers admin requests; a handler of `ClientConnection`. Every request but that for the page needs the admin key:
-    the page holds nothing of the fleet, and asks for the key to get it.
+    """Answers admin requests. It is a handler of `ClientConnection`.
 
-    ui: what the page shows.
+    Every request needs the admin key, except the one for the page. The page contains no data about the fleet. It asks
+    for the key and fetches the data with it.
+
+    ui: the data that the page shows.
     """
 
     def __init__(self, membership: Membership, key: AdminKey, ui: UiState) -> None:
@@ -43,11 +45,11 @@ class AdminApi:
         }
 
     def refused(self, error: ApiError) -> None:
-        """Nothing is counted here: the router's metrics are about its clients."""
+        """Nothing is counted here, because the router's metrics are about its clients."""
 
     def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
         if path != PAGE and not self._key.is_in(headers):
-            raise ApiError(401, "the admin API needs its key as Authorization: Bearer KEY (see --admin-key-file)")
+            raise ApiError(401, "the admin API needs its key, as Authorization: Bearer KEY (see --admin-key-file)")
         return "admin"
 
     def handle(self, request: Request, exchange: ClientExchange) -> None:
@@ -81,7 +83,7 @@ class AdminApi:
         return 200, {"workers": [describe(worker) for worker in self._membership.workers()]}
 
     def _join(self, fields: dict[str, Any]) -> tuple[int, object]:
-        """Take a worker in. 202: it is probed first, and shows in the list as joining until it is up."""
+        """Add a worker. Returns 202: it is probed first, and listed as joining until it is up."""
         _only(fields, "url", "role")
         role = _role(fields)
         if role is None:
@@ -93,16 +95,16 @@ class AdminApi:
         return 202, describe(worker)
 
     def _remove(self, fields: dict[str, Any]) -> tuple[int, object]:
-        """Let a worker go at once: what runs there is cut off."""
+        """Remove a worker at once. Its running requests are cut off."""
         _only(fields, "url", "role")
         return self._let_go(fields, 0.0)
 
     def _drain(self, fields: dict[str, Any]) -> tuple[int, object]:
-        """Give a worker nothing more; it goes when its running requests have ended, at the latest after timeout_s."""
+        """Stop sending requests to a worker. It leaves once its running requests have ended, or after timeout_s."""
         _only(fields, "url", "role", "timeout_s")
         timeout_s = fields.get("timeout_s")
         if timeout_s is not None and (type(timeout_s) not in (int, float) or not 0 <= timeout_s < math.inf):
-            raise ApiError(400, "timeout_s must be a number of seconds from 0", param="timeout_s")
+            raise ApiError(400, "timeout_s must be a number of seconds, 0 or more", param="timeout_s")
         return self._let_go(fields, timeout_s)
 
     def _let_go(self, fields: dict[str, Any], timeout_s: float | None) -> tuple[int, object]:
@@ -115,7 +117,7 @@ class AdminApi:
 
 
 def describe(worker: Worker) -> dict[str, Any]:
-    """A worker as the API shows it."""
+    """Return a worker as the API shows it."""
     return {
         "url": worker.url,
         "role": worker.role,
@@ -143,7 +145,7 @@ def _fields(body: bytes) -> dict[str, Any]:
 def _only(fields: dict[str, Any], *known: str) -> None:
     for name in fields:
         if name not in known:
-            raise ApiError(400, f"unknown field {name!r}; known are {', '.join(known)}", param=name)
+            raise ApiError(400, f"unknown field {name!r}; the fields are {', '.join(known)}", param=name)
 
 
 def _url(fields: dict[str, Any]) -> str:

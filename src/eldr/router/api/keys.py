@@ -1,4 +1,4 @@
-"""The clients' API keys: which request may come in, and as whom."""
+"""The clients' API keys: which requests are allowed in, and for which client."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ SCHEME = b"bearer"
 
 
 class ApiKeys:
-    """The keys of a file, one a line and behind it, after a blank, the client's name; `#` begins a comment line.
+    """The keys of a file with one key per line, optionally followed by a space and the client's name.
 
-    Only keyed hashes are held, under a secret drawn at every start: looking a key up then takes a time that tells
-    nothing about any other key, however many there are. Raises ConfigError for a file that cannot be used.
+    Lines that start with `#` are comments. Only keyed hashes are held, under a secret drawn at every start. The time of
+    a lookup therefore reveals nothing about other keys, however many there are. Raises ConfigError for a file that
+    cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,7 +28,7 @@ class ApiKeys:
         self.reload()
 
     def reload(self) -> None:
-        """Read the file again. Raises ConfigError, and keeps the keys it has, if it cannot be used."""
+        """Read the file again. If it cannot be used, raise ConfigError and keep the current keys."""
         try:
             lines = self._path.read_bytes().splitlines()
         except OSError as error:
@@ -41,23 +42,21 @@ class ApiKeys:
                 raise ConfigError(f"{self._path}:{number}: the same key as {clients[digest][1]}")
             clients[digest] = digest, name
         if not clients:
-            raise ConfigError(f"{self._path}: there is no key in it; without keys, leave api_key_file out")
+            raise ConfigError(f"{self._path}: it has no keys; to run without keys, omit api_key_file")
         self._clients = clients
 
     def _parse(self, line: bytes, number: int) -> tuple[bytes, str]:
         key, _, name = line.strip().partition(b" ")
         name = name.strip() or b"client-%d" % number
         if not _visible(key) or not _visible(name) or len(name) > MAX_NAME_BYTES:
-            raise ConfigError(
-                f"{self._path}:{number}: expected a key, or a key, a blank and a name, of visible ASCII characters"
-            )
+            raise ConfigError(f"{self._path}:{number}: expected KEY or KEY NAME, in visible ASCII characters")
         return self._digest(key), name.decode()
 
     def _digest(self, key: bytes) -> bytes:
         return hashlib.blake2b(key, digest_size=32, key=self._secret).digest()
 
     def client(self, authorization: bytes | None) -> str | None:
-        """The name of the client with this Authorization header; None if it holds no key of ours."""
+        """Return the name of the client with this Authorization header. None if it has none of our keys."""
         if authorization is None:
             return None
         scheme, _, key = authorization.partition(b" ")

@@ -1,4 +1,4 @@
-"""GET /metrics: the counters and the state of the fleet as Prometheus' exposition."""
+"""GET /metrics: the counters and the state of the fleet in Prometheus' exposition format."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from eldr.router.observe.decision_log import DecisionLog
 from eldr.router.placement.admission import Admission
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
-# How often the exposition is written anew: so many times at once, and so many a second in the long run. It takes
-# milliseconds in which no token goes on, so whoever asks for it more often gets the last one again.
+# How often the exposition is rendered: this many times in a burst, and this many per second in the long run. Rendering
+# takes milliseconds in which no token moves, so a client that asks more often gets the previous text again.
 FRESH_BURST = 50
 FRESH_PER_S = 5.0
 
-# What faults are counted by. These series are there from the start: Prometheus's rate() does not see the first count of
-# one that begins with it, which of a rare fault is the one that matters.
+# The labels of fault counters. Their series exist from the start, because Prometheus's rate() misses the count with
+# which a series begins, and for a rare fault that is the one that matters.
 LEGS = ROLES
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
 STATUSES = (200, 400, 429, 500, 502, 503, 504)
@@ -64,8 +64,8 @@ class RouterCollector(Collector):
         ProcessCollector(registry=self._registry)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """The text of all metrics and its content type, in the form that an Accept header asks for."""
-        # Not the header itself: prometheus_client repeats versions that it has never heard of.
+        """Return the text of all metrics and its content type, in the format that an Accept header asks for."""
+        # Do not pass the header itself: prometheus_client echoes versions that it does not know.
         encode, content_type = choose_encoder(OPENMETRICS if OPENMETRICS.partition(";")[0] in accept else "")
         now_s = time.monotonic()
         self._fresh = min(FRESH_BURST, self._fresh + (now_s - self._fresh_at_s) * FRESH_PER_S)
@@ -80,22 +80,22 @@ class RouterCollector(Collector):
         requests = _from_zero(product(ENDPOINTS, STATUSES), m.requests)
         yield _counter("eldr_request", "Requests answered.", ("endpoint", "status"), requests)
         yield _counter(
-            "eldr_client_disconnects", "Clients gone before the end of their answer.", (), {(): m.disconnects}
+            "eldr_client_disconnects", "Clients that left before the end of their answer.", (), {(): m.disconnects}
         )
         yield _counter("eldr_decisions", "Decode workers chosen.", ("policy", "reason"), m.decisions)
-        yield _counter("eldr_policy_errors", "Failures of the policy, each covered by jsq.", (), {(): m.policy_errors})
+        yield _counter("eldr_policy_errors", "Failures of the policy, replaced by jsq.", (), {(): m.policy_errors})
         yield _counter("eldr_handoffs", "Prefill answers with a hand-off.", (), {(): m.handoffs})
         errors = _from_zero(COUNTS_ERRORS, m.counts_errors)
         yield _counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), errors)
-        yield _counter("eldr_passthrough", "Requests run whole on one decode worker.", ("reason",), m.passthrough)
+        yield _counter("eldr_passthrough", "Requests that ran whole on one decode worker.", ("reason",), m.passthrough)
         retries = _from_zero(product(LEGS, RETRIES), m.retries)
-        yield _counter("eldr_retries", "Legs tried again.", ("leg", "reason"), retries)
+        yield _counter("eldr_retries", "Legs that were tried again.", ("leg", "reason"), retries)
         denied = _from_zero(product(LEGS, ("tries", "budget")), m.retries_denied)
         yield _counter("eldr_retries_denied", "Failed legs that were not tried again.", ("leg", "reason"), denied)
         yield _counter("eldr_timeouts", "Deadlines that passed.", ("leg",), _from_zero(TIMEOUTS, m.timeouts))
         yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
-        yield _counter("eldr_broken_streams", "Streams that a worker broke off.", (), {(): m.broken_streams})
-        yield _counter("eldr_stream_events", "Server-sent events passed on.", (), {(): m.stream_events})
+        yield _counter("eldr_broken_streams", "Streams that a worker did not finish.", (), {(): m.broken_streams})
+        yield _counter("eldr_stream_events", "Server-sent events forwarded to clients.", (), {(): m.stream_events})
         decisions = self._decision_log
         written, dropped = (0, 0) if decisions is None else (decisions.written, decisions.dropped)
         yield _counter("eldr_decision_log_lines", "Lines written to the decision log.", (), {(): written})
@@ -107,22 +107,22 @@ class RouterCollector(Collector):
         )
         yield from self._refit_families()
         yield _histogram(
-            m.ttft, "eldr_time_to_first_token_seconds", "Streams: request received to first token sent on."
+            m.ttft, "eldr_time_to_first_token_seconds", "Streams: from request received to first token forwarded."
         )
         yield _histogram(
             m.tpot, "eldr_time_per_output_token_seconds", "Streams: mean time between tokens of a request."
         )
-        yield _histogram(m.itl, "eldr_inter_token_latency_seconds", "Streams: time between two pieces passed on.")
-        yield _histogram(m.prefill, "eldr_prefill_seconds", "Prefill request sent to hand-off received.")
-        yield _histogram(m.queue, "eldr_queue_seconds", "Wait for a decode slot, of the requests that waited.")
+        yield _histogram(m.itl, "eldr_inter_token_latency_seconds", "Streams: time between two forwarded pieces.")
+        yield _histogram(m.prefill, "eldr_prefill_seconds", "From prefill request sent to hand-off received.")
+        yield _histogram(m.queue, "eldr_queue_seconds", "Wait for a decode slot, for requests that waited.")
         queued = GaugeMetricFamily("eldr_queued", "Requests waiting for a decode slot.", labels=("priority",))
         for priority, count in self._admission.queued_by_priority.items():
             queued.add_metric((priority,), count)
         yield queued
         refusals = _from_zero(QUEUE_REFUSALS, self._admission.refusals)
-        yield _counter("eldr_queue_refusals", "Requests that did not get their turn.", ("reason",), refusals)
+        yield _counter("eldr_queue_refusals", "Requests that got no turn in the queue.", ("reason",), refusals)
         tasks = len(asyncio.all_tasks())
-        yield GaugeMetricFamily("eldr_tasks", "Tasks of the event loop: one a request, some a worker.", value=tasks)
+        yield GaugeMetricFamily("eldr_tasks", "Tasks of the event loop: one per request, some per worker.", value=tasks)
         yield GaugeMetricFamily("eldr_admitted", "Requests past the queue.", value=self._admission.admitted)
         yield from self._worker_families()
         yield from self._worker_faults()
@@ -132,16 +132,16 @@ class RouterCollector(Collector):
         refits = _from_zero(("applied", "failed"), m.refits)
         yield _counter("eldr_zone_refits", "Background refits of zones.", ("outcome",), refits)
         yield _counter(
-            "eldr_zones_moved", "Zones that a refit put nearer to another's old place.", (), {(): m.zones_moved}
+            "eldr_zones_moved", "Zones that a refit moved nearer to another's old place.", (), {(): m.zones_moved}
         )
         if m.last_refit_s is not None:
             age_s = time.monotonic() - m.last_refit_s
             yield GaugeMetricFamily("eldr_zone_refit_age_seconds", "Time since zones were last refitted.", value=age_s)
             yield GaugeMetricFamily(
-                "eldr_zone_refit_duration_seconds", "What the last refit took.", value=m.refit_duration_s
+                "eldr_zone_refit_duration_seconds", "Duration of the last refit.", value=m.refit_duration_s
             )
             yield GaugeMetricFamily(
-                "eldr_zone_refit_shift", "Mean cosine distance that the last refit moved zones by.", value=m.refit_shift
+                "eldr_zone_refit_shift", "Mean cosine distance that the last refit moved zones.", value=m.refit_shift
             )
 
     def _worker_families(self) -> Iterator[Metric]:
@@ -149,7 +149,7 @@ class RouterCollector(Collector):
         up = GaugeMetricFamily("eldr_worker_up", "Whether the worker answers its probes.", labels=labels)
         ejected = GaugeMetricFamily("eldr_worker_ejected", "Whether the worker is out of service.", labels=labels)
         in_flight = GaugeMetricFamily("eldr_inflight", "Requests in flight at the worker.", labels=labels)
-        limit = GaugeMetricFamily("eldr_inflight_limit", "Most requests in flight at the worker.", labels=labels)
+        limit = GaugeMetricFamily("eldr_inflight_limit", "Limit on requests in flight at the worker.", labels=labels)
         skew = GaugeMetricFamily(
             "eldr_worker_clock_skew_seconds", "The worker's clock minus the router's, to a second.", labels=labels
         )
@@ -164,7 +164,7 @@ class RouterCollector(Collector):
             labels=labels,
         )
         expected = GaugeMetricFamily(
-            "eldr_expected_active_experts", "The same, as the policy expects it of the next step.", labels=labels
+            "eldr_expected_active_experts", "Distinct experts per layer, as expected of the next step.", labels=labels
         )
         for url, experts in expected_active_experts(self._picture()).items():
             expected.add_metric(("decode", url), experts)
@@ -190,7 +190,7 @@ class RouterCollector(Collector):
     def _worker_faults(self) -> Iterator[Metric]:
         here = [(role, url) for role in LEGS for url in self._fleet.workers(role)]
         for name, text, reasons, counts in (
-            ("eldr_worker_failures", "Legs that failed by the worker's fault.", FAILURES, self._metrics.failures),
+            ("eldr_worker_failures", "Legs that failed through the worker's fault.", FAILURES, self._metrics.failures),
             ("eldr_ejections", "Workers taken out of service for their failures.", EJECTIONS, self._metrics.ejections),
         ):
             values = {(*worker, reason): counts.get((*worker, reason), 0) for worker in here for reason in reasons}
@@ -198,7 +198,7 @@ class RouterCollector(Collector):
 
 
 def expected_active_experts(picture: Picture | None) -> dict[str, float]:
-    """Decode worker -> expected distinct experts of a step, the mean over layers; empty if the policy expects none."""
+    """Decode worker -> expected distinct experts of a step, averaged over layers. Empty if the policy expects none."""
     if picture is None or picture.kind != "expected_union":
         return {}
     return {worker: sum(row) / len(row) for worker, row in picture.rows.items()}
@@ -212,7 +212,7 @@ def _counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[Any,
 
 
 def _from_zero(known: Iterable[Any], counts: Mapping[Any, int]) -> dict[Any, int]:
-    """The counts, with zeros for the label values in `known` that have none yet."""
+    """Return the counts, with zeros for label values in `known` that have none yet."""
     return {**dict.fromkeys(known, 0), **counts}
 
 

@@ -1,4 +1,4 @@
-"""GET /v1/models: what the decode workers serve, as one of them says it."""
+"""GET /v1/models: the models that the decode workers serve, as reported by one of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT_S = 10.0
 
 
 class ModelsFlow:
-    """Answers one request with the first decode worker's list that can be had."""
+    """Answers one request with the first list of models that a decode worker returns."""
 
     def __init__(self, services: Services, exchange: ClientExchange, request: Request) -> None:
         self._services = services
@@ -30,7 +30,7 @@ class ModelsFlow:
         return self._task
 
     def end_now(self, error: ApiError) -> None:
-        """Answer with an error, whatever is under way."""
+        """Answer with an error, whatever is in progress."""
         self._exchange.respond_error(error)
         self._count(error.status)
         self.on_client_gone()

@@ -1,4 +1,4 @@
-"""The address for clients: which request may come in, and who answers it."""
+"""The address for clients: which requests are allowed in, and who answers them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from eldr.router.protocols import openai
 from eldr.router.request.flow import Flow
 from eldr.router.request.services import Services
 
-# What a client may take this address for.
+# Paths of the admin API, which a client may ask for at this address by mistake.
 ADMIN_PATHS = frozenset((b"/ui", b"/admin/workers", b"/admin/drain"))
-# What may be asked without an API key: load balancers probe it.
+# Paths that need no API key, because load balancers probe them.
 OPEN_PATHS = frozenset((b"/health", b"/ready"))
-# What a 405 says of an endpoint of this method.
+# The Allow header of a 405, by the method of the endpoint.
 ALLOWED = {b"GET": b"GET, HEAD", b"POST": b"POST"}
-# For what was cut off to be told so.
+# How long clients that were cut off have to be told so.
 END_S = 1.0
 
 
 class ClientApi:
-    """Answers clients; a handler of `ClientConnection`.
+    """Answers clients. It is a handler of `ClientConnection`.
 
-    keys: None if everybody may ask. closing: no more requests are taken.
+    keys: the API keys. None if everybody is allowed in.
+    closing: whether new requests are refused.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ClientApi:
 
     @property
     def running(self) -> int:
-        """Requests that are being answered."""
+        """The number of requests that are being answered."""
         return len(self._running)
 
     def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
@@ -65,14 +66,14 @@ class ClientApi:
         if client is None and self._admin_key.is_in(headers):
             client = "admin"
         if client is None:
-            raise ApiError(401, "an API key is needed, as Authorization: Bearer KEY")
+            raise ApiError(401, "an API key is required, as Authorization: Bearer KEY")
         return client
 
     def handle(self, request: Request, exchange: ClientExchange) -> None:
         route = self._routes.get(request.path)
         try:
             if route is None and request.path in ADMIN_PATHS:
-                raise ApiError(404, f"{request.path.decode()} is served at the address of --admin-listen alone")
+                raise ApiError(404, f"{request.path.decode()} is only served at the address of --admin-listen")
             if route is None:
                 raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, self._routes)))
             method, answer = route
@@ -88,10 +89,10 @@ class ClientApi:
         self._services.metrics.requests["other", error.status] += 1
 
     async def end_all(self) -> None:
-        """Tell the clients of all running requests that the router stops, and end what does not end by itself."""
-        await asyncio.sleep(0)  # a task that never ran could tell its client nothing
+        """Tell the clients of running requests that the router is shutting down, and end what does not end itself."""
+        await asyncio.sleep(0)  # a task that never ran could not tell its client
         for flow in list(self._running.values()):
-            flow.end_now(ApiError(503, "the router stops", retry_after_s=RETRY_AFTER_S))
+            flow.end_now(ApiError(503, "the router is shutting down", retry_after_s=RETRY_AFTER_S))
         if self._running:
             await asyncio.wait(self._running, timeout=END_S)
         tasks = list(self._running)

@@ -1,1 +1,1 @@
-"""The workers: who is there, how they are, and what becomes of what they are asked."""
+"""The fleet: which workers there are, their state, and how their requests turn out."""

@@ -1,16 +1,17 @@
-"""When a worker that fails requests is taken out of service, and how it comes back.
+"""Ejection: when a worker that fails requests is taken out of service, and how it comes back.
 
-A circuit breaker per worker, as Envoy's outlier detection and Hystrix do it, in one place and without IO: time is an
-argument, chance a seeded generator. A worker is
+This is a circuit breaker per worker, like Envoy's outlier detection and Hystrix, in one place and without IO. Time is
+an argument, and random choices come from a seeded generator. A worker is
 
     IN      in service
-    OUT     ejected until a time; each ejection lasts twice as long as the one before, up to a cap
-    TRIAL   that time is over: the next request is its trial
-    TRYING  the trial runs; it gets nothing else until that request succeeds (IN) or fails (OUT)
+    OUT     ejected until a certain time; each ejection lasts twice as long as the one before, up to a cap
+    TRIAL   that time is over; its next request is its trial
+    TRYING  the trial is running; it gets no other request until that one succeeds (IN) or fails (OUT)
 
-At most a share of the workers that answer their probes is out at once. Above it nobody else is ejected, and when
-others go down so that the share is exceeded, those that were ejected first come back at once: a fleet in which
-everything fails is tried as a whole, as with Envoy's panic threshold, for then the fault may not be the workers'.
+Only a limited share of the workers that answer their probes may be out at once. At that share no other worker is
+ejected. If other workers go down and the share is exceeded, those ejected first come back at once. A fleet in which
+everything fails is therefore tried as a whole, as with Envoy's panic threshold, because the workers may not be at
+fault.
 """
 
 from __future__ import annotations
@@ -31,9 +32,14 @@ class Standing(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EjectionRules:
-    """consecutive: failures in a row that eject.
-    rate, rate_requests: share of failures that ejects, once so many requests ended in the last one to two windows.
-    base_s, max_s: duration of the first ejection and of the longest; each is varied by `jitter` either way.
+    """The rules of ejection.
+
+    consecutive: failures in a row that eject a worker.
+    rate: the share of failures that ejects a worker.
+    rate_requests: requests that must have ended in the last one to two windows before `rate` applies.
+    window_s: the length of a window.
+    base_s, max_s: the duration of the first ejection, and of the longest.
+    jitter: each duration varies by this share either way.
     share: the largest share of a role's workers that may be out, rounded down.
     """
 
@@ -48,7 +54,7 @@ class EjectionRules:
 
 
 class _Record:
-    """One worker: its outcomes in this window and the one before, and its ejections in a row."""
+    """One worker's outcomes in this window and the one before, and its ejections in a row."""
 
     __slots__ = ("before", "ejections", "failures", "in_a_row", "returned_s", "since_s", "standing", "total", "until_s")
 
@@ -76,7 +82,7 @@ class _Record:
 
 
 class Ejections:
-    """The workers of one role, by their id. `now_s` is monotonic and never goes back."""
+    """The ejection state of the workers of one role, by their id. `now_s` is monotonic and must not go back."""
 
     def __init__(self, rules: EjectionRules, seed: int = 0) -> None:
         self._rules = rules
@@ -90,7 +96,7 @@ class Ejections:
 
     @property
     def not_in(self) -> Collection[str]:
-        """Workers that are not IN, the one ejected first in front."""
+        """Workers that are not IN, in the order in which they were ejected."""
         return self._not_in.keys()
 
     def forget(self, worker: str) -> None:
@@ -98,7 +104,7 @@ class Ejections:
         self._not_in.pop(worker, None)
 
     def succeeded(self, worker: str, now_s: float) -> bool:
-        """A request got what it wanted there. True if that was its trial: it is IN again."""
+        """A request succeeded there. Returns True if it was the worker's trial, which puts it back IN."""
         record = self._record(worker)
         record.in_a_row = 0
         record.count(0, now_s, self._rules.window_s)
@@ -108,9 +114,11 @@ class Ejections:
         return True
 
     def failed(self, worker: str, now_s: float, up: Collection[str]) -> str | None:
-        """A request failed there by the worker's fault. Why that ejects it ("consecutive", "rate", "trial"), or None.
+        """A request failed there through the worker's fault.
 
-        up: the workers that answer their probes, ejected ones among them.
+        Returns the reason if that ejects the worker ("consecutive", "rate" or "trial"), or None.
+
+        up: the workers that answer their probes, including ejected ones.
         """
         record = self._record(worker)
         record.in_a_row += 1
@@ -128,7 +136,7 @@ class Ejections:
         return reason
 
     def began(self, worker: str) -> bool:
-        """A request goes there. True if it is the worker's trial."""
+        """A request starts there. Returns True if it is the worker's trial."""
         record = self._records.get(worker)
         if record is None or record.standing is not Standing.TRIAL:
             return False
@@ -136,7 +144,10 @@ class Ejections:
         return True
 
     def ended(self, worker: str) -> bool:
-        """A request that went there is over. True if a trial ended that way without a verdict: the next one is it."""
+        """A request that went there is over.
+
+        Returns True if it was a trial without a verdict: the next request is the trial.
+        """
         record = self._records.get(worker)
         if record is None or record.standing is not Standing.TRYING:
             return False
@@ -144,7 +155,7 @@ class Ejections:
         return True
 
     def due(self, now_s: float) -> list[str]:
-        """Those whose ejection is over; they are on TRIAL from now on."""
+        """Put workers whose ejection is over on TRIAL, and return them."""
         over = [
             worker
             for worker in self._not_in
@@ -155,7 +166,7 @@ class Ejections:
         return over
 
     def relieve(self, now_s: float, up: Collection[str]) -> list[str]:
-        """Take back into service, oldest ejection first, those that exceed the share of the workers that are up."""
+        """Put workers back into service, oldest ejection first, until no more than the allowed share is out."""
         excess = self._out_of(up) - self._most(up)
         back = [worker for worker in self._not_in if worker in up][: max(0, excess)]
         for worker in back:
@@ -184,7 +195,7 @@ class Ejections:
     def _eject(self, worker: str, record: _Record, now_s: float) -> None:
         rules = self._rules
         if record.standing is Standing.IN and now_s - record.returned_s > rules.max_s:
-            record.ejections = 0  # it has done well for long enough
+            record.ejections = 0  # it has been healthy for long enough
         duration_s = min(rules.base_s * 2.0 ** min(record.ejections, 64), rules.max_s)
         record.until_s = now_s + duration_s * self._random.uniform(1 - rules.jitter, 1 + rules.jitter)
         record.ejections += 1

@@ -1,4 +1,4 @@
-"""What vLLM says of its own load, and how many requests a worker can therefore take."""
+"""Reads vLLM's own load metrics, and derives how many requests a worker can take."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from eldr.router.http.client import Answer, UpstreamError
 from eldr.router.http.pool import WorkerPool
 
 TIMEOUT_S = 2.0
-# Routers that look together would go on doing so.
+# Without jitter, routers that start together would poll together.
 JITTER = 0.2
-# One look may catch a request between its arrival and the next step; two in a row are a queue.
+# One look may catch a request between its arrival and the next step. Two in a row mean a queue.
 LOOKS = 2
-# Above this share of the KV cache a worker is about to preempt: no time to give it more.
+# Above this share of the KV cache a worker is about to preempt requests, so it should get no more.
 KV_FULL = 0.9
 
 _WAITING, _WAITING_FOR, _KV_USAGE = (
@@ -35,16 +35,20 @@ _ENGINE = re.compile(rb'engine="([0-9]{1,9})"')
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """waiting: requests that wait for room in the batch or the KV cache, not for a transfer. kv_usage: 0..1."""
+    """The load of one engine.
+
+    waiting: requests that wait for room in the batch or the KV cache, not for a transfer.
+    kv_usage: 0..1.
+    """
 
     waiting: int
     kv_usage: float
 
 
 def parse_load(text: bytes) -> dict[int, EngineLoad]:
-    """Engine -> its load, from vLLM's Prometheus exposition; empty if it holds none.
+    """Parse vLLM's Prometheus exposition into engine -> load. Empty if it has none.
 
-    A server has an engine for every data-parallel rank.
+    A server has one engine per data-parallel rank.
     """
     found: defaultdict[int, dict[bytes, float]] = defaultdict(dict)
     text = b"\n" + text
@@ -60,8 +64,11 @@ def parse_load(text: bytes) -> dict[int, EngineLoad]:
 
 
 def _samples(text: bytes, name: bytes) -> Iterator[tuple[bytes, float]]:
-    """Labels and values of a metric, in a text that begins with a line end. Of some thousand lines a few matter, and a
-    thousand streams wait meanwhile: they are searched for, no parser reads them all."""
+    """Yield the labels and values of a metric, from a text that starts with a line end.
+
+    Only a few of several thousand lines matter, and a thousand streams wait meanwhile. So the lines are searched for
+    instead of parsed.
+    """
     sought = b"\n" + name + b"{"
     at = text.find(sought)
     while at >= 0:
@@ -75,7 +82,7 @@ def _samples(text: bytes, name: bytes) -> Iterator[tuple[bytes, float]]:
 
 
 def parse_active_experts(text: bytes, engine: int) -> tuple[float, float] | None:
-    """Sum and count of one engine's active experts, from the same exposition; None if it holds none."""
+    """Return sum and count of one engine's active experts from the same exposition. None if it has none."""
     found: dict[bytes, float] = {}
     text = b"\n" + text
     for name in (_ACTIVE_SUM, _ACTIVE_COUNT):
@@ -87,10 +94,10 @@ def parse_active_experts(text: bytes, engine: int) -> tuple[float, float] | None
 
 
 class Capacity:
-    """How many requests a worker shall have at most, between 1 and `most`, learned from what waits inside it.
+    """Learns how many requests a worker should have at most, between 1 and `most`, from what waits inside it.
 
-    Requests that wait in an engine let their lease run and cannot go elsewhere any more; in the router's queue they
-    can. So the limit falls at once to what the engine really runs, and rises by an eighth a look while it binds.
+    A request that waits in an engine uses up its lease and cannot move. One that waits in the router's queue can. So
+    the limit drops at once to what the engine really runs, and rises by an eighth per look while it is the bottleneck.
     """
 
     def __init__(self, most: int) -> None:
@@ -99,7 +106,7 @@ class Capacity:
         self._looks = 0
 
     def heard(self, load: EngineLoad, in_flight: int) -> int:
-        """The limit after one more look. in_flight: requests that the router has at the worker."""
+        """Return the limit after one more look. in_flight: the router's requests at the worker."""
         self._looks = self._looks + 1 if load.waiting > 0 else 0
         if self._looks >= LOOKS:
             self.limit = max(1, min(self.limit, in_flight - load.waiting))
@@ -110,7 +117,7 @@ class Capacity:
 
 
 class LoadWatch:
-    """Reads one worker's metrics every `interval_s` seconds; and sets the limit of a decode worker."""
+    """Reads one worker's metrics every `interval_s` seconds, and sets the limit of a decode worker."""
 
     def __init__(self, fleet: Fleet, worker: Worker, pool: WorkerPool, interval_s: float) -> None:
         self._fleet = fleet
@@ -127,7 +134,7 @@ class LoadWatch:
                 await self.look()
 
     async def look(self) -> dict[int, EngineLoad]:
-        """The load of each engine behind the worker's URL; empty where it cannot be had, which changes nothing."""
+        """Return the load of each engine behind the worker's URL. Empty if it cannot be read, which changes nothing."""
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 connection = await self._pool.connection()
@@ -148,11 +155,11 @@ class LoadWatch:
         return engines
 
     def _note_active(self, active: tuple[float, float] | None) -> None:
-        """Keep the mean since the last look; an engine that ran nothing since has none."""
+        """Keep the mean since the last look. An engine that ran nothing since then has none."""
         if active is None:
             self._worker.active_experts = None
             return
         total, steps = active[0] - self._active[0], active[1] - self._active[1]
         self._active = active
-        # A restarted engine counts from zero again.
+        # A restarted engine counts from zero.
         self._worker.active_experts = total / steps if steps > 0 and total >= 0 else None

@@ -1,4 +1,4 @@
-"""Who is in the fleet: the one place where workers join, drain and leave."""
+"""Membership: the one place where workers join, drain and leave the fleet."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from eldr.router.http.pool import WorkerPool
 
 log = logging.getLogger("eldr.router")
 
-# A prefill worker queues by itself; the router does not limit what it sends there.
+# A prefill worker has its own queue, so the router does not limit its requests.
 PREFILL_MAX_INFLIGHT = 2**31
 IDLE_POLL_S = 0.05
-# How long requests that were cut off may take to end before their worker goes all the same.
+# How long requests that were cut off may take to end before their worker leaves anyway.
 CUT_S = 5.0
 
 
 class MembershipError(EldrError):
-    """A worker that cannot join, or that is not in the fleet."""
+    """A worker cannot join, or is not in the fleet."""
 
 
 @dataclass(slots=True, eq=False)
 class _Member:
-    """What belongs to one worker.
+    """The state that belongs to one worker.
 
-    load: watches how much the engine has to do. refusal: why it can never be used, empty if it can. fit: since it came
-    up it was found to serve the right model. watching: the tasks of probe and load. leaving: the task that waits for
-    its last request.
+    load: watches the load of the engine.
+    refusal: why it can never be used. Empty if it can.
+    fit: whether it was found to serve the right model since it came up.
+    watching: the tasks of probe and load.
+    leaving: the task that waits for its last request.
     """
 
     worker: Worker
@@ -51,10 +53,12 @@ class _Member:
 
 
 class Membership:
-    """Takes workers in and lets them go, by hand or as sources name them.
+    """Lets workers join and leave the fleet, by hand or as sources say.
 
-    A new worker gets nothing until a probe has found it alive and serving the right model. `pools` gains and loses the
-    connections of each worker. went_down: told of a worker that answers no probes any more.
+    A new worker gets no request until a probe has found it alive and serving the right model. `pools` gains and loses
+    the connections of each worker.
+
+    went_down: called with a worker that stopped answering its probes.
     """
 
     def __init__(
@@ -75,12 +79,13 @@ class Membership:
         self._members: dict[Worker, _Member] = {}
         self._watching: list[asyncio.Task[None]] = []
 
-    # By what sources say.
+    # Driven by sources.
 
     async def follow(self, sources: list[Source]) -> None:
-        """Take in and probe once what the sources name now, then keep up with what they name.
+        """Add and probe the workers that the sources name now, then follow the sources' changes.
 
-        The first workers join together, in configured order, whichever answers its probe first: policies number them.
+        The first workers join together and in configured order, no matter which answers its probe first, because
+        policies number them.
         """
         for source in sources:
             snapshots = aiter(source.watch())
@@ -97,7 +102,7 @@ class Membership:
             self._start_watching(member)
 
     def _config_order(self, endpoint: Endpoint) -> tuple[bool, int, str]:
-        """Workers given by URL come in the order of the configuration, which numbers zones and turns."""
+        """Sort workers given by URL in the order of the configuration, which determines zones and turns."""
         given = getattr(self._config, endpoint.role)
         at = given.index(endpoint.url) if endpoint.url in given else len(given)
         return endpoint.role == "decode", at, endpoint.url
@@ -108,7 +113,7 @@ class Membership:
                 self._join_if_new(endpoint, name)
             for endpoint in known - found:
                 worker = self._find(endpoint)
-                # What was since taken in by hand is no longer this source's to send away.
+                # A worker that was added by hand since then is no longer this source's to remove.
                 if worker is not None and worker.source == name:
                     self.drain(worker)
             known = found
@@ -121,19 +126,22 @@ class Membership:
     # By hand.
 
     def worker(self, url: str, role: Role | None) -> Worker:
-        """The worker with this URL, of the only role it has if none is given. Raises MembershipError."""
+        """Return the worker with this URL. If no role is given, it must have only one. Raises MembershipError."""
         found = [w for w in self._members if w.url == url and role in (None, w.role)]
         if not found:
             raise MembershipError(f"no {role + ' ' if role else ''}worker {url} is in the fleet")
         if len(found) > 1:
-            raise MembershipError(f"{url} is a prefill and a decode worker: say which, with role")
+            raise MembershipError(f"{url} is both a prefill and a decode worker; say which with role")
         return found[0]
 
     def workers(self) -> list[Worker]:
         return list(self._members)
 
     def join(self, endpoint: Endpoint, source: str) -> Worker:
-        """Take a worker in; one that drains stays. Raises MembershipError if it is there and does not drain."""
+        """Add a worker.
+
+        A draining worker stays in the fleet. Raises MembershipError if it is there and not draining.
+        """
         worker = self._find(endpoint)
         if worker is None:
             member = self._add(endpoint, source)
@@ -141,22 +149,22 @@ class Membership:
             log.info("%s worker %s joins (%s)", endpoint.role, endpoint.url, source)
             return member.worker
         if not worker.draining:
-            raise MembershipError(f"{endpoint.role} worker {endpoint.url} is in the fleet already")
+            raise MembershipError(f"{endpoint.role} worker {endpoint.url} is already in the fleet")
         member = self._members[worker]
         if member.leaving is not None:
             member.leaving.cancel()
             member.leaving = None
         worker.source = source
-        self._pools[worker].reopen()  # it may have been cut off just now
+        self._pools[worker].reopen()  # it may just have been cut off
         self._fleet.set_draining(worker, False)
         return worker
 
     def drain(self, worker: Worker, timeout_s: float | None = None) -> None:
-        """Give a worker nothing more; when its running requests have ended, or after `timeout_s`, it is gone."""
+        """Stop sending requests to a worker. It leaves once its running requests have ended, or after `timeout_s`."""
         member = self._members[worker]
         if member.leaving is not None:
             member.leaving.cancel()
-        log.info("%s worker %s drains", worker.role, worker.url)
+        log.info("%s worker %s is draining", worker.role, worker.url)
         self._fleet.set_draining(worker, True)
         timeout_s = self._config.drain_timeout_s if timeout_s is None else timeout_s
         member.leaving = asyncio.create_task(self._leave(member, timeout_s))
@@ -165,13 +173,13 @@ class Membership:
         worker = member.worker
         await self._until_idle(worker, timeout_s)
         if worker.in_flight:
-            log.warning("%s worker %s goes with %d requests cut off", worker.role, worker.url, worker.in_flight)
+            log.warning("%s worker %s leaves with %d requests cut off", worker.role, worker.url, worker.in_flight)
             self._pools[worker].cut("the worker was taken out of the fleet")
             await self._until_idle(worker, CUT_S)
         self._remove(member)
 
     async def _until_idle(self, worker: Worker, timeout_s: float) -> None:
-        """Until nothing runs there, and nobody may pull blocks of a prefill worker any more."""
+        """Wait until nothing runs there, and until no blocks of a prefill worker may be pulled any more."""
         deadline_s = time.monotonic() + timeout_s
         while (worker.in_flight or time.monotonic() < worker.lease_until_s) and time.monotonic() < deadline_s:
             await asyncio.sleep(IDLE_POLL_S)
@@ -186,14 +194,14 @@ class Membership:
         log.info("%s worker %s has left", worker.role, worker.url)
 
     def set_max_inflight(self, most: int) -> None:
-        """Another configured limit of the decode workers, under which theirs are learned."""
+        """Change the configured limit of the decode workers, which bounds their learned limits."""
         for member in self._members.values():
             if member.worker.role == "decode":
                 member.load.capacity.most = most
                 if member.worker.load is None:
                     self._fleet.set_limit(member.worker, most)
 
-    # Within.
+    # Internal.
 
     def _find(self, endpoint: Endpoint) -> Worker | None:
         return self._fleet.workers(endpoint.role).get(endpoint.url)
@@ -233,8 +241,8 @@ class Membership:
             self._went_down(member.worker)
 
     async def _check(self, member: _Member) -> None:
-        """Raise ExchangeError, which keeps the worker out, unless it serves the fleet's model."""
-        if not member.fit:  # a worker that serves does not lose its place to slow metrics
+        """Raise ExchangeError, which keeps the worker out of service, unless it serves the fleet's model."""
+        if not member.fit:  # a worker in service does not lose its place because of slow metrics
             engines = await member.load.look()
             member.refusal = _wrong_rank(member.worker.url, len(engines))
         if member.refusal:
@@ -264,10 +272,10 @@ class Membership:
 
 
 def _wrong_rank(url: str, engines: int) -> str:
-    """Why a URL does not name one engine, empty if it does or if the number of engines is unknown."""
+    """Why a URL does not name one engine. Empty if it does, or if the number of engines is unknown."""
     rank = rank_of(url)
     if rank is None and engines > 1:
-        return f"it runs {engines} data-parallel engines behind one URL; write {url}#dp={engines} to address each"
+        return f"it runs {engines} data-parallel engines behind one URL; write {url}#dp={engines} to address each one"
     if rank is not None and 0 < engines <= rank:
         return f"it has {engines} data-parallel engine{'s' if engines > 1 else ''}, and none of rank {rank}"
     return ""

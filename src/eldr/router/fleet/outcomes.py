@@ -1,4 +1,4 @@
-"""What becomes of the legs at each worker: counted, judged (ejection.py), and told to the fleet."""
+"""Outcomes of the legs at each worker: counted, judged (ejection.py), and reported to the fleet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("eldr.router")
 
 
 class Outcomes:
-    """Hears how legs end and keeps the workers' ejections in the fleet."""
+    """Records how legs end, and keeps the workers' ejections in the fleet up to date."""
 
     def __init__(self, fleet: Fleet, metrics: Metrics, config: EjectionSettings) -> None:
         self._fleet = fleet
@@ -29,18 +29,18 @@ class Outcomes:
             max_s=config.eject_max_s,
             share=config.eject_share,
         )
-        # Not the configured seed: routers of one configuration would send their trials at the same moments.
+        # Do not use the configured seed, or routers with the same configuration would send their trials together.
         self._ejections: dict[Role, Ejections] = {
             role: Ejections(rules, random.getrandbits(64)) for role in get_args(Role)
         }
 
     def began(self, worker: Worker) -> None:
-        """A leg goes to `worker`: its trial, if it is on trial."""
+        """A leg starts at `worker`. If the worker is on trial, this is the trial."""
         if worker.on_trial and self._ejections[worker.role].began(worker.url):
             self._apply(worker)
 
     def ended(self, worker: Worker) -> None:
-        """A leg is over. A trial that ended without a verdict (its client left) leaves the next leg to be it."""
+        """A leg is over. If a trial ended without a verdict (its client left), the next leg becomes the trial."""
         if worker.ejected and self._ejections[worker.role].ended(worker.url):
             self._apply(worker)
 
@@ -50,12 +50,12 @@ class Outcomes:
             _report(logging.INFO, "back in service: its trial succeeded", worker)
 
     def failed(self, worker: Worker, reason: str) -> None:
-        """A leg failed by the worker's fault; `reason` is a metric label."""
+        """A leg failed through the worker's fault. `reason` is a metric label."""
         if not self._fleet.has(worker):
             return
         self._metrics.failures[worker.role, worker.url, reason] += 1
         if worker.draining:
-            return  # it was cut off, or will be gone anyway
+            return  # it was cut off, or will leave anyway
         why = self._ejections[worker.role].failed(worker.url, time.monotonic(), self._up(worker.role))
         if why is not None:
             self._metrics.ejections[worker.role, worker.url, why] += 1
@@ -63,14 +63,14 @@ class Outcomes:
             _report(logging.WARNING, "ejected", worker, why=why, last_failure=reason)
 
     def refused(self, worker: Worker, reason: str) -> None:
-        """It takes no connections: it gets nothing more until a probe succeeds."""
+        """The worker refuses connections. It gets no more requests until a probe succeeds."""
         if worker.healthy:
-            _report(logging.WARNING, "takes no connections", worker)
+            _report(logging.WARNING, "refuses connections", worker)
         self._fleet.set_healthy(worker, False)
         self.failed(worker, reason)
 
     def sweep(self, now_s: float) -> None:
-        """Begin the trials that are due."""
+        """Start the trials that are due."""
         for role, ejections in self._ejections.items():
             if ejections.not_in:
                 workers = self._fleet.workers(role)
@@ -80,15 +80,18 @@ class Outcomes:
         self._relieve(now_s)
 
     def fleet_changed(self, worker: Worker) -> None:
-        """A listener of the fleet. Nothing is kept of workers that have left: where addresses come and go all the time,
-        as in a cluster of containers, it would grow for ever."""
+        """A listener of the fleet. Forgets workers that have left.
+
+        Where addresses come and go all the time, as in a cluster of containers, the records would otherwise grow
+        forever.
+        """
         if not self._fleet.has(worker):
             self._ejections[worker.role].forget(worker.url)
             self._metrics.forget(worker.role, worker.url)
         self._relieve(time.monotonic())
 
     def _relieve(self, now_s: float) -> None:
-        """End ejections that what is left of the fleet cannot afford."""
+        """End ejections that the rest of the fleet cannot afford."""
         for role, ejections in self._ejections.items():
             if ejections.not_in:
                 workers = self._fleet.workers(role)

@@ -1,4 +1,4 @@
-"""Probes of the workers: alive or not, which models they serve, and how far their clocks are off."""
+"""Probes the workers: whether they are alive, which models they serve, and how far off their clocks are."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from eldr.router.http.pool import WorkerPool
 
 log = logging.getLogger("eldr.router")
 
-# Silent for one probe may be busy; silent for two is down. A refused connection is down at once.
+# A worker that misses one probe may be busy. One that misses two is down. A refused connection means down at once.
 FAILURES_TO_DOWN = 2
 MODELS_EVERY_S = 30.0
-# Hosts that start probing together would go on doing so.
+# Without jitter, routers that start together would probe together.
 JITTER = 0.2
 
 
 class HealthProbe:
-    """Watches one worker and keeps its state in the fleet. `changed` is called when the worker goes up or down.
+    """Watches one worker and keeps its state in the fleet up to date.
 
-    check: raises UpstreamError for a worker that is alive and must not get requests all the same.
+    changed: called when the worker goes up or down.
+    check: raises UpstreamError for a worker that is alive but must not get requests.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class HealthProbe:
             await asyncio.sleep(self._interval_s * random.uniform(1 - JITTER, 1 + JITTER))
 
     async def probe(self) -> None:
-        """One round: /health, and /v1/models where it is due."""
+        """Run one round: /health, and /v1/models if it is due."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._get(b"/health")
@@ -105,19 +106,19 @@ class HealthProbe:
 
 
 def _model_names(answer: Answer) -> frozenset[str] | None:
-    """The names in an answer of /v1/models; None if the worker tells them only to clients with a key of their own."""
+    """Return the names in an answer of /v1/models. None if the worker requires a client's own key to list them."""
     if answer.status != 200:
         return None
     fields = answer.json()
     data = fields.get("data") if isinstance(fields, dict) else None
     if not isinstance(data, list):
-        raise ExchangeError("/v1/models holds no list of models")
+        raise ExchangeError("/v1/models has no list of models")
     names = (model.get("id") for model in data if isinstance(model, dict))
     return frozenset(name for name in names if isinstance(name, str))
 
 
 def _clock_skew_s(date: bytes | None) -> float | None:
-    """A Date header minus our clock. It has whole seconds: half a second is added to what was cut off."""
+    """Return a Date header minus our clock. Dates are cut to whole seconds, so half a second is added."""
     if date is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The router's one periodic pass over what may have waited too long: no timer per request's leg or per token."""
+"""The router's one periodic check for anything that has waited too long. It replaces timers per leg or per token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PERIOD_S = 0.25
 
 
 async def sweep(pools: Mapping[Worker, WorkerPool], outcomes: Outcomes) -> None:
-    """Every PERIOD_S, for ever: fail exchanges whose worker is late or silent, and let ejections run out."""
+    """Every PERIOD_S, forever: fail exchanges whose worker is late or silent, and end ejections that are over."""
     while True:
         await asyncio.sleep(PERIOD_S)
         now_s = time.monotonic()

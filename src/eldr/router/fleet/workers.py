@@ -11,32 +11,32 @@ from dataclasses import dataclass
 from eldr.errors import EldrError
 from eldr.router.config.endpoint import Role
 
-# Streams that a worker's own time per output token remembers.
+# Length of the moving average of a worker's time per output token, in streams.
 RECENT_STREAMS = 10
 
 
 class FleetError(EldrError):
-    """A worker that cannot be added to the fleet, or that the fleet does not know."""
+    """A worker cannot be added to the fleet, or is not in it."""
 
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One engine behind one URL, which is its identity within its role.
+    """One engine behind one URL. The URL identifies it within its role. Each attribute is one thing known about it.
 
     max_inflight: the most requests it may run at once.
-    in_flight: requests that it runs now.
-    healthy: answers its probes and takes connections; a new worker is unhealthy until the first probe.
-    draining: finishes what it runs and gets nothing new.
-    source: what named it: static, file, dns or admin.
-    problem: why it got nothing when it was last looked at, empty if nothing was wrong.
-    ejected: failed its requests and gets nothing new for a while (router/ejection.py).
-    on_trial: was ejected and gets one request to prove itself.
-    models: names that it serves, None while unknown.
-    lease_until_s: monotonic time until which decode workers may still pull blocks from it.
-    load: what the engine said last: requests waiting in it, share of its KV cache in use; None while unknown.
-    active_experts: distinct experts of a decode step in a layer, the mean over the last while; None while unknown.
-    tpot_s: time per output token, the mean of its last streams; None before the first.
-    clock_skew_s: its clock minus ours, as its last answer showed it, to a second; None while unknown.
+    in_flight: the requests it runs now.
+    healthy: whether it answers its probes and accepts connections. A new worker is unhealthy until its first probe.
+    draining: whether it finishes what it runs and gets nothing new.
+    source: where it comes from: static, file, dns or admin.
+    problem: why it got no requests at the last check. Empty if nothing was wrong.
+    ejected: whether it failed requests and gets nothing new for a while (router/fleet/ejection.py).
+    on_trial: whether it was ejected and gets one request to prove itself.
+    models: the names that it serves. None while unknown.
+    lease_until_s: the monotonic time until which decode workers may still pull blocks from it.
+    load: the engine's last report: requests waiting in it, and the share of its KV cache in use. None while unknown.
+    active_experts: recent mean of the distinct experts per decode step and layer. None while unknown.
+    tpot_s: mean time per output token of its last streams. None before the first.
+    clock_skew_s: its clock minus ours, according to its last answer, to a second. None while unknown.
     """
 
     url: str
@@ -58,7 +58,7 @@ class Worker:
 
     @property
     def state(self) -> str:
-        """Its state in a word."""
+        """Its state in one word."""
         if self.draining:
             return "draining"
         if self.ejected:
@@ -72,7 +72,7 @@ class Worker:
 
     @property
     def up(self) -> bool:
-        """Whether it could take requests, were it not ejected."""
+        """Whether it could take requests if it were not ejected."""
         return self.healthy and not self.draining
 
     @property
@@ -81,31 +81,31 @@ class Worker:
 
 
 class Fleet:
-    """All workers, and who wants to hear of their changes.
+    """All workers, and the listeners to their changes.
 
-    The view of eligible decode workers is kept up to date with every change, never rebuilt.
+    The view of eligible decode workers is updated with every change and never rebuilt.
     """
 
     def __init__(self) -> None:
         self._workers: dict[Role, dict[str, Worker]] = {"prefill": {}, "decode": {}}
         self._eligible: dict[str, int] = {}
         self._decode_slots = 0
-        # Since when a role has had no available worker, monotonic; None while it has one.
+        # The monotonic time since when a role has had no available worker. None while it has one.
         self._gone_since_s: dict[Role, float | None] = {"prefill": -math.inf, "decode": -math.inf}
         self._listeners: list[Callable[[Worker], None]] = []
         self._held: set[Worker] | None = None
 
     def on_change(self, listener: Callable[[Worker], None]) -> None:
-        """Call `listener` with every worker that came, went, or may get another number of requests than before.
+        """Call `listener` with every worker that joins, leaves, or may now get a different number of requests.
 
-        The change is made when it is told. Listeners are called in the order in which they were added. Requests in
-        flight are no change.
+        Listeners are called after the change, in the order in which they were added. A change of the requests in flight
+        does not count.
         """
         self._listeners.append(listener)
 
     @contextmanager
     def told_together(self) -> Iterator[None]:
-        """Hold back what there is to tell, and tell it at the end in the order in which workers were added."""
+        """Collect notifications and send them at the end, in the order in which workers were added."""
         self._held = set()
         try:
             yield
@@ -124,9 +124,12 @@ class Fleet:
             listener(worker)
 
     def add(self, url: str, role: Role, max_inflight: int) -> Worker:
-        """A new worker, unhealthy until told otherwise. Raises FleetError if the fleet has it already."""
+        """Add a new worker, which is unhealthy until a probe succeeds.
+
+        Raises FleetError if the fleet already has it.
+        """
         if url in self._workers[role]:
-            raise FleetError(f"{role} worker {url} is in the fleet already")
+            raise FleetError(f"{role} worker {url} is already in the fleet")
         worker = Worker(url, role, max_inflight)
         self._workers[role][url] = worker
         self._tell(worker)
@@ -138,7 +141,10 @@ class Fleet:
         self._fleet_changed(worker)
 
     def has(self, worker: Worker) -> bool:
-        """Whether it is there; one that joined later under the same URL is another."""
+        """Whether this worker object is in the fleet.
+
+        Another worker that joined later under the same URL is a different one.
+        """
         return self._workers[worker.role].get(worker.url) is worker
 
     def workers(self, role: Role) -> Mapping[str, Worker]:
@@ -146,21 +152,24 @@ class Fleet:
         return self._workers[role]
 
     def available(self, role: Role) -> Iterator[Worker]:
-        """The workers of `role` that may get new requests, room for them aside."""
+        """The workers of `role` that may get new requests, whether or not they have room."""
         return (worker for worker in self._workers[role].values() if worker.available)
 
     def any_available(self, role: Role) -> bool:
-        """Whether there is one."""
+        """Whether any worker of `role` is available."""
         return self._gone_since_s[role] is None
 
     def gone_for_s(self, role: Role) -> float | None:
-        """How long no worker of `role` has been available: None while one is, infinite if none ever was."""
+        """How long no worker of `role` has been available. None if one is, infinite if none ever was."""
         since_s = self._gone_since_s[role]
         return None if since_s is None else time.monotonic() - since_s
 
     @property
     def eligible(self) -> Mapping[str, int]:
-        """Decode workers that may take a request now: URL -> requests in flight. A live view, not to be changed."""
+        """Decode workers that may take a request now: URL -> requests in flight.
+
+        A live view that must not be modified.
+        """
         return self._eligible
 
     @property
@@ -174,7 +183,7 @@ class Fleet:
         return self.any_available("prefill") and self.any_available("decode")
 
     def serves(self, model: str) -> bool:
-        """Whether an available decode worker serves `model`, or may do so because its models are unknown."""
+        """Whether an available decode worker serves `model`, or may serve it because its models are unknown."""
         for worker in self._workers["decode"].values():
             if worker.available and (worker.models is None or model in worker.models):
                 return True
@@ -207,7 +216,7 @@ class Fleet:
             self._fleet_changed(worker)
 
     def _fleet_changed(self, worker: Worker) -> None:
-        # A worker on trial gets one request, whatever it still runs from before.
+        # A worker on trial gets one request, no matter what it still runs from before.
         self._decode_slots = sum(1 if each.on_trial else each.max_inflight for each in self.available("decode"))
         if any(self.available(worker.role)):
             self._gone_since_s[worker.role] = None

@@ -1,1 +1,1 @@
-"""Counters, logs, traces and the decision log."""
+"""Observability: counters, logs, traces and the decision log."""

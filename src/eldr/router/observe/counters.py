@@ -1,4 +1,4 @@
-"""What the router counts, as plain numbers. `api/metrics.py` makes Prometheus' exposition of them."""
+"""The router's counters as plain numbers. `api/metrics.py` turns them into Prometheus' exposition format."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections import defaultdict
 
 from eldr.router.config.endpoint import Role
 
-# vLLM's own bucket bounds for the same quantities, so that both can be laid over each other.
+# vLLM's own bucket bounds for the same quantities, so that both can be compared.
 TTFT_BOUNDS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
     160.0, 640.0, 2560.0,
 )  # fmt: skip
-# Finer than those of TPOT where decode steps are: what matters of the gap between two events is its tail.
+# Finer than the bounds of TPOT around the time of a decode step, because the tail of the gaps between events matters.
 ITL_BOUNDS_S = (
     0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0,
 )  # fmt: skip
@@ -22,7 +22,10 @@ TPOT_BOUNDS_S = (
 
 
 class Histogram:
-    """Counts of observations per bucket, and their sum. What observes a million times a second counts by itself."""
+    """Counts of observations per bucket, and their sum.
+
+    Code that observes a million times a second updates it directly.
+    """
 
     __slots__ = ("bounds", "counts", "sum")
 
@@ -37,7 +40,10 @@ class Histogram:
 
 
 class Metrics:
-    """The counters. Keys of the dictionaries are label values, in the order in which `api/metrics.py` names them."""
+    """The counters, one attribute per metric.
+
+    Dictionary keys are label values, in the order in which `api/metrics.py` names them.
+    """
 
     def __init__(self) -> None:
         self.requests: defaultdict[tuple[str, int], int] = defaultdict(int)
@@ -67,7 +73,7 @@ class Metrics:
         self.queue = Histogram(TTFT_BOUNDS_S)
 
     def forget(self, role: Role, url: str) -> None:
-        """A worker has left: its series would make the exposition longer for ever."""
+        """Drop the series of a worker that has left, so that the exposition does not grow forever."""
         for counts in (self.failures, self.ejections):
             for key in [key for key in counts if key[:2] == (role, url)]:
                 del counts[key]

@@ -1,7 +1,7 @@
 """The decision log: every event of the policy as a line of JSON.
 
-A disk that is slow, full or gone costs lines, never requests: what does not fit is dropped, counted, and marked in the
-file by a gap.
+A disk that is slow, full or gone costs lines, never requests. Events that do not fit are dropped and counted, and a gap
+marks them in the file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from eldr.router.config.groups import PlacementSettings
 from eldr.router.config.settings import ConfigError
 from eldr.router.observe.line_file import LineFile
 
-# Some two seconds of a thousand requests a second with counts of 48 x 128 experts.
+# About two seconds of a thousand requests per second, with counts of 48 x 128 experts.
 BUFFER_BYTES = 16 * 2**20
 
 
 def log_header(placement: PlacementSettings) -> LogHeader:
-    """What repeats the decisions of a router with this configuration."""
+    """Return the header that allows the decisions of a router with this configuration to be repeated."""
     path = placement.calibration
     return LogHeader(
         policy=placement.policy,
@@ -36,10 +36,10 @@ def log_header(placement: PlacementSettings) -> LogHeader:
 
 
 class DecisionLog:
-    """Appends events to a file. Raises ConfigError where it cannot be opened."""
+    """Appends events to a file. Raises ConfigError if it cannot be opened."""
 
     def __init__(self, path: Path, buffer_bytes: int = BUFFER_BYTES) -> None:
-        # While one router replaces another both append to the file.
+        # While one router replaces another, both append to the file.
         self._run_name = os.urandom(4).hex()
         self._gap = 0  # events dropped since the last one that was kept
         self._closed = False
@@ -50,7 +50,7 @@ class DecisionLog:
 
     @property
     def written(self) -> int:
-        """Lines in the file."""
+        """Lines written to the file."""
         return self._file.written
 
     @property
@@ -59,7 +59,7 @@ class DecisionLog:
         return self._file.refused
 
     def write(self, event: dict[str, Any]) -> None:
-        """Take an event; time and run are added. Never waits and never raises for the disk's sake."""
+        """Add an event, with its time and run. It never waits for the disk, and never raises because of it."""
         line = self._line(event)
         if not self._file.has_room(line):
             self._gap += 1
@@ -75,11 +75,11 @@ class DecisionLog:
     def _line(self, event: dict[str, Any]) -> bytes:
         event["unix_s"] = time.time_ns() // 1_000_000 / 1000
         event["run"] = self._run_name
-        # A copy of the right size: orjson's own holds on to the room that it grew into.
+        # Make a copy of the right size, because orjson's buffer keeps the space that it grew into.
         return b"%b\n" % orjson.dumps(event)
 
     def reopen(self) -> None:
-        """Go on in a new file at the path, after the old one was renamed."""
+        """Continue in a new file at the path, after the old one was renamed."""
         self._file.reopen()
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""A file of lines, written by a thread of its own: whoever adds lines never waits for the disk.
+"""A file of lines that a separate thread writes, so that code that adds lines never waits for the disk.
 
-What cannot be written waits in a bounded buffer. A line that does not fit is refused.
+Lines that cannot be written yet wait in a bounded buffer. A line that does not fit is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LineBuffer:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._lines: deque[bytes] = deque()
-        # Each is changed by one thread alone; the difference is what waits.
+        # Each counter is changed by only one thread. Their difference is what waits.
         self._added_bytes = 0
         self._taken_bytes = 0
 
@@ -47,7 +47,7 @@ class LineBuffer:
         self._lines.append(line)
 
     def take(self, most: int) -> list[bytes]:
-        """At most so many lines, some WRITE_BYTES of them, but no more than one call can write."""
+        """Take at most `most` lines, about WRITE_BYTES in total, but no more than one call can write."""
         taken: list[bytes] = []
         size = 0
         while size < WRITE_BYTES and len(taken) < min(most, MOST_LINES):
@@ -58,16 +58,17 @@ class LineBuffer:
 
 
 class LineFile:
-    """Appends whole lines, whatever the disk does: a line that was written in part is finished before anything else.
+    """Appends whole lines, whatever the disk does: a line that was partly written is finished before anything else.
 
-    written, refused: lines so far. Raises OSError where the file cannot be opened.
+    written, refused: the number of lines so far.
+    Raises OSError if the file cannot be opened.
     """
 
     def __init__(self, path: Path, limit_bytes: int) -> None:
         self._path = path
         self._file = _open(path)
         self._buffer = LineBuffer(limit_bytes)
-        self._rest = b""  # of what was taken from the buffer and not yet written
+        self._rest = b""  # taken from the buffer but not yet written
         self._rest_lines = 0
         self._wake = threading.Event()
         self._closing = False
@@ -77,23 +78,23 @@ class LineFile:
         self._writer = threading.Thread(target=self._run, name=path.name, daemon=True)
         self._writer.start()
 
-    # For whoever adds lines.
+    # Called by the code that adds lines.
 
     def has_room(self, line: bytes) -> bool:
-        """Whether `add` may be called. A line without room is lost, and counted here."""
+        """Whether `add` may be called. If not, the line is lost, and counted here."""
         room = self._buffer.has_room(line)
         self.refused += not room
         return room
 
     def add(self, line: bytes) -> None:
-        """Take a line, which ends in a line end."""
+        """Add a line, which must end in a line end."""
         waiting_bytes = self._buffer.waiting_bytes
         self._buffer.add(line)
         if waiting_bytes < WRITE_BYTES <= waiting_bytes + len(line):
             self._wake.set()
 
     def reopen(self) -> None:
-        """Write what is buffered and go on in a new file at the path, after the old one was renamed."""
+        """Write what is buffered, then continue in a new file at the path, after the old one was renamed."""
         self._reopening = True
         self._wake.set()
 
@@ -122,8 +123,11 @@ class LineFile:
         os.close(self._file)
 
     def _write_waiting(self, throttle: Throttle) -> bool:
-        """Write what waits now; what is added meanwhile can wait, for after every write this thread and the event loop
-        contend for Python's lock. Whether all of it could be written."""
+        """Write the lines that wait now. Returns whether all of them could be written.
+
+        Lines added meanwhile can wait, because after every write this thread and the event loop contend for Python's
+        lock.
+        """
         waiting = len(self._buffer)
         while self._rest or waiting:
             if self._rest:
@@ -160,9 +164,10 @@ class LineFile:
 
 
 def _open(path: Path) -> int:
-    """Append to the file, on a line of its own where the last one was cut off by a crash.
+    """Open the file for appending. If a crash cut off the last line, start a new one.
 
-    Readable by its owner alone. O_NONBLOCK: a pipe that nobody reads is a full disk, not a wait without end.
+    Only the owner can read it. O_NONBLOCK makes a pipe that nobody reads behave like a full disk instead of blocking
+    forever.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     try:

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, on standard error. No prompt, no answer, no key ever goes in."""
+"""Structured logs: one JSON object per line on standard error. They never contain a prompt, an answer or a key."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class JsonLines(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info and record.exc_info[0] is not None:
-            # Its kind and where it was raised. What it says may quote a prompt, a key or an answer.
+            # Log its type and where it was raised, but not its message, which may quote a prompt, a key or an answer.
             kind, _, where = record.exc_info
             line["exception"] = f"{kind.__name__}\n" + "".join(traceback.format_tb(where))
         return orjson.dumps(line, default=str).decode()
 
 
 class Throttle:
-    """Lets one message of each kind through in a period, so that a flood of failures is no flood of logs."""
+    """Lets one message of each kind through per period, so that a flood of failures does not flood the logs."""
 
     def __init__(self, period_s: float = 10.0) -> None:
         self._period_s = period_s
@@ -42,10 +42,10 @@ class Throttle:
 
 
 def set_up(level: str) -> None:
-    """Send the router's log to standard error from `level` on."""
+    """Send the router's log to standard error, from `level` up."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    for name in ("eldr.router", "asyncio"):  # the event loop tells of what nobody caught
+    for name in ("eldr.router", "asyncio"):  # the event loop reports uncaught exceptions
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(level.upper())

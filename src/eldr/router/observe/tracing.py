@@ -1,7 +1,7 @@
-"""OpenTelemetry traces of requests: one span each, with a child for its queue, prefill and decode legs.
+"""OpenTelemetry traces of requests: one span each, with children for its queue, prefill and decode legs.
 
-Spans are made when what they describe is over, of two clock readings each. A request that is not sampled never comes
-here: its own trace context, if it has one, goes on to the workers as it came.
+Spans are created after the work that they describe, from two clock readings each. A request that is not sampled never
+gets here: its own trace context, if it has one, is forwarded to the workers unchanged.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ SAMPLED = 0x01
 class Tracing:
     """Samples requests and sends their spans to a collector, from a thread of its own.
 
-    endpoint: where OTLP over HTTP goes, such as http://collector:4318/v1/traces. ratio: share of the requests sampled
-    that come without a trace context; those with one are sampled as it says. exporter: in place of the one to
-    `endpoint`. Raises ConfigError where eldr[otel] is not installed.
+    endpoint: the address of an OTLP collector over HTTP, such as http://collector:4318/v1/traces.
+    ratio: the share sampled among requests without a trace context. A request with one is sampled as it says.
+    exporter: replaces the exporter to `endpoint`.
+    Raises ConfigError if eldr[otel] is not installed.
     """
 
     def __init__(self, endpoint: str, ratio: float, exporter: SpanExporter | None = None) -> None:
@@ -45,19 +46,19 @@ class Tracing:
         self._tracer = self._provider.get_tracer("eldr.router", eldr.__version__)
 
     def begin(self, request: Request, request_id: str, model: object) -> RequestTrace | None:
-        """The trace of a request, None if it is not sampled."""
+        """Return the trace of a request, or None if it is not sampled."""
         parent, state = trace_context(request)
         if random.random() >= self._ratio if parent is None else not int(parent[-2:], 16) & SAMPLED:
             return None
         return RequestTrace(self._tracer, request, request_id, model, parent, state)
 
     def close(self) -> None:
-        """Send what is left. Takes seconds where the collector does not answer."""
+        """Send what is left. This takes seconds if the collector does not answer."""
         self._provider.shutdown()
 
 
 class RequestTrace:
-    """One sampled request.
+    """The trace of one sampled request.
 
     headers: the header lines that make the workers' spans children of this one.
     """
@@ -94,7 +95,7 @@ class RequestTrace:
         self.headers = trace_lines(line.encode(), state)
 
     def leg(self, name: str, began_s: float, worker: str | None = None, error: BaseException | None = None) -> None:
-        """A part of the request that ends now, with `error` if it failed."""
+        """Add a part of the request that ends now, with `error` if it failed."""
         span = self._tracer.start_span(
             name,
             self._inside,
@@ -103,12 +104,12 @@ class RequestTrace:
             start_time=self._unix_ns(began_s),
         )
         if error is not None:
-            # Its kind alone: what a worker says may hold a part of a prompt.
+            # Only the type, because a worker's message may contain a part of a prompt.
             span.set_status(self._trace.StatusCode.ERROR, type(error).__name__)
         span.end()
 
     def end(self, notes: dict[str, Any]) -> None:
-        """The request is answered. notes: what the log says of it too."""
+        """End the trace when the request is answered. notes: what the log line says too."""
         status = notes.get("status")
         self._span.set_attributes(
             {f"eldr.{key}": notes[key] for key in ("prefill", "decode", "reason", "passthrough") if key in notes}

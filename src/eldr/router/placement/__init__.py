@@ -1,1 +1,1 @@
-"""Which request starts, and on which workers."""
+"""Placement: which request starts next, and on which workers."""

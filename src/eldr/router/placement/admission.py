@@ -1,7 +1,7 @@
-"""Who may start: requests wait here until the decode workers have room for them.
+"""Admission: requests wait here until the decode workers have room for them.
 
-They wait before their prefill: a hand-off's lease must not run out in a queue. Higher priorities go first; within one
-priority clients take turns (`fair_queue`), and a client's own requests go first come, first served.
+They wait before their prefill, because a hand-off's lease must not run out in a queue. Higher priorities go first.
+Within one priority clients take turns (`fair_queue`), and each client's requests go first come, first served.
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ MAX_RETRY_AFTER_S = 60
 
 
 class NoWorkerError(ApiError):
-    """There is no worker of a role, and it is no use to wait for one any longer."""
+    """There is no worker of a role, and waiting longer is pointless."""
 
     def __init__(self, role: Role) -> None:
         super().__init__(503, f"no {role} worker is available", retry_after_s=RETRY_AFTER_S)
 
 
 class Claim:
-    """What a request's turn depends on. client: tells clients apart. priority: index into PRIORITIES. cost: tokens."""
+    """What a request's turn depends on.
+
+    client: identifies the client.
+    priority: an index into PRIORITIES.
+    cost: in tokens.
+    """
 
     __slots__ = ("client", "cost", "priority")
 
@@ -63,10 +68,9 @@ class _Turn:
 
 
 class Admission:
-    """Counts admitted requests against the decode workers' slots.
+    """Admits requests as long as the decode workers have free slots, and queues the others.
 
-    refusals: requests that did not get their turn, by reason: full, displaced (by a client with fewer waiting),
-    timeout.
+    refusals: requests that got no turn, by reason: full, displaced (by a client with fewer waiting) or timeout.
     """
 
     def __init__(self, fleet: Fleet, limits: QueueLimits) -> None:
@@ -85,17 +89,17 @@ class Admission:
         return {name: len(queue) for name, queue in zip(PRIORITIES, self._queues, strict=True)}
 
     def set_limits(self, limits: QueueLimits) -> None:
-        """Other limits from now on; what waits already stays."""
+        """Use other limits from now on. Requests that already wait stay in the queue."""
         self._limits = limits
         for queue in self._queues:
             queue.limit = limits.max_queued
         self.changed()
 
     async def enter(self, claim: Claim) -> None:
-        """Wait for a slot; a cancelled wait leaves the queue.
+        """Wait for a slot. A cancelled wait leaves the queue.
 
-        Raises NoWorkerError when there has been no decode worker for `worker_wait_s`, ApiError 429 when the queue is
-        full and 503 when the wait was too long.
+        Raises NoWorkerError if there has been no decode worker for `worker_wait_s`, ApiError 429 if the queue is full,
+        and 503 if the wait was too long.
         """
         slots = self._slots()
         if slots == 0 and not self._worker_may_return():
@@ -108,18 +112,18 @@ class Admission:
             await turn.admitted
         except asyncio.CancelledError:
             if turn.admitted.done() and not turn.admitted.cancelled() and turn.admitted.exception() is None:
-                self.leave()  # the slot came in the same moment
+                self.leave()  # the slot arrived at the same moment
             else:
                 self._drop(turn, None)
             raise
 
     def leave(self) -> None:
-        """Give the slot back."""
+        """Return the slot."""
         self.admitted -= 1
         self.changed()
 
     def changed(self) -> None:
-        """Look again: a request has ended, or the fleet is another."""
+        """Check the queue again, after a request ended or the fleet changed."""
         if self._placing:
             placing, self._placing = self._placing, []
             for waiter in placing:
@@ -144,16 +148,19 @@ class Admission:
         self.changed()
 
     def patience_s(self, role: Role) -> float:
-        """How much longer to wait for a worker of `role`: without end while one is available.
+        """How much longer to wait for a worker of `role`. Infinite while one is available.
 
-        A worker that is restarted is back within seconds. A role that stays away is refused at once.
+        A worker that restarts is back within seconds. If a role stays away, its requests are refused at once.
         """
         gone_s = self._fleet.gone_for_s(role)
         return math.inf if gone_s is None else self._limits.worker_wait_s - gone_s
 
     def _worker_may_return(self) -> bool:
-        """Whether the queue is kept although there is no decode worker; it is looked at again when that is over."""
-        # Workers without a single slot are as good as none.
+        """Whether to keep the queue although there is no decode worker.
+
+        Schedules another check for when that time is over.
+        """
+        # Workers without a single slot do not count.
         left_s = min(self.patience_s("decode"), self._limits.worker_wait_s)
         if left_s > 0 and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(left_s, self._look_again)
@@ -164,7 +171,9 @@ class Admission:
         self.changed()
 
     async def until_changed(self, role: Role, limit_s: float = math.inf) -> bool:
-        """Wait, having been admitted, until a worker of `role` may have become eligible; False after `limit_s` seconds.
+        """Wait, after admission, until a worker of `role` may have become eligible.
+
+        Returns False after `limit_s` seconds.
 
         Raises NoWorkerError if there has been none for too long.
         """
@@ -201,7 +210,7 @@ class Admission:
         return turn
 
     def _pop(self) -> _Turn:
-        """The next to start; there is one."""
+        """Remove and return the next request to start. There must be one."""
         self.queued -= 1
         for queue in self._queues:
             turn = queue.pop()
@@ -222,5 +231,5 @@ class Admission:
         return ApiError(429, "too many requests are waiting; try again later", retry_after_s=self._after_s())
 
     def _after_s(self) -> int:
-        """As long as the last one to get its turn has waited."""
+        """The Retry-After in seconds: how long the last request to get its turn has waited."""
         return min(max(1, math.ceil(self._last_wait_s)), MAX_RETRY_AFTER_S)

@@ -1,4 +1,7 @@
-"""Asks the policy for a decode worker, tells it what becomes of the request, and never lets it fail one."""
+"""Asks the policy for a decode worker and tells it what happens to the request.
+
+A failing policy never fails a request.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ from eldr.router.observe.logs import Throttle
 log = logging.getLogger("eldr.router")
 
 
-# Decisions that are kept to be looked at.
+# How many recent decisions are kept for display.
 KEPT = 100
 
 
 class Placed(NamedTuple):
-    """A decision to be looked at. in_flight: requests that the worker then ran besides."""
+    """A decision, for display. in_flight: the other requests that the worker ran at that time."""
 
     unix_s: float
     request_id: str
@@ -34,7 +37,7 @@ class Placed(NamedTuple):
 
 
 class Placement:
-    """One request on one decode worker, from the decision until the end of its `with`."""
+    """One request on one decode worker, from the decision until the end of its `with` block."""
 
     __slots__ = ("_owner", "_request", "decision", "worker")
 
@@ -53,7 +56,7 @@ class Placement:
 
 
 class Placements:
-    """The policy as the router uses it. A policy that raises is replaced by join-shortest-queue for that request."""
+    """Wraps the policy for the router. If the policy raises, join-shortest-queue places that request."""
 
     def __init__(self, policy: Policy, fleet: Fleet, metrics: Metrics, seed: int) -> None:
         self._policy = policy
@@ -69,7 +72,7 @@ class Placements:
         return self._policy.name
 
     def picture(self) -> Picture | None:
-        """What the policy shows of its state, nothing if it fails to."""
+        """Return the policy's view of its state, or None if it has none or fails."""
         try:
             return self._policy.picture()
         except Exception:
@@ -77,7 +80,7 @@ class Placements:
             return None
 
     def fleet_changed(self, worker: Worker) -> None:
-        """A listener of the fleet. The policy hears of a worker when it is first up, and when it leaves."""
+        """A listener of the fleet. The policy learns of a worker when it is first up, and when it leaves."""
         if worker.role != "decode":
             return
         if not self._fleet.has(worker):
@@ -89,9 +92,9 @@ class Placements:
             self._policy.joined(worker.url)
 
     def place(self, request: DecodeRequest, excluded: Collection[str]) -> Placement | None:
-        """A worker for `request`, which now runs there; None if no worker is eligible.
+        """Choose a worker for `request` and start it there. None if no worker is eligible.
 
-        Workers in `excluded` are taken only if no other is eligible.
+        Workers in `excluded` are chosen only if no other is eligible.
         """
         eligible: Mapping[str, int] = self._fleet.eligible
         if excluded:

@@ -1,6 +1,7 @@
-"""A bounded queue that is fair between clients: start-time fair queuing, and the longest queue gives way.
+"""A bounded queue that is fair between clients: start-time fair queuing, and the longest queue gives way when full.
 
-Goyal, Vin and Cheng: Start-time Fair Queuing, SIGCOMM 1996. No clock and no IO: time is the cost let through.
+Goyal, Vin and Cheng: Start-time Fair Queuing, SIGCOMM 1996. There is no clock and no IO: virtual time is the cost that
+has passed through.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
-# The most that one item counts.
+# The cost of one item is capped here.
 MAX_COST = 65536
 
 
 class QueueFullError(Exception):
-    """There is no room, and the client that asks has its share of the queue already."""
+    """The queue is full, and the client already has its share of it."""
 
 
 class FairQueue(Generic[Item]):
-    """Items of clients in turn. Of clients that always have something waiting, each gets the same cost through.
+    """Items of clients that take turns. Clients that always have an item waiting get the same total cost through.
 
-    A client's next item starts where its last one ended, in virtual time, or now if that is later; the earliest start
-    goes first. limit: most items. Items are distinct (hashed by identity or value).
+    In virtual time, a client's next item starts where its last one ended, or now if that is later. The earliest start
+    goes first. Items must be distinct (hashed by identity or value).
+
+    limit: the most items that the queue holds.
     """
 
     def __init__(self, limit: int) -> None:
@@ -40,9 +43,9 @@ class FairQueue(Generic[Item]):
         return self._size
 
     def push(self, item: Item, client: bytes, cost: int) -> Item | None:
-        """Add an item. A full queue lets the newest item of the client with most items go, and returns it.
+        """Add an item. If the queue is full, the newest item of the client with most items is removed and returned.
 
-        Raises QueueFullError if that client would be the one that asks.
+        Raises QueueFullError if that client is the one that pushes.
         """
         displaced = self._make_room(client) if self._size >= self.limit else None
         if client not in self._clients:
@@ -53,7 +56,7 @@ class FairQueue(Generic[Item]):
         return displaced
 
     def pop(self) -> Item | None:
-        """The next item, None if there is none."""
+        """Remove and return the next item, or None if there is none."""
         while self._heap:
             start, entry, client = heapq.heappop(self._heap)
             if self._turns.get(client) != (start, entry):
@@ -68,7 +71,7 @@ class FairQueue(Generic[Item]):
         return None
 
     def remove(self, item: Item, client: bytes) -> bool:
-        """Take an item of a client out; False if it is not here."""
+        """Remove an item of a client. Returns False if it is not in the queue."""
         items = self._clients.get(client)
         if items is None or items.pop(item, None) is None:
             return False
@@ -85,7 +88,7 @@ class FairQueue(Generic[Item]):
         heapq.heappush(self._heap, (*turn, client))
 
     def _forget(self) -> None:
-        """Keep of clients that wait for nothing only what still sets them back."""
+        """Forget clients with nothing waiting, unless they still have to make up for a recent item."""
         if not self._clients:
             self._ends.clear()
             self._heap.clear()
@@ -95,7 +98,7 @@ class FairQueue(Generic[Item]):
 
     def _make_room(self, client: bytes) -> Item:
         own = len(self._clients.get(client, ()))
-        # A client with its share of the queue need not look who has more: a flood of one client costs little.
+        # A client that has its share need not look for one with more, so a flood from one client costs little.
         if own + 1 > self.limit / max(1, len(self._clients)):
             raise QueueFullError
         longest = max(self._clients, key=lambda other: len(self._clients[other]))

@@ -1,8 +1,8 @@
-"""Which prefill worker gets a request: consistent hashing of the prompt's start, with bounded load.
+"""Chooses the prefill worker: consistent hashing of the prompt's start, with bounded load.
 
 Requests with the same start meet on the worker that has it in its prefix cache. No worker takes more than 1.25 times
-the mean load (Mirrokni, Thorup, Zadimoghaddam: Consistent Hashing with Bounded Loads, SODA 2018); what exceeds it
-spills to the next on the ring. ELDR (arXiv 2607.00466) hashes the first 1,024 bytes of the prompt.
+the mean load (Mirrokni, Thorup, Zadimoghaddam: Consistent Hashing with Bounded Loads, SODA 2018). Requests beyond that
+spill to the next worker on the ring. ELDR (arXiv 2607.00466) hashes the first 1,024 bytes of the prompt.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Collection
 from eldr.router.fleet.workers import Fleet, Worker
 
 LOAD_FACTOR = 1.25
-# Points per worker on the ring; the largest share of eight workers is then about 1.2 times the mean.
+# Points per worker on the ring. With eight workers, the largest share is then about 1.2 times the mean.
 POINTS = 128
 
 
 class PrefillRing:
-    """The ring of prefill workers."""
+    """The hash ring of prefill workers."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -30,7 +30,7 @@ class PrefillRing:
         self._workers: list[str] = []
 
     def fleet_changed(self, worker: Worker) -> None:
-        """A listener of the fleet: the ring has the prefill workers that are there, available or not."""
+        """A listener of the fleet. The ring includes all prefill workers in the fleet, available or not."""
         if worker.role == "prefill" and self._fleet.has(worker) != (worker.url in self._urls):
             self._rebuild()
 
@@ -41,10 +41,10 @@ class PrefillRing:
         self._workers = [url for _, url in ring]
 
     def choose(self, start: bytes, excluded: Collection[str] = ()) -> tuple[Worker, bool] | None:
-        """The worker for prompts with this start, and whether the request spilled there from a full one; None if no
-        prefill worker is available.
+        """Choose the worker for prompts with this start. None if no prefill worker is available.
 
-        Workers in `excluded` are taken only if there is no other.
+        Returns the worker, and whether the request spilled there from a full one. Workers in `excluded` are chosen only
+        if there is no other.
         """
         fleet = self._fleet.workers("prefill")
         available = [worker for worker in fleet.values() if worker.available]
@@ -64,16 +64,22 @@ class PrefillRing:
                 first = worker.url
             if worker.in_flight < most:
                 return worker, worker.url != first
-        # Unreachable while `most` exceeds the mean, as bounded loads guarantee.
+        # Unreachable as long as `most` exceeds the mean, which bounded loads guarantee.
         return min(available, key=lambda worker: worker.in_flight), True
 
 
 def _point(data: bytes) -> int:
-    """A place on the ring, 0 to 2^64. Names that differ in a digit must lie as if drawn at random: a good hash."""
+    """A position on the ring, 0 to 2^64.
+
+    Names that differ in one digit must land as if drawn at random, which needs a good hash.
+    """
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def _key(data: bytes) -> int:
-    """A place on the ring for a kilobyte of a prompt. Prompts differ in more than a digit, and whoever wants two to
-    meet can begin them alike: a checksum will do, at a tenth of the time."""
+    """A position on the ring for a kilobyte of a prompt.
+
+    A checksum is enough, and takes a tenth of the time. Prompts differ in more than a digit, and a client that wants
+    two of them to meet can simply start them alike.
+    """
     return zlib.crc32(data) << 32

@@ -1,7 +1,7 @@
-"""Background refits of the policy's zones: fitted in a process of their own, taken over on the event loop.
+"""Background refits of the policy's zones, computed in a process of their own and adopted on the event loop.
 
-K-means holds the interpreter for whole seconds at 48 x 128 experts, which every stream would feel. A process does not,
-and may fail or be killed: the zones then stay as they are, and the next refit starts another.
+K-means holds the interpreter for whole seconds at 48 x 128 experts, which every stream would feel. A separate process
+does not, and it may fail or be killed. The zones then stay as they are, and the next refit starts another process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from eldr.router.observe.logs import Throttle
 
 log = logging.getLogger("eldr.router")
 
-# A fit that takes longer is given up, and its process with it.
+# A fit that takes longer is abandoned, and its process is ended.
 FIT_TIMEOUT_S = 300.0
 
 
@@ -69,13 +69,13 @@ class ZoneRefits:
 
     async def _fit(self, task: RefitTask) -> Refit:
         if self._pool is None:
-            os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the new process: one core is enough
-            # Not fork: the router's threads and its event loop must not be copied.
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the new process; one core is enough
+            # Do not fork: the router's threads and its event loop must not be copied.
             self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), become_helper, (os.getpid(),))
         return await asyncio.get_running_loop().run_in_executor(self._pool, task.run)
 
     def _end_process(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it is doing."""
         pool, self._pool = self._pool, None
         if pool is None:
             return

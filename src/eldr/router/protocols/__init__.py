@@ -1,1 +1,1 @@
-"""What is said over HTTP: the OpenAI API of clients, and what engines expect of a prefill and a decode leg."""
+"""The HTTP protocols: the OpenAI API for clients, and the bodies that engines expect for prefill and decode."""

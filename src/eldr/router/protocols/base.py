@@ -1,6 +1,6 @@
-"""What an engine expects of the two legs of a request: the interface, one file an engine's way beside it.
+"""The interface of a leg protocol: what an engine expects of the two legs of a request. Each protocol has its own file.
 
-Bodies in and bodies out. A protocol opens no connection, chooses no worker and keeps no state.
+A protocol turns bodies into bodies. It opens no connection, chooses no worker and keeps no state.
 """
 
 from __future__ import annotations
@@ -22,39 +22,43 @@ class LegProtocol(ABC):
 
     @abstractmethod
     def why_whole(self, path: bytes, body: dict[str, Any]) -> str | None:
-        """Why this request must run whole on one worker, as a metric label; None if its prefill can be handed off."""
+        """Why this request must run whole on one worker, as a metric label. None if its prefill can be handed off."""
 
     @abstractmethod
     def prefill_body(self, body: dict[str, Any], record: bool) -> bytes:
-        """The request to a prefill worker: the same prompt, one token, no stream, and the promise to fetch the blocks.
+        """Return the request for a prefill worker: the prompt, one token, no stream, and a promise to fetch the KV.
 
-        record: the experts of the prompt are wanted with the answer. Raises ApiError 400 for what cannot be written.
+        record: whether the answer should include the experts of the prompt.
+        Raises ApiError 400 for a body that cannot be encoded.
         """
 
     @abstractmethod
     def read_handoff(self, fields: object, source: Worker, sent_s: float) -> HandOff | None:
-        """The hand-off in the answer of `source` to a prefill sent at `sent_s` (monotonic); None if there is none."""
+        """Read the hand-off from the answer of `source` to a prefill sent at `sent_s` (monotonic).
+
+        None if it has none.
+        """
 
     @abstractmethod
     def decode_body(self, body: dict[str, Any], handoff: HandOff | None, record: bool) -> bytes:
-        """The client's request, with the hand-off if there is one, which is spent. Raises ApiError 400."""
+        """Return the client's request with the hand-off, if there is one, which is then spent. Raises ApiError 400."""
 
     @abstractmethod
     def is_named_after(self, name: object, leg_name: str) -> bool:
-        """Whether an answer's id says that it belongs to the leg with this X-Request-Id."""
+        """Whether an answer's id shows that it belongs to the leg with this X-Request-Id."""
 
     @abstractmethod
     def event_is_named_after(self, start: bytes, leg_name: str) -> bool:
-        """The same of a stream's event, by its first bytes."""
+        """The same for an event of a stream, given its first bytes."""
 
     @abstractmethod
     def handoff_is_named_after(self, handoff: HandOff, leg_name: str) -> bool:
-        """Whether a hand-off is of the prompt of this leg, and not of another one's."""
+        """Whether a hand-off is for the prompt of this leg and not of another one."""
 
     @abstractmethod
     def for_client(self, answer: bytes) -> bytes:
-        """A worker's JSON answer without what it says about transfers. Raises orjson.JSONDecodeError if it is none."""
+        """Remove what a worker's JSON answer says about transfers. Raises orjson.JSONDecodeError if it is not JSON."""
 
     @abstractmethod
     def recorded(self, answer: bytes, handoff: HandOff | None) -> bytes:
-        """The same with the experts that were recorded, as `eldr_record`. answer: a JSON object."""
+        """The same, with the recorded experts added as `eldr_record`. answer: a JSON object."""

@@ -1,4 +1,4 @@
-"""What a prefill worker hands over: transfer parameters that are good for one use within a lease, and expert counts."""
+"""The result of a prefill: transfer parameters that are valid once within a lease, and expert counts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from eldr.counts import CountsError, ExpertCounts, decode_counts
 from eldr.router.fleet.workers import Worker
 
-# How long a hand-off whose lease is unknown (a prefill worker without our connector) may wait in the router. NIXL's
-# own lease is 30 s by default.
+# How long a hand-off may wait in the router if its lease is unknown, because the prefill worker has no eldr connector.
+# NIXL's own lease is 30 s by default.
 UNKNOWN_LEASE_S = 10.0
 
 
@@ -24,10 +24,10 @@ class Lease:
 
     @staticmethod
     def from_wire(wire: object, sent_s: float, received_s: float, received_unix_s: float) -> Lease | None:
-        """A lease as the prefill worker stated it, less the answer's age; None if it stated none.
+        """Read the lease that the prefill worker stated, minus the age of the answer. None if it stated none.
 
-        The age comes from the worker's clock and ours, so it is held between zero and the time since the prefill
-        request was sent (`sent_s`, monotonic): a clock that is wrong then does little harm.
+        The age depends on the worker's clock and ours. It is clamped between zero and the time since the prefill
+        request was sent (`sent_s`, monotonic), so a wrong clock does little harm.
         """
         if not isinstance(wire, dict):
             return None
@@ -42,13 +42,14 @@ class Lease:
 
 
 class HandOff:
-    """One prefill's result.
+    """The result of one prefill.
 
-    counts: expert counts of the prompt, None if there are none that can be used; counts_error then says why.
-    counts_wire: the counts as the worker sent them. Both are gone once the hand-off is spent, but for a recording's
-        counts_wire.
-    prompt_tokens: as the prefill worker counted them, 0 if it did not say.
-    source: the prefill worker. name: what it calls the request whose blocks these are.
+    counts: the expert counts of the prompt. None if there are no usable ones, and counts_error then says why.
+    counts_wire: the counts as the worker sent them. Once the hand-off is spent both are dropped, except that a
+        recording keeps counts_wire.
+    prompt_tokens: the worker's count of them. 0 if it did not say.
+    source: the prefill worker.
+    name: the worker's name for the request whose blocks these are.
     """
 
     def __init__(self, params: dict[str, Any], source: Worker, name: object, prompt_tokens: int, sent_s: float) -> None:
@@ -65,7 +66,7 @@ class HandOff:
         self._unknown_until_s = received_s + UNKNOWN_LEASE_S
         try:
             if self.counts_wire is None:
-                raise CountsError("missing", "the prefill worker sent no expert counts: is eldr's connector on?")
+                raise CountsError("missing", "the prefill worker sent no expert counts; is the eldr connector on?")
             self.counts = decode_counts(self.counts_wire)
         except CountsError as error:
             self.counts_error = error
@@ -75,15 +76,16 @@ class HandOff:
         return self._unknown_until_s - now_s if self.lease is None else self.lease.left_at(now_s)
 
     def spend(self, record: bool) -> dict[str, Any]:
-        """The parameters for the one decode request that may carry them.
+        """Return the parameters for the one decode request that may use them.
 
-        The prefill worker frees the blocks at the first completion, abort or rejection it hears of, and a pull is an
-        unchecked read of its memory. So once a byte of this request is sent, they are void whatever becomes of it.
+        The prefill worker frees the blocks at the first completion, abort or rejection that it learns of, and a pull is
+        an unchecked read of its memory. Once a byte of this request is sent, the parameters are void, whatever happens
+        to it.
         """
         if self._spent:
             raise AssertionError("a hand-off was about to be sent twice")
         self._spent = True
-        # A thousand streams would hold 30 MB of what nobody will look at again.
+        # A thousand streams would hold 30 MB of counts that nobody reads again.
         self.counts = None
         if not record:
             self.counts_wire = None

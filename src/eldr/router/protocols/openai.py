@@ -1,4 +1,4 @@
-"""The OpenAI API as clients speak it: bodies of /v1/completions and /v1/chat/completions, and what they ask for."""
+"""The OpenAI API of clients: bodies of /v1/completions and /v1/chat/completions, and what they ask for."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BYTES_PER_TOKEN = 4
 
 
 def parse_body(path: bytes, raw: bytes, reserved: Collection[str]) -> dict[str, Any]:
-    """The body as an object. Duplicate keys are resolved here, to the last one, once for all who read it.
+    """Parse the body as an object. Of duplicate keys the last one counts, for every reader.
 
-    reserved: fields that only the router may send, beside those that begin with `eldr_`.
-    Raises ApiError 400 for what is not a JSON object, carries such fields, or has no prompt.
+    reserved: fields that only the router may send, besides those that start with `eldr_`.
+    Raises ApiError 400 for a body that is not a JSON object, contains such fields, or has no prompt.
     """
     try:
         body = orjson.loads(raw)
@@ -40,7 +40,7 @@ def parse_body(path: bytes, raw: bytes, reserved: Collection[str]) -> dict[str, 
         if not isinstance(messages, list) or not messages:
             raise ApiError(400, "messages must be a non-empty array", param="messages")
     elif not body.get("prompt") and not body.get("prompt_embeds"):
-        raise ApiError(400, "prompt must be given and not empty", param="prompt")
+        raise ApiError(400, "prompt must be given and not be empty", param="prompt")
     return body
 
 
@@ -51,7 +51,7 @@ def _refuse_router_fields(fields: dict[str, Any], where: str, reserved: Collecti
 
 
 def max_tokens(path: bytes, body: dict[str, Any]) -> int | None:
-    """The client's limit on generated tokens, None if there is none."""
+    """The client's limit on generated tokens. None if there is none."""
     value = body.get("max_completion_tokens") if path == CHAT else None
     if value is None:
         value = body.get("max_tokens")
@@ -59,26 +59,32 @@ def max_tokens(path: bytes, body: dict[str, Any]) -> int | None:
 
 
 def wants_usage(body: dict[str, Any]) -> bool:
-    """Whether a stream shall end with the usage."""
+    """Whether a stream should end with the usage."""
     options = body.get("stream_options")
     return isinstance(options, dict) and bool(options.get("include_usage"))
 
 
 def wants_stream(body: dict[str, Any]) -> bool | None:
-    """Whether the answer is to be streamed; None for a value that is no boolean, which a worker may read either way."""
+    """Whether the answer should be streamed.
+
+    None for a value that is not a boolean, which a worker may read either way.
+    """
     stream = body.get("stream", False)
     return stream if isinstance(stream, bool) else None
 
 
 def prompt_start(path: bytes, body: dict[str, Any], window_bytes: int) -> bytes:
-    """What requests with the same start have in common, `window_bytes` of it; for chat as `chat_start` has it."""
+    """Return the first `window_bytes` of the prompt, by which requests with the same start are recognised.
+
+    For a chat request see `chat_start`.
+    """
     if path == CHAT:
         return chat_start(body["messages"], window_bytes)
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        # At most window_bytes characters can lie in the first window_bytes bytes.
+        # The first window_bytes bytes hold at most window_bytes characters.
         return prompt[:window_bytes].encode()[:window_bytes]
     if isinstance(prompt, list):
         return orjson.dumps(prompt[: max(1, window_bytes // BYTES_PER_TOKEN)])
@@ -86,10 +92,11 @@ def prompt_start(path: bytes, body: dict[str, Any], window_bytes: int) -> bytes:
 
 
 def chat_start(messages: list[Any], window_bytes: int) -> bytes:
-    """The start of a conversation as canonical JSON: all leading system messages and `window_bytes` beyond them.
+    """Return the start of a conversation as canonical JSON: all leading system messages and `window_bytes` beyond them.
 
-    A system prompt is shared by many conversations: within a fixed window from the very start a long one would send
-    them all to one worker. Each worker caches it once, and the conversations spread by what follows it.
+    Many conversations share a system prompt. With a window from the very start, a long system prompt would send them
+    all to one worker. With this window, each worker caches the system prompt once, and conversations spread by what
+    follows it.
     """
     leading = 0
     while leading < len(messages) and _is_system(messages[leading]):

@@ -1,4 +1,4 @@
-"""vLLM's hand-off over NIXL: prefill first, then decode with the addresses of its blocks.
+"""vLLM's hand-off over NIXL: first the prefill, then the decode with the addresses of its blocks.
 
 The lists of fields follow vLLM 0.30 to 0.32 (vllm/entrypoints/openai/*/protocol.py).
 """
@@ -18,9 +18,10 @@ from eldr.router.protocols.openai import CHAT
 # Fields that name hosts, blocks or caches of other workers. Only the router may send them.
 TRANSFER_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 
-# Fields that only say how tokens are sampled, when to stop, or how the answer is written: the one token of a prefill
-# is thrown away. Whatever can change the prompt's tokens stays: messages, tools, tool_choice, response_format and
-# reasoning_effort (templates may render them), chat_template and its arguments, truncation, cache_salt, ...
+# Fields that only control sampling, stopping or the format of the answer. The one token of a prefill is discarded, so
+# they do not matter there. Fields that can change the prompt's tokens are kept: messages, tools, tool_choice,
+# response_format and reasoning_effort (templates may render them), chat_template and its arguments, truncation,
+# cache_salt, ...
 # fmt: off
 NOT_FOR_PREFILL = frozenset((
     "stream", "stream_options", "stream_interval", "min_tokens", "ignore_eos", "stop", "stop_token_ids",
@@ -39,13 +40,16 @@ TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal", "thinkin
 
 
 class VllmNixl(LegProtocol):
-    """The prefill worker keeps the blocks for a lease; the decode worker pulls them once."""
+    """The prefill worker keeps the blocks for the time of a lease, and the decode worker pulls them once."""
 
     reserved: ClassVar[tuple[str, ...]] = TRANSFER_FIELDS
 
     def why_whole(self, path: bytes, body: dict[str, Any]) -> str | None:
-        """A hand-off is one prompt's blocks, pulled once: children of one request would pull them again after they were
-        freed. Prompt logprobs need the prompt's forward pass on the worker that answers."""
+        """See the base class.
+
+        A hand-off is one prompt's blocks, pulled once. Several children of one request would pull them again after they
+        were freed. Prompt logprobs need the prompt's forward pass on the worker that answers.
+        """
         if body.get("n") not in (None, 1):
             return "n"
         if body.get("best_of") not in (None, 1):
@@ -57,7 +61,7 @@ class VllmNixl(LegProtocol):
         if body.get("prompt_logprobs") is not None:
             return "prompt_logprobs"
         if body.get("truncate_prompt_tokens") == -1:
-            # Truncation to the context leaves room for max_tokens, which the prefill changes: other tokens than here.
+            # Truncation to the context leaves room for max_tokens. The prefill changes max_tokens, and so the tokens.
             return "truncate_to_context"
         return _why_whole_chat(body) if path == CHAT else _why_whole_completion(body)
 
@@ -90,18 +94,18 @@ class VllmNixl(LegProtocol):
         return _to_json({**body, "kv_transfer_params": {"eldr_record": True}} if record else body)
 
     def is_named_after(self, name: object, leg_name: str) -> bool:
-        """vLLM puts the X-Request-Id that it got behind its own prefix."""
+        """vLLM appends the X-Request-Id that it got to its own prefix."""
         return isinstance(name, str) and name.endswith("-" + leg_name)
 
     def event_is_named_after(self, start: bytes, leg_name: str) -> bool:
         return b"-" + orjson.dumps(leg_name)[1:] in start
 
     def handoff_is_named_after(self, handoff: HandOff, leg_name: str) -> bool:
-        """vLLM's internal id is the answer's, with a random part behind it."""
+        """vLLM's internal id is the id of the answer followed by a random part."""
         return isinstance(handoff.name, str) and f"-{leg_name}-" in handoff.name
 
     def for_client(self, answer: bytes) -> bytes:
-        """A plain worker's answer says null where the transfer parameters stand."""
+        """The answer of a plain worker has transfer parameters of null."""
         # A quotation mark inside a JSON string is escaped, so this can only be a key with the value null.
         if answer.count(b"_transfer_params") == answer.count(b'_transfer_params":null'):
             return answer
@@ -144,7 +148,10 @@ def _why_whole_chat(body: dict[str, Any]) -> str | None:
 
 
 def _to_json(fields: dict[str, Any]) -> bytes:
-    """A body for a worker. Raises ApiError 400 for one that is nested deeper than orjson writes (it reads deeper)."""
+    """Encode a body for a worker.
+
+    Raises ApiError 400 if it is nested too deeply for orjson to write (it reads deeper).
+    """
     try:
         return orjson.dumps(fields)
     except orjson.JSONEncodeError as error:

@@ -1,1 +1,1 @@
-"""One completion, from its bytes to the last byte of its answer."""
+"""The life of one request, from its first byte to the last byte of its answer."""

@@ -1,4 +1,4 @@
-"""A decode worker's answer on its way to the client: streams are passed on piece by piece, the rest is gathered."""
+"""Relays a decode worker's answer to its client: streams are forwarded piece by piece, other answers are collected."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from eldr.router.observe.counters import ITL_BOUNDS_S, Metrics
 from eldr.router.request.verdict import ERROR_EVENT, WrongAnswerError, check_status
 
 DONE_EVENT = b"data: [DONE]\n\n"
-# Its longest form, with line ends of two bytes each.
+# The longest form of [DONE], with line ends of two bytes each.
 DONE_BYTES = 16
-# Longest first event that is held back until it is complete.
+# The first event is held back until it is complete, up to this size.
 MAX_FIRST_EVENT_BYTES = 1024 * 1024
-# The usage comes in an event without choices.
+# The usage arrives in an event without choices.
 USAGE_MARK = b'"choices":[]'
 COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d{1,9})')
 
 
 class TokenTimes:
-    """When the tokens of a stream came, counted as they do.
+    """Records when the tokens of a stream arrive, and counts them as they do.
 
-    events: server-sent events passed on. first_s, last_s: monotonic times, 0 before there are any.
+    events: server-sent events forwarded.
+    first_s, last_s: monotonic times of the first and the last token. 0 before there are any.
     """
 
     def __init__(self, metrics: Metrics, received_s: float, wants_usage: bool) -> None:
@@ -45,7 +46,7 @@ class TokenTimes:
         self._metrics.ttft.observe(self.first_s - self._received_s)
 
     def heard(self, events: int, data: bytes) -> None:
-        """So many events came at once."""
+        """`events` events arrived at once."""
         self.events += events
         now_s = time.monotonic()
         if self.last_s:
@@ -55,10 +56,11 @@ class TokenTimes:
             self._usage = data
 
     def observe(self, extra_events: int, whole: bool) -> float | None:
-        """Count the mean time between tokens, and give it; None if there is none, as of a stream that is not whole.
+        """Record the mean time between tokens and return it. None if there is none, as for an incomplete stream.
 
-        The usage says how many there were, where the client asked for it. Otherwise every event counts as one, less
-        `extra_events` and the usage; a worker that falls behind puts several into one event, which is then slower.
+        The usage tells the number of tokens, if the client asked for it. Otherwise every event counts as one token,
+        except for `extra_events` and the usage. A worker that falls behind puts several tokens into one event, and then
+        looks slower.
         """
         metrics = self._metrics
         metrics.stream_events += self.events
@@ -74,15 +76,16 @@ class TokenTimes:
 
 
 class DecodeAnswer(Answer):
-    """Hears the answer of a decode leg.
+    """Receives the answer of a decode leg and forwards a stream to the client.
 
-    Until the first event of a stream is complete nothing has reached the client, so that a failure can still be
-    repaired. After that (`begun`) `finished` always resolves: a stream that broke, or ended without [DONE], ends with
-    an error event and a connection closed short of the stream's end.
+    Nothing reaches the client until the first event of a stream is complete, so a failure before that can still be
+    repaired. From then on (`begun`) `finished` always resolves. A stream that broke, or that ended without [DONE], ends
+    with an error event, and the connection is closed before the proper end of the stream. vLLM's streams contain no
+    transfer parameters, so nothing has to be removed.
 
-    first_event: called with the first event; raises WrongAnswerError if it is not fit for the client.
-    broken: how the worker failed a stream that had begun, None if it did not. cut: whether the router ended it.
-    vLLM's stream carries no transfer parameters, so nothing is taken out.
+    first_event: called with the first event. Raises WrongAnswerError if the client must not get it.
+    broken: how the worker failed a stream that had begun. None if it did not.
+    cut: whether the router ended the stream.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class DecodeAnswer(Answer):
         check_status(status)
         self._is_stream = status == 200 and content_type(headers).startswith(b"text/event-stream")
         if status == 200 and self._wants_stream is (not self._is_stream):
-            raise WrongAnswerError("a stream that nobody asked for" if self._is_stream else "no stream")
+            raise WrongAnswerError("a stream that was not requested" if self._is_stream else "not a stream")
 
     def on_body(self, data: bytes, framed: bytes | None = None) -> None:
         if not self._is_stream:
@@ -122,7 +125,7 @@ class DecodeAnswer(Answer):
             data = self._begin(data)
             if not data:
                 return
-        # JSON escapes its line ends: a bare empty line can only be the end of an event.
+        # JSON escapes line ends, so a bare empty line can only be the end of an event.
         events = data.count(b"\n\n")
         if events == 1 and data == DONE_EVENT:
             self._done = True
@@ -133,11 +136,14 @@ class DecodeAnswer(Answer):
         self._client.write(data, framed)
 
     def _begin(self, data: bytes) -> bytes:
-        """All that came so far, once the first event in it is complete and fit for the client; else nothing."""
+        """Return everything received so far once the first event is complete and fit for the client.
+
+        Otherwise return b"".
+        """
         self._held += data
         if b"\n\n" not in self._held and b"\r\n\r\n" not in self._held:
             if len(self._held) > MAX_FIRST_EVENT_BYTES:
-                raise WrongAnswerError("a first event without an end")
+                raise WrongAnswerError("the first event does not end")
             return b""
         self._first_event(self._held)
         self.begun = True
@@ -148,13 +154,13 @@ class DecodeAnswer(Answer):
 
     @property
     def complete(self) -> bool:
-        """Whether all of a stream's events were passed on."""
+        """Whether all events of a stream were forwarded."""
         return self._done or self._tail.rstrip().endswith(b"[DONE]")
 
     def on_done(self) -> None:
         if self._is_stream:
             if not self.begun:
-                super().on_failed(WrongAnswerError("a stream without an event"))
+                super().on_failed(WrongAnswerError("a stream without events"))
                 return
             if not self.complete:
                 self.on_failed(ExchangeError("the stream ended without [DONE]"))
@@ -165,7 +171,7 @@ class DecodeAnswer(Answer):
         super().on_done()
 
     def settle(self) -> None:
-        """The client left with all that it waited for, before the end of the body."""
+        """The client left before the end of the body, but with everything it waited for."""
         super().on_done()
 
     def on_failed(self, error: ExchangeError) -> None:
@@ -173,10 +179,10 @@ class DecodeAnswer(Answer):
             super().on_failed(error)
             return
         self.broken = error
-        self._end_short(ApiError(504 if error.timed_out else 502, "the worker broke off within the answer"))
+        self._end_short(ApiError(504 if error.timed_out else 502, "the worker failed in the middle of the answer"))
 
     def cut_off(self, error: ApiError) -> None:
-        """End a stream that has begun short of its end, which is not the worker's fault: the client hears `error`."""
+        """End a stream early, through no fault of the worker. The client gets `error` as its last event."""
         self.cut = True
         self._end_short(error)
 

@@ -1,4 +1,4 @@
-"""How often a request is tried, and where: each on its own few times, all together within a budget."""
+"""Limits the attempts of a request: a few retries each, and a budget for all requests together."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from eldr.router.request.legs import LegFailure, LegRefused, RelayedError
 
 log = logging.getLogger("eldr.router")
 
-# Connections that one worker may refuse one request: each ends what the worker gets until a probe succeeds.
+# How often one worker may refuse the same request. After each refusal it gets no requests until a probe succeeds.
 MOST_REFUSALS = 3
-# After these failures of a decode leg the pull may have been at fault, and with it the prefill worker.
+# After these failures of a decode leg, the cause may be the pull, and so the prefill worker.
 PULL_FAILURES = ("status", "timeout")
 
 
 class RetryBudget:
-    """Every request pays a part of a retry in, every retry takes one out: a dying fleet is not hammered.
+    """Limits retries across all requests, so that a dying fleet is not hammered.
 
-    ratio: retries per request in the long run. burst: the most that can be saved up, and what there is at the start.
+    Every request pays in a fraction of a retry, and every retry takes one out.
+
+    ratio: retries per request in the long run.
+    burst: the most that can be saved up, and the balance at the start.
     """
 
     def __init__(self, ratio: float, burst: int) -> None:
@@ -35,7 +38,7 @@ class RetryBudget:
         self.left = min(self._burst, self.left + self._ratio)
 
     def take(self) -> bool:
-        """Whether one more retry is allowed, which is then taken."""
+        """Take one retry. Returns False if the budget has none left."""
         if self.left < 1.0:
             return False
         self.left -= 1.0
@@ -43,7 +46,7 @@ class RetryBudget:
 
 
 class Retries:
-    """What the attempts of all requests share."""
+    """The retry state that all requests share."""
 
     def __init__(self, config: RetrySettings, outcomes: Outcomes, metrics: Metrics) -> None:
         self.most = config.retries
@@ -54,7 +57,10 @@ class Retries:
 
 
 class Attempts:
-    """The attempts of one request. tried: URLs of workers that failed it, by role; others are chosen first."""
+    """The attempts of one request.
+
+    tried: URLs of the workers that failed it, by role. Other workers are preferred.
+    """
 
     def __init__(self, shared: Retries, request_id: str) -> None:
         self._shared = shared
@@ -66,15 +72,18 @@ class Attempts:
         shared.budget.request()
 
     def next_name(self, role: Role) -> str:
-        """The X-Request-Id of the next leg. Every leg has its own; the first decode leg, whose answer the client sees,
-        has the request's."""
+        """Return the X-Request-Id of the next leg.
+
+        Every leg has its own. The client sees the answer of the first decode leg, so that leg uses the request's own
+        id.
+        """
         self._asked[role] = number = self._asked[role] + 1
         return self._id if role == "decode" and number == 1 else f"{self._id}-{role}-{number}"
 
     def refused(self, refused: LegRefused) -> None:
-        """No byte was sent: the leg goes to another worker, which costs no retry.
+        """Note a refused connection. No byte was sent, so the leg goes to another worker without using up a retry.
 
-        Raises NoWorkerError for a worker that answers its probes and refuses again and again.
+        Raises NoWorkerError for a worker that answers its probes but refuses again and again.
         """
         worker, shared = refused.worker, self._shared
         self._refusals[worker.url] = refusals = self._refusals.get(worker.url, 0) + 1
@@ -86,7 +95,7 @@ class Attempts:
             raise NoWorkerError(worker.role)
 
     def failed(self, failure: LegFailure) -> None:
-        """Take one more attempt. Raises what the client gets, ApiError or RelayedError, if there is none to be had."""
+        """Use one more attempt. If there is none left, raise what the client gets: ApiError or RelayedError."""
         shared, leg, reason = self._shared, failure.leg, failure.reason
         if failure.worker is not None:
             self.tried[leg].add(failure.worker.url)
@@ -99,7 +108,7 @@ class Attempts:
             why_not = "budget"
         url = None if failure.worker is None else failure.worker.url
         fields = {"id": self._id, "worker": url, "reason": reason, "retried": why_not is None}
-        # Of a fleet's failure one line each for a while; the rest is counted, and there for who asks for it.
+        # When a whole fleet fails, log one line per kind for a while. The rest is counted, and logged at level debug.
         level = logging.WARNING if shared.throttle.due(f"{leg} {reason} {url}") else logging.DEBUG
         log.log(level, "%s", failure, extra={"fields": fields})
         if why_not is None:

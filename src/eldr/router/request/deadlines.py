@@ -1,11 +1,12 @@
-"""Until when a request must be answered: the router's own limit, and the client's where it states one.
+"""Deadlines of a request: the router's own limit, and the client's if it states one.
 
-What clients and proxies in front of the router are known to send:
+Clients, and proxies in front of the router, are known to send these headers:
 
-- `X-Request-Timeout-Ms`, `X-Envoy-Expected-Rq-Timeout-Ms` (Envoy, on every request it routes): all of the answer.
-- `X-Stainless-Timeout` (openai for Node), `X-Stainless-Read-Timeout` (openai for Python), in seconds: these clients
-  give up if nothing has come until then, so it is the first byte's deadline; of an answer that is not streamed, all
-  of it.
+- `X-Request-Timeout-Ms` and `X-Envoy-Expected-Rq-Timeout-Ms` (Envoy, on every request it routes) limit the whole
+  answer.
+- `X-Stainless-Timeout` (openai for Node) and `X-Stainless-Read-Timeout` (openai for Python), in seconds: these clients
+  give up if nothing has arrived by then, so they limit the time to the first byte. For an answer that is not streamed
+  they limit the whole answer.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ class Deadlines:
 
     @staticmethod
     def of(headers: Mapping[bytes, bytes], received_s: float, limit_s: float) -> Deadlines:
-        """A client can only shorten the router's own limit; what is no positive number is not heard."""
+        """Read the deadlines from request headers.
+
+        A client can only shorten the router's own limit. Values that are not positive numbers are ignored.
+        """
         total_s = min(limit_s, _least(headers, TOTAL_MS) / 1000)
         first_byte_s = min(total_s, _least(headers, FIRST_BYTE_S))
         return Deadlines(received_s + first_byte_s, received_s + total_s)

@@ -1,4 +1,4 @@
-"""One request's life: admit, prefill, place, decode, relay."""
+"""Drives one request through its life: admit, prefill, place, decode, relay."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from eldr.router.request.services import Services
 
 log = logging.getLogger("eldr.router")
 
-# Longest wait for a decode worker with room, of a request that runs whole and has no lease.
+# A request that runs whole has no lease. It waits at most this long for a decode worker with room.
 WHOLE_WAIT_S = 60.0
-# Waits in the queue below this are none.
+# A shorter wait in the queue does not count as a wait.
 NO_WAIT_S = 0.0005
 
 
 class Flow:
-    """Answers one completion or chat request; also the listener that hears of its client."""
+    """Answers one completion or chat request. It also listens to the events of its client."""
 
     def __init__(self, services: Services, client: ClientExchange, request: Request) -> None:
         self._services = services
@@ -42,18 +42,18 @@ class Flow:
         self._id = intake.request_id(request)
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._leg: Leg | None = None  # the decode leg under way, with its answer
+        self._leg: Leg | None = None  # the current decode leg, with its answer
         self._answer: DecodeAnswer | None = None
         self._ended: ApiError | None = None  # why the router ended the request before it was answered
-        self._notes: dict[str, Any] = {}  # for log and trace; nothing reads them back
+        self._notes: dict[str, Any] = {}  # for the log and the trace; nothing reads them back
 
-    # The course of the request.
+    # The steps of the request.
 
     def start(self) -> asyncio.Task[None] | None:
-        """Check the request; answer it at once if it is bad, else start the task that answers it."""
+        """Check the request. Answer a bad one at once; otherwise start the task that answers it."""
         try:
             job = self._services.intake.take(self._request, self._id)
-            self._request.body = b""  # not to be held twice while the answer streams
+            self._request.body = b""  # free the memory while the answer streams
         except ApiError as error:
             self._respond_error(error)
             return None
@@ -77,14 +77,14 @@ class Flow:
                 self._notes["status"] = "cancelled"
         except Exception:
             log.exception("request %s failed inside the router", self._id)
-            self._respond_error(ApiError(500, "the router failed on this request"))
+            self._respond_error(ApiError(500, "internal error in the router"))
         cast(asyncio.TimerHandle, self._timer).cancel()
         if job.trace is not None:
             job.trace.end(self._notes)
         self._log()
 
     async def _serve(self, job: Job) -> None:
-        """Admit, then prefill, place and decode until one attempt succeeds, and relay its answer.
+        """Admit the request, then prefill, place and decode until one attempt succeeds, and relay its answer.
 
         Raises ApiError or RelayedError.
         """
@@ -106,7 +106,7 @@ class Flow:
                     attempts.refused(refused)
                 except LegFailure as failure:
                     attempts.failed(failure)
-                    handoff = None  # it is spent, or its lease is over
+                    handoff = None  # it is spent, or its lease has ended
         finally:
             services.admission.leave()
         if answer.begun:
@@ -124,7 +124,7 @@ class Flow:
             self._services.metrics.queue.observe(waited_s)
 
     def _runs_whole(self, why: str | None) -> bool:
-        """Whether there is a reason to prefill and decode on one decode worker."""
+        """Whether there is a reason to prefill and decode on the same decode worker."""
         if why is None:
             return False
         self._services.metrics.passthrough[why] += 1
@@ -132,7 +132,10 @@ class Flow:
         return True
 
     async def _prefill(self, job: Job, attempts: Attempts) -> HandOff | None:
-        """A hand-off; None if the worker gives none. Raises NoWorkerError, LegRefused, LegFailure or RelayedError."""
+        """Return a hand-off, or None if the worker gives none.
+
+        Raises NoWorkerError, LegRefused, LegFailure or RelayedError.
+        """
         services, config = self._services, self._services.config
         start = openai.prompt_start(job.path, job.body, config.placement.prefix_window_bytes)
         while (chosen := services.ring.choose(start, attempts.tried["prefill"])) is None:
@@ -142,13 +145,16 @@ class Flow:
         body = services.protocol.prefill_body(job.body, job.record)
         with Leg(services.legs, job, worker) as leg:
             await leg.connect()
-            fields = await leg.ask(attempts.next_name("prefill"), body, Answer(), config.timeouts.prefill_timeout_s)
-            handoff = leg.read_handoff(fields)
+            leg.send(attempts.next_name("prefill"), body, Answer(), config.timeouts.prefill_timeout_s)
+            handoff = leg.read_handoff(await leg.answered())
         self._notes["prefill"] = worker.url
         return handoff
 
     async def _place(self, job: Job, handoff: HandOff | None, attempts: Attempts) -> Placement:
-        """A worker that is eligible before the lease ends. Raises LegFailure, or NoWorkerError if there is none."""
+        """Wait for a worker that is eligible before the lease ends.
+
+        Raises LegFailure, or NoWorkerError if there is none.
+        """
         services = self._services
         request = job.decode_request(handoff)
         while (placement := services.placements.place(request, attempts.tried["decode"])) is None:
@@ -160,25 +166,26 @@ class Flow:
     async def _decode(
         self, job: Job, handoff: HandOff | None, placement: Placement, attempts: Attempts
     ) -> DecodeAnswer:
-        """Run there and pass a stream on as it comes. Raises LegRefused, LegFailure or RelayedError."""
+        """Run the decode leg and forward a stream as it arrives. Raises LegRefused, LegFailure or RelayedError."""
         services, timeouts, worker = self._services, self._services.config.timeouts, placement.worker
         with placement, Leg(services.legs, job, worker, None if handoff is None else handoff.source) as leg:
             await leg.connect()
             if handoff is not None and handoff.left_s(time.monotonic()) <= 0:
                 raise LegFailure("decode", "lease", "the lease ended before the request was sent")
-            body = services.protocol.decode_body(job.body, handoff, job.record)
             times = TokenTimes(services.metrics, self._request.received_s, job.wants_usage)
             answer = DecodeAnswer(self._client, times, self._response_headers(), leg.first_event, job.stream)
+            leg.send(
+                attempts.next_name("decode"),
+                services.protocol.decode_body(job.body, handoff, job.record),
+                answer,
+                timeouts.decode_first_byte_timeout_s if job.stream else timeouts.decode_answer_timeout_s,
+                timeouts.decode_idle_timeout_s,
+            )
             self._leg, self._answer = leg, answer
+            if self._client.stalled:
+                leg.pause()
             try:
-                await leg.ask(
-                    attempts.next_name("decode"),
-                    body,
-                    answer,
-                    timeouts.decode_first_byte_timeout_s if job.stream else timeouts.decode_answer_timeout_s,
-                    timeouts.decode_idle_timeout_s,
-                    paused=self._client.stalled,
-                )
+                await leg.answered()
             finally:
                 self._leg = self._answer = None
             if answer.broken is not None:
@@ -188,7 +195,7 @@ class Flow:
         self._notes["decode"] = worker.url
         self._notes["reason"] = placement.decision.reason
         if answer.begun:
-            # Beside the tokens: [DONE] and the chat stream's opening event.
+            # Events that are not tokens: [DONE], and the opening event of a chat stream.
             tpot_s = times.observe(1 + (job.path == openai.CHAT), whole=answer.broken is None and not answer.cut)
             if tpot_s is not None:
                 worker.observe_tpot(tpot_s)
@@ -226,10 +233,10 @@ class Flow:
             self._notes["seconds"] = round(time.monotonic() - self._request.received_s, 6)
             log.debug("request", extra={"fields": {"id": self._id, "path": self._request.path.decode(), **self._notes}})
 
-    # Before its time.
+    # Ending early.
 
     def _wake_at(self, job: Job, deadline_s: float) -> None:
-        """One timer for a request's whole life; its legs are watched by the fleet's sweep."""
+        """Set the request's only timer. Its legs are watched by the fleet's sweep."""
         left_s = max(0.0, deadline_s - time.monotonic())
         self._timer = asyncio.get_running_loop().call_later(left_s, self._on_deadline, job)
 
@@ -242,7 +249,7 @@ class Flow:
             self.end_now(ApiError(504, "the request was not answered in the time that its client or the router allows"))
 
     def end_now(self, error: ApiError) -> None:
-        """The client hears `error`, within the stream if it has begun."""
+        """End the request with `error`, inside the stream if it has begun."""
         leg, answer = self._leg, self._answer
         if leg is None or answer is None or not answer.begun:
             self._ended = error

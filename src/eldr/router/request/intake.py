@@ -1,4 +1,4 @@
-"""From a request's bytes to what the router does with it, or the error that its client gets."""
+"""Turns the bytes of a request into a job for the router, or into the error that its client gets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eldr.router.request.deadlines import Deadlines
 
 MAX_ID_BYTES = 128
 MAX_LABEL_BYTES = 64
-# What a request is taken to cost in the queue: its text at about four bytes a token, and the tokens it asks for.
+# The cost of a request in the queue is its text at about four bytes per token, plus the tokens it asks for.
 BYTES_PER_TOKEN = 4
 UNSTATED_TOKENS = 256
 
@@ -32,15 +32,19 @@ _decode_requests = itertools.count()
 
 
 class Job:
-    """One completion or chat request, checked. An attribute is a fact about the request; none is state of its course.
+    """One completion or chat request after all checks. Its attributes are facts about the request, not its progress.
 
-    body: what the client sent, less its request_id; empty once the answer streams. why_whole: why it cannot be handed
-    off, None if it can. max_tokens: the client's limit, None if there is none.
-    record: whether its experts are wanted. leg_headers: header lines for either leg. authorization: the client's own,
-    for workers that have no key of the router's. deadlines: until when it must be answered.
-    stream, wants_usage: whether the answer is to be streamed, and to end with the usage; stream is None for a value
-    that is no boolean.
-    claim: on a turn in the queue. trace: None unless it is sampled.
+    body: what the client sent, without its request_id. Empty once the answer streams.
+    why_whole: why it cannot be handed off. None if it can.
+    max_tokens: the client's limit. None if there is none.
+    record: whether the client wants its experts recorded.
+    leg_headers: header lines for both legs.
+    authorization: the client's own, for workers that need no key of the router's.
+    deadlines: when it must be answered.
+    stream, wants_usage: whether the answer is streamed, and ends with the usage. stream is None for a value that is not
+        a boolean.
+    claim: its claim on a turn in the queue.
+    trace: None unless it is sampled.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class Job:
         self.trace = trace
 
     def decode_request(self, handoff: HandOff | None) -> DecodeRequest:
-        """What the policy may know. Clients may send an id twice at once, policies need unique ones."""
+        """Return what the policy may know. A client may use an id twice at once, but policies need unique ids."""
         return DecodeRequest(
             f"{self.request_id}/{next(_decode_requests)}",
             0 if handoff is None else handoff.prompt_tokens,
@@ -87,13 +91,13 @@ class Job:
 
 
 def request_id(request: Request) -> str:
-    """The client's X-Request-Id if it can stand in a header, else a random one. vLLM's answer ids show it."""
+    """Return the client's X-Request-Id if it is valid in a header, otherwise a random id. vLLM's answer ids show it."""
     chosen = request.headers.get(b"x-request-id")
     return (_visible(chosen, MAX_ID_BYTES) if chosen else None) or f"{random.getrandbits(128):032x}"
 
 
 class Intake:
-    """Takes requests in. tracing: None if no traces are made."""
+    """Checks incoming requests and turns them into jobs. tracing: None if no traces are made."""
 
     def __init__(
         self,
@@ -114,12 +118,12 @@ class Intake:
         self._client_header = None if client_header is None else client_header.lower().encode()
 
     def take(self, request: Request, request_id: str) -> Job:
-        """The job that a request is. Raises ApiError."""
+        """Return the job of a request. Raises ApiError."""
         headers = request.headers
         if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
             raise ApiError(415, "Content-Type must be application/json")
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise ApiError(415, "a body with a Content-Encoding is not understood: send it as it is")
+            raise ApiError(415, "Content-Encoding is not supported; send the body uncompressed")
         body = openai.parse_body(request.path, request.body, self._protocol.reserved)
         in_body = body.pop("request_id", None)
         if isinstance(in_body, str) and b"x-request-id" not in headers:
@@ -150,7 +154,7 @@ class Intake:
         )
 
     def _claim(self, request: Request, body: dict[str, Any], max_tokens: int | None) -> Claim:
-        """Which client's turn this is, and how urgent: by header X-Eldr-Priority, else by vLLM's field `priority`."""
+        """Return whose turn the request takes, and its priority: from X-Eldr-Priority, else from vLLM's `priority`."""
         named = request.headers.get(b"x-eldr-priority")
         if named is not None:
             if named not in PRIORITY_NAMES:
@@ -158,7 +162,7 @@ class Intake:
             priority = PRIORITY_NAMES[named]
         else:
             stated = body.get("priority")
-            # vLLM handles lower numbers first; 0 is its default.
+            # vLLM serves lower numbers first, and 0 is its default.
             priority = 1 if type(stated) is not int or stated == 0 else 0 if stated < 0 else 2
         cost = len(request.body) // BYTES_PER_TOKEN + (UNSTATED_TOKENS if max_tokens is None else max_tokens)
         if self._client_header is not None:
@@ -171,7 +175,7 @@ class Intake:
         if self._admission.patience_s("decode") <= 0:
             raise NoWorkerError("decode")
         if not self._fleet.any_available("decode"):
-            return  # whoever comes back knows whether it serves the model
+            return  # unknown until a worker is back
         if model and not self._fleet.serves(model):
             raise ApiError(404, f"The model `{model}` does not exist.", param="model")
 

@@ -1,4 +1,4 @@
-"""One leg: an attempt of a request at one worker, its end, and who is to blame if it is worth nothing."""
+"""One leg: one attempt of a request at one worker, how it ended, and who is to blame if it failed."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from eldr.router.request.verdict import Names, WorkerStatusError, check_completi
 
 log = logging.getLogger("eldr.router")
 
-# Errors that another worker may not have. 501 is not among them: it says that the request cannot be served at all.
+# Errors that another worker may not have. 501 is not among them, because it means that the request cannot be served.
 WORKERS_ERRORS = frozenset((500, 502, 503, 504))
 
 
 class RelayedError(Exception):
-    """A worker answered with something other than 200: the client gets it as it is."""
+    """A worker answered with a status other than 200. The client gets that answer unchanged."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(f"status {answer.status}")
         self.answer = answer
 
 
-class LegRefused(Exception):  # noqa: N818 - it may well be repaired
-    """The worker took no connection: no byte was sent, and a hand-off is as good as before."""
+class LegRefused(Exception):  # noqa: N818 - it can often be repaired
+    """The worker accepted no connection. No byte was sent, and a hand-off is still valid."""
 
     def __init__(self, worker: Worker, error: ConnectError) -> None:
         super().__init__(str(error))
@@ -47,11 +47,13 @@ class LegRefused(Exception):  # noqa: N818 - it may well be repaired
         self.timed_out = error.timed_out
 
 
-class LegFailure(Exception):  # noqa: N818 - it may well be repaired
-    """A leg that did not succeed and may be tried again: nothing of its answer has reached the client.
+class LegFailure(Exception):  # noqa: N818 - it can often be repaired
+    """A leg failed and may be tried again, because nothing of its answer has reached the client.
 
-    reason: a metric label. worker: None if there was none. source: the prefill worker whose blocks it was to pull.
-    answer: the worker's own answer, which the client gets if nothing is tried any more.
+    reason: a metric label.
+    worker: the worker that failed. None if there was none.
+    source: the prefill worker whose blocks the leg was to pull.
+    answer: the worker's own answer, which the client gets if there is no further attempt.
     """
 
     def __init__(
@@ -73,17 +75,18 @@ class LegFailure(Exception):  # noqa: N818 - it may well be repaired
 
     @property
     def error(self) -> ApiError:
-        """What the client hears if there is no answer to pass on."""
+        """The error that the client gets if there is no answer to pass on."""
         if self.reason == "timeout":
             return ApiError(504, f"the {self.leg} worker did not answer in time", retry_after_s=RETRY_AFTER_S)
         return ApiError(502, f"no {self.leg} worker completed the request", retry_after_s=RETRY_AFTER_S)
 
 
 class Legs:
-    """What the legs of all requests share.
+    """The state that the legs of all requests share.
 
-    pools: the connections to each worker. answer_names, handoff_names: whether workers name answers after their legs,
-    by role, path and stream, and hand-offs too.
+    pools: the connections to each worker.
+    answer_names: by role, path and stream, whether workers name answers after their legs.
+    handoff_names: the same for hand-offs.
     """
 
     def __init__(
@@ -112,19 +115,25 @@ class Legs:
                 log.warning("expert counts of %s cannot be used: %s", handoff.source.url, error)
 
     def leave(self, worker: Worker, most: int) -> None:
-        """A worker answers no probes: up to `most` legs that wait there for an answer are tried elsewhere, if there is
-        an elsewhere. Streams that have begun are left to their own deadline; the worker may only be slow."""
+        """Move waiting legs away from a worker that does not answer its probes, if another worker is available.
+
+        Up to `most` legs that wait there for an answer are tried elsewhere. Streams that have begun stay until their
+        own deadline, because the worker may only be slow.
+        """
         if self.fleet.any_available(worker.role):
-            moved = self.pools[worker].give_up_waiting("the worker answers no probes", most)
+            moved = self.pools[worker].give_up_waiting("the worker does not answer its probes", most)
             if moved:
                 log.warning("%d waiting exchanges leave %s worker %s", moved, worker.role, worker.url)
 
 
 class Leg:
-    """One attempt of a request at one worker, for the time of a `with`: the worker has one request more in flight, it
-    may be its trial, and the time counts in the request's trace.
+    """One attempt of a request at one worker. Use it in a `with` block.
 
-    name: its X-Request-Id, after which vLLM names the answer. source: the prefill worker whose blocks it is to pull.
+    Inside the block the worker has one more request in flight, the leg may be the worker's trial, and its time is part
+    of the request's trace.
+
+    name: its X-Request-Id, which vLLM uses in the name of the answer.
+    source: the prefill worker whose blocks it pulls.
     """
 
     def __init__(self, shared: Legs, job: Job, worker: Worker, source: Worker | None = None) -> None:
@@ -156,27 +165,17 @@ class Leg:
             self._job.trace.leg(self.worker.role, self._began_s, self.worker.url, error)
 
     async def connect(self) -> None:
-        """Raises LegRefused."""
+        """Open a connection. Raises LegRefused."""
         try:
             self._connection = await self._shared.pools[self.worker].connection()
         except ConnectError as error:
             raise LegRefused(self.worker, error) from None
 
-    async def ask(
-        self,
-        name: str,
-        body: bytes,
-        answer: Answer,
-        limit_s: float,
-        idle_limit_s: float = math.inf,
-        *,
-        paused: bool = False,
-    ) -> dict[str, Any]:
-        """Send the request and wait until all of `answer` is there: the fields of a whole completion, none of a stream.
+    def send(self, name: str, body: bytes, answer: Answer, limit_s: float, idle_limit_s: float = math.inf) -> None:
+        """Send the request. Nothing keeps `body`, which a thousand streams would otherwise hold to their ends.
 
-        limit_s: longest wait for the answer, or for a stream's beginning. idle_limit_s: longest silence after that.
-        paused: whether the answer is not to be read yet. Raises LegFailure, or RelayedError for an error of the
-        client's.
+        limit_s: the longest wait for the answer, or for the start of a stream.
+        idle_limit_s: the longest silence after that.
         """
         job, connection = self._job, self._connection
         assert connection is not None
@@ -186,8 +185,15 @@ class Leg:
         headers = b"%bx-request-id: %b\r\n" % (job.leg_headers, name.encode())
         request = self._shared.pools[self.worker].request(b"POST", job.path, headers, body, job.authorization)
         connection.start(answer, request, limit_s, idle_limit_s)
-        if paused:
-            connection.pause(answer)
+
+    async def answered(self) -> dict[str, Any]:
+        """Wait until all of the answer is there: the fields of a whole completion, none of a stream.
+
+        Raises LegFailure, or RelayedError for an error of the client's.
+        """
+        connection, answer = self._connection, self._answer
+        assert connection is not None
+        assert answer is not None
         try:
             await connection.finish(answer)
             if answer.begun:
@@ -196,7 +202,7 @@ class Leg:
             if answer.status in WORKERS_ERRORS:
                 raise WorkerStatusError(f"status {answer.status}")
             if answer.status == 200:
-                return check_completion(answer, self._shared.protocol, name, self._names())
+                return check_completion(answer, self._shared.protocol, self.name, self._names())
         except ExchangeError as error:
             self._shared.metrics.timeouts[self._deadline()] += error.timed_out
             raise self.failed(error, answer if isinstance(error, WorkerStatusError) else None) from None
@@ -204,23 +210,23 @@ class Leg:
         raise RelayedError(answer)
 
     def first_event(self, event: bytes) -> None:
-        """A stream has begun: nothing will be tried again. Raises WrongAnswerError if it is not this leg's."""
+        """A stream has begun, so nothing is tried again. Raises WrongAnswerError if it does not belong to this leg."""
         check_first_event(event, self._shared.protocol, self.name, self._names())
         self._job.body = {}  # a thousand streams with long prompts would hold a gigabyte
-        if self.worker.ejected:  # its trial shall not last as long as the stream
+        if self.worker.ejected:  # its trial must not last as long as the stream
             self.succeeded()
 
     def read_handoff(self, fields: dict[str, Any]) -> HandOff | None:
-        """What a prefill gave, None if the worker hands nothing off.
+        """Return the hand-off of a prefill, or None if the worker returned none.
 
-        Raises LegFailure for the hand-off of another leg: its blocks would be read as this prompt's.
+        Raises LegFailure for the hand-off of another leg, because its blocks would be read as this prompt's.
         """
         shared, worker = self._shared, self.worker
         handoff = shared.protocol.read_handoff(fields, worker, self._sent_s)
         now_s = time.monotonic()
         if handoff is None:
             if shared.throttle.due("no_handoff"):
-                log.warning("prefill worker %s hands nothing off; its requests run whole", worker.url)
+                log.warning("prefill worker %s returns no hand-off; its requests run whole", worker.url)
         else:
             try:
                 shared.handoff_names.check(shared.protocol.handoff_is_named_after(handoff, self.name))
@@ -236,15 +242,18 @@ class Leg:
         self._shared.outcomes.succeeded(self.worker)
 
     def failed(self, error: ExchangeError, answer: Answer | None = None) -> LegFailure:
-        """The failure to raise, put down to the worker; but if the worker whose blocks it was to pull is gone, the pull
-        would have failed everywhere."""
+        """Return the failure to raise, and count it against the worker.
+
+        It is not counted if the worker whose blocks it was to pull is gone, because that pull would have failed
+        everywhere.
+        """
         source = self._source
         if source is None or (self._shared.fleet.has(source) and source.available):
             self._shared.outcomes.failed(self.worker, error.reason)
         return LegFailure(self.worker.role, error.reason, error, worker=self.worker, source=source, answer=answer)
 
     def broke(self, error: ExchangeError) -> None:
-        """The worker broke off a stream that had begun."""
+        """The worker failed in the middle of a stream."""
         self._shared.outcomes.failed(self.worker, "broken_stream")
         self._shared.metrics.broken_streams += 1
         self._shared.metrics.timeouts["idle"] += error.timed_out
@@ -255,12 +264,12 @@ class Leg:
         return self._shared.answer_names[self.worker.role, self._job.path, self._job.stream]
 
     def _deadline(self) -> str:
-        """The deadline that `limit_s` is, as a metric label."""
+        """The metric label of the deadline that `limit_s` enforces."""
         if self.worker.role == "prefill":
             return "prefill"
         return "first_byte" if self._job.stream else "answer"
 
-    # The client's pace. An exchange that has ended hears nothing of it.
+    # The client's pace. It does not concern an exchange that has ended.
 
     def abort(self) -> None:
         if self._connection is not None and self._answer is not None:

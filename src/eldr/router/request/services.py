@@ -1,4 +1,4 @@
-"""What every request works with."""
+"""The parts of the router that every request uses."""
 
 from __future__ import annotations
 

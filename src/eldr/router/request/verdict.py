@@ -1,8 +1,9 @@
-"""Whether a worker's answer is one: what status and body say, and that it belongs to the request it came for.
+"""Judges a worker's answer: what its status and body say, and whether it belongs to the request it came for.
 
-An answer with status 200 may hold an error, no JSON, or another request's result. Another request's hand-off is the
-worst: its blocks would be read as this prompt's. vLLM names what it answers after the X-Request-Id it got, so the
-name is checked, for all workers and one kind of answer from the first on that bears one; other servers need not.
+An answer with status 200 may contain an error, invalid JSON, or another request's result. Another request's hand-off is
+the worst, because its blocks would be read as this prompt's. vLLM puts the X-Request-Id it got into the name of its
+answer, so the name is checked. For each kind of answer, the check starts with the first answer from any worker that has
+such a name, because other servers need not do this.
 """
 
 from __future__ import annotations
@@ -15,34 +16,34 @@ from eldr.router.http.client import Answer, ExchangeError
 from eldr.router.http.heads import STATUS_LINES
 from eldr.router.protocols.base import LegProtocol
 
-# How vLLM begins an error in a stream whose status is already sent.
+# The start of an error event that vLLM sends in a stream, after the status was sent.
 ERROR_EVENT = b'data: {"error"'
 DATA = b"data:"
 OBJECT = b"data: {"
-# An event's id stands near its start.
+# The id is near the start of an event.
 ID_WITHIN_BYTES = 512
 
 
 class WrongAnswerError(ExchangeError):
-    """An answer, good HTTP, that is not the answer to this request."""
+    """A valid HTTP answer that is not the answer to this request."""
 
     reason: ClassVar[str] = "wrong_answer"
 
 
 class WorkerStatusError(ExchangeError):
-    """A status that says that the worker failed, with its own words for the client."""
+    """A status that means that the worker failed. Its own message is kept for the client."""
 
     reason: ClassVar[str] = "status"
 
 
 class Names:
-    """Whether the workers name answers of one kind after the request."""
+    """Learns whether workers name one kind of answer after the request."""
 
     def __init__(self) -> None:
         self._named = False
 
     def check(self, belongs: bool) -> None:
-        """Take note of an answer that bears the request's name or not. Raises WrongAnswerError if it must."""
+        """Note whether an answer has the request's name. Raises WrongAnswerError if it must have it and does not."""
         if belongs:
             self._named = True
         elif self._named:
@@ -50,13 +51,13 @@ class Names:
 
 
 def check_status(status: int) -> None:
-    """Raises WrongAnswerError unless it is 200 or an error of HTTP's own: nothing else answers a completion."""
+    """Raise WrongAnswerError unless the status is 200 or an HTTP error. No other status answers a completion."""
     if status != 200 and (status < 400 or status not in STATUS_LINES):
         raise WrongAnswerError(f"status {status}")
 
 
 def check_completion(answer: Answer, protocol: LegProtocol, leg_name: str, names: Names) -> dict[str, Any]:
-    """The fields of a whole completion with status 200. Raises ExchangeError if it is none."""
+    """Return the fields of a whole completion with status 200. Raises ExchangeError if it is not one."""
     fields = answer.json()
     if not isinstance(fields, dict) or fields.get("error") is not None or not isinstance(fields.get("choices"), list):
         raise WrongAnswerError("status 200 without a completion")
@@ -65,7 +66,7 @@ def check_completion(answer: Answer, protocol: LegProtocol, leg_name: str, names
 
 
 def check_first_event(event: bytes, protocol: LegProtocol, leg_name: str, names: Names) -> None:
-    """Raises WrongAnswerError for an event that reports the failure of the worker, or is another request's."""
+    """Raise WrongAnswerError for an event that reports a failure of the worker, or belongs to another request."""
     if event.startswith(ERROR_EVENT):
         code = _error_code(event)
         if code is None or code >= 500:

@@ -1,1 +1,1 @@
-"""The page that shows a running fleet, and what it asks for."""
+"""The web page that shows a running fleet, and the data behind it."""

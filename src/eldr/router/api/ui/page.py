@@ -13,8 +13,11 @@ TYPE = b"text/html; charset=utf-8"
 
 @cache
 def page() -> tuple[bytes, bytes]:
-    """The page and the header lines that go with it: a policy that names its style and script by their digests, so that
-    nothing that a client slipped into a label or an id could ever run."""
+    """Return the page and its header lines.
+
+    The header has a policy that allows its style and script by their digests, so nothing that a client puts into a
+    label or an id can ever run.
+    """
     text = resources.files("eldr.router.api.ui").joinpath("page.html").read_bytes()
     script, style = (_digests(text, tag) for tag in (b"script", b"style"))
     policy = (

@@ -1,4 +1,4 @@
-"""What the page shows, as one JSON object: the fleet, what was counted, the policy's picture, the last decisions."""
+"""The data of the page as one JSON object: the fleet, the counters, the policy's picture and the last decisions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DECISIONS = 60
 
 
 class UiState:
-    """Gives the state as it is now. Rates and quantiles are the page's business: it takes differences of two states."""
+    """Returns the current state. The page computes rates and quantiles itself, from the differences of two states."""
 
     def __init__(self, services: Services) -> None:
         self._services = services

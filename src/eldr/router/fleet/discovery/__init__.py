@@ -1,1 +1,1 @@
-"""Where workers come from: one file per source. The interface is in `base.py`."""
+"""Discovery: where workers come from, one file per kind of source. `base.py` has the interface."""

@@ -9,17 +9,19 @@ from eldr.router.config.endpoint import Endpoints
 
 
 class Source(ABC):
-    """Says which workers there are.
+    """Names the workers that exist.
 
-    Only differences between what it says count: a worker joins when it is named for the first time and drains when it
-    is named no more. So a worker that was taken out by hand stays out until its source drops it and names it again.
+    Only changes in its list matter. A worker joins when the source first names it, and drains when the source stops
+    naming it. A worker that was removed by hand stays out until its source drops it and names it again.
     """
 
     name: str
 
     @abstractmethod
     def watch(self) -> AsyncIterator[Endpoints]:
-        """All workers known, again after every change; the first set comes at once, or as soon as it can be had.
+        """Yield all known workers, and again after every change.
 
-        A failure is logged and keeps the last set: it is never an empty one, and never ends the iteration.
+        The first list comes at once, or as soon as it is available.
+
+        A failure is logged and keeps the last list. It never yields an empty list and never ends the iteration.
         """

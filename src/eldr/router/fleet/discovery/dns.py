@@ -1,4 +1,4 @@
-"""A host name behind which there are several workers, such as a headless service: one worker per address."""
+"""DNS discovery: one worker for each address of a host name, such as a headless service."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from eldr.router.fleet.discovery.base import Source
 log = logging.getLogger("eldr.router")
 
 TIMEOUT_S = 5.0
-# Routers that start together would go on asking the name server together.
+# Without jitter, routers that start together would query the name server together.
 JITTER = 0.2
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a host, IPv4 and IPv6, as the system resolves it. Raises OSError."""
+    """Resolve a host to its IPv4 and IPv6 addresses, as the system does. Raises OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(address[0]) for *_, address in found]
 
 
 class DnsSource(Source):
-    """Resolves `url`'s host again every `interval_s` seconds, varied by a fifth. A failure keeps the last addresses.
+    """Resolves the host of `url` every `interval_s` seconds, varied by a fifth. A failure keeps the last addresses.
 
     url: http://NAME:PORT. Its workers are http://ADDRESS:PORT.
     """
@@ -57,7 +57,7 @@ class DnsSource(Source):
             await asyncio.sleep(self._interval_s * random.uniform(1 - JITTER, 1 + JITTER))
 
     async def _look(self) -> Endpoints | None:
-        """The workers at the name now, None if that cannot be found out."""
+        """Return the current workers at the name, or None if that cannot be found out."""
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 addresses = await self._resolve(self._host, self._port)

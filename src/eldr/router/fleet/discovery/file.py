@@ -1,4 +1,4 @@
-"""The configuration file, watched: its workers join and drain as its lists change."""
+"""File discovery: watches the configuration file. Workers join and drain as its lists change."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ POLL_S = 1.0
 
 
 class FileSource(Source):
-    """Looks once a second whether the file is another, and at once when `look` is called.
+    """Checks once per second whether the file has changed, and at once when `look` is called.
 
-    load: reads the file with the flags of the command line; raises ConfigError, which keeps the workers as they are.
-    loaded: hears every new configuration, for what else than workers can change while the router runs.
+    load: reads the file, with the command-line flags applied. Raises ConfigError, which keeps the workers as they are.
+    loaded: called with every new configuration, for other settings that can change while the router runs.
     """
 
     name = "file"
@@ -53,14 +53,14 @@ class FileSource(Source):
             try:
                 config = self._load()
             except ConfigError as error:
-                log.error("the configuration stays as it was: %s", error)
+                log.error("the configuration is unchanged: %s", error)
                 continue
             self._loaded(config)
-            log.info("the configuration was read again")
+            log.info("the configuration was reloaded")
             yield config.workers.endpoints
 
     def _identity(self) -> tuple[int, int, int] | None:
-        """What changes when the file is written or replaced; None while there is none."""
+        """Return values that change when the file is written or replaced. None while it does not exist."""
         try:
             status = self._path.stat()
         except OSError:

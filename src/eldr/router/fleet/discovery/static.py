@@ -1,4 +1,4 @@
-"""Workers given by flags: they stay what they are."""
+"""Static discovery: workers given by flags, which never change."""
 
 from __future__ import annotations
 

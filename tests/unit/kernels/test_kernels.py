@@ -7,11 +7,15 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 import eldr.kernels
 import eldr.kernels._numpy
@@ -27,18 +31,25 @@ BOTH = [
 
 
 @pytest.fixture(params=BOTH)
-def kernels(request):
-    return request.param
+def kernels(request: pytest.FixtureRequest) -> ModuleType:
+    found: ModuleType = request.param
+    return found
 
 
-def shapes():
+Shape = tuple[int, int, int]
+
+
+def shapes() -> st.SearchStrategy[Shape]:
+    """Layers, experts, a seed."""
     return st.tuples(st.integers(1, 5), st.sampled_from((1, 3, 16, 33, 128)), st.integers(0, 2**32 - 1))
 
 
 @given(shapes(), st.integers(0, 32), st.data())
 @settings(max_examples=60)
 @pytest.mark.parametrize("kernels", BOTH)
-def test_packed_counts_become_the_numbers_they_are_of(kernels, shape, bits, data):
+def test_packed_counts_become_the_numbers_they_are_of(
+    kernels: ModuleType, shape: Shape, bits: int, data: st.DataObject
+) -> None:
     layers, experts, seed = shape
     rng = np.random.default_rng(seed)
     wanted = (rng.random((layers, experts)) ** 4 * (2**bits - 1)).astype(np.uint32)
@@ -60,7 +71,7 @@ def test_packed_counts_become_the_numbers_they_are_of(kernels, shape, bits, data
 @given(st.binary(max_size=200), st.integers(0, 16), st.integers(0, 16), st.integers(1, 3), st.integers(1, 40))
 @settings(max_examples=200)
 @needs_compiler
-def test_both_read_the_same_from_any_bytes(data, low, high, layers, experts):
+def test_both_read_the_same_from_any_bytes(data: bytes, low: int, high: int, layers: int, experts: int) -> None:
     found = []
     for kernels in (NUMPY, eldr.kernels):
         out = np.zeros((layers, experts), dtype=np.uint32)
@@ -68,7 +79,7 @@ def test_both_read_the_same_from_any_bytes(data, low, high, layers, experts):
     assert found[0] == found[1]
 
 
-def test_frequencies(kernels):
+def test_frequencies(kernels: ModuleType) -> None:
     rng = np.random.default_rng(0)
     counts = rng.integers(0, 500, 384, dtype=np.uint32)
     mean = rng.random(384, dtype=np.float32)
@@ -80,7 +91,7 @@ def test_frequencies(kernels):
 @given(shapes())
 @settings(max_examples=30)
 @pytest.mark.parametrize("kernels", BOTH)
-def test_probabilities_of_a_layer(kernels, shape):
+def test_probabilities_of_a_layer(kernels: ModuleType, shape: Shape) -> None:
     layers, experts, seed = shape
     scores = np.random.default_rng(seed).normal(0.1, 0.3, layers * experts).astype(np.float32)
     out = np.empty_like(scores)
@@ -93,14 +104,14 @@ def test_probabilities_of_a_layer(kernels, shape):
     assert out.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_code_of_a_signature_survives(kernels):
+def test_every_code_of_a_signature_survives(kernels: ModuleType) -> None:
     signature = ((np.arange(256) / 255) ** 2).astype(np.float32)
     out = np.zeros(256, dtype=np.uint8)
     kernels.encode_signature(signature, out)
     assert out.tolist() == list(range(256))
 
 
-def test_every_code_of_an_exposure_survives(kernels):
+def test_every_code_of_an_exposure_survives(kernels: ModuleType) -> None:
     scale = 255**2 / -math.log2(1 - 0.98)
     profile = np.array([1 - 2 ** -(code**2 / scale) for code in range(256)], dtype=np.float32)
     out = np.zeros(256, dtype=np.uint8)
@@ -112,7 +123,7 @@ def test_every_code_of_an_exposure_survives(kernels):
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=70))
 @pytest.mark.parametrize("kernels", BOTH)
-def test_codes_are_nearest_to_their_exposure(kernels, profile):
+def test_codes_are_nearest_to_their_exposure(kernels: ModuleType, profile: list[float]) -> None:
     scale = 255**2 / -math.log2(1 - 0.98)
     out = np.zeros(len(profile), dtype=np.uint8)
     kernels.encode_exposure(np.array(profile, dtype=np.float32), 0.98, scale, out)
@@ -120,7 +131,7 @@ def test_codes_are_nearest_to_their_exposure(kernels, profile):
     assert out == pytest.approx(np.array(exact), abs=0.51)
 
 
-def test_survival_follows_its_exposure_and_cancels(kernels):
+def test_survival_follows_its_exposure_and_cancels(kernels: ModuleType) -> None:
     rng = np.random.default_rng(1)
     unit = 2.0**-18
     exposures = np.full((3, 1000), 5, dtype=np.uint32)
@@ -145,14 +156,14 @@ def test_survival_follows_its_exposure_and_cancels(kernels):
 
 
 @pytest.mark.parametrize("exposure", [126 * 2**20, 2**31 - 1, 2**31, 2**32 - 1])
-def test_what_is_surely_activated_does_not_survive(kernels, exposure):
+def test_what_is_surely_activated_does_not_survive(kernels: ModuleType, exposure: int) -> None:
     survival = np.full((1, 3), 7, dtype=np.uint16)
     none, exposures = np.zeros(3, dtype=np.uint8), np.full((1, 3), exposure, dtype=np.uint32)
     assert kernels.shift_exposure(none, 1, 2.0**-20, exposures, survival, 0) == 3
     assert survival.tolist() == [[0, 0, 0]]
 
 
-def test_moving_towards(kernels):
+def test_moving_towards(kernels: ModuleType) -> None:
     own = np.array([0, 1, 2], dtype=np.float32)
     length = kernels.move_towards(own, np.array([4, 1, 0], dtype=np.float32), 0.25)
     assert own.tolist() == [1, 1, 1.5]
@@ -162,7 +173,7 @@ def test_moving_towards(kernels):
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 4), st.integers(0, 2**32 - 1))
 @settings(max_examples=60)
 @pytest.mark.parametrize("kernels", BOTH)
-def test_the_direction_is_of_unit_length(kernels, layers, experts, every, seed):
+def test_the_direction_is_of_unit_length(kernels: ModuleType, layers: int, experts: int, every: int, seed: int) -> None:
     own, mean = np.random.default_rng(seed).random((2, layers * experts), dtype=np.float32)
     out = np.empty(-(-layers // every) * experts, dtype=np.float32)
     assert kernels.unit_direction(own, mean, layers, every, out)
@@ -173,7 +184,7 @@ def test_the_direction_is_of_unit_length(kernels, layers, experts, every, seed):
     assert not out.any()
 
 
-def test_row_products(kernels):
+def test_row_products(kernels: ModuleType) -> None:
     rng = np.random.default_rng(2)
     rows, vector = rng.random((5, 77), dtype=np.float32), rng.random(77, dtype=np.float32)
     out = np.empty(5)
@@ -185,7 +196,9 @@ def test_row_products(kernels):
     assert out == pytest.approx(expected, abs=77 / 65535)
 
 
-def plain_placement_cost(columns, workers, context_tokens, weights):
+def plain_placement_cost(
+    columns: NDArray[np.float64], workers: Sequence[tuple[float, ...]], context_tokens: float, weights: PlacementWeights
+) -> list[float]:
     others_weight, anchor, tail_guard, guard_share = weights
     base, expert, token, context = columns.tolist()
     count = len(base)
@@ -209,7 +222,7 @@ def plain_placement_cost(columns, workers, context_tokens, weights):
 @given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from((0.0, 0.3, math.inf)), st.booleans())
 @settings(max_examples=40)
 @pytest.mark.parametrize("kernels", BOTH)
-def test_placement_cost(kernels, workers, seed, tail_guard, dense):
+def test_placement_cost(kernels: ModuleType, workers: int, seed: int, tail_guard: float, dense: bool) -> None:
     rng = np.random.default_rng(seed)
     columns = rng.random((4, workers)) * [[1e-3], [1e-5], [1e-5], [1e-9]]
     union, added, context = (
@@ -234,8 +247,8 @@ def test_placement_cost(kernels, workers, seed, tail_guard, dense):
 
 
 @needs_compiler
-def test_arrays_that_do_not_fit_are_refused():
-    from eldr.kernels import _compiled
+def test_arrays_that_do_not_fit_are_refused() -> None:
+    _compiled = importlib.import_module("eldr.kernels._compiled")
 
     floats, codes, wide = np.zeros(8, np.float32), np.zeros(8, np.uint8), np.zeros(8, np.uint32)
     doubles, fractions = np.zeros(8), np.zeros(8, np.uint16)
@@ -243,11 +256,19 @@ def test_arrays_that_do_not_fit_are_refused():
     frozen.setflags(write=False)
 
     fitting = FleetState(np.zeros(32), doubles, [0] * 8, floats)
-    weights = PlacementWeights(1.0, 1.0, 1.0, 1.0)
+    weights: Any = PlacementWeights(1.0, 1.0, 1.0, 1.0)
 
-    def cost(rows, load, batches, added=doubles, products=doubles, weights=weights, **fleet):
+    def cost(
+        rows: Any,
+        load: Any,
+        batches: int,
+        added: Any = doubles,
+        products: Any = doubles,
+        weights: Any = weights,
+        **changes: Any,
+    ) -> None:
         at_random, out = np.zeros(batches), np.zeros(len(rows))
-        fleet = fitting._replace(**fleet)
+        fleet = fitting._replace(**changes)
         _compiled.placement_cost(fleet, weights, added, products, at_random, np.array(rows), load, 1, out)
 
     cost([7], [3], 5)
@@ -334,11 +355,11 @@ def test_arrays_that_do_not_fit_are_refused():
         pytest.param(lambda array: None, id="none"),
     ],
 )
-def test_no_array_is_taken_that_is_not_as_it_must_be(position, unfit):
+def test_no_array_is_taken_that_is_not_as_it_must_be(position: int, unfit: Callable[[NDArray[Any]], object]) -> None:
     """Each array of one call in turn: every kernel takes its arrays in the same way."""
-    from eldr.kernels import _compiled
+    _compiled = importlib.import_module("eldr.kernels._compiled")
 
-    arguments = [np.zeros(8, np.uint32), np.zeros(8, np.float32), 1.0, 1.0, np.zeros(8, np.float32)]
+    arguments: list[Any] = [np.zeros(8, np.uint32), np.zeros(8, np.float32), 1.0, 1.0, np.zeros(8, np.float32)]
     _compiled.own_frequencies(*arguments)
     arguments[position] = unfit(arguments[position])
     with pytest.raises(ValueError, match="does not fit"):
@@ -346,7 +367,7 @@ def test_no_array_is_taken_that_is_not_as_it_must_be(position, unfit):
 
 
 @pytest.mark.parametrize("wish", ["1", ""])
-def test_the_environment_asks_for_numpy(wish):
+def test_the_environment_asks_for_numpy(wish: str) -> None:
     found = not wish and importlib.util.find_spec("eldr.kernels._compiled") is not None
     show = "from eldr import kernels; print(kernels.COMPILED, kernels.placement_cost.__module__)"
     environment = os.environ | {"ELDR_NO_EXTENSIONS": wish}

@@ -96,7 +96,7 @@ def test_labels_belong_to_kinds_by_name_alias_or_word_of_the_user() -> None:
     assert found == {"code": ("Code",), "math": ("gsm8k",), "medical": ("pubmedqa",), "legal": ("law",)}
     found = labels_of_kinds(task, labels, {"math": ["poems", "gsm8k"]})
     assert found["math"] == ("poems", "gsm8k")
-    with pytest.raises(WorkloadError, match=r"no request is math.*--kind math="):
+    with pytest.raises(WorkloadError, match=r"no request is of kind math.*--kind math="):
         labels_of_kinds(task, ["code"], {})
     with pytest.raises(WorkloadError, match="no kind 'maths'"):
         labels_of_kinds(task, labels, {"maths": ["gsm8k"]})
