@@ -97,6 +97,10 @@ class FakeWorker:
         """Completion and chat requests, probes left out."""
         return [seen for seen in self.seen if seen.path.endswith("completions")]
 
+    def asked(self, path: str) -> int:
+        """How often it was asked for `path`."""
+        return sum(seen.path == path for seen in self.seen)
+
     async def start(self) -> FakeWorker:
         self._server = await asyncio.start_server(
             self._connection, self._host, self._port, limit=2**24, ssl=self.ssl_context
