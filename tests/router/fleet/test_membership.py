@@ -19,6 +19,23 @@ from tests.router.harness import ASK, Scripted, on_uvloop, running, until
 # Joining.
 
 
+@on_uvloop
+async def test_a_policy_that_fails_when_workers_come_and_go_keeps_none_of_them(admin: dict[str, Any]) -> None:
+    class Broken(Scripted):
+        def joined(self, worker: str) -> None:
+            raise ZeroDivisionError
+
+        def left(self, worker: str) -> None:
+            raise ZeroDivisionError
+
+    async with running(decode=2, policy=Broken(), **admin) as s:
+        goes = s.decode[0].url
+        await ask_admin(s, "DELETE", "/admin/workers", {"url": goes, "role": "decode"})
+        await until_state(s, "decode", goes, "gone")
+        assert (await s.post()).status == 200
+        assert await s.metric("eldr_policy_errors_total") == 3
+
+
 class Hasty(Source):
     """Names other workers before the first ones have answered a probe. The second list is as final as the first."""
 
