@@ -33,7 +33,7 @@ class Request:
     """One complete request.
 
     headers: names in lower case; values given several times are joined by commas.
-    client: the name that the client's API key stands for, empty where no keys are asked for.
+    client: the name that the client's key stands for. Empty if the router did not use the Authorization header.
     received_s: monotonic time.
     """
 
