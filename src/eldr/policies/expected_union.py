@@ -19,7 +19,6 @@ Two more terms look beyond the time added now:
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Mapping
 
@@ -27,12 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr import kernels
-from eldr.activation import ActivationModel, of_a_step, own_frequencies, to_probabilities
-from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel, StepCost
+from eldr.activation import ActivationModel, own_frequencies
+from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel
 from eldr.counts import ExpertCounts
 from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
 from eldr.policies.load import least_loaded
-from eldr.policies.unions import Geometry, Profile, RandomBatches, Unions, encode_exposure
+from eldr.policies.placement import Placement
+from eldr.policies.request_model import Arrival, RequestModel
+from eldr.policies.rows import WorkerRows
+from eldr.policies.unions import Geometry, Profile, Unions
+from eldr.policies.worker_costs import WorkerCosts
 
 # Weight of the self-anchor per unit of cosine similarity, relative to the expert time of an average worker's batch.
 ANCHOR = 0.1
@@ -40,38 +43,6 @@ ANCHOR = 0.1
 # of the expert time is allowed in addition, because steps differ that much by chance even if nothing can be saved.
 TAIL_GUARD = 1.25
 GUARD_EXPERT_SHARE = 0.01
-# The anchor uses at most this many (layer, expert) entries, from evenly spaced layers. Layers agree on the topic of a
-# request, and with a thousand workers the cost is memory bandwidth.
-ANCHOR_ENTRIES = 2048
-# Length of the moving averages of the fleet's mean frequencies and mean profile, in requests.
-MEAN_REQUESTS = 500
-
-
-class _Arrival:
-    """A request to be placed.
-
-    request_id: its id.
-    context_tokens: the tokens of its prompt.
-    profile: float32 [D], its activation probabilities.
-    frequency: float32 [D], its expert frequencies. None if its counts cannot be used.
-    direction: float32 [A], the unit vector from the fleet's mean frequencies to its own. None if there is none.
-    """
-
-    __slots__ = ("context_tokens", "direction", "frequency", "profile", "request_id")
-
-    def __init__(
-        self,
-        request_id: str,
-        context_tokens: int,
-        profile: NDArray[np.float32],
-        frequency: NDArray[np.float32] | None,
-        direction: NDArray[np.float32] | None,
-    ) -> None:
-        self.request_id = request_id
-        self.context_tokens = context_tokens
-        self.profile = profile
-        self.frequency = frequency
-        self.direction = direction
 
 
 class ExpectedUnion(Policy):
@@ -111,132 +82,79 @@ class ExpectedUnion(Policy):
         ranks: int = 1,
         seed: int = 0,
     ) -> None:
-        self._predictor = predictor
-        self._cost, self._scope = cost, scope
-        self._worker_costs = dict(worker_costs or {})
+        self._request_model = RequestModel(predictor, step_tokens)
+        self._worker_costs = WorkerCosts(cost, scope, worker_costs or {}, step_tokens)
         self._weights = kernels.PlacementWeights(others_weight, anchor, tail_guard, GUARD_EXPERT_SHARE)
-        self._step_tokens, self._ranks = step_tokens, ranks
+        self._ranks = ranks
         self._rng = random.Random(seed)
-        self._workers: list[str] = []
-        self._row: dict[str, int] = {}
-        self._all_rows = np.arange(0)
+        self._rows = WorkerRows()
         self._running: dict[tuple[str, str], Profile] = {}
-        self._geometry: tuple[int, int, int] | None = None
-        self._latest: _Arrival | None = None
+        self._latest: Arrival | None = None
+        self._placement: Placement | None = None
         if predictor is not None:
             experts = len(predictor.mean_profile) // predictor.layers
             if experts % ranks:
                 raise ValueError(f"{experts} experts cannot be divided over {ranks} ranks")
-            self._set_geometry(predictor.layers, experts, predictor.top_k)
-            self._mean_frequency = predictor.mean_frequency.astype(np.float32)
-            self._mean_profile = of_a_step(predictor.mean_profile.astype(np.float32), step_tokens)
-            self._mean_requests = MEAN_REQUESTS
-            self._random.set_mean(self._mean_profile)
+            self._make_placement(predictor.layers, experts, predictor.top_k)
 
-    def _set_geometry(self, layers: int, experts: int, top_k: int) -> None:
-        self._geometry = (layers, experts, top_k)
-        dimension = layers * experts
-        self._mean_frequency = np.full(dimension, top_k / experts, dtype=np.float32)
-        self._mean_profile = of_a_step(self._mean_frequency.copy(), self._step_tokens)
-        self._mean_requests = 0
-        self._anchor_every = -(-dimension // ANCHOR_ENTRIES)
-        self._anchor_dimension = -(-layers // self._anchor_every) * experts
-        divided = Geometry(layers, experts, self._ranks)
-        self._unions = Unions(divided, self._anchor_dimension)
-        self._random = RandomBatches(divided)
-        self._random.set_mean(self._mean_profile)
-        for _ in self._workers:
-            self._unions.append()
-        self._set_fleet(_cost_columns([self._step_cost(worker) for worker in self._workers]))
+    def _make_placement(self, layers: int, experts: int, top_k: int) -> Placement:
+        geometry = Geometry(layers, experts, self._ranks)
+        means = self._request_model.first_means(geometry, top_k)
+        self._placement = placement = Placement(geometry, top_k, self._weights, means)
+        for worker in self._rows.names:
+            placement.append(self._worker_costs.step_cost(worker, layers))
+        return placement
 
-    def _set_fleet(self, columns: NDArray[np.float64]) -> None:
-        """Adjust the state after workers came or went and the arrays of `unions` changed. columns: see `FleetState`."""
-        unions = self._unions
-        self._fleet = kernels.FleetState(columns, unions.union, unions.context, unions.length)
-
-    def _step_cost(self, worker: str) -> StepCost:
-        assert self._geometry is not None
-        cost = self._worker_costs.get(worker, self._cost).step_cost(self._geometry[0], self._scope)
-        return dataclasses.replace(cost, per_token_s=cost.per_token_s * self._step_tokens)
+    def _placement_for(self, counts: ExpertCounts | None) -> Placement | None:
+        """The placement. A predictor or the first usable counts make it; until then it is None."""
+        if self._placement is None and counts is not None and counts.experts % self._ranks == 0:
+            return self._make_placement(counts.layers, counts.experts, counts.top_k)
+        return self._placement
 
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
-        reason = self._unusable(request.counts)
-        if self._geometry is None:
-            return Decision(least_loaded(in_flight, self._rng), reason or "no_geometry")
-        self._latest = arrival = self._look_at(request)
+        placement = self._placement_for(request.counts)
+        if placement is None:
+            return Decision(least_loaded(in_flight, self._rng), _why_unusable(request.counts))
+        self._latest = arrival = self._look_at(request, placement)
         workers = list(in_flight)
-        rows = self._all_rows if workers == self._workers else np.array([self._row[worker] for worker in workers])
-        best, _ = self._placement_cost(arrival, rows, list(in_flight.values()))
-        return Decision(workers[best], reason or "expected_union")
+        best, _ = placement.costs(arrival, self._rows.rows(workers), list(in_flight.values()))
+        reason = "expected_union" if arrival.frequency is not None else _why_unusable(request.counts)
+        return Decision(workers[best], reason)
 
     def costs(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> dict[str, float] | None:
-        """Return the costs that `choose` compares, or None while the geometry is unknown.
+        """Return the costs that `choose` compares, or None while the model is unknown.
 
         A cost is the seconds of decode time per step that `request` would add on a worker, anchor included. It is
         infinity for a worker that the tail guard rules out.
         """
-        self._unusable(request.counts)
-        if self._geometry is None:
+        placement = self._placement_for(request.counts)
+        if placement is None:
             return None
-        rows = np.array([self._row[worker] for worker in in_flight])
-        _, cost = self._placement_cost(self._look_at(request), rows, list(in_flight.values()))
-        return dict(zip(in_flight, cost.tolist(), strict=True))
+        rows = self._rows.rows(list(in_flight))
+        _, costs = placement.costs(self._look_at(request, placement), rows, list(in_flight.values()))
+        return dict(zip(in_flight, costs.tolist(), strict=True))
 
     @property
     def unions(self) -> Unions | None:
-        """The experts that each worker's running requests activate together. None while the geometry is unknown."""
-        return None if self._geometry is None else self._unions
+        """The experts that each worker's running requests activate together. None while the model is unknown."""
+        return None if self._placement is None else self._placement.unions
 
     def row(self, worker: str) -> int:
         """The worker's row in `unions`."""
-        return self._row[worker]
+        return self._rows.row_of[worker]
 
-    def _placement_cost(
-        self, arrival: _Arrival, rows: NDArray[np.int64], load: list[int]
-    ) -> tuple[int, NDArray[np.float64]]:
-        """Choose among the workers in `rows`, which have these loads.
-
-        Returns the position of the best worker and float64 [N], the seconds of decode time per step that each placement
-        costs, anchor included. Infinity marks workers that the tail guard rules out. It never rules out the worker with
-        the shortest step.
-        """
-        unions = self._unions
-        direction = arrival.direction if self._weights.anchor > 0 else None
-        cost = np.empty(len(load))
-        best = kernels.placement_cost(
-            self._fleet,
-            self._weights,
-            unions.added(arrival.profile),
-            np.zeros(unions.count) if direction is None else unions.along(direction),
-            self._random.experts(max(load) + 1),
-            rows,
-            load,
-            arrival.context_tokens,
-            cost,
-        )
-        return best, cost
-
-    def _unusable(self, counts: ExpertCounts | None) -> str | None:
-        """Return why counts cannot be used, or None if they can. The first usable counts set the geometry."""
-        if counts is None:
-            return "no_signature"
-        geometry = (counts.layers, counts.experts, counts.top_k)
-        if self._geometry is None and counts.experts % self._ranks == 0:
-            self._set_geometry(*geometry)
-        return None if geometry == self._geometry else "wrong_geometry"
-
-    def _look_at(self, request: DecodeRequest) -> _Arrival:
+    def _look_at(self, request: DecodeRequest, placement: Placement) -> Arrival:
         """Return the request with its profile. If its counts cannot be used, it gets the fleet's mean profile."""
-        counts = request.counts
-        if counts is None or (counts.layers, counts.experts, counts.top_k) != self._geometry:
-            return _Arrival(request.request_id, request.prompt_tokens, self._mean_profile.copy(), None, None)
-        frequency = own_frequencies(counts, self._mean_frequency)
-        return _Arrival(
+        counts, means = request.counts, placement.means
+        if counts is None or (counts.layers, counts.experts, counts.top_k) != placement.shape:
+            return Arrival(request.request_id, request.prompt_tokens, means.profile.copy(), None, None)
+        frequency = own_frequencies(counts, means.frequency)
+        return Arrival(
             request.request_id,
             request.prompt_tokens,
             self.predict(request, counts, frequency),
             frequency,
-            self._direction_of(frequency, counts.layers),
+            placement.anchor.direction(frequency, means.frequency),
         )
 
     def predict(
@@ -248,75 +166,41 @@ class ExpectedUnion(Policy):
         counts: its expert counts.
         frequency: float32 [D], its own expert frequencies, mixed with the fleet's mean.
         """
-        if self._predictor is not None:
-            token = self._predictor.predict(counts)
-        else:
-            token = to_probabilities(frequency, counts.layers, counts.top_k)
-        return of_a_step(token, self._step_tokens)
-
-    def _direction_of(self, frequency: NDArray[np.float32], layers: int) -> NDArray[np.float32] | None:
-        direction = np.empty(self._anchor_dimension, dtype=np.float32)
-        every = self._anchor_every
-        return direction if kernels.unit_direction(frequency, self._mean_frequency, layers, every, direction) else None
+        return self._request_model.profile(counts, frequency)
 
     def started(self, request: DecodeRequest, worker: str) -> None:
-        self._unusable(request.counts)
-        if self._geometry is None:
+        placement = self._placement_for(request.counts)
+        if placement is None:
             return
         arrival = self._latest
         if arrival is None or arrival.request_id != request.request_id:
-            arrival = self._look_at(request)
-        row = self._row[worker]
-        entry = Profile(encode_exposure(arrival.profile), arrival.context_tokens)
-        self._running[request.request_id, worker] = entry
-        self._unions.add(row, entry, 1)
-        if arrival.direction is not None:
-            self._unions.turn(row, arrival.direction)
-        if arrival.frequency is not None:
-            self._move_means(arrival.frequency, arrival.profile)
+            arrival = self._look_at(request, placement)
+        self._running[request.request_id, worker] = placement.start(self._rows.row_of[worker], arrival)
 
     def finished(self, request: DecodeRequest, worker: str) -> None:
-        entry = self._running.pop((request.request_id, worker), None)
-        if entry is not None:
-            self._unions.add(self._row[worker], entry, -1)
-
-    def _move_means(self, frequency: NDArray[np.float32], profile: NDArray[np.float32]) -> None:
-        self._mean_requests = min(self._mean_requests + 1, MEAN_REQUESTS)
-        kernels.move_towards(self._mean_frequency, frequency, 1 / self._mean_requests)
-        kernels.move_towards(self._mean_profile, profile, 1 / self._mean_requests)
-        self._random.started(self._mean_profile)
+        profile = self._running.pop((request.request_id, worker), None)
+        if profile is not None and self._placement is not None:
+            self._placement.finish(self._rows.row_of[worker], profile)
 
     def joined(self, worker: str) -> None:
-        self._row[worker] = len(self._workers)
-        self._workers.append(worker)
-        self._all_rows = np.arange(len(self._workers))
-        if self._geometry is not None:
-            self._unions.append()
-            self._set_fleet(np.append(self._fleet.columns, _cost_columns([self._step_cost(worker)]), axis=1))
+        self._rows.append(worker)
+        if self._placement is not None:
+            self._placement.append(self._worker_costs.step_cost(worker, self._placement.shape[0]))
 
     def left(self, worker: str) -> None:
-        row = self._row.pop(worker)
-        last = self._workers.pop()
-        if last != worker:
-            self._workers[row] = last
-            self._row[last] = row
-        self._all_rows = np.arange(len(self._workers))
-        self._running = {key: entry for key, entry in self._running.items() if key[1] != worker}
-        if self._geometry is not None:
-            self._unions.remove(row)
-            columns = self._fleet.columns
-            columns[:, row] = columns[:, -1]
-            self._set_fleet(np.ascontiguousarray(columns[:, :-1]))
+        row = self._rows.remove(worker)
+        self._running = {key: profile for key, profile in self._running.items() if key[1] != worker}
+        if self._placement is not None:
+            self._placement.remove(row)
 
     def picture(self) -> Picture | None:
-        if self._geometry is None:
+        if self._placement is None:
             return None
-        _, experts, _ = self._geometry
-        rows = self._unions.by_layer().tolist()
-        return Picture("expected_union", dict(zip(self._workers, rows, strict=True)), experts)
+        _, experts, _ = self._placement.shape
+        rows = self._placement.unions.by_layer().tolist()
+        return Picture("expected_union", dict(zip(self._rows.names, rows, strict=True)), experts)
 
 
-def _cost_columns(costs: list[StepCost]) -> NDArray[np.float64]:
-    """The columns of `FleetState`, float64 [4, W]."""
-    columns = [(cost.base_s, cost.per_expert_s, cost.per_token_s, cost.per_context_token_s) for cost in costs]
-    return np.ascontiguousarray(np.array(columns, dtype=np.float64).reshape(-1, 4).T)
+def _why_unusable(counts: ExpertCounts | None) -> str:
+    """The reason to give for a decision without counts that fit the model."""
+    return "no_signature" if counts is None else "wrong_geometry"

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eldr import kernels
 from eldr.activation import LEAST, MOST, busiest_rank_experts
+from eldr.policies.rows import longer, row_products
 
-# Length of the moving average of a worker's direction, in requests.
-DIRECTION_REQUESTS = 20
 # The experts of random batches are recomputed after this many starts, and sooner as long as there were few.
 RANDOM_BATCH_STARTS = 64
 
@@ -58,26 +56,22 @@ class Geometry:
 
 
 class Unions:
-    """The state of all workers, one row per worker.
+    """The experts that each worker's requests activate, one row per worker.
 
-    Matrices have spare rows: of their C rows, the first W are in use.
+    Matrices have spare rows, and the first W are in use.
 
     exposure: uint32 [W, D], the sum of -log2(1 - p) over the running requests, in units of _UNIT.
     survival: uint16 [W, D], the probability 2^-exposure that no request activates an expert, as a fraction of CERTAIN.
     union: float64 [W], the expected distinct experts that a step waits for, summed over layers. With expert parallelism
         these are the experts of the busiest rank (`busiest_rank_experts`), otherwise all.
     context: W numbers, the tokens of running prompts.
-    direction: float32 [C, A], the average direction of recently started requests.
-    length: float32 [W], the length of each direction.
     """
 
-    def __init__(self, geometry: Geometry, anchor_dimension: int) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         self.count = 0
         self._geometry = geometry
         self._exposure = np.zeros((0, geometry.dimension), dtype=np.uint32)
         self._survival = np.zeros((0, geometry.dimension), dtype=np.uint16)
-        self._direction = np.zeros((0, anchor_dimension), dtype=np.float32)
-        self.length = np.zeros(0, dtype=np.float32)
         self.union = np.zeros(0)
         self.context: list[int] = []
 
@@ -98,22 +92,19 @@ class Unions:
         """Add a row for one more worker. Capacity doubles, so that a large fleet can join one by one."""
         row = self.count
         if row == len(self._exposure):
-            self._exposure, self._survival = _longer(self._exposure), _longer(self._survival)
-            self._direction = _longer(self._direction)
+            self._exposure, self._survival = longer(self._exposure), longer(self._survival)
         self.count += 1
         self._exposure[row] = 0
         self._survival[row] = kernels.CERTAIN
-        self._direction[row] = 0
-        self.length = np.append(self.length, np.float32(0))
         self.union = np.append(self.union, 0.0)
         self.context.append(0)
 
     def remove(self, row: int) -> None:
         """Remove a worker's row. The last row takes its place."""
         self.count -= 1
-        for array in (self._exposure, self._survival, self._direction, self.length, self.union):
+        for array in (self._exposure, self._survival, self.union):
             array[row] = array[self.count]
-        self.length, self.union = self.length[:-1], self.union[:-1]
+        self.union = self.union[:-1]
         self.context[row] = self.context[-1]
         self.context.pop()
 
@@ -125,25 +116,14 @@ class Unions:
             union = self._geometry.active(kernels.from_fractions(self._survival[row]))
         self.union[row] = union
 
-    def turn(self, row: int, unit_direction: NDArray[np.float32]) -> None:
-        """Move a worker's direction towards the direction of a request."""
-        self.length[row] = kernels.move_towards(self._direction[row], unit_direction, 1 / DIRECTION_REQUESTS)
-
     def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
         """Distinct experts that a request would add to those that each worker's steps wait for, float64 [W]."""
         survival = self.survival
         geometry = self._geometry
         if geometry.ranks == 1:
-            return _row_products(survival, profile)
+            return row_products(survival, profile)
         active = 1 - kernels.from_fractions(survival) * (1 - profile)
         return busiest_rank_experts(active, geometry.layers, geometry.ranks) - self.union
-
-    def along(self, unit_direction: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Scalar product of a request's direction and each worker's, float64 [W].
-
-        Divided by `length` it is their cosine.
-        """
-        return _row_products(self._direction[: self.count], unit_direction)
 
 
 class RandomBatches:
@@ -188,15 +168,3 @@ def encode_exposure(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
     codes = np.empty(len(profile), dtype=np.uint8)
     kernels.encode_exposure(np.ascontiguousarray(profile, dtype=np.float32), MOST, 1 / _UNIT, codes)
     return codes
-
-
-def _longer(matrix: NDArray[Any]) -> NDArray[Any]:
-    """Return the matrix with twice as many rows, and at least 8 new ones."""
-    return np.concatenate((matrix, np.zeros((max(8, len(matrix)), matrix.shape[1]), dtype=matrix.dtype)))
-
-
-def _row_products(rows: NDArray[np.float32] | NDArray[np.uint16], vector: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Scalar product of each row [W, D] with the vector, float64 [W]."""
-    products = np.empty(len(rows))
-    kernels.row_products(rows, vector, products)
-    return products

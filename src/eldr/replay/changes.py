@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eldr.replay.engine import RunResult
 from eldr.replay.errors import ReplayError
+from eldr.replay.measurements import RunResult
 
 # TPOT has recovered when it is at most this multiple of its later level.
 RECOVERED = 1.1

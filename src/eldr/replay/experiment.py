@@ -17,11 +17,14 @@ from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Policy
 from eldr.policies.refit import RefitSchedule
 from eldr.replay.changes import FleetChange
-from eldr.replay.engine import Engine, FleetSpec, RunResult, WorkerLimits, worker_name
+from eldr.replay.engine import Engine
 from eldr.replay.errors import ReplayError
+from eldr.replay.fleet import FleetSpec
+from eldr.replay.measurements import RunResult
 from eldr.replay.oracle import Clairvoyant, TrueProfiles
 from eldr.replay.packed import PackedTrace, pack_trace
 from eldr.replay.split import Mix, Split, split_trace, take_requests
+from eldr.replay.worker import WorkerLimits, worker_name
 from eldr.replay.workload import (
     ServedKind,
     Workload,

@@ -76,13 +76,14 @@ class Clairvoyant(Policy):
         mine = trace.words[row:end]
         union = np.zeros_like(mine)
         running = np.zeros(len(mine))
-        for other_row, other_end in self._engine.future_rows(position):
+        worker = self._engine.fleet.workers[position]
+        for other_row, other_end in worker.future_rows(self._engine.clock.now_s):
             shared = min(other_end - other_row, len(mine))
             union[:shared] |= trace.words[other_row : other_row + shared]
             running[:shared] += 1
         there = trace.active_experts(union)
         added = trace.active_experts(union | mine) - there
-        cost = self._engine.workers[position].cost
+        cost = worker.cost
         step_s = cost.base_s + cost.per_expert_s * there + cost.per_token_s * running
         added_s = cost.per_expert_s * added + cost.per_token_s
         return float((step_s + (1 + running) * added_s).sum())

@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from eldr.replay.changes import FleetChange, recovery_s
-from eldr.replay.engine import RunResult
 from eldr.replay.experiment import BASELINES, Cell
+from eldr.replay.measurements import RunResult
 from eldr.replay.statistics import Change, paired_change
 
 Measure = Callable[[RunResult], float]

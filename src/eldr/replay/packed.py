@@ -102,3 +102,13 @@ def pack_rows(decode_experts: NDArray[np.unsignedinteger[Any]], experts: int) ->
         np.put_along_axis(flags, ids.reshape(len(ids), -1), 1, axis=1)
         words[start : start + len(ids)] = np.packbits(flags, axis=1, bitorder="little").view(np.uint64)
     return words
+
+
+def union_rows(words: NDArray[np.uint64], rows: list[int], steps: int) -> NDArray[np.uint64]:
+    """The experts of each step as bit sets, uint64 [steps, words]. Step s is the union over the rows `row + s`."""
+    union = words[rows[0] : rows[0] + steps]
+    if len(rows) > 1:
+        union = union | words[rows[1] : rows[1] + steps]
+        for row in rows[2:]:
+            np.bitwise_or(union, words[row : row + steps], out=union)
+    return union

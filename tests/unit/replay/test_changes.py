@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from eldr.cost import StepCost
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.replay.changes import FleetChange, parse_changes, recovery_s
-from eldr.replay.engine import Engine, FleetSpec, RunResult
+from eldr.replay.engine import Engine
 from eldr.replay.errors import ReplayError
+from eldr.replay.fleet import FleetSpec
+from eldr.replay.measurements import RunResult
 from eldr.replay.packed import pack_trace
 from eldr.replay.workload import Workload
 from tests.synthetic import make_trace

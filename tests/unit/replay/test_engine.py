@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from eldr.cost import StepCost
 from eldr.policies import make_policy
 from eldr.policies.base import Decision, DecodeRequest, Policy
-from eldr.replay.engine import Engine, FleetSpec, WorkerLimits, union_rows
+from eldr.replay.engine import Engine
 from eldr.replay.errors import ReplayError
-from eldr.replay.packed import pack_rows, pack_trace
+from eldr.replay.fleet import FleetSpec
+from eldr.replay.packed import pack_rows, pack_trace, union_rows
+from eldr.replay.worker import WorkerLimits
 from eldr.replay.workload import Workload
 from eldr.trace import Trace
 from tests.synthetic import make_trace

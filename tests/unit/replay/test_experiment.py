@@ -18,10 +18,10 @@ from eldr.cli import replay as cli
 from eldr.cost import CostModel, MoeLayerCost
 from eldr.policies import PolicyOptions
 from eldr.replay.arrivals import read_arrivals
-from eldr.replay.engine import RunResult
 from eldr.replay.errors import ReplayError
 from eldr.replay.experiment import BASELINES, Cell, Laboratory, Settings, check_names, compare
 from eldr.replay.goodput import goodput
+from eldr.replay.measurements import RunResult
 from eldr.replay.output import as_object, change_against_best, tpot_ms
 from eldr.replay.packed import pack_trace
 from eldr.replay.split import Mix, Split, split_trace, take_requests

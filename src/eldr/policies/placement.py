@@ -1,0 +1,91 @@
+"""The cost of a placement: the workers' unions, directions and step times, and the kernel that weighs them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr import kernels
+from eldr.cost import StepCost
+from eldr.policies.anchor import Anchor
+from eldr.policies.means import FleetMeans
+from eldr.policies.request_model import Arrival
+from eldr.policies.unions import Geometry, Profile, Unions, encode_exposure
+
+
+class Placement:
+    """The workers of a fleet that serves one model, one row per worker, and the cost of one more request on each.
+
+    shape: the layers, experts and top-k of the model's counts.
+    unions: the experts that each worker's requests activate.
+    anchor: the directions of each worker's requests.
+    means: the means over the fleet's requests.
+    """
+
+    def __init__(self, geometry: Geometry, top_k: int, weights: kernels.PlacementWeights, means: FleetMeans) -> None:
+        self.shape = (geometry.layers, geometry.experts, top_k)
+        self.unions = Unions(geometry)
+        self.anchor = Anchor(geometry)
+        self.means = means
+        self._weights = weights
+        self._set_columns(np.zeros((4, 0)))
+
+    def _set_columns(self, columns: NDArray[np.float64]) -> None:
+        """Adjust the kernel's state after workers came or went. columns: see `FleetState`."""
+        unions = self.unions
+        self._fleet = kernels.FleetState(columns, unions.union, unions.context, self.anchor.length)
+
+    def append(self, cost: StepCost) -> None:
+        """Add a row for one more worker with this step time."""
+        self.unions.append()
+        self.anchor.append()
+        column = np.array([[cost.base_s], [cost.per_expert_s], [cost.per_token_s], [cost.per_context_token_s]])
+        self._set_columns(np.append(self._fleet.columns, column, axis=1))
+
+    def remove(self, row: int) -> None:
+        """Remove a worker's row. The last row takes its place."""
+        self.unions.remove(row)
+        self.anchor.remove(row)
+        columns = self._fleet.columns
+        columns[:, row] = columns[:, -1]
+        self._set_columns(np.ascontiguousarray(columns[:, :-1]))
+
+    def costs(self, arrival: Arrival, rows: NDArray[np.int64], load: list[int]) -> tuple[int, NDArray[np.float64]]:
+        """Choose among the workers in `rows`.
+
+        rows: int64 [N], rows of the eligible workers.
+        load: their N requests in flight.
+
+        Returns the position of the best worker and float64 [N], the seconds of decode time per step that each placement
+        costs, anchor included. Infinity marks workers that the tail guard rules out. It never rules out the worker with
+        the shortest step.
+        """
+        unions = self.unions
+        direction = arrival.direction if self._weights.anchor > 0 else None
+        costs = np.empty(len(load))
+        best = kernels.placement_cost(
+            self._fleet,
+            self._weights,
+            unions.added(arrival.profile),
+            np.zeros(unions.count) if direction is None else self.anchor.along(direction),
+            self.means.at_random.experts(max(load) + 1),
+            rows,
+            load,
+            arrival.context_tokens,
+            costs,
+        )
+        return best, costs
+
+    def start(self, row: int, arrival: Arrival) -> Profile:
+        """Add a request to a worker. Returns the profile to hand to `finish`."""
+        profile = Profile(encode_exposure(arrival.profile), arrival.context_tokens)
+        self.unions.add(row, profile, 1)
+        if arrival.direction is not None:
+            self.anchor.turn(row, arrival.direction)
+        if arrival.frequency is not None:
+            self.means.move(arrival.frequency, arrival.profile)
+        return profile
+
+    def finish(self, row: int, profile: Profile) -> None:
+        """Remove a request from its worker. profile: the one that `start` returned."""
+        self.unions.add(row, profile, -1)

@@ -1,0 +1,80 @@
+"""The simulated fleet: its workers and their load, and the calls that tell the policy of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from eldr.cost import StepCost
+from eldr.policies.base import DecodeRequest, Policy
+from eldr.replay.errors import ReplayError
+from eldr.replay.worker import DecodeWorker, WorkerLimits
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSpec:
+    """The decode workers of a replay.
+
+    costs: the cost model of each worker. Hardware may differ.
+    moe_costs: the cost of the MoE layers alone, accounted in addition to the step time.
+    limits: the limits that all workers share.
+    """
+
+    costs: tuple[StepCost, ...]
+    moe_costs: tuple[StepCost, ...]
+    limits: WorkerLimits = field(default_factory=WorkerLimits)
+
+
+class SimulatedFleet:
+    """The workers of one run. The policy hears of every worker and request as it would in the router.
+
+    workers: all that have ever joined, by index.
+    by_name: the same workers by name.
+    in_flight: eligible worker -> its requests in flight.
+    """
+
+    def __init__(self, spec: FleetSpec, policy: Policy) -> None:
+        self.workers: list[DecodeWorker] = []
+        self.by_name: dict[str, DecodeWorker] = {}
+        self.in_flight: dict[str, int] = {}
+        self._draining: dict[str, int] = {}  # worker -> requests it still has
+        self._limits = spec.limits
+        self._policy = policy
+        for cost, moe_cost in zip(spec.costs, spec.moe_costs, strict=True):
+            self._join(cost, moe_cost)
+
+    def change(self, workers: int) -> None:
+        """Let workers join, with the first worker's cost. A negative number drains those that have been there longest.
+
+        Raises ReplayError if none would be left.
+        """
+        for _ in range(workers):
+            self._join(self.workers[0].cost, self.workers[0].moe_cost)
+        if -workers >= len(self.in_flight):
+            raise ReplayError(f"{-workers} workers cannot leave a fleet of {len(self.in_flight)}")
+        for name in list(self.in_flight)[: max(0, -workers)]:
+            self._draining[name] = self.in_flight.pop(name)
+            self._leave_if_idle(name)
+
+    def started(self, request: DecodeRequest, name: str) -> None:
+        """A request was sent to an eligible worker."""
+        self.in_flight[name] += 1
+        self._policy.started(request, name)
+
+    def finished(self, request: DecodeRequest, name: str) -> None:
+        """A request has ended on its worker, which may be draining."""
+        load = self._draining if name in self._draining else self.in_flight
+        load[name] -= 1
+        self._policy.finished(request, name)
+        self._leave_if_idle(name)
+
+    def _join(self, cost: StepCost, moe_cost: StepCost) -> None:
+        worker = DecodeWorker(len(self.workers), cost, moe_cost, self._limits)
+        self.workers.append(worker)
+        self.by_name[worker.name] = worker
+        self.in_flight[worker.name] = 0
+        self._policy.joined(worker.name)
+
+    def _leave_if_idle(self, name: str) -> None:
+        if self._draining.get(name) == 0:
+            del self._draining[name]
+            self._policy.left(name)

@@ -1,0 +1,120 @@
+"""Measurements of a run: of every arrival, and of the steps made in the measured window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr.replay.packed import PackedTrace
+from eldr.replay.worker import Run
+from eldr.replay.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunResult:
+    """The measurements of one run, over the requests that arrived in the measured window and the steps made in it.
+
+    tpot_s: float64 [M], (last token - first token) / (tokens - 1) of each measured request. The first token is the one
+        that prefill generated, so waiting at the decode worker counts.
+    moe_tpot_s: float64 [M], the same for the time of the MoE layers alone.
+    wait_s: float64 [M], from arrival to the first step.
+    arrival_s: float64 [M].
+    request: int64 [M], the index into the trace.
+    worker: int64 [M].
+    active_experts_mean: distinct experts per step and layer.
+    batch_mean: requests per step.
+    steps, tokens: made in the measured window by all workers.
+    replayed_tokens: made in the whole run.
+    """
+
+    tpot_s: NDArray[np.float64]
+    moe_tpot_s: NDArray[np.float64]
+    wait_s: NDArray[np.float64]
+    arrival_s: NDArray[np.float64]
+    request: NDArray[np.int64]
+    worker: NDArray[np.int64]
+    active_experts_mean: float
+    batch_mean: float
+    steps: int
+    tokens: int
+    replayed_tokens: int
+
+
+class ArrivalLog:
+    """The course of each of n arrivals.
+
+    request: int64 [n], the index into the trace.
+    worker: int64 [n], the index of the worker.
+    finish_s: float64 [n], when it ended.
+    wait_s: float64 [n], from arrival to the first step.
+    moe_s: float64 [n], the time of the MoE layers in its steps.
+    """
+
+    def __init__(self, arrivals: int) -> None:
+        self.request = np.full(arrivals, -1, dtype=np.int64)
+        self.worker = np.full(arrivals, -1, dtype=np.int64)
+        self.finish_s = np.full(arrivals, np.nan)
+        self.wait_s = np.zeros(arrivals)
+        self.moe_s = np.zeros(arrivals)
+
+    def placed(self, arrival: int, request: int, worker: int) -> None:
+        """The arrival is this request of the trace and went to this worker."""
+        self.request[arrival] = request
+        self.worker[arrival] = worker
+
+    def ended(self, arrival: int, finish_s: float, wait_s: float, moe_s: float) -> None:
+        """The arrival's last token was made at `finish_s`."""
+        self.finish_s[arrival] = finish_s
+        self.wait_s[arrival] = wait_s
+        self.moe_s[arrival] = moe_s
+
+
+class Window:
+    """Sums over the steps that end between the first measured arrival and the first one after the measured.
+
+    steps, tokens: made in the window by all workers.
+    experts: the sum over these steps of their active experts.
+    replayed_tokens: made in the whole run.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        arrival_s, measured = workload.arrival_s, workload.measured
+        self.steps = self.tokens = self.experts = self.replayed_tokens = 0
+        self._from_s = float(arrival_s[measured.start])
+        self._until_s = float(arrival_s[measured.stop]) if measured.stop < len(arrival_s) else np.inf
+
+    def add(self, run: Run, batch: int) -> None:
+        """The planned steps of `run` have been made, by a batch of so many requests."""
+        planned = run.planned
+        ends_s = run.ends_s[:planned]
+        self.replayed_tokens += planned * batch
+        if ends_s[0] >= self._from_s and ends_s[-1] < self._until_s:
+            first, last = 0, planned
+        else:
+            first, last = (int(at) for at in np.searchsorted(ends_s, (self._from_s, self._until_s)))
+        self.steps += last - first
+        self.tokens += (last - first) * batch
+        self.experts += int(run.experts[first:last].sum())
+
+
+def result_of(workload: Workload, trace: PackedTrace, log: ArrivalLog, window: Window) -> RunResult:
+    """The result of a run in which every measured arrival has ended."""
+    part = slice(workload.measured.start, workload.measured.stop)
+    request, arrival_s = log.request[part], workload.arrival_s[part]
+    steps = np.array([trace.steps(index) for index in request.tolist()], dtype=np.float64)
+    made = max(window.steps, 1)
+    return RunResult(
+        tpot_s=(log.finish_s[part] - arrival_s) / steps,
+        moe_tpot_s=log.moe_s[part] / steps,
+        wait_s=log.wait_s[part],
+        arrival_s=arrival_s,
+        request=request,
+        worker=log.worker[part],
+        active_experts_mean=window.experts / made / trace.layers,
+        batch_mean=window.tokens / made,
+        steps=window.steps,
+        tokens=window.tokens,
+        replayed_tokens=window.replayed_tokens,
+    )
