@@ -1,13 +1,13 @@
-"""Settings that are declared once: a field of a dataclass carries its default, its range and what it means.
+"""Declares each setting once: a field of a dataclass carries its default, its range and its meaning.
 
     @dataclass
     class QueueLimits:
         max_queued: int = setting(1024, "most waiting requests of each priority", least=0)
 
-A check, a flag, a reload and a line of documentation all come from the declaration, so they cannot drift apart. Types
-come from the annotation: int, float, bool, str and Path, each also `| None`. Any other type needs `parse`.
+The check, the flag, the reload and the line of documentation all come from the declaration, so they cannot drift apart.
+The annotation gives the type: int, float, bool, str or Path, each also `| None`. Any other type needs `parse`.
 
-A dataclass may hold others as a `group`. For users it stays flat: files and flags know no groups, only keys.
+A dataclass may hold others as a `group`. Users do not see groups: in files and flags, all keys are at one level.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ Parse = Callable[[str, Any], Any]
 
 
 class SettingError(EldrError):
-    """A value that a setting cannot have, or a key that is none; the message names the key."""
+    """A value that a setting cannot have, or a key that is not a setting. The message names the key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One declared setting. `setting` describes the fields that it takes; the others say where it was declared.
+    """One declared setting. `setting` describes most fields.
 
-    kind: the annotated type, without None. path: names of the groups that lead to the dataclass that holds it.
+    key: the field's name. kind: the annotated type, without None. optional: whether None is allowed.
+    path: the names of the groups that lead to the dataclass that holds the setting.
     """
 
     help: str
@@ -62,7 +63,7 @@ class Setting:
 
     @property
     def default_text(self) -> str:
-        """The default as people read it; empty where there is none to speak of."""
+        """The default as help and documentation show it. Empty if there is nothing to show."""
         if self.shown or self.default is None or get_origin(self.kind) is not None:
             return self.shown
         if self.kind is bool:
@@ -71,7 +72,7 @@ class Setting:
 
     @property
     def expected(self) -> str:
-        """What a value must be, to stand behind "expected"."""
+        """The values allowed, as a phrase that follows "expected" in a message."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.kind is int:
@@ -84,18 +85,18 @@ class Setting:
         return names.get(self.kind, f"a {getattr(self.kind, '__name__', self.kind)}")
 
     def of(self, value: Any) -> Any:
-        """The value from the form that files and flags have it in. Raises EldrError where that cannot be parsed."""
+        """Convert a value from the form that files and flags give. Raises EldrError if it cannot be parsed."""
         if self.parse is not None:
             return self.parse(self.key, value)
         return Path(value) if self.kind is Path and isinstance(value, str) and value else value
 
     def check(self, value: Any) -> None:
-        """Raises SettingError unless the setting can have this value."""
+        """Raises SettingError if the setting cannot have this value."""
         if not (value is None and self.optional) and not self._fits(value):
             raise SettingError(f"{self.key} is {value!r}, expected {self.expected}")
 
     def holder(self, owner: Any) -> Any:
-        """The object below `owner` that has this setting as an attribute."""
+        """The object within `owner` that has this setting as an attribute."""
         return reduce(getattr, self.path, owner)
 
     def _fits(self, value: Any) -> bool:
@@ -124,16 +125,16 @@ def setting(
     page: str = "",
     section: str = "",
 ) -> Any:
-    """A field of a dataclass that is a setting.
+    """Declare a field of a dataclass as a setting.
 
-    help: what it means, as a phrase. Of a bool it says what true does, as an imperative: a flag negates it.
-    least, most: the range of a number, ends included; by default from 0, to MOST_WHOLE for a whole number.
-    infinite: whether it may be inf as well. choices: the values that text may have.
-    parse: makes the value from the form that files and flags have it in, given the key; raises EldrError.
-    flag: whether it has a flag, named after its key, or the name of that flag. metavar: of the flag.
-    live: whether a reload changes it in a running process.
-    shown: how help and documentation show the default, where its own text would say nothing.
-    page: the page of the documentation that has more to say. section: its heading, by default that of its group.
+    help: its meaning, as a phrase. For a bool, an imperative that says what true does. The flag negates it.
+    least, most: the range of a number, both ends included. By default from 0, and for whole numbers to MOST_WHOLE.
+    infinite: whether inf is allowed too. choices: the values allowed for text.
+    parse: called with the key and the value as files and flags give it. Returns the value, or raises EldrError.
+    flag: True for a flag named after the key, or the flag's name. metavar: the flag's placeholder in help.
+    live: whether a reload changes the setting in a running process.
+    shown: replaces the default in help and documentation where its own text would say nothing.
+    page: the documentation page with more detail. section: the heading, by default that of the group.
     """
     declared = Setting(
         help=help, least=least, most=sys.float_info.max if most is None else most, infinite=infinite,
@@ -147,12 +148,12 @@ def setting(
 
 
 def group(section: str = "") -> Any:
-    """A field of a dataclass that holds settings: an object of another such dataclass. section: their heading."""
+    """Declare a field that holds another dataclass of settings. section: the heading of those settings."""
     return field(metadata={_GROUP: section})
 
 
 def settings_of(cls: type) -> tuple[Setting, ...]:
-    """All settings of a dataclass, those of its groups included, in the order of their declaration."""
+    """All settings of a dataclass and of its groups, in the order of their declaration."""
     types = get_type_hints(cls)
     found: list[Setting] = []
     for each in dataclasses.fields(cls):
@@ -168,34 +169,34 @@ def settings_of(cls: type) -> tuple[Setting, ...]:
 
 
 def check(owner: Any) -> None:
-    """Check every setting that `owner`, an object of such a dataclass, has itself. Raises SettingError."""
+    """Check the settings that `owner` has itself, not those of its groups. Raises SettingError."""
     for one in settings_of(type(owner)):
         if not one.path:
             one.check(getattr(owner, one.key))
 
 
 def parsed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that `cls` has itself and `values` names, from the form that files and flags have them in.
+    """Convert those of `values` that are settings of `cls` itself, from the form that files and flags give.
 
-    Raises EldrError for what cannot be parsed; ranges are not checked yet.
+    Does not check ranges. Raises EldrError for a value that cannot be parsed.
     """
     return {one.key: one.of(values[one.key]) for one in settings_of(cls) if not one.path and one.key in values}
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """An object of `cls`, its groups included, from flat values in the form that files and flags have them in.
+    """Make an object of `cls`, with its groups, from flat values as files and flags give them.
 
-    Raises EldrError for a value that cannot be used and SettingError for a key that is no setting.
+    Raises EldrError for a value that cannot be used, and SettingError for a key that is not a setting.
     """
     known = sorted(one.key for one in settings_of(cls))
     for key in sorted(values):
         if key not in known:
-            raise SettingError(f"unknown key {key!r}; known are {', '.join(known)}")
+            raise SettingError(f"unknown key {key!r}; the keys are {', '.join(known)}")
     return _build(cls, values)
 
 
 def adopt(owner: Any, new: Any) -> list[str]:
-    """Take over from `new`, an object of the same class, the live settings; returns the keys of others that differ."""
+    """Copy the live settings from `new`, of the same class, to `owner`. Returns the keys of other changed settings."""
     fixed = []
     for one in settings_of(type(owner)):
         value = getattr(one.holder(new), one.key)
@@ -209,7 +210,7 @@ def adopt(owner: Any, new: Any) -> list[str]:
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Declare the flags of the settings of `cls`. None has a default, so that `given` finds only what was given."""
+    """Add the flags of the settings of `cls`. None has a default, so `given` finds only flags that were used."""
     sections: dict[str, argparse._ArgumentGroup] = {}
     for one in settings_of(cls):
         if one.flag:
@@ -219,19 +220,19 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
 
 
 def given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """The settings of `cls` that flags gave, as flat values."""
+    """The settings of `cls` that were given as flags, as flat values."""
     return {one.key: getattr(arguments, one.key) for one in settings_of(cls) if hasattr(arguments, one.key)}
 
 
 def text(key: str, value: Any) -> str:
-    """`value`, if it is text and not empty; for `parse`. Raises SettingError."""
+    """Return `value` if it is non-empty text. For use in `parse`. Raises SettingError."""
     if not isinstance(value, str) or not value:
         raise SettingError(f"{key} is {value!r}, expected text")
     return value
 
 
 def _complete(declared: Setting, key: str, annotation: Any) -> Setting:
-    """The declaration with what only the dataclass knows."""
+    """The declaration, completed from the field's name and annotation."""
     kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
     optional = NoneType in get_args(annotation)
     kind = kinds[0] if optional else annotation
@@ -254,7 +255,7 @@ def _build(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _flag_type(one: Setting) -> dict[str, Any]:
-    """What argparse must be told about the flag of a setting."""
+    """The arguments of `add_argument` for the flag of a setting."""
     default = f" ({one.default_text})" if one.default_text else ""
     about: dict[str, Any] = {"help": (one.help + default).replace("%", "%%")}
     container = get_origin(one.kind)

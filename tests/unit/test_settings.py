@@ -107,7 +107,7 @@ def test_flat_values_reach_their_groups() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"pwoer_w": 1}, "unknown key 'pwoer_w'; known are bake_s, fan, jars"),
+        ({"pwoer_w": 1}, "unknown key 'pwoer_w'; the keys are bake_s, fan, jars"),
         ({"oven": {}}, "unknown key 'oven'"),
         ({"jars": "plum"}, "jars is no list"),
         ({"power_w": 0}, "power_w is 0"),

@@ -170,7 +170,7 @@ def test_workers_die_with_their_owner(tmp_path: Path, number: signal.Signals) ->
 
 
 def test_a_port_that_is_taken(worker: WorkerProcess) -> None:
-    with pytest.raises(WorkerError, match="cannot have its port: Address already in use"):
+    with pytest.raises(WorkerError, match="cannot use its port: Address already in use"):
         WorkerProcess(worker.spec).start()
     assert worker.healthy()
 

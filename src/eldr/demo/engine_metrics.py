@@ -1,4 +1,4 @@
-"""What decode workers say of themselves at their metrics endpoint."""
+"""Reads from the decode workers' `/metrics` how many experts their steps activate."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TIMEOUT_S = 30.0
 
 
 class EngineMetricsError(EldrError):
-    """A worker without the metric of active experts: it does not run the eldr connector, or does not answer."""
+    """A worker that does not answer, or that lacks the metric because it does not run the eldr connector."""
 
 
 def parse_active_experts(text: str) -> ActiveExperts | None:
-    """Sum and count of the metric in a Prometheus exposition, over all its label sets; None if it is not there."""
+    """Sum and count of the metric in a Prometheus exposition, over all label sets. None if it is absent."""
     found = {"_sum": 0.0, "_count": 0.0}
     seen = False
     for family in text_string_to_metric_families(text):
@@ -33,7 +33,7 @@ def parse_active_experts(text: str) -> ActiveExperts | None:
 
 
 async def read_active_experts(urls: Sequence[str]) -> dict[str, ActiveExperts]:
-    """URL of a decode worker -> its counters since it started."""
+    """The counters of each worker since it started, by URL. Raises EngineMetricsError."""
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
         return dict(zip(urls, await asyncio.gather(*(_read(session, url) for url in urls)), strict=True))
 
@@ -43,7 +43,7 @@ async def _read(session: aiohttp.ClientSession, url: str) -> ActiveExperts:
         async with session.get(f"{url}/metrics") as response:
             text = await response.text()
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise EngineMetricsError(f"decode worker {url} does not give its metrics: {error!r}") from None
+        raise EngineMetricsError(f"cannot read the metrics of decode worker {url}: {error!r}") from None
     active = parse_active_experts(text)
     if active is None:
         raise EngineMetricsError(f"decode worker {url} has no metric {ACTIVE_EXPERTS}: is the eldr connector loaded?")

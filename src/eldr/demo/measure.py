@@ -1,4 +1,4 @@
-"""What is measured of a policy: requests, active experts, and where they were decoded."""
+"""Measurements of one policy: its requests, where they were decoded, and the active experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eldr.load.outcome import Outcome
 
 @dataclass(frozen=True, slots=True)
 class ActiveExperts:
-    """Sum and count of the distinct experts that a batch activates, over decode steps and MoE layers."""
+    """How many distinct experts a batch activates: sum and count over decode steps and MoE layers."""
 
     total: float
     samples: float
@@ -25,16 +25,16 @@ class ActiveExperts:
 
     @property
     def mean(self) -> float | None:
-        """0 to E; None if nothing was decoded."""
+        """From 0 to the number of experts. None if nothing was decoded."""
         return self.total / self.samples if self.samples > 0 else None
 
 
 @dataclass(slots=True)
 class PolicyRun:
-    """One policy's run of the workload, growing while it runs.
+    """One policy's run of the workload. It grows while the run lasts.
 
-    active: decode worker URL -> what that worker counted since the run began.
-    served_by: number of a request -> URL of its decode worker, as far as known.
+    active: decode worker URL -> the worker's counts since the run began.
+    served_by: request number -> URL of its decode worker, if already known.
     """
 
     policy: str
@@ -65,11 +65,11 @@ class PolicyRun:
 
     @property
     def active_experts_mean(self) -> float | None:
-        """Mean over the decode steps and MoE layers of all decode workers."""
+        """Mean over the decode steps and MoE layers of all decode workers. None if nothing was decoded."""
         return sum(self.active.values(), ActiveExperts(0, 0)).mean
 
     def placement(self, kinds: Sequence[str], workers: Sequence[str]) -> list[list[int]]:
-        """[kinds][workers] requests of a kind that a decode worker served."""
+        """How many requests of each kind each decode worker served, as [kinds][workers]."""
         counts = [[0] * len(workers) for _ in kinds]
         for outcome in self.outcomes:
             worker = self.served_by.get(outcome.number)
@@ -79,10 +79,10 @@ class PolicyRun:
 
 
 def workers_per_kind(placement: Sequence[Sequence[int]]) -> float | None:
-    """Over how many workers a kind of request is spread: 1 to the number of workers, mean over kinds.
+    """How many workers a kind of request is spread over, averaged over kinds: 1 to the number of workers.
 
-    placement: [kinds][workers] requests. Each kind gives the exponential of the Shannon entropy of its shares, the
-    effective number of workers (Hill 1973). None without requests.
+    placement: requests as [kinds][workers]. A kind's spread is the effective number of its workers: the exponential of
+    the Shannon entropy of their shares (Hill 1973). None without requests.
     """
     spreads = []
     for counts in placement:

@@ -1,7 +1,8 @@
-"""The demo's model: a small trained Mixture-of-Experts language model over bytes, a distribution of its own.
+"""Unpacks the demo's model, a small trained Mixture-of-Experts language model over bytes.
 
-It is a Qwen3-MoE in Hugging Face form, which stock vLLM loads. docs/model.md says what it was trained on and how its
-experts follow the kind of text; training/ holds the scripts that made it.
+It is a Qwen3-MoE in Hugging Face's format, which stock vLLM loads, and is installed as a distribution of its own
+(models/small-moe). docs/model.md describes its training data, and how its experts follow the kind of text. training/
+holds the scripts that made it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from eldr.errors import EldrError
 
-# What vLLM needs of it; provenance.json and NOTICE.md are for people.
+# The files that vLLM needs. provenance.json and NOTICE.md are for people.
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -20,12 +21,12 @@ class ModelMissingError(EldrError):
 
 
 def write_model(folder: Path) -> None:
-    """Copy the model to `folder`. Raises ModelMissingError where it is not installed."""
+    """Copy the model to `folder`. Raises ModelMissingError if it is not installed."""
     try:
         import eldr_small_moe
     except ModuleNotFoundError:
         raise ModelMissingError(
-            "the demo's model is not installed: install eldr[demo], or models/small-moe of a checkout of eldr"
+            "the demo's model is not installed: install eldr[demo], or models/small-moe from a checkout of eldr"
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     for name in MODEL_FILES:

@@ -1,4 +1,4 @@
-"""The demo from start to end: the model, a fleet, calibration, each policy under the same load, a verdict."""
+"""Runs the demo from start to end: the model, a fleet, calibration, each policy under the same load, a verdict."""
 
 from __future__ import annotations
 
@@ -35,27 +35,29 @@ from eldr.trace import write_trace
 
 EXIT_FAILED = 1
 EXIT_TERMINATED = 128 + signal.SIGTERM
-# All requests that a policy gets; every kind has the same share.
+# Calibration prompts in all. Every kind of text has the same share.
 CALIBRATION_PROMPTS = 96
 CALIBRATION_MAX_TOKENS = 48
 CALIBRATION_IN_FLIGHT = 8
 REFERENCE_IN_FLIGHT = 32
 WARM_UP_ROUNDS = 3
 POLL_S = 1.0
-# Workers count their last step, and the router logs its last request, shortly after the last token.
+# Shortly after the last token, the workers count their last step and the router logs its last request.
 SETTLE_S = 0.5
 
 
 class DemoError(EldrError):
-    """The demo cannot run as asked, or a part of it did not give what the rest needs."""
+    """The demo cannot run with these options, or one of its steps failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """What the demo runs.
+    """The options of a demo run.
 
-    vllm_python: interpreter of the environment with vLLM and eldr. requests: per policy. in_flight: requests that the
-    client keeps in flight, over all decode workers. seed: of prompts, lengths and calibration.
+    vllm_python: the interpreter of the environment that holds vLLM and eldr.
+    output: the folder for results. requests: how many each policy gets.
+    in_flight: how many requests the client keeps in flight, over all decode workers.
+    seed: for prompts, lengths and calibration.
     """
 
     vllm_python: Path
@@ -67,22 +69,22 @@ class DemoOptions:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise DemoError for what cannot be run."""
+        """Raises DemoError if the demo cannot run with these options."""
         unknown = [name for name in self.policies if name not in POLICY_NAMES]
         if unknown or not self.policies:
-            raise DemoError(f"unknown policy {unknown[0] if unknown else ''!r}; there are {', '.join(POLICY_NAMES)}")
+            raise DemoError(f"unknown policy {unknown[0] if unknown else ''!r}; choose from {', '.join(POLICY_NAMES)}")
         if len(set(self.policies)) < len(self.policies):
             raise DemoError("a policy is named twice")
         if not self.vllm_python.is_file():
             raise DemoError(
-                f"{self.vllm_python}: no such interpreter; give one that has vLLM installed (make demo does)"
+                f"{self.vllm_python}: no such interpreter; give one that has vLLM installed, as `make demo` does"
             )
 
 
 def run_demo(options: DemoOptions) -> int:
-    """Run the demo; returns the exit code: 0 only if no request failed and every output equals the reference's.
+    """Run the demo. Returns the exit code, which is 0 only if no request failed and every output passed its check.
 
-    Raises EldrError if a part cannot run. Ctrl-C (KeyboardInterrupt) and SIGTERM stop every process it started.
+    Ctrl-C (KeyboardInterrupt) and SIGTERM stop every process that the demo started. Raises EldrError if a step fails.
     """
     options.check()
     console = Console()
@@ -108,7 +110,7 @@ async def _run_until_terminated(options: DemoOptions, console: Console) -> int:
 
 
 class _Demo:
-    """The steps of one run; each leaves what the next needs."""
+    """The steps of one run. Each keeps its results for the steps after it."""
 
     def __init__(self, options: DemoOptions, view: View) -> None:
         self.options = options
@@ -164,7 +166,7 @@ class _Demo:
         return calibration
 
     async def _ask_reference(self, workers: Workers) -> None:
-        """What the plain worker answers to every prompt, by itself."""
+        """Ask the plain worker for its output to every prompt, as the reference."""
         target = Target(workers.plain.url, MODEL_NAME, "reference")
         with self.view.step("reference outputs of the plain worker", len(self.requests)) as step:
 
@@ -177,7 +179,7 @@ class _Demo:
             await run_closed(target, self.requests, REFERENCE_IN_FLIGHT, heard)
 
     async def _warm_up(self, workers: Workers) -> None:
-        """Let every decode worker meet the prefill worker once, or the first policy would pay for it."""
+        """Make every decode worker connect to the prefill worker, which would otherwise slow the first policy down."""
         count = WARM_UP_ROUNDS * len(workers.decode)
         requests = make_requests(self.calibration_prompts[:count], seed=self.options.seed)
         with self.view.step("warm up"):
@@ -200,7 +202,7 @@ class _Demo:
                 started_s = time.monotonic()
                 poll = asyncio.create_task(follow.forever())
                 try:
-                    # A run of its own name starts with an empty prefix cache.
+                    # With its own name, each run starts with an empty prefix cache.
                     target = Target(url, MODEL_NAME, policy)
                     await run_closed(target, self.requests, self.options.in_flight, heard)
                 finally:
@@ -220,7 +222,7 @@ class _Demo:
 
     @contextlib.asynccontextmanager
     async def _router(self, policy: str, workers: Workers) -> AsyncIterator[str]:
-        # At level debug the router logs every request, with the worker that it chose.
+        # At level debug, the router logs every request and its decode worker.
         flags = ["--policy", policy, "--calibration", str(self.calibration_path), "--log-level", "debug"]
         async with running_router(workers, flags, self._router_log(policy)) as url:
             yield url
@@ -235,7 +237,7 @@ def _raise_error(outcome: Outcome) -> None:
 
 
 class _Follow:
-    """Keeps what decode workers count and what the router logs in a run up to date while it runs."""
+    """Updates a run, while it lasts, from the decode workers' counters and the router's log."""
 
     def __init__(self, run: PolicyRun, workers: Workers, router_log: Path) -> None:
         self._run = run
@@ -244,7 +246,7 @@ class _Follow:
         self._before: dict[str, ActiveExperts] = {}
 
     async def begin(self) -> None:
-        """What was counted before does not belong to the run."""
+        """Remember the counters, so that earlier counts do not belong to the run."""
         self._before = await read_active_experts(self._urls)
 
     async def update(self) -> None:
@@ -255,5 +257,5 @@ class _Follow:
     async def forever(self) -> None:
         while True:
             await asyncio.sleep(POLL_S)
-            with contextlib.suppress(EldrError):  # a busy worker; the reading after the load is the one that counts
+            with contextlib.suppress(EldrError):  # a worker may be too busy; only the last reading counts
                 await self.update()

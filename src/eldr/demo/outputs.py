@@ -1,7 +1,7 @@
-"""Are routed outputs the ones of a single plain worker? Compared as text, with one exception for ties.
+"""Compares routed outputs with those of a single plain worker, as text.
 
-Greedy decoding picks the largest logit. Where the two largest are closer than float32 arithmetic can tell apart in
-batches of different shape, either is right: such a difference is a tie, counted separately.
+Greedy decoding picks the token with the largest logit. If the two largest are so close that float32 rounding decides,
+which depends on the batch, either token is right. Such a difference is a tie and is counted separately.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from eldr.load.request import Request
 
 TIE_LOGIT_GAP = 1e-4
 
-# Gap between the reference's two largest logits at each generated token of a request, and the tokens.
+# The generated tokens of a request, and for each the gap between the reference's two largest logits.
 TopTwo = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A routed output that is not the reference's. position: of the first differing token, None if none differs."""
+    """A routed output that differs from the reference.
+
+    number: the request's. position: of the first token that differs. None if all tokens are equal.
+    """
 
     policy: str
     number: int
@@ -34,7 +37,7 @@ class Difference:
 
 @dataclass(slots=True)
 class OutputCheck:
-    """equal + ties + differences are all the compared outputs; requests that failed are not among them."""
+    """How the compared outputs came out: equal, tied or different. Failed requests are not compared."""
 
     equal: int = 0
     ties: int = 0
@@ -46,7 +49,10 @@ class OutputCheck:
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Index of the first token at which two sequences differ, the end of the shorter included; None if equal."""
+    """The first index at which two sequences differ. If one begins with the other, that is where the shorter ends.
+
+    None if they are equal.
+    """
     for position, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return position
@@ -59,9 +65,9 @@ async def check_outputs(
     ask_reference: Callable[[int], Awaitable[TopTwo]],
     check: OutputCheck,
 ) -> None:
-    """Compare the successful outputs of `run` with the `reference` of the same number; add the verdicts to `check`.
+    """Compare each successful output of `run` with the `reference` of the same number, and count it in `check`.
 
-    ask_reference: number of a request -> the reference's tokens and top-two gaps; asked only where texts differ.
+    ask_reference: returns the reference's tokens and top-two gaps for a request number. Called only where texts differ.
     """
     expected = {outcome.number: outcome for outcome in reference}
     for outcome in run.succeeded:
@@ -91,7 +97,7 @@ def _why_no_tie(position: int | None, tokens: Sequence[int], asked: TopTwo) -> s
 
 
 async def top_two_gaps(url: str, model: str, request: Request) -> TopTwo:
-    """Ask a plain worker for `request` again, with the log-probabilities of its two likeliest tokens.
+    """Ask a plain worker for `request` again, with the log-probabilities of the two likeliest tokens at each position.
 
     Raises aiohttp.ClientError if it does not answer.
     """
@@ -103,7 +109,7 @@ async def top_two_gaps(url: str, model: str, request: Request) -> TopTwo:
         "ignore_eos": True,
         "logprobs": 2,
         "return_token_ids": True,
-        # By id: several bytes have no text of their own and would share one key.
+        # By id, because several bytes have no text of their own and would share one key.
         "return_tokens_as_token_ids": True,
     }
     async with (

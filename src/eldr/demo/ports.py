@@ -1,4 +1,4 @@
-"""Free ports of this machine for workers and routers that are about to start."""
+"""Finds free ports of this machine for workers and routers that are about to start."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import socket
 
 from eldr.errors import EldrError
 
-# Below the range that Linux takes the ports of outgoing connections from.
+# Below the range from which Linux takes ports for outgoing connections.
 FIRST_PORT, END_PORT = 12000, 32000
 
 _given: set[int] = set()
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` ports of 127.0.0.1 that nobody listens on, drawn at random, none given before in this process.
+    """Returns `count` free ports of 127.0.0.1, drawn at random. None was returned before in this process.
 
-    A worker takes its port half a minute later: drawn in order, two demos started together would get the same ones.
-    Not the kernel's choice (port 0) either: those are handed to outgoing connections too, and taken again before use.
-    Raises EldrError where there are not so many.
+    A worker listens on its port only half a minute later. If ports were taken in order, two demos that start together
+    would get the same ones. Ports that the kernel chooses (port 0) do not help: before the worker listens, the kernel
+    may give them to an outgoing connection.
+
+    Raises EldrError if too few ports are free.
     """
     ports: list[int] = []
     for port in random.sample(range(FIRST_PORT, END_PORT), END_PORT - FIRST_PORT):

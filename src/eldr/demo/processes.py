@@ -1,4 +1,4 @@
-"""The demo's processes: its vLLM workers and one router at a time, on free ports of this machine."""
+"""Runs the demo's processes: its vLLM workers and one router at a time, on free ports of this machine."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from eldr.errors import EldrError
 from eldr.lifeline import die_with
 
 MODEL_NAME = "eldr-demo"
-# The smallest that vLLM's CPU attention takes: the openings that prompts share fill a few blocks.
+# The smallest size that vLLM's CPU attention allows, so that the openings that prompts share fill a few blocks.
 BLOCK_SIZE_TOKENS = 32
-# A minute on two idle cores; far more where others use them too.
+# It takes a minute on two idle cores, and far longer on busy ones.
 WORKER_READY_TIMEOUT_S = 600.0
 ROUTER_READY_TIMEOUT_S = 60.0
 ROUTER_GRACE_S = 5.0
 
 
 class RouterProcessError(EldrError):
-    """The router did not start or did not find its workers; ends with the tail of its log."""
+    """The router did not start, or did not find its workers. The message ends with the tail of its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,9 @@ class Workers:
 async def running_workers(
     python: Path, model_dir: Path, logs: Path, decode_workers: int, ready: Callable[[], None]
 ) -> AsyncIterator[Workers]:
-    """Start all workers at once, wait for them (`ready` is called for each), and stop them at the end.
+    """Start all workers at once, wait until they are ready, and stop them at the end.
 
-    Raises WorkerError if one does not come up.
+    ready: called once for each worker that becomes ready. Raises WorkerError if one does not.
     """
     roles: list[tuple[str, Role]] = [("plain", "plain"), ("prefill", "prefill")]
     roles += [(f"decode{number}", "decode") for number in range(decode_workers)]
@@ -65,7 +65,7 @@ async def running_workers(
                 side_channel_port=side_channel_port,
                 model_dir=model_dir,
                 served_name=MODEL_NAME,
-                # Not resolved: the path of a virtual environment's interpreter is what makes it one.
+                # Not resolved: a virtual environment is recognised by the path of its interpreter.
                 python=python.absolute(),
                 log_path=logs / f"{name}.log",
                 extra_args=("--block-size", str(BLOCK_SIZE_TOKENS)),
@@ -73,10 +73,10 @@ async def running_workers(
         )
         for (name, role), port, side_channel_port in zip(roles, ports[::2], ports[1::2], strict=True)
     ]
-    # Threads enough to stop every worker while each is still waited for: a wait ends when its worker is stopped.
+    # Each worker needs a second thread to be stopped while the first still waits for it. Stopping it ends the wait.
     with ThreadPoolExecutor(2 * len(processes)) as pool:
         try:
-            # From this thread, not the pool's: a worker dies with the thread that started it.
+            # Not started from the pool: a worker dies with the thread that started it.
             for process in processes:
                 process.start()
             await _all_ready(processes, pool, ready)
@@ -103,7 +103,7 @@ async def _all_ready(processes: Sequence[WorkerProcess], pool: Executor, ready: 
 
 @contextlib.asynccontextmanager
 async def running_router(workers: Workers, flags: Sequence[str], log_path: Path) -> AsyncIterator[str]:
-    """Run `eldr serve` in front of `workers` with more `flags`; yields its URL. Raises RouterProcessError."""
+    """Run `eldr serve` in front of `workers`, with further `flags`. Yields its URL. Raises RouterProcessError."""
     port = free_ports(1)[0]
     command = [sys.executable, "-m", "eldr", "serve", "--port", str(port), "--prefill", workers.prefill.url]
     for url in workers.decode_urls:

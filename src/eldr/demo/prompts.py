@@ -1,4 +1,4 @@
-"""The demo's prompts: one of a kind's openings and a few of its sentences."""
+"""Makes the demo's prompts. Each is an opening of its kind and a few sentences of it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from eldr.workloads.kinds import KINDS, Kind
 from eldr.workloads.prompt import Prompt
 
 MAX_PROMPT_BYTES = 400
-# The smallest number of distinct prompts any kind can give is far above this; a request for more is a mistake.
+# Every kind can give far more distinct prompts than this. Asking for more is a mistake.
 MAX_PROMPTS_PER_KIND = 2000
 
 
 def make_prompts(count: int, *, seed: int, exclude: frozenset[str] = frozenset()) -> list[Prompt]:
-    """`count` prompts, all different and none in `exclude`, the kinds as even as `count` allows, in random order.
+    """Make `count` different prompts, none of them in `exclude`, in random order.
 
-    Raises ValueError if a kind would have to give more than MAX_PROMPTS_PER_KIND.
+    Each kind has the same share, as far as `count` allows. Raises ValueError if a kind would need more than
+    MAX_PROMPTS_PER_KIND prompts.
     """
     if count > MAX_PROMPTS_PER_KIND * len(KINDS):
         raise ValueError(f"{count} demo prompts; there are at most {MAX_PROMPTS_PER_KIND} of each kind")

@@ -1,4 +1,4 @@
-"""The demo's report: active experts and locality first, then everything else that was measured."""
+"""Writes the demo's report: active experts and locality first, then all other measurements."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def write_report(result: DemoResult, requests: list[Request], path: Path) -> Non
         section(
             "Where each kind of prompt was decoded",
             paragraph(
-                "How many requests of each kind (row) each decode worker served (column). No policy is told the kind, "
-                "but locality-band sees which experts the prompt used."
+                "Each cell counts the requests of one kind (row) that one decode worker served (column). No policy is "
+                "told the kind, but locality-band sees which experts the prompt used."
             ),
             row(*(_placement(run, result.workers, workers) for run in result.runs)),
         ),
@@ -142,9 +142,9 @@ def _latency(runs: list[PolicyRun]) -> Html:
 
 def _verdict(result: DemoResult) -> str:
     check = result.check
-    text = f"{check.equal} of {check.total} outputs are equal to the text of a single plain vLLM worker."
+    text = f"{check.equal} of {check.total} outputs are equal to those of a single plain vLLM worker."
     if check.ties:
-        text += f" {check.ties} differ by a tie: there the reference's two largest logits are closer than 1e-4."
+        text += f" {check.ties} differ by a tie: the reference's two largest logits are less than 1e-4 apart there."
     for difference in check.differences[:10]:
         text += f" Request {difference.number} under {difference.policy} differs: {difference.reason}."
     return text + " One request of each kind:"

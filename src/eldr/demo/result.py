@@ -1,4 +1,4 @@
-"""All that a demo run found out."""
+"""The result of a demo run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from eldr.demo.outputs import OutputCheck
 
 @dataclass(slots=True)
 class DemoResult:
-    """Runs of the policies over the same requests, on decode workers at the URLs `workers`."""
+    """The runs of all policies over the same requests.
+
+    workers: the URLs of the decode workers.
+    """
 
     calibration: Calibration
     workers: list[str]
@@ -20,7 +23,7 @@ class DemoResult:
 
     @property
     def passed(self) -> bool:
-        """No request failed, and every output is the reference's or a tie."""
+        """Whether no request failed, and every output is equal to the reference or tied."""
         errors = sum(run.errors for run in self.runs)
         requests = sum(len(run.outcomes) for run in self.runs)
         return errors == 0 and not self.check.differences and self.check.total == requests

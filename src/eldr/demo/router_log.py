@@ -1,4 +1,4 @@
-"""Which decode worker served which request, read from the router's log of requests (log level debug)."""
+"""Reads from the router's log, at level debug, which decode worker served each request."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import orjson
 
 
 def read_placements(log_path: Path) -> dict[int, str]:
-    """Number of a finished request -> URL of the decode worker that served it.
+    """Returns the URL of the decode worker of each finished request, by request number.
 
-    A line that is not a request's, or is only half written yet, is passed over.
+    Skips lines that are not about a request or are not completely written yet.
     """
     placements = {}
     for line in log_path.read_bytes().splitlines():

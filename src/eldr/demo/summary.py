@@ -1,4 +1,4 @@
-"""summary.json: the figures of a demo run for other programs."""
+"""Writes summary.json, the figures of a demo run for other programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eldr.load.outcome import percentile_ms
 
 
 def summarise(result: DemoResult) -> dict[str, Any]:
-    """The figures under their names; what could not be measured is None."""
+    """The figures by name. A figure that could not be measured is None."""
     calibration = result.calibration
     return {
         "policies": {run.policy: _policy(run) for run in result.runs},
@@ -36,7 +36,7 @@ def _policy(run: PolicyRun) -> dict[str, Any]:
 
 
 def write_summary(summary: dict[str, Any], path: Path) -> None:
-    """Write as JSON, whole or not at all."""
+    """Write `summary` as JSON, completely or not at all."""
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
 
     def write(file: IO[bytes]) -> None:

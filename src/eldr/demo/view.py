@@ -1,4 +1,4 @@
-"""The demo in the terminal: steps, policies and where each kind of prompt went, live and at the end."""
+"""Shows the demo in the terminal, live and at the end: its steps, the policies, and where each kind of prompt went."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REFRESH_PER_S = 5
 
 @dataclass(slots=True)
 class Step:
-    """One step of the demo. total: how many parts it has, 0 if that means nothing."""
+    """One step of the demo. total: how many parts it has, or 0 if it is not counted in parts."""
 
     title: str
     total: int = 0
@@ -54,7 +54,7 @@ class Step:
 
 
 class View:
-    """What is shown. Runs are added when they start and change while they are shown."""
+    """Collects and shows the state of the demo. A run is added when it starts, and changes while it is shown."""
 
     def __init__(self, console: Console, requests_per_policy: int) -> None:
         self.console = console
@@ -66,7 +66,7 @@ class View:
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
-        """Keep the view on screen. Where the output is no terminal, each step is a line when it ends."""
+        """Keep the view on screen. If the output is not a terminal, print a line when each step ends."""
         if not self.console.is_terminal:
             yield
             return
@@ -95,7 +95,7 @@ class View:
         return Group(*parts)
 
     def conclude(self, result: DemoResult, output: Path) -> None:
-        """The verdict, and where the report is. Where the output is no terminal, the tables too."""
+        """Print the verdict and the report's path. If the output is not a terminal, print the tables first."""
         if not self.console.is_terminal:
             self.console.print(self.figures(), self.placements())
         check = result.check
@@ -117,7 +117,7 @@ class View:
         self.console.print(f"report: {output / 'report.html'} ({time.monotonic() - self._started_s:.0f} s)")
 
     def figures(self) -> Table:
-        """A row for each policy."""
+        """The figures, with a row for each policy."""
         table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
         table.add_column("policy", style="bold", no_wrap=True)
         for name in ("requests", "errors", "TTFT p50\nms *", "TPOT p50\nms *", "TPOT p99\nms *"):
@@ -141,7 +141,7 @@ class View:
         return table
 
     def placements(self) -> Columns:
-        """For each policy, how many requests of each kind each decode worker served."""
+        """How many requests of each kind each decode worker served, for each policy."""
         return Columns([self._placement(run) for run in self.runs], padding=(0, 3))
 
     def _placement(self, run: PolicyRun) -> Table:
@@ -158,7 +158,7 @@ class View:
 
 
 def _shade(share: float) -> Style:
-    """Background from dark to light blue, white on it."""
+    """White text on blue, which gets lighter as the share grows."""
     strength = 0.15 + 0.85 * share
     return Style.parse(f"white on rgb({int(20 + 20 * strength)},{int(30 + 80 * strength)},{int(50 + 170 * strength)})")
 

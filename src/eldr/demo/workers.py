@@ -1,7 +1,7 @@
-"""vLLM worker processes on this machine: started, watched, paused and stopped.
+"""Starts, watches, pauses and stops vLLM worker processes on this machine.
 
-The settings are what several CPU workers on few cores need to hand KV caches to each other at once instead of
-in seconds; docs/vllm.md gives those of GPU workers.
+The settings make several CPU workers on few cores hand over KV caches at once instead of within seconds. docs/vllm.md
+has the settings for GPU workers.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ CONNECTOR = "EldrConnector"
 CONNECTOR_MODULE = "eldr.engines.vllm.connector"
 LOG_TAIL_LINES = 25
 _KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
-# The last line of a traceback, behind the prefix of vLLM's log lines.
+# The last line of a traceback, after the prefix of vLLM's log lines.
 _EXCEPTION = re.compile(r"(?:^|\]:? )([\w.]*(?:Error|Exception): .+)")
 
 
 class WorkerError(EldrError):
-    """A worker process that did not start, died, or never became ready; ends with the tail of its log."""
+    """A worker process that did not start, died, or never became ready. The message ends with the tail of its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What one worker process is started with.
+    """How to start one worker process.
 
-    role: "prefill" and "decode" run the eldr connector, "plain" is a stock worker without any connector.
-    port: HTTP. side_channel_port: NIXL's handshake, unique on the machine; unused by "plain".
+    role: "prefill" and "decode" run the eldr connector. "plain" is a stock worker without a connector.
+    port: for HTTP. side_channel_port: for NIXL's handshake, unique on the machine. "plain" does not use it.
     model_dir: a Hugging Face model directory. served_name: the model's name in requests.
-    python: interpreter of the environment that holds vLLM and eldr.
-    log_path: receives the worker's stdout and stderr; overwritten at start.
-    extra_args: more vLLM arguments; where one is given twice, vLLM takes the last.
-    extra_config: more keys of kv_connector_extra_config (eldr's own and NIXL's).
-    extra_env: more environment variables.
+    python: the interpreter of the environment that holds vLLM and eldr.
+    log_path: the file for the worker's stdout and stderr, overwritten at the start.
+    extra_args: further vLLM arguments. If one is given twice, vLLM takes the last.
+    extra_config: further keys of kv_connector_extra_config, eldr's or NIXL's.
+    extra_env: further environment variables.
     """
 
     role: Role
@@ -90,13 +90,13 @@ class WorkerSpec:
         return command + list(self.extra_args)
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
-        """The worker's environment variables: `base` plus what the worker needs."""
-        # The first would override --kv-cache-memory-bytes, the others would mix Python environments.
+        """The worker's environment variables: those of `base`, and those that the worker needs."""
+        # The first would override --kv-cache-memory-bytes. The others would mix Python environments.
         dropped = ("VLLM_CPU_KVCACHE_SPACE", "PYTHONPATH", "PYTHONHOME")
         kept = {name: value for name, value in base.items() if name not in dropped}
         return {
             **kept,
-            # Otherwise vLLM's CPU platform turns the executor "uni" into processes that spin on two cores.
+            # Otherwise vLLM's CPU platform replaces the executor "uni" by processes that spin on two cores.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -119,10 +119,10 @@ class WorkerSpec:
 
 
 class WorkerProcess:
-    """One vLLM worker, itself several processes, in its own process group.
+    """One vLLM worker, which consists of several processes, in a process group of its own.
 
-    It dies with the thread that started it (PR_SET_PDEATHSIG), so start workers from a thread that outlives
-    them; a Ctrl-C in the terminal does not reach it before its owner stops it.
+    It dies with the thread that started it (PR_SET_PDEATHSIG), so start it from a thread that outlives it. Ctrl-C in
+    the terminal does not reach it: its owner stops it.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -136,11 +136,11 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int | None:
-        """Process id, which is also the process group's; None before start and after stop."""
+        """The process id, which is also the id of the process group. None before `start` and after `stop`."""
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start the process; returns at once. Raises WorkerError if there is nothing to run."""
+        """Start the process and return at once. Raises WorkerError if it cannot be started."""
         if self._process is not None:
             raise WorkerError(f"{self._name} is already running")
         self._claim_port()
@@ -162,10 +162,10 @@ class WorkerProcess:
         _live.add(self)
 
     def wait_ready(self, timeout_s: float = 300.0) -> None:
-        """Return once /health answers 200. Raises WorkerError if the worker dies or `timeout_s` passes."""
+        """Wait until /health answers 200. Raises WorkerError if the worker dies or `timeout_s` passes."""
         deadline = time.monotonic() + timeout_s
         while not self.healthy():
-            process = self._process  # another thread may stop it meanwhile
+            process = self._process  # another thread may stop it in the meantime
             if process is None:
                 raise WorkerError(f"{self._name} was not started, or was stopped")
             if (status := process.poll()) is not None:
@@ -176,7 +176,7 @@ class WorkerProcess:
             time.sleep(0.2)
 
     def healthy(self, timeout_s: float = 2.0) -> bool:
-        """Whether this process is alive and its /health answers 200 within `timeout_s`."""
+        """Whether the process is alive and its /health answers 200 within `timeout_s`."""
         if self._process is None or self._process.poll() is not None:
             return False
         try:
@@ -186,15 +186,15 @@ class WorkerProcess:
             return False
 
     def pause(self) -> None:
-        """Stop the whole process group in its tracks (SIGSTOP)."""
+        """Suspend the whole process group (SIGSTOP)."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a paused process group go on (SIGCONT)."""
+        """Resume a suspended process group (SIGCONT)."""
         self._signal(signal.SIGCONT)
 
     def stop(self, grace_s: float = 10.0) -> None:
-        """End the process group: SIGTERM, after `grace_s` SIGKILL. Does nothing if there is none."""
+        """End the process group with SIGTERM and, after `grace_s`, SIGKILL. Does nothing if it is not running."""
         process = self._process  # another thread may stop it at the same time
         if process is None:
             return
@@ -219,13 +219,13 @@ class WorkerProcess:
         return log_tail(self.spec.log_path)
 
     def _claim_port(self) -> None:
-        # Otherwise whoever has the port would answer for this worker until it fails to take it, seconds later.
+        # A process that already has the port would answer in this worker's place until its start fails, seconds later.
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", self.spec.port))
             except OSError as error:
-                raise WorkerError(f"{self._name} cannot have its port: {error.strerror}") from None
+                raise WorkerError(f"{self._name} cannot use its port: {error.strerror}") from None
 
     def _signal(self, number: signal.Signals) -> None:
         process = self._process
@@ -235,23 +235,23 @@ class WorkerProcess:
 
 
 def log_tail(path: Path) -> str:
-    """The first exception in a log and the log's end, as the end of an error message."""
+    """The first exception in a log and the log's last lines, to be appended to an error message."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
         lines = []
-    # An engine's own exception comes first; what the log ends with is that the engine failed.
+    # An engine's own exception comes first. At the end, the log only says that the engine failed.
     cause = next((found[1] for line in lines if (found := _EXCEPTION.search(line))), None)
     tail = "\n".join(f"  | {line}" for line in lines[-LOG_TAIL_LINES:]) or "  | (empty)"
     return (f" {cause}" if cause else "") + f"\nThe end of its log {path}:\n{tail}"
 
 
 def _watch(group: int) -> subprocess.Popen[bytes]:
-    """A process that kills the process group once this process is gone, however it went.
+    """Start a process that kills the process group when this process ends, for whatever reason.
 
-    PR_SET_PDEATHSIG reaches the group's first process only; the engine's would live on.
+    PR_SET_PDEATHSIG ends only the group's first process. The engine's process would survive.
     """
-    script = 'read -r _; kill -s KILL -- "-$1"'  # the pipe ends when its writer, this process, does
+    script = 'read -r _; kill -s KILL -- "-$1"'  # the pipe closes when its writer, this process, ends
     return subprocess.Popen(
         ["/bin/sh", "-c", script, "eldr-watchdog", str(group)],
         stdin=subprocess.PIPE,
@@ -266,7 +266,7 @@ _live: set[WorkerProcess] = set()
 
 @atexit.register
 def _stop_all() -> None:
-    # All are told at once, so that their grace periods overlap.
+    # All get SIGTERM first, so that their grace periods overlap.
     workers = list(_live)
     for worker in workers:
         worker.resume()

@@ -1,4 +1,4 @@
-"""Everything that can be set about policies, in one object that the router and the replay share."""
+"""The options of all policies, in one object that the router and the replay share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BAND, UNION = "Locality-band", "Expected-union"
 
 
 class PolicyError(EldrError):
-    """A policy that does not exist or cannot be made from what was given."""
+    """A policy that does not exist, or that cannot be made from the options and files given."""
 
 
 def cost_table(key: str, value: Any) -> dict[str, str]:
-    """Worker -> preset or file. In a file it is a table, flags give a list of pairs. Raises SettingError."""
+    """Worker -> preset or file. A configuration file gives a table, and flags give pairs. Raises SettingError."""
     of_flags = isinstance(value, list) and all(isinstance(pair, tuple) for pair in value)
     if not of_flags and not isinstance(value, Mapping):
         raise SettingError(f"{key} is {value!r}, expected a table: worker = cost file or preset")
@@ -42,9 +42,9 @@ def _costs(key: str, value: Any) -> dict[str, CostModel]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyOptions:
-    """Options of all policies; each takes those that it has.
+    """Options of all policies. Each policy uses its own and ignores the others.
 
-    Raises PolicyError or CostError for what cannot be used.
+    Raises PolicyError or CostError for a value that cannot be used.
     """
 
     tau: float = setting(0.1, "width of the band, in cosine similarity", flag=True, section=BAND)
@@ -54,10 +54,10 @@ class PolicyOptions:
         least=0.1, infinite=True, flag=True, section=BAND, page="policies.md#background-refit",
     )  # fmt: skip
     refit_window_s: float = setting(
-        5.0, "age of the oldest request that a refit uses", least=0.01, flag=True, section=BAND
+        5.0, "how far back the requests go that a refit uses", least=0.01, flag=True, section=BAND
     )
     cost: CostModel = setting(
-        PRESETS[DEFAULT_PRESET], "step-time model of the decode workers: a file of `eldr calibrate-cost` or a preset",
+        PRESETS[DEFAULT_PRESET], "step-time model of the decode workers: a preset or a file from `eldr calibrate-cost`",
         parse=_cost, flag=True, metavar="FILE|PRESET", shown=DEFAULT_PRESET, section=UNION,
         page="replay.md#cost-models",
     )  # fmt: skip
@@ -67,27 +67,27 @@ class PolicyOptions:
     )  # fmt: skip
     cost_scope: str = setting(
         "step",
-        "what the step time covers: whole decode steps, or their MoE layers alone, which is all that a measured "
-        "file has",
+        "what the step time covers: whole decode steps, or their MoE layers alone; measured files have only the latter",
         choices=SCOPES, flag=True, section=UNION,
     )  # fmt: skip
     others_weight: float = setting(
-        1.0, "weight of what a placement adds to the requests there: 0.5 favours the tail, 2 the median",
+        1.0, "weight of the time that a placement adds to the requests there: 0.5 favours the tail, 2 the median",
         flag=True, section=UNION, page="policies.md#knobs",
     )  # fmt: skip
     anchor: float = setting(
-        ANCHOR, "weight of sending a request where similar ones went lately; 0 for none", flag=True, section=UNION
+        ANCHOR, "weight of sending a request where similar ones went recently; 0 turns it off", flag=True, section=UNION
     )
     tail_guard: float = setting(
-        TAIL_GUARD, "how much longer than the mean a step may become, in units of what locality saves; smaller favours "
-        "the tail of TPOT, larger its median, inf is no guard", infinite=True, flag=True, section=UNION,
+        TAIL_GUARD, "how much longer than the mean a step may become, in units of the time that locality saves; "
+        "smaller favours the tail of TPOT, larger the median; inf turns it off",
+        infinite=True, flag=True, section=UNION,
     )  # fmt: skip
     step_tokens: float = setting(
-        1.0, "independent tokens that a step takes a request further, above 1 with speculative decoding",
+        1.0, "independent tokens that a request gains per step; above 1 with speculative decoding",
         least=1, flag=True, section=UNION,
     )  # fmt: skip
     expert_parallel: int = setting(
-        1, "ranks that the experts of a decode worker are divided over",
+        1, "number of ranks that share the experts of a decode worker",
         least=1, most=1024, flag=True, metavar="R", section=UNION,
     )  # fmt: skip
 
@@ -117,7 +117,7 @@ class PolicyOptions:
         }
 
     def to_wire(self) -> dict[str, Any]:
-        """JSON-able form; infinity, which JSON has not, is null."""
+        """The form for JSON. Infinity becomes null, because JSON has none."""
         wire = {option.name: getattr(self, option.name) for option in fields(self)}
         wire["cost"] = self.cost.to_wire()
         wire["worker_costs"] = {worker: model.to_wire() for worker, model in self.worker_costs.items()}
@@ -125,7 +125,7 @@ class PolicyOptions:
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> PolicyOptions:
-        """Raises KeyError, TypeError, ValueError or EldrError for what is no wire form of options."""
+        """Read the form that `to_wire` writes. Raises KeyError, TypeError, ValueError or EldrError for any other."""
         found: dict[str, Any] = {name: float("inf") if value is None else value for name, value in wire.items()}
         found["cost"] = cost_from_wire(found["cost"])
         found["worker_costs"] = {worker: cost_from_wire(cost) for worker, cost in found["worker_costs"].items()}
@@ -133,9 +133,9 @@ class PolicyOptions:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> PolicyOptions:
-        """Options from flags or a configuration file, where cost models are presets or files. Raises EldrError."""
+        """Make options from flags or a configuration file, where cost models are presets or files. Raises EldrError."""
         return build(cls, settings)
 
     def changed(self, settings: Mapping[str, Any]) -> PolicyOptions:
-        """These options but for what `settings` say, in the form of `from_settings`. Raises EldrError."""
+        """A copy of these options with `settings`, in the form of `from_settings`, changed. Raises EldrError."""
         return replace(self, **parsed(type(self), settings))

@@ -1,4 +1,4 @@
-"""Puts the router together: its parts, its start and its graceful end. The one file that sees all packages."""
+"""Builds the router from its parts, starts it and stops it gracefully. The only file that sees all packages."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ from eldr.settings import adopt
 log = logging.getLogger("eldr.router")
 
 CLOSE_POLL_S = 0.02
-# How long a stopping router leaves connections open on which nothing runs. A client may just be sending on one, and a
-# request that meets a close is lost; so each gets to send one more, and is told then that the connection closes.
-# Clients forget idle connections after some seconds themselves (httpx after 5).
+# How long a stopping router keeps idle connections open. A client may be sending on one at that moment, and a request
+# that crosses the close is lost. So each client may send one more request, and its answer says that the connection
+# closes. Clients drop idle connections themselves after some seconds (httpx after 5).
 IDLE_LINGER_S = 5.0
 
 
 class Router:
-    """A running router. `start` it inside an event loop, `stop` it in the same.
+    """A router. Call `start` inside an event loop, and `stop` in the same one.
 
-    config_file: the file to watch, and how to read it again; None if there is none.
-    inherited: sockets that listen already, for clients and for the admin API; what is missing is opened.
+    config_file: the file to watch, and a function that reads it again. None if there is no file.
+    inherited: sockets that already listen, for clients and then for the admin API. Missing ones are opened.
 
-    It holds every part that has a beginning, an end or something to read again, which is why there are so many.
+    It has many attributes because it holds every part that must be started, stopped or reloaded.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Router:
         placements = Placements(policy, fleet, metrics, config.placement.seed)
         self._outcomes = Outcomes(fleet, metrics, config.ejection)
         admission = Admission(fleet, config.queue)
-        # In this order: the queue looks when the others have.
+        # The queue comes last: the requests that it admits need the other parts up to date.
         for part in (ring, placements, self._outcomes, admission):
             fleet.on_change(part.fleet_changed)
 
@@ -120,12 +120,12 @@ class Router:
         self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services))
         self._listeners = Listeners(config.clients, self._tls, inherited)
 
-    # Start and end.
+    # Starting and stopping.
 
     async def start(self) -> None:
-        """Take the workers into the fleet, probe each once, and listen.
+        """Add the workers to the fleet, probe each one once, and listen.
 
-        Raises EldrError if a port is taken or a worker can never be used as it is named.
+        Raises EldrError if the router cannot listen, or if a worker can never be used under the address given.
         """
         listen = self._config.listen
         try:
@@ -156,7 +156,7 @@ class Router:
 
     @property
     def port(self) -> int:
-        """The port it listens on, which the system chose if the configured one is 0."""
+        """The port that the router listens on. The system chose it if the configured one is 0."""
         return self._listeners.port(0)
 
     @property
@@ -176,16 +176,16 @@ class Router:
 
     @property
     def running(self) -> int:
-        """Requests that are being answered."""
+        """How many requests are being answered."""
         return self.clients.running
 
     @property
     def closing(self) -> bool:
-        """Whether it takes no more requests."""
+        """Whether the router is stopping."""
         return self.clients.closing
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more requests, let those that run finish within `grace_s` seconds, cut off the rest."""
+        """Accept no more connections, let requests finish for up to `grace_s` seconds, and abort the rest."""
         clients = self.clients
         clients.closing = True
         self._listeners.close()
@@ -198,7 +198,7 @@ class Router:
         await self.membership.close()
         for connection in list(clients.connections):
             connection.close()
-        while clients.connections and time.monotonic() < deadline_s:  # the last bytes are on their way
+        while clients.connections and time.monotonic() < deadline_s:  # the last bytes are still being sent
             await asyncio.sleep(CLOSE_POLL_S)
         for connection in (*clients.connections, *self.admin.connections):
             connection.abort()
@@ -210,7 +210,7 @@ class Router:
             await asyncio.to_thread(self.services.intake.tracing.close)
 
     async def _finish(self, deadline_s: float) -> None:
-        """Let running requests end, and clients with an open connection send one more."""
+        """Wait for running requests, and let each client with an open connection send one more."""
         idle_until_s = min(deadline_s, time.monotonic() + IDLE_LINGER_S)
         while (self.running or self.connections) and (now_s := time.monotonic()) < deadline_s:
             if now_s >= idle_until_s:
@@ -218,41 +218,45 @@ class Router:
                     connection.close_if_idle()
             await asyncio.sleep(CLOSE_POLL_S)
 
-    # While it runs.
+    # Reloading.
 
     def reload(self) -> None:
-        """Read keys, certificate and configuration file again; running requests go on. What cannot be used stays as
-        it was, which the log says."""
+        """Read keys, certificate and configuration file again, without disturbing running requests.
+
+        Keeps the current version of anything that cannot be used, and logs the error.
+        """
         for read in (self.reload_secrets, self.admin_key.reload):
             try:
                 read()
             except ConfigError as error:
-                log.error("what was read before stays in use: %s", error)
+                log.error("reload failed, the previous version stays in use: %s", error)
         self.reopen_decision_log()
         if self._file is not None:
             self._file.look()
 
     def reload_secrets(self) -> None:
-        """Read API keys, certificate and its key again; running requests go on. Raises ConfigError and keeps what it
-        had of a file that cannot be used."""
+        """Read the API keys, the certificate and its key again, without disturbing running requests.
+
+        If a file cannot be used, raises ConfigError and keeps what it held before.
+        """
         if self._keys is not None:
             self._keys.reload()
         if self._tls is not None:
             self._tls.reload()
 
     def reopen_decision_log(self) -> None:
-        """Go on in a new file after the old one was renamed."""
+        """Open the decision log's path anew, after its file was renamed."""
         if self._decision_log is not None:
             self._decision_log.reopen()
 
     def _reloaded(self, new: RouterConfig) -> None:
-        """Take over of a new configuration what can change while the router runs; name what cannot."""
+        """Adopt the live settings of a new configuration, and log which of the others need a new process."""
         config = self._config
         fixed = adopt(config, new)
         if new.workers.dns_names != self._dns_names:
             fixed.append("dns+ names")
         if fixed:
-            log.warning("only a new process takes over the new %s", ", ".join(fixed))
+            log.warning("a change of these settings needs a new process: %s", ", ".join(fixed))
         log.setLevel(config.observe.log_level.upper())
         self.services.admission.set_limits(config.queue)
         self.membership.set_max_inflight(config.workers.max_inflight)
@@ -265,7 +269,7 @@ def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Zo
 
 
 def build_policy(config: RouterConfig) -> Policy:
-    """The configured policy with its calibration. Raises EldrError."""
+    """Make the configured policy, with its calibration if there is one. Raises EldrError."""
     from eldr.calibration import load_calibration
     from eldr.policies import make_policy
 

@@ -1,8 +1,8 @@
-"""Listening sockets that outlive a process: taken over from systemd or from the router's predecessor.
+"""Passes listening sockets from one process to the next: from systemd, or from the router's predecessor.
 
-The sockets are shared, not copied: there is one queue of connections not yet accepted, and whoever still listens takes
-them. So nothing is lost between two processes, which several sockets on one port (SO_REUSEPORT) cannot promise: what
-waits at one of them is reset when it closes.
+Both processes share the same sockets. Connections that are not yet accepted wait in one queue, and any process that
+listens can accept them, so none is lost. Separate sockets on one port (SO_REUSEPORT) cannot promise that: when one of
+them closes, the connections that wait at it are reset.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from collections.abc import Sequence
 
 log = logging.getLogger("eldr.router")
 
-# systemd's protocol (sd_listen_fds): so many sockets from descriptor 3 on.
+# systemd's protocol (sd_listen_fds): LISTEN_FDS says how many sockets there are, from descriptor 3 on.
 SYSTEMD_FIRST_FD = 3
-# Ours: their descriptors, and where the successor says that it serves.
+# The router's own protocol: the sockets' descriptors, and a pipe on which the successor says that it serves.
 FDS, READY_FD = "ELDR_LISTEN_FDS", "ELDR_READY_FD"
 READY_TIMEOUT_S = 120.0
 
 
 def inherited_sockets() -> list[socket.socket]:
-    """The listening sockets that this process was started with: that of clients, then that of the admin API."""
+    """The listening sockets that this process was started with: the one for clients, then the admin API's."""
     ours = os.environ.pop(FDS, "")
     count, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
     os.environ.pop("LISTEN_FDNAMES", None)
@@ -39,7 +39,7 @@ def inherited_sockets() -> list[socket.socket]:
 
 
 def tell_predecessor() -> None:
-    """Say that this process serves, if it was started to take over."""
+    """Tell the predecessor, if there is one, that this process now serves."""
     fd = os.environ.pop(READY_FD, "")
     if fd:
         os.write(int(fd), b"1")
@@ -47,15 +47,18 @@ def tell_predecessor() -> None:
 
 
 async def start_successor(sockets: Sequence[socket.socket]) -> bool:
-    """Start this program again, as it was called, on these sockets; whether it serves. It outlives this process."""
+    """Start this program again, with the same arguments, on `sockets`. Returns whether it serves.
+
+    The new process outlives this one.
+    """
     reading, writing = os.pipe()
     fds = [each.fileno() for each in sockets]
     environment = {**os.environ, FDS: ",".join(map(str, fds)), READY_FD: str(writing)}
     try:
-        # Not the event loop's: it would end the process together with itself.
+        # Not asyncio's subprocess: the event loop would kill it when it closes.
         process = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, pass_fds=(*fds, writing))
     except OSError as error:
-        log.error("no successor could be started, this process goes on: %s", error)
+        log.error("no successor could be started, this process continues: %s", error)
         os.close(reading)
         return False
     finally:
@@ -64,7 +67,7 @@ async def start_successor(sockets: Sequence[socket.socket]) -> bool:
         os.set_blocking(pipe.fileno(), False)
         said = await _first_byte(pipe.fileno())
     if not said:
-        log.error("the successor does not serve, this process goes on")
+        log.error("the successor does not serve, this process continues")
         process.kill()
         process.wait()
         return False
@@ -73,7 +76,7 @@ async def start_successor(sockets: Sequence[socket.socket]) -> bool:
 
 
 async def _first_byte(fd: int) -> bytes:
-    """What comes first through a pipe; nothing if it closes or stays silent."""
+    """The first byte from a pipe, or nothing if the pipe closes or READY_TIMEOUT_S passes."""
     readable = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_reader(fd, readable.set)

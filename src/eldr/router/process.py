@@ -1,4 +1,4 @@
-"""The router as a process: start, signals, graceful end, handover to a successor."""
+"""Runs the router as a process: start, signals, graceful end, handover to a successor."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ from eldr.router.observe import logs
 
 log = logging.getLogger("eldr.router")
 
-# New objects after which the collector looks for cycles; Python's 700 are a few streams' worth.
+# How many new objects trigger a garbage collection. Python's default is 700, which a few streams create.
 YOUNG_OBJECTS = 20_000
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
-    """Run a router until SIGTERM or SIGINT; a second one does not wait for running requests.
+    """Run a router until SIGTERM or SIGINT. A second such signal does not wait for running requests.
 
-    SIGHUP reads configuration file and keys again; SIGUSR2 starts the program anew on the same sockets, and ends this
-    process gracefully once that serves. path: configuration file, if there is one; flags override it. Raises EldrError
-    for a configuration, calibration or policy that cannot be used, before anything starts.
+    SIGHUP reads the configuration file and the keys again. SIGUSR2 starts the program again on the same sockets. Once
+    the new process serves, this one ends gracefully.
+
+    path: the configuration file, or None. flags: settings that win over those of the file.
+
+    Raises EldrError, before anything starts, if the configuration, the calibration or the policy cannot be used.
     """
     load = partial(RouterConfig.load, path, flags)
     config = load()
@@ -43,7 +46,7 @@ def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
 
 
 def _spare_the_collector() -> None:
-    """Leave what start-up made out of every later collection, and look for cycles less often: requests leave none."""
+    """Exclude the objects of the start from garbage collection, and collect less often: requests leave no cycles."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS)
@@ -90,6 +93,6 @@ async def _ending(signals: asyncio.Queue[int]) -> None:
 
 
 def _raise_file_limit() -> None:
-    """Take as many open files as the system grants: a stream has two sockets, and the usual 1,024 are 500 streams."""
+    """Raise the limit on open files to the maximum. A stream needs two, so the usual 1,024 allow 500 streams."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -278,7 +278,7 @@ def test_a_wrong_value_is_refused_by_name(key: str, data: st.DataObject) -> None
 
 
 def test_a_key_that_is_none_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'decoed'; known are .*\bdecode\b"):
+    with pytest.raises(ConfigError, match=r"unknown key 'decoed'; the keys are .*\bdecode\b"):
         RouterConfig.of(**TWO, decoed=[])
 
 

@@ -282,7 +282,7 @@ def test_a_successor_that_cannot_serve_changes_nothing(tmp_path: Path) -> None:
             file.write_text('policy = "none such"\n')
             process.send_signal(signal.SIGUSR2)
             for line in process.stderr:
-                if "this process goes on" in line:
+                if "this process continues" in line:
                     break
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=10) as answer:
                 assert answer.status == 200

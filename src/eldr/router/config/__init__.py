@@ -1,1 +1,1 @@
-"""What can be set, and how a worker is addressed."""
+"""The router's settings, and the form of a worker's address."""

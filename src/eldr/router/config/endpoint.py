@@ -1,4 +1,4 @@
-"""How a worker is addressed: its URL, as flags, files and the admin API give it, and its role."""
+"""The address of a worker: its URL, as flags, files and the admin API give it, and its role."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from eldr.errors import EldrError
 Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 
-# A host name or IPv4 address, or an IPv6 address in brackets; then a port. Nothing else: no user, path, query.
+# A host name or IPv4 address, or an IPv6 address in brackets, and then a port. No user, path or query.
 AUTHORITY = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
-# One engine of several behind one URL (data parallelism), as an index, and all of them, as their number.
+# With data parallelism, several engines share one URL. rank=R is one of them, and dp=N is all N of them.
 RANK = re.compile(r"rank=(0|[1-9][0-9]{0,3})")
 RANKS = re.compile(r"dp=([1-9][0-9]{0,3})")
 
 
 class UrlError(EldrError):
-    """Text that is no worker's URL."""
+    """Text that is not the URL of a worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One worker that is known of: its URL, as `worker_url` writes it, and its role."""
+    """A known worker: its URL, in the form of `worker_url`, and its role."""
 
     url: str
     role: Role
@@ -35,32 +35,32 @@ Endpoints = frozenset[Endpoint]
 
 
 def worker_url(text: str) -> str:
-    """The URL of one worker in the one form that is its identity: http://HOST:PORT, with #rank=R for one rank.
+    """The normal form of one worker's URL, which identifies it: http://HOST:PORT, with #rank=R for a rank.
 
-    Raises UrlError.
+    Raises UrlError if `text` is not such a URL.
     """
     base, rank = _split(text)
     if rank and not RANK.fullmatch(rank):
-        raise UrlError(f"{text!r} is not a worker's URL: expected #rank=R, R from 0, after the #")
+        raise UrlError(f"{text!r} is not a worker's URL: expected #rank=R after the port, with R from 0")
     return f"{base}#{rank}" if rank else base
 
 
 def worker_urls(text: str) -> tuple[str, ...]:
-    """The same, where #dp=N stands for the ranks 0 to N - 1 of one URL."""
+    """The normal forms of the URLs that `text` stands for. #dp=N stands for the ranks 0 to N - 1. Raises UrlError."""
     base, ranks = _split(text)
     found = RANKS.fullmatch(ranks)
     return tuple(f"{base}#rank={rank}" for rank in range(int(found[1]))) if found else (worker_url(text),)
 
 
 def rank_of(url: str) -> int | None:
-    """The rank that a worker's URL names, None if it names none."""
+    """The rank in a worker's URL, or None if there is none."""
     found = RANK.fullmatch(urlsplit(url).fragment)
     return int(found[1]) if found else None
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Base URL and what follows the #."""
-    problem = UrlError(f"{text!r} is not a worker's URL, expected such as http://10.0.0.1:8000")
+    """The base URL, and the text after the #."""
+    problem = UrlError(f"{text!r} is not a worker's URL, expected one such as http://10.0.0.1:8000")
     base, mark, fragment = text.partition("#")
     scheme, separator, authority = base.partition("://")
     authority = authority.removesuffix("/")

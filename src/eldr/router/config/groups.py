@@ -1,4 +1,4 @@
-"""The settings of a router, each declared once: a group of them is what one part of the router works with."""
+"""The settings of a router, each declared once, in groups. Each part of the router works with one group."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from eldr.policies import POLICY_NAMES, PolicyOptions
 from eldr.router.config.endpoint import ROLES, Endpoint, Endpoints, Role, UrlError, worker_urls
 from eldr.settings import SettingError, group, setting
 
-# In front of a worker's URL: its host is a name with several addresses, each of which is a worker.
+# The prefix of a URL whose host is a DNS name. Each address of the name is a worker.
 DNS = "dns+"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# The least that a time limit may be: less would only be a slip of the pen.
+# The smallest time limit allowed. A smaller one can only be a mistake.
 LEAST_S = 0.01
 
 
@@ -35,7 +35,7 @@ def _urls(key: str, value: Any) -> tuple[str, ...]:
 def _dns_url(text: str) -> str:
     url = text.removeprefix(DNS)
     if not url.startswith("http://") or "#" in url:
-        # A certificate names a host; what is found behind the name are addresses.
+        # No https: a certificate names a host, but the name resolves to bare addresses.
         raise UrlError(f"{text!r}: expected dns+http://NAME:PORT")
     return worker_urls(url)[0]
 
@@ -53,27 +53,27 @@ class WorkerSettings:
         page="fleet.md#where-workers-come-from",
     )  # fmt: skip
     model: str | None = setting(
-        None, "name of the model that every worker must serve", live=True, shown="a name that the workers share"
+        None, "name of the model, which every worker must serve", live=True, shown="a name that all workers serve"
     )
     max_inflight: int = setting(
-        256, "most requests at one decode worker (vLLM's `--max-num-seqs`); less where requests wait inside it",
+        256, "most requests at one decode worker (vLLM's `--max-num-seqs`); lower while requests wait inside it",
         least=1, flag=True, live=True, page="fleet.md#load-limits-per-worker",
     )  # fmt: skip
     worker_api_key_file: Path | None = setting(
         None, "file with the workers' API key; it replaces the client's `Authorization`", flag=True
     )
     worker_ca: Path | None = setting(
-        None, "PEM certificates that https workers are checked against", flag=True, shown="the system's"
+        None, "PEM file of the CAs that https workers are checked against", flag=True, shown="the system's"
     )
-    connect_timeout_s: float = setting(2.0, "longest wait for a connection to a worker", least=LEAST_S)
+    connect_timeout_s: float = setting(2.0, "longest wait until a connection to a worker is made", least=LEAST_S)
     health_interval_s: float = setting(
-        2.0, "time between two probes of a worker, varied by a fifth", least=LEAST_S,
+        2.0, "time between two probes of a worker, varied at random by a fifth", least=LEAST_S,
         page="faults.md#probes-and-ejection",
     )  # fmt: skip
     health_timeout_s: float = setting(5.0, "longest wait for the answer to a probe", least=LEAST_S)
     load_interval_s: float = setting(2.0, "time between two readings of a worker's metrics", least=LEAST_S)
     dns_interval_s: float = setting(10.0, "time between two resolutions of a `dns+` name", least=LEAST_S)
-    drain_timeout_s: float = setting(300.0, "how long running requests of a worker that leaves may finish", live=True)
+    drain_timeout_s: float = setting(300.0, "how long a worker that leaves may take to finish its requests", live=True)
 
     @property
     def endpoints(self) -> Endpoints:
@@ -82,19 +82,19 @@ class WorkerSettings:
 
     @property
     def dns_names(self) -> list[tuple[str, Role]]:
-        """The URLs whose hosts are to be resolved, without dns+, and their roles."""
+        """The URLs whose hosts are resolved through DNS, without dns+, and their roles."""
         return [(url[4:], role) for role in ROLES for url in getattr(self, role) if url[:4] == DNS]
 
 
 @dataclass(kw_only=True)
 class PlacementSettings:
-    """How the workers of a request are chosen."""
+    """How the router chooses the workers of a request."""
 
     policy: str = setting(
         "jsq", f"how a decode worker is chosen: {', '.join(POLICY_NAMES)}", flag=True, metavar="NAME",
         page="policies.md",
     )  # fmt: skip
-    calibration: Path | None = setting(None, "file made by `eldr fit`, which locality-band needs", flag=True)
+    calibration: Path | None = setting(None, "file that `eldr fit` made; locality-band needs one", flag=True)
     seed: int = setting(0, "seed of random choices and ties", most=2**63 - 1, flag=True)
     prefix_window_bytes: int = setting(
         1024, "how much of a prompt decides its prefill worker", least=1, page="router.md#how-a-request-is-served"
@@ -104,16 +104,16 @@ class PlacementSettings:
 
 @dataclass
 class ListenSettings:
-    """Where the router listens, and who may ask."""
+    """Where the router listens, and who may use it."""
 
     host: str = setting("127.0.0.1", "address to listen on", flag=True)
     port: int = setting(8000, "port to listen on; 0 takes a free one", most=65535, flag=True)
     api_key_file: Path | None = setting(
-        None, "file with the keys that clients must have, one a line", flag=True, shown="anyone may ask",
+        None, "file with the API keys that clients may use, one a line", flag=True, shown="no key needed",
         page="security.md#api-keys",
     )  # fmt: skip
     client_header: str | None = setting(
-        None, "header whose value tells clients apart in the queue", shown="their API keys", page="fleet.md#queueing"
+        None, "header that tells clients apart in the queue", shown="the API key", page="fleet.md#queueing"
     )
     tls_cert: Path | None = setting(None, "certificate chain shown to clients, PEM", flag=True, shown="plain HTTP")
     tls_key: Path | None = setting(None, "private key of `tls_cert`, PEM", flag=True)
@@ -122,35 +122,37 @@ class ListenSettings:
         page="fleet.md#admin-api",
     )  # fmt: skip
     admin_key_file: Path | None = setting(
-        None, "file with the key that recording and the admin API ask for", flag=True, shown="neither can be used"
+        None, "file with the key for recording and the admin API", flag=True, shown="neither can be used"
     )
 
 
 @dataclass
 class ClientLimits:
-    """What one client, and all of them, may take up."""
+    """How much one client may use, and how much all of them together."""
 
     max_body_bytes: int = setting(
         32 * 1024 * 1024, "largest request body", least=1, page="security.md#what-a-client-can-take-up"
     )
     max_connections: int = setting(16384, "most client connections at once", least=1)
-    head_timeout_s: float = setting(10.0, "longest time for the head of a request to arrive", least=LEAST_S)
-    body_timeout_s: float = setting(60.0, "longest time for its body to arrive after that", least=LEAST_S)
+    head_timeout_s: float = setting(10.0, "longest time that the head of a request may take to arrive", least=LEAST_S)
+    body_timeout_s: float = setting(
+        60.0, "longest time that the body may take after the head; a large body gets more", least=LEAST_S
+    )
     idle_timeout_s: float = setting(75.0, "how long a connection may wait for its next request", least=LEAST_S)
     stall_timeout_s: float = setting(120.0, "how long a client may leave an answer unread", least=LEAST_S)
 
 
 @dataclass
 class QueueLimits:
-    """How many requests run and wait, and for how long."""
+    """How many requests may run and wait, and for how long."""
 
     max_streams: int = setting(
-        16384, "most requests past the queue at once", least=1, live=True, page="fleet.md#queueing"
+        16384, "most requests that may run at once, over all workers", least=1, live=True, page="fleet.md#queueing"
     )
-    max_queued: int = setting(1024, "most waiting requests of each priority", live=True)
+    max_queued: int = setting(1024, "most waiting requests, for each priority", live=True)
     queue_timeout_s: float = setting(60.0, "longest wait in the queue", least=LEAST_S, live=True)
     worker_wait_s: float = setting(
-        10.0, "how long requests wait for a role whose last worker went; 0 refuses them at once", live=True,
+        10.0, "how long requests wait after the last worker of a role has gone; 0 refuses them at once", live=True,
         page="faults.md#a-role-without-a-worker",
     )  # fmt: skip
 
@@ -159,9 +161,7 @@ class QueueLimits:
 class Timeouts:
     """How long a request and each of its legs may take."""
 
-    prefill_timeout_s: float = setting(
-        300.0, "longest wait for the answer of a prefill worker", least=LEAST_S, live=True
-    )
+    prefill_timeout_s: float = setting(300.0, "longest wait for a prefill worker's answer", least=LEAST_S, live=True)
     decode_first_byte_timeout_s: float = setting(
         120.0, "longest wait for the first event of a stream, from the decode request on", least=LEAST_S, live=True
     )
@@ -172,53 +172,53 @@ class Timeouts:
         600.0, "longest wait for a decode worker's answer that is not streamed", least=LEAST_S, live=True
     )
     request_timeout_s: float = setting(
-        3600.0, "longest life of a request, queue and retries included; clients can shorten it", least=LEAST_S,
+        3600.0, "longest time for a whole request, with queue and retries; clients can shorten it", least=LEAST_S,
         live=True, page="faults.md#deadlines",
     )  # fmt: skip
     grace_s: float = setting(
-        30.0, "how long running requests may finish after SIGTERM", live=True,
+        30.0, "how long running requests may take to finish after SIGTERM", live=True,
         page="fleet.md#shutdown-reload-and-handover",
     )  # fmt: skip
 
 
 @dataclass
 class RetrySettings:
-    """How often a request that failed is tried again."""
+    """How often the router retries failed requests."""
 
-    retries: int = setting(2, "most retries of one request, refused connections aside", page="faults.md#retries")
+    retries: int = setting(2, "most retries of one request; refused connections do not count", page="faults.md#retries")
     retry_ratio: float = setting(0.2, "most retries as a share of all requests, in the long run")
-    retry_burst: int = setting(500, "retries allowed at once beyond that share")
+    retry_burst: int = setting(500, "retries that a burst of failures may add to that share")
 
 
 @dataclass
 class EjectionSettings:
-    """When a worker that fails requests is taken out of service."""
+    """When the router stops sending requests to a worker that fails them."""
 
     eject_failures: int = setting(
         5, "failures in a row that eject a worker", least=1, page="faults.md#probes-and-ejection"
     )
-    eject_rate: float = setting(0.5, "share of failures among a worker's latest requests that ejects it")
+    eject_rate: float = setting(0.5, "share of failures, among a worker's latest requests, that ejects it")
     eject_base_s: float = setting(5.0, "duration of a first ejection; each further one doubles it", least=LEAST_S)
-    eject_max_s: float = setting(300.0, "duration of the longest ejection", least=LEAST_S)
+    eject_max_s: float = setting(300.0, "longest duration of an ejection", least=LEAST_S)
     eject_share: float = setting(
-        0.5, "largest share of a role's workers that is ejected at once; 0 ejects nobody", most=1
+        0.5, "largest share of a role's workers to eject at once; 0 turns ejection off", most=1
     )
 
 
 @dataclass
 class ObserveSettings:
-    """What the router writes about its work."""
+    """What the router logs and traces."""
 
     decision_log: Path | None = setting(
-        None, "file that every decision is appended to, for `eldr decisions`; reopened on SIGHUP", flag=True,
+        None, "file to append every decision to, for `eldr decisions`; reopened on SIGHUP", flag=True,
         page="router.md#decision-log",
     )  # fmt: skip
     otel_endpoint: str | None = setting(
-        None, "collector of traces, OTLP over HTTP, such as http://collector:4318/v1/traces", flag=True, metavar="URL",
-        shown="off", page="observability.md#traces",
+        None, "URL to send traces to, OTLP over HTTP, such as http://collector:4318/v1/traces", flag=True,
+        metavar="URL", shown="off", page="observability.md#traces",
     )  # fmt: skip
     otel_sampling: float = setting(
-        0.01, "share of requests traced that bring no trace context of their own", most=1, flag=True, metavar="SHARE"
+        0.01, "share of requests to trace, among those without a trace context", most=1, flag=True, metavar="SHARE"
     )
     log_level: str = setting(
         "warning", "least severe messages to log; debug writes a line per request", choices=LOG_LEVELS, flag=True,

@@ -1,4 +1,4 @@
-"""The settings of one router, from a TOML file and flags, checked before anything starts."""
+"""Reads the settings of one router from a TOML file and flags, and checks them before anything starts."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from eldr.settings import SettingError, build, group
 
 
 class ConfigError(EldrError):
-    """A setting that cannot be used; the message names its key."""
+    """A setting that cannot be used. The message names its key."""
 
 
 @dataclass
 class RouterConfig:
-    """The settings of a router, in groups. A TOML file and flags have them flat: `of` and `load` read those.
+    """The settings of a router, in groups. In TOML files and flags they are flat, and `of` and `load` read that form.
 
-    Parts of the router keep the group that they work with. A reload changes its live settings in place.
+    Each part of the router keeps its group. A reload changes the live settings of that group in place.
     """
 
     workers: WorkerSettings = group("Workers")
@@ -47,7 +47,7 @@ class RouterConfig:
     observe: ObserveSettings = group("Observability")
 
     def __post_init__(self) -> None:
-        """The checks that concern more than one setting."""
+        """Check settings that depend on each other."""
         listen = self.listen
         for role in ROLES:
             if not getattr(self.workers, role) and listen.admin_listen is None:
@@ -55,19 +55,19 @@ class RouterConfig:
         if listen.admin_listen is not None:
             host_and_port("admin_listen", listen.admin_listen)
             if listen.admin_key_file is None:
-                raise ConfigError("admin_listen needs admin_key_file: the admin API has no user without a key")
+                raise ConfigError("admin_listen needs admin_key_file: without a key, nobody could use the admin API")
         if (listen.tls_cert is None) != (listen.tls_key is None):
             raise ConfigError("tls_cert and tls_key go together: give both or neither")
-        # Through the admin API or a name any worker may still come.
+        # With the admin API or a DNS name, that worker may still join.
         if listen.admin_listen is None and not any(role == "decode" for _, role in self.workers.dns_names):
             for url in self.placement.options.worker_costs:
                 if url not in self.workers.decode:
                     known = ", ".join(self.workers.decode)
-                    raise ConfigError(f"worker_costs names {url}, which is no decode worker; there are {known}")
+                    raise ConfigError(f"worker_costs names {url}, which is not one of the decode workers: {known}")
 
     @classmethod
     def of(cls, **settings: Any) -> RouterConfig:
-        """From flat settings, in the form that files and flags have them in. Raises ConfigError."""
+        """Make a configuration from flat settings, as files and flags give them. Raises ConfigError."""
         try:
             if "worker_costs" in settings:
                 settings["worker_costs"] = _costs_of_urls(settings["worker_costs"])
@@ -79,7 +79,7 @@ class RouterConfig:
 
     @classmethod
     def load(cls, path: Path | None, overrides: Mapping[str, Any]) -> RouterConfig:
-        """Settings from a TOML file, if one is given; `overrides` (flags) replace its keys. Raises ConfigError."""
+        """Read a TOML file, if one is given. `overrides` (the flags) win over its keys. Raises ConfigError."""
         try:
             return cls.of(**{**({} if path is None else _read_toml(path)), **overrides})
         except ConfigError as error:
@@ -90,12 +90,12 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
-    except (OSError, ValueError, RecursionError) as error:  # also of numbers too long and lists too deep
+    except (OSError, ValueError, RecursionError) as error:  # overlong numbers and deep nesting included
         raise ConfigError(f"cannot be read as TOML: {error}") from None
 
 
 def _costs_of_urls(value: Any) -> dict[str, str]:
-    """The table of worker_costs, by the URLs that are the identity of workers."""
+    """The table of worker_costs, with the URLs in the normal form that identifies workers."""
     costs: dict[str, str] = {}
     for text, cost in cost_table("worker_costs", value).items():
         try:
@@ -106,7 +106,7 @@ def _costs_of_urls(value: Any) -> dict[str, str]:
 
 
 def read_key(path: Path) -> bytes:
-    """The key in a one-line file. Raises ConfigError if there is none or it cannot stand in a header."""
+    """The key in a one-line file. Raises ConfigError if there is none, or if it does not fit into a header."""
     try:
         key = path.read_bytes().strip()
     except OSError as error:
@@ -117,7 +117,7 @@ def read_key(path: Path) -> bytes:
 
 
 def host_and_port(key: str, value: str) -> tuple[str, int]:
-    """HOST:PORT in two parts; an IPv6 host stands in brackets. Raises ConfigError."""
+    """Split HOST:PORT. An IPv6 host is given in brackets. Raises ConfigError."""
     host, _, port = value.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535 or (":" in host and host[0] != "["):
         raise ConfigError(f"{key} is {value!r}, expected HOST:PORT such as 127.0.0.1:8001")

@@ -1,4 +1,4 @@
-"""The key of recording and of the admin API. It is for this router alone and never goes to a worker."""
+"""The admin key, which allows recording and the admin API. It belongs to this router and never goes to a worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def bearer_key(headers: Mapping[bytes, bytes]) -> bytes | None:
 
 
 class AdminKey:
-    """The key in a one-line file; without a file nobody has it. Raises ConfigError for a file that cannot be used."""
+    """Checks requests for the admin key, which is read from a one-line file. Without a file, no request has it.
+
+    Raises ConfigError if the file cannot be used.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -26,11 +29,11 @@ class AdminKey:
         self.reload()
 
     def reload(self) -> None:
-        """Read the file again. Raises ConfigError, and keeps the key it has, if it cannot be used."""
+        """Read the file again. If it cannot be used, raises ConfigError and keeps the current key."""
         if self._path is not None:
             self._key = read_key(self._path)
 
     def is_in(self, headers: Mapping[bytes, bytes]) -> bool:
-        """Whether the Authorization header holds the key."""
+        """Whether the Authorization header carries the key."""
         given = bearer_key(headers)
         return given is not None and self._key is not None and hmac.compare_digest(given, self._key)

@@ -1,7 +1,7 @@
 """One connection to a worker, and one exchange of request and answer on it at a time.
 
-What a failure allows depends on whether any byte of the request has left: `ConnectError` means that none has,
-`ExchangeError` that the worker may have acted on it.
+Whether a failed request can safely be sent again depends on whether any byte of it was sent. `ConnectError` means that
+none was. `ExchangeError` means that the worker may have acted on the request.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from typing import ClassVar, Protocol, cast
 import httptools
 import orjson
 
-# vLLM closes a connection after 5 s without a request (VLLM_HTTP_TIMEOUT_KEEP_ALIVE). One that is nearly that old is
-# not used again: the request could cross the worker's close on the wire and count as sent.
+# vLLM closes a connection after 5 s without a request (VLLM_HTTP_TIMEOUT_KEEP_ALIVE). A connection is not reused when
+# it is nearly that old: the request could cross the worker's close on the wire, and would then count as sent.
 KEEP_IDLE_S = 3.0
-# The kernel's buffer for one worker connection. Left to itself it grows to megabytes for every client that does not
-# read, and those are memory too.
+# The kernel's receive buffer of one worker connection. Without a limit it would grow to megabytes for each client that
+# does not read.
 RECEIVE_BYTES = 64 * 1024
-# How long the worker's kernel may leave bytes unacknowledged: its host is gone, or never took the connection that its
-# backlog of connections had no room for. A stopped process is not meant, its kernel acknowledges.
+# How long the worker's kernel may leave bytes unacknowledged. After that, the host is gone, or its full backlog dropped
+# the connection. A stopped process does not trip this limit, because its kernel still acknowledges.
 UNACKNOWLEDGED_MS = 10_000
 MAX_HEAD_BYTES = 64 * 1024
-# Largest answer that is held in memory: a long completion with logprobs takes a few MiB.
+# The largest answer that is held in memory. A long completion with logprobs takes a few MiB.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
-# Sizes of chunks up to 4 KiB, as the router itself writes them, and where their line ends at the latest.
+# Chunk sizes below 4 KiB, spelled as the router itself writes them, and the longest line that holds one.
 CHUNK_SIZES = {b"%x" % size: size for size in range(1, 4096)}
 SIZE_LINE_BYTES = 5
 
 
 class UpstreamError(Exception):
-    """A worker did not answer as HTTP wants it. reason: why, as a metric label."""
+    """A worker gave no valid HTTP answer. reason: why, as a metric label."""
 
     reason: ClassVar[str]
     timed_out: ClassVar[bool] = False
 
 
 class ConnectError(UpstreamError):
-    """No connection: refused, unreachable, timed out or no TLS. No byte of the request was sent."""
+    """No connection could be made: refused, unreachable, timed out or TLS failed. No byte of the request was sent."""
 
     reason: ClassVar[str] = "refused"
 
 
 class ConnectTimeoutError(ConnectError):
-    """No connection in time."""
+    """The connection was not established in time."""
 
     timed_out: ClassVar[bool] = True
 
@@ -58,18 +58,19 @@ class ExchangeError(UpstreamError):
 
 
 class SilenceError(ExchangeError):
-    """The answer, or the next byte of it, did not come in time."""
+    """The answer, or its next byte, did not come in time."""
 
     reason: ClassVar[str] = "timeout"
     timed_out: ClassVar[bool] = True
 
 
 class Exchange(Protocol):
-    """Hears one answer as it arrives: `on_head`, any number of `on_body`, then `on_done`; or `on_failed` at any time.
+    """Receives one answer as it arrives: `on_head`, then `on_body` for each piece, then `on_done`.
 
+    `on_failed` can come at any time instead.
     Nothing is called after `on_done` or `on_failed`. Header names are lower-case.
 
-    begun: whether a part of the answer has been passed on, so that from here on only silence counts against it.
+    begun: whether a part of the answer has been passed on. From then on, only the limit on silence applies.
     """
 
     begun: bool
@@ -77,8 +78,7 @@ class Exchange(Protocol):
     def on_head(self, status: int, headers: dict[bytes, bytes]) -> None: ...
 
     def on_body(self, data: bytes, framed: bytes | None = None) -> None:
-        """A piece of the body. framed: the same as the chunk that it came as, if it is exactly one, for whoever passes
-        it on in chunks."""
+        """A piece of the body. framed: the HTTP chunk that it came in, if it fills one exactly."""
 
     def on_done(self) -> None: ...
 
@@ -86,7 +86,7 @@ class Exchange(Protocol):
 
 
 class Answer:
-    """A whole answer in memory. `finished` resolves when it is complete, or raises ExchangeError."""
+    """Collects a whole answer in memory. `finished` resolves when it is complete, or raises ExchangeError."""
 
     def __init__(self) -> None:
         self.begun = False
@@ -119,7 +119,7 @@ class Answer:
             self.finished.set_exception(error)
 
     def json(self) -> object:
-        """The body as JSON. Raises ExchangeError if it is none."""
+        """The body, parsed as JSON. Raises ExchangeError if it is not JSON."""
         try:
             return orjson.loads(self.body)
         except orjson.JSONDecodeError as error:
@@ -127,26 +127,28 @@ class Answer:
 
 
 class Pool(Protocol):
-    """Where a connection belongs. active: connections with an exchange under way."""
+    """The pool that a connection belongs to. active: connections with an exchange under way."""
 
     url: str
     active: set[WorkerConnection]
 
     def release(self, connection: WorkerConnection) -> None:
-        """Its exchange is over, and it can be used again."""
+        """Take back a connection whose exchange is over, for the next one."""
 
     def forget(self, connection: WorkerConnection) -> None:
-        """It is lost."""
+        """Drop a connection that was lost."""
 
     def close_idle(self) -> None:
-        """Close the connections on which nothing is under way."""
+        """Close the connections without an exchange."""
 
 
 class WorkerConnection:
-    """One connection to a worker: an asyncio.Protocol, though not by name, which would slow the compiled class down.
+    """One connection to a worker. It carries one exchange at a time.
 
-    It has more attributes than a class should: the clock of an exchange, and how far its answer has come. Every token
-    needs both, and no call of another object.
+    It implements asyncio.Protocol without inheriting from it, because inheriting would slow the compiled class down.
+
+    It has more attributes than a class should. They hold the exchange's time limits and the state of the parser: each
+    token needs both, and a call to another object would cost time per token.
     """
 
     _transport: asyncio.Transport
@@ -174,17 +176,17 @@ class WorkerConnection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
 
     def pause_writing(self) -> None:
-        """Requests are bounded by the limit on bodies: what the worker does not take yet may wait in the transport."""
+        """Do nothing: the limit on bodies bounds a request, so its unsent rest may wait in the transport."""
 
     def resume_writing(self) -> None: ...
 
     def eof_received(self) -> None:
-        """Nothing more will come: the transport closes."""
+        """The worker sends no more. Returning None closes the transport."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
         if self._exchange is not None:
-            # A worker that dies takes its other connections along, which may not have heard of it yet.
+            # If the worker has died, its idle connections are dead too, but the router may not know it yet.
             self._pool.close_idle()
         self.fail(f"the connection closed before the answer was complete{f' ({exc})' if exc else ''}")
 
@@ -193,8 +195,8 @@ class WorkerConnection:
     def start(self, exchange: Exchange, request: bytes, answer_limit_s: float, idle_limit_s: float = math.inf) -> None:
         """Send `request` and report the answer to `exchange`.
 
-        It fails unless the answer has begun (`Exchange.begun`) or is complete within `answer_limit_s`, however much
-        came until then, and after that if more than `idle_limit_s` pass without a byte.
+        The exchange fails if, after `answer_limit_s`, the answer is neither complete nor passed on in part
+        (`Exchange.begun`). It also fails if `idle_limit_s` pass without a byte once the answer has begun.
         """
         self._exchange = exchange
         self.last_heard_s = time.monotonic()
@@ -204,31 +206,34 @@ class WorkerConnection:
         self._transport.write(request)
 
     async def finish(self, answer: Answer) -> None:
-        """Wait for the answer that `start` was given; a cancelled wait aborts. Raises ExchangeError."""
+        """Wait until the `answer` given to `start` is complete. A cancelled wait aborts it. Raises ExchangeError."""
         try:
             await answer.finished
         except asyncio.CancelledError:
             self.abort(answer)
             raise
 
-    # An exchange that has ended has released the connection, and another may be under way on it before whoever waited
-    # for the first one runs again: what is meant for the one must not reach the other.
+    # These methods name the exchange that they are meant for. When it ends, the connection is released, and the next
+    # exchange may be under way before the caller runs again. A call for the first must not affect the second.
 
     def abort(self, exchange: Exchange) -> None:
-        """Give `exchange` up without a word to it, if it is under way. vLLM aborts what nobody listens to."""
+        """Abandon `exchange`, if it is under way, without notifying it.
+
+        The connection closes, and vLLM then aborts the request.
+        """
         if self._exchange is exchange:
             self._exchange = None
             self._pool.active.discard(self)
             self._transport.abort()
 
     def pause(self, exchange: Exchange) -> None:
-        """Read no more: whoever takes the answer cannot keep up. Nothing if `exchange` is not under way."""
+        """Stop reading, because the client cannot keep up. Does nothing if `exchange` is not under way."""
         if self._exchange is exchange and not self._paused and not self._transport.is_closing():
             self._paused = True
             self._transport.pause_reading()
 
     def resume(self, exchange: Exchange) -> None:
-        """Read on after `pause`."""
+        """Resume reading after `pause`."""
         if self._exchange is exchange:
             self._read_on()
 
@@ -248,7 +253,7 @@ class WorkerConnection:
             self.fail(f"no byte for {self._idle_limit_s:g} s", SilenceError)
 
     def give_up_waiting(self, reason: str) -> bool:
-        """Fail the exchange if nothing of its answer was passed on, so that it can be tried elsewhere."""
+        """Fail the exchange, to be retried, unless part of its answer was passed on. Returns whether it failed."""
         if self._exchange is None or self._exchange.begun:
             return False
         self.fail(reason, SilenceError)
@@ -262,7 +267,7 @@ class WorkerConnection:
         self._transport.close()
 
     def fail(self, reason: str, kind: type[ExchangeError] = ExchangeError) -> None:
-        """Give the exchange up and tell it why."""
+        """End the exchange with an error, and close the connection."""
         self._pool.active.discard(self)
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
@@ -278,7 +283,7 @@ class WorkerConnection:
         self.last_heard_s = time.monotonic()
         try:
             if self._between_chunks:
-                # Nearly every token comes as one chunk: a whole one needs no parser, which stays where it is.
+                # Nearly every token comes as one whole chunk. It can bypass the parser, which expects a chunk next.
                 size_end = data.find(b"\r\n", 0, SIZE_LINE_BYTES)
                 if CHUNK_SIZES.get(data[:size_end]) == len(data) - size_end - 4 and data.endswith(b"\r\n"):
                     self._exchange.on_body(data[size_end + 2 : -2], data)
@@ -286,7 +291,7 @@ class WorkerConnection:
             began_in_head = self._in_head
             self._parser.feed_data(data)
             if self._between_chunks and not data.endswith(b"\r\n"):
-                self._between_chunks = False  # in the middle of the next one's size
+                self._between_chunks = False  # the data ended inside the next chunk's size
             if began_in_head and self._too_long_a_head(len(data)):
                 raise ExchangeError(f"headers exceed {MAX_HEAD_BYTES} bytes")
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, ExchangeError) as error:
@@ -295,12 +300,12 @@ class WorkerConnection:
                 kind = type(cause) if isinstance(cause, ExchangeError) else ExchangeError
                 self.fail(f"unusable answer: {cause or error}", kind)
                 return
-            self._keep = False  # garbage after the answer
+            self._keep = False  # there was garbage after the answer
         if self._complete:
             self._finish()
 
     def _too_long_a_head(self, new_bytes: int) -> bool:
-        """Whether the parser holds too much of a head; it would keep a line without an end for ever."""
+        """Whether an unfinished head exceeds the limit. The parser itself would buffer an endless line."""
         self._head_bytes += new_bytes
         return self._in_head and self._head_bytes > MAX_HEAD_BYTES
 
@@ -335,7 +340,7 @@ class WorkerConnection:
             return
         self._in_head = False
         if b"content-length" not in headers and b"transfer-encoding" not in headers:
-            # Such an answer ends with the connection, so that a broken one looks whole.
+            # Such an answer ends when the connection closes, so a truncated one would look complete.
             raise ExchangeError("neither Content-Length nor Transfer-Encoding")
         if self._exchange is not None:
             self._exchange.on_head(status, headers)
@@ -353,5 +358,5 @@ class WorkerConnection:
     def on_message_complete(self) -> None:
         if self._parser.get_status_code() >= 200:
             self._complete = True
-            # llhttp forgets the answer's head when it returns from here.
+            # llhttp forgets the answer's head when this callback returns.
             self._keep = self._parser.should_keep_alive()

@@ -1,4 +1,4 @@
-"""Errors that a client sees, in the form of the OpenAI API as vLLM writes it."""
+"""Errors that a client sees. Their form is the OpenAI API's, as vLLM writes it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ TYPES = {
 
 
 class ApiError(Exception):
-    """An answer other than 200: status, message for people, and the field at fault if there is one.
+    """A request that the router answers with an error.
 
-    retry_after_s: whole seconds after which a retry makes sense.
+    status: the HTTP status. message: for people. param: the field of the body at fault, if there is one.
+    retry_after_s: whole seconds after which the client may try again.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""One request and the answer to it, as it is written to the client."""
+"""One exchange with a client: a request, and the answer that is written to it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from eldr.router.http.message import Request
 
 
 class Listener(Protocol):
-    """What runs while a request is answered and must hear of its client."""
+    """Is told when the client goes away or stops reading while its request is answered."""
 
     def on_client_gone(self) -> None: ...
 
     def on_client_stalled(self) -> None:
-        """The client does not read: send no more until `on_client_reading`."""
+        """The client has stopped reading. Send no more until `on_client_reading`."""
 
     def on_client_reading(self) -> None: ...
 
 
 class Channel(Protocol):
-    """The connection that an exchange runs on.
+    """The client connection that an exchange runs on.
 
-    stalled: whether the client has stopped reading. stopping: whether the router stops, so that the next answer is the
-    last one.
+    stalled: whether the client has stopped reading.
+    stopping: whether the router is stopping, so that the connection closes after the next answer.
     """
 
     @property
@@ -41,9 +41,9 @@ class Channel(Protocol):
 
 
 class ClientExchange:
-    """Answers one request, once: by `respond`, or by `begin_stream`, any number of `write` and an end.
+    """Answers one request, exactly once: with `respond`, or with `begin_stream`, `write` and `end_stream`.
 
-    listener: hears of the client until the answer is complete; None if nobody needs to.
+    listener: is told about the client until the answer is complete. None if there is nothing to tell.
     """
 
     def __init__(self, channel: Channel, transport: asyncio.Transport, request: Request) -> None:
@@ -61,9 +61,9 @@ class ClientExchange:
         return self._channel.stalled
 
     def respond(self, status: int, body: bytes, content_type: bytes = b"application/json", extra: bytes = b"") -> None:
-        """The whole answer. `extra` holds further header lines, each ended by CRLF.
+        """Send a whole answer. `extra` holds further header lines, each ending in CRLF.
 
-        Raises RuntimeError, and closes the connection, if there is an answer already.
+        If the request was already answered, closes the connection and raises RuntimeError.
         """
         self._begin()
         head = answer_head(status, content_type, len(body), extra + self._connection_line())
@@ -71,13 +71,13 @@ class ClientExchange:
         self._finish()
 
     def respond_error(self, error: ApiError, extra: bytes = b"") -> None:
-        """The same, with an error for an answer."""
+        """Send `error` as the answer. Raises like `respond`."""
         self.respond(error.status, error.body(), extra=extra + error_headers(error))
 
     def begin_stream(self, content_type: bytes, extra: bytes = b"") -> None:
-        """Start an answer of unknown length: chunked, or until the end of the connection for HTTP/1.0.
+        """Start an answer of unknown length: chunked, or ended by the connection's close for HTTP/1.0.
 
-        Raises RuntimeError, and closes the connection, if there is an answer already.
+        If the request was already answered, closes the connection and raises RuntimeError.
         """
         self._begin()
         if self._chunked:
@@ -88,7 +88,7 @@ class ClientExchange:
         self._transport.write(answer_head(200, content_type, None, extra))
 
     def write(self, data: bytes, framed: bytes | None = None) -> None:
-        """A piece, not empty, of the answer that `begin_stream` started. framed: the same as a chunk, if it is one."""
+        """Send a piece of the stream, not empty. framed: the same piece as an HTTP chunk, if it came as one."""
         if self._chunked:
             self._transport.write(framed or b"%x\r\n%b\r\n" % (len(data), data))
         else:
@@ -100,19 +100,19 @@ class ClientExchange:
         self._finish()
 
     def break_stream(self) -> None:
-        """Close without the end of the answer, so that nobody takes what was sent for all of it."""
+        """Close the connection without ending the stream, so that nobody takes the truncated answer for a whole one."""
         self.listener = None
         self._channel.close()
 
     def _begin(self) -> None:
         if self._begun:
-            # Whatever went wrong, the client must not take a second answer for that to its next request.
+            # The client must not take the second answer for the answer to its next request.
             self.break_stream()
             raise RuntimeError("a request was answered twice")
         self._begun = True
 
     def _connection_line(self) -> bytes:
-        """What the head says about the connection."""
+        """The Connection header, if the head needs one."""
         if self._channel.stopping:
             self._keep_alive = False
         if not self._keep_alive:

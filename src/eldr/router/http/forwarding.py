@@ -1,4 +1,4 @@
-"""Which header fields go on, from a client to workers and back. What is not named here stays with the router."""
+"""Which headers the router passes on, from clients to workers and back. It drops all others."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 from eldr.router.http.message import Request
 
-# W3C Trace Context. A traceparent of another form, or tracestate without one, starts no trace at the worker.
+# W3C Trace Context. A malformed traceparent is dropped, and so is a tracestate without a traceparent.
 TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 PRINTABLE = re.compile(rb"[\x20-\x7e]+")
 MAX_TRACESTATE_BYTES = 512
-# Types of answers that are passed on as such; a browser could take others for a page of the router's own.
+# The content types that are passed on. A browser could take any other for a page of the router itself.
 CONTENT_TYPE = re.compile(rb"(application/json|text/event-stream|text/plain)( *; *charset=[a-z0-9-]+)?", re.IGNORECASE)
 JSON = b"application/json"
 UNKNOWN_TYPE = b"application/octet-stream"
@@ -19,7 +19,7 @@ RETRY_AFTER = re.compile(rb"[0-9]{1,9}|[A-Za-z0-9:, ]{29}")
 
 
 def trace_context(request: Request) -> tuple[bytes | None, bytes | None]:
-    """traceparent and tracestate of a request, each None if it has none that can be passed on."""
+    """The traceparent and tracestate of a request. Each is None if it is absent or must not be passed on."""
     headers = request.headers
     parent = headers.get(b"traceparent")
     if parent is None or TRACEPARENT.fullmatch(parent) is None or _meant_for_us(headers, b"traceparent"):
@@ -41,7 +41,7 @@ def trace_lines(parent: bytes | None, state: bytes | None) -> bytes:
 
 
 def client_authorization(request: Request) -> bytes | None:
-    """The client's Authorization, for workers that judge it themselves; None if the router has already used it."""
+    """The client's Authorization, for workers that check keys themselves. None if the router has checked it."""
     given = request.headers.get(b"authorization")
     if given is None or request.client or PRINTABLE.fullmatch(given) is None:
         return None
@@ -49,19 +49,19 @@ def client_authorization(request: Request) -> bytes | None:
 
 
 def content_type(headers: Mapping[bytes, bytes]) -> bytes:
-    """The content type that a client is told of a worker's answer."""
+    """The content type to give the client for a worker's answer."""
     given = headers.get(b"content-type", JSON)
     return given if given == JSON or CONTENT_TYPE.fullmatch(given) else UNKNOWN_TYPE
 
 
 def answer_headers(headers: Mapping[bytes, bytes]) -> tuple[bytes, bytes]:
-    """What a client is told of a worker's headers: the content type, and Retry-After as a line if it makes sense."""
+    """The headers of a worker's answer to pass on: the content type, and a Retry-After line if it is well-formed."""
     given = headers.get(b"retry-after")
     retry_after = b"retry-after: %b\r\n" % given if given is not None and RETRY_AFTER.fullmatch(given) else b""
     return content_type(headers), retry_after
 
 
 def _meant_for_us(headers: dict[bytes, bytes], name: bytes) -> bool:
-    """Whether Connection names the field: it then ends here (RFC 9110, section 7.6.1)."""
+    """Whether the Connection header lists the field, which must then not be forwarded (RFC 9110, section 7.6.1)."""
     connection = headers.get(b"connection")
     return connection is not None and name in (token.strip().lower() for token in connection.split(b","))

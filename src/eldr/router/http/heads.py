@@ -1,4 +1,4 @@
-"""The heads of answers to clients."""
+"""Status lines and headers of answers to clients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from http import HTTPStatus
 
 from eldr.router.http.errors import ApiError
 
-# A browser shall not take an answer for anything that its content type does not say.
+# nosniff: a browser must not guess another content type than the one given.
 STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\nx-content-type-options: nosniff\r\n".encode()
     for status in HTTPStatus
@@ -34,13 +34,17 @@ _clock = _Clock()
 
 
 def answer_head(status: int, content_type: bytes, length: int | None, extra: bytes) -> bytes:
-    """Status line and headers. `extra` holds further header lines, each ended by CRLF; length None: as they say."""
+    """The status line and headers.
+
+    length: bytes of the body. If it is None, `extra` says how the body ends.
+    extra: further header lines, each ending in CRLF.
+    """
     head = b"%bcontent-type: %b\r\n%b%b" % (STATUS_LINES[status], content_type, _clock.line(), extra)
     return head + (b"\r\n" if length is None else b"content-length: %d\r\n\r\n" % length)
 
 
 def error_headers(error: ApiError) -> bytes:
-    """What an error says beside its body."""
+    """The header lines that belong to an error."""
     lines = b""
     if error.status == 401:
         lines += b"www-authenticate: Bearer\r\n"

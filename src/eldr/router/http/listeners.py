@@ -16,8 +16,11 @@ BACKLOG = 4096
 
 
 class Listeners:
-    """Opens one socket after the other, in the order of `inherited`: sockets that listen already; what is missing is
-    opened anew. tls: None for plain HTTP."""
+    """Opens the listening sockets, first for clients, then for the admin API.
+
+    inherited: sockets that already listen, in that order. They are used first; missing ones are opened.
+    tls: None for plain HTTP.
+    """
 
     def __init__(self, limits: ClientLimits, tls: ServerTls | None, inherited: Sequence[socket.socket]) -> None:
         self._limits = limits
@@ -26,7 +29,7 @@ class Listeners:
         self._servers: list[asyncio.Server] = []
 
     async def open(self, handler: Handler, host: str, port: int) -> None:
-        """Hand every connection to `handler`. Raises ConfigError if the address is taken."""
+        """Listen, and give each connection to `handler`. Raises ConfigError if the router cannot listen there."""
         tls = self._tls
         where: dict[str, Any] = {"host": host, "port": port}
         if len(self._servers) < len(self._inherited):
@@ -45,14 +48,14 @@ class Listeners:
 
     @property
     def sockets(self) -> list[socket.socket]:
-        """One of each, in the order in which they were opened."""
+        """One listening socket per address, in the order in which they were opened."""
         return [sock for server in self._servers for sock in server.sockets[:1]]
 
     def port(self, index: int) -> int:
-        """The port of the index-th, which the system chose if 0 was asked for."""
+        """The port of the socket number `index`. The system chose it if the configured port is 0."""
         return int(self._servers[index].sockets[0].getsockname()[1])
 
     def close(self) -> None:
-        """Take no more connections."""
+        """Accept no more connections."""
         for server in self._servers:
             server.close()

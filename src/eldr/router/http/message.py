@@ -1,7 +1,7 @@
-"""Requests as they arrive: parsed by llhttp (httptools), checked for what llhttp leaves to its caller.
+"""Reads requests. llhttp (httptools) parses the bytes, and this module makes the checks that llhttp leaves to callers.
 
-Checked here are the limits of a head, a body and its framing, the headers that decide where a message ends (RFC 9112,
-section 6), Host, Expect, and offers of another protocol. A request is refused if its end is in doubt.
+The checks cover the size of head, body and chunk framing, the headers that decide where a message ends (RFC 9112,
+section 6), Host, Expect, and offers to switch to another protocol. A request is refused if it is unclear where it ends.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from eldr.router.http.errors import ApiError
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 128
-# What chunk sizes, chunk extensions and line ends may take, beside so many bytes for each byte of the body: single
-# bytes as chunks are slow, but no attack.
+# How many bytes chunk sizes, chunk extensions and line ends may take: a fixed amount, and some for each byte of the
+# body. A client that sends one byte a chunk is slow, but not an attack.
 MAX_FRAMING_BYTES = 64 * 1024
 MAX_FRAMING_PER_BYTE = 16
 
-# Headers of which a second copy could make two parties see two different messages.
+# Headers that must not be repeated, because a proxy and the router could each obey another copy.
 SINGLE = frozenset((b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-type"))
-# RFC 9110, section 7.2: a Host that is no host and port is refused, lest somebody else reads another one into it.
+# RFC 9110, section 7.2. A Host of any other form is refused, because another party could read a different host in it.
 HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
 
 
 class Request:
     """One complete request.
 
-    headers: names in lower case; values given several times are joined by commas.
+    headers: with names in lower case. The values of a repeated header are joined by commas.
     client: the name that the client's key stands for. Empty if the router did not use the Authorization header.
-    received_s: monotonic time.
+    received_s: monotonic time of arrival.
     """
 
     __slots__ = ("body", "client", "headers", "http_1_0", "keep_alive", "method", "path", "received_s")
@@ -61,28 +61,28 @@ class Request:
 
 
 class Sink(Protocol):
-    """Hears what a client asks, in the order in which it asks it."""
+    """Receives the requests of one client, in their order."""
 
     def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
-        """The name of the client that asks, before its body is read. Raises ApiError if it may not ask."""
+        """The client's name, decided before the body is read. Raises ApiError if the request is not allowed."""
 
     def on_expect(self) -> None:
-        """The client sends its body once it is told to."""
+        """The client waits for a 100 Continue before it sends the body."""
 
     def on_request(self, request: Request) -> None:
-        """A request is complete. Raises ApiError if it is one too many."""
+        """A request is complete. Raises ApiError if too many are waiting."""
 
 
 class Stage(Enum):
-    """How much there is of the request that comes next."""
+    """How much of the next request has arrived."""
 
     AWAITED = "nothing"
     HEAD = "a part of its head"
     BODY = "its head"
-    FAILED = "unreadable input, and nothing behind it can be read either"
+    FAILED = "unreadable input, so that nothing after it can be read"
 
 
-# Before Python 3.12 it takes a call to get a member from its enum.
+# Before Python 3.12, looking up an enum's member costs a function call.
 AWAITED: Final = Stage.AWAITED
 HEAD: Final = Stage.HEAD
 BODY: Final = Stage.BODY
@@ -90,7 +90,7 @@ FAILED: Final = Stage.FAILED
 
 
 class IncomingMessage:
-    """One request of which a part is here, within its limits."""
+    """The part of one request that has arrived. Raises ApiError once it exceeds a limit."""
 
     def __init__(self, max_body_bytes: int) -> None:
         self.url = b""
@@ -110,7 +110,7 @@ class IncomingMessage:
 
     def add_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
-        value = value.rstrip(b" \t")  # llhttp leaves what is behind a value
+        value = value.rstrip(b" \t")  # llhttp keeps trailing whitespace
         headers = self.headers
         if name in headers:
             if name in SINGLE:
@@ -126,7 +126,7 @@ class IncomingMessage:
             raise _head_too_large()
 
     def check_framing(self) -> None:
-        """Raises ApiError if the end of the body is in doubt, or beyond the limit."""
+        """Raises ApiError if it is unclear where the body ends, or if the body is too large."""
         headers = self.headers
         coding = headers.get(b"transfer-encoding")
         length = headers.get(b"content-length")
@@ -142,7 +142,7 @@ class IncomingMessage:
             raise self._body_too_large()
 
     def add_trailer(self, name: bytes, value: bytes) -> None:
-        """Trailers of a chunked body are of no use, but have bounds."""
+        """Count a trailer of a chunked body and drop it. Raises ApiError if trailers are too large."""
         self._trailer_bytes += len(name) + len(value)
         if self._trailer_bytes > MAX_HEAD_BYTES:
             raise ApiError(431, f"trailers exceed {MAX_HEAD_BYTES} bytes")
@@ -152,9 +152,10 @@ class IncomingMessage:
 
 
 class RequestReader:
-    """Reads requests from the bytes of one client, one after the other.
+    """Reads the requests of one client from its bytes.
 
-    stage: how much there is of the next one. since_s: monotonic time when its head began, or its body.
+    stage: how much of the next request has arrived.
+    since_s: monotonic time at which the head of that request began to arrive or, after its head, the body.
     """
 
     def __init__(self, limits: ClientLimits, sink: Sink) -> None:
@@ -169,18 +170,18 @@ class RequestReader:
     def _await_next(self) -> None:
         self.stage: Stage = AWAITED
         self._message = IncomingMessage(self._limits.max_body_bytes)
-        # Of the head, or of the body less the piece that it began in.
+        # Bytes of the head so far or, after the head, of the body. The piece in which the body began is not counted.
         self._fed_bytes = 0
 
     @property
     def body_bytes(self) -> int:
-        """How much of the next request's body is here."""
+        """How much of the next request's body has arrived."""
         return self._message.body_bytes
 
     def feed(self, data: bytes) -> None:
-        """Read a piece, and tell the sink of each request that it completes.
+        """Read more input, and give the sink each request that it completes.
 
-        Raises ApiError for unreadable input; nothing may be fed after that.
+        Raises ApiError if the input cannot be read. Feed nothing more after that.
         """
         try:
             self._feed(data)
@@ -196,7 +197,7 @@ class RequestReader:
         except httptools.HttpParserUpgrade as stop:
             upgrade_at = stop.args[0]
         except httptools.HttpParserError as error:
-            if error.__context__ is not None:  # a method that the parser called has raised it
+            if error.__context__ is not None:  # raised by one of the callbacks below
                 raise error.__context__ from None
             raise ApiError(400, f"malformed HTTP request: {error}") from None
         if upgrade_at is not None:
@@ -205,13 +206,13 @@ class RequestReader:
             if self._fed_bytes > MAX_HEAD_BYTES:
                 raise _head_too_large()
         elif self._fed_bytes > MAX_FRAMING_BYTES + (1 + MAX_FRAMING_PER_BYTE) * self._message.body_bytes:
-            raise ApiError(400, "the chunks of the body are framed by more than they hold")
+            raise ApiError(400, "the chunk framing of the body is larger than its content")
 
     def _pass_over_upgrade(self, rest: bytes) -> None:
-        """Parse a request that offers another protocol as if it did not (RFC 9110, section 7.8).
+        """Ignore a request's offer to switch to another protocol (RFC 9110, section 7.8).
 
-        Clients that would rather speak HTTP/2 make the offer in passing. llhttp takes what follows the head for the
-        other protocol, so the head is parsed again without it.
+        Some clients offer HTTP/2 this way in ordinary requests. llhttp treats everything after such a head as the other
+        protocol, so the head is parsed again without the offer.
         """
         parser, message = self._parser, self._message
         fields = {name: value for name, value in message.headers.items() if name not in (b"upgrade", b"connection")}
@@ -225,7 +226,7 @@ class RequestReader:
         self._await_next()
         self._feed(head + rest)
 
-    # What the parser finds.
+    # Callbacks of the parser.
 
     def on_message_begin(self) -> None:
         self.stage = HEAD
@@ -248,14 +249,14 @@ class RequestReader:
         message.check_head_bytes()
         version = self._parser.get_http_version()
         if version not in ("1.1", "1.0"):
-            raise ApiError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+            raise ApiError(505, "only HTTP/1.1 and HTTP/1.0 are supported")
         message.http_1_0 = version == "1.0"
         self._check_host(headers.get(b"host"))
         if self._parser.get_method() == b"CONNECT":
             raise ApiError(400, "CONNECT is not supported")
         if self._parser.should_upgrade():
             if self._upgrade_offered:
-                raise ApiError(400, "a change of protocol is not supported, and was offered before")
+                raise ApiError(400, "switching protocols is not supported, and this connection offered it before")
             return  # see _pass_over_upgrade
         message.check_framing()
         message.path = _path(message.url)
@@ -264,7 +265,7 @@ class RequestReader:
         expect = headers.get(b"expect")
         if expect is not None:
             if expect.lower() != b"100-continue":
-                raise ApiError(417, "only Expect: 100-continue is understood")
+                raise ApiError(417, "the only supported Expect is 100-continue")
             if not message.http_1_0:
                 self._sink.on_expect()
 
@@ -272,9 +273,9 @@ class RequestReader:
         if host is None:
             if not self._message.http_1_0:
                 raise ApiError(400, "an HTTP/1.1 request needs a Host header")
-        elif host != self._host:  # a client asks for the same one again and again
+        elif host != self._host:  # a client sends the same one every time
             if HOST.fullmatch(host) is None:
-                raise ApiError(400, "the Host header names no host")
+                raise ApiError(400, "the Host header is malformed")
             self._host = host
 
     def on_body(self, data: bytes) -> None:
@@ -302,7 +303,7 @@ def _head_too_large() -> ApiError:
 
 
 def _path(url: bytes) -> bytes:
-    """The path of a request target, without its query; an absolute target names its path too."""
+    """The path of a request target, without its query. The target may be an absolute URL."""
     if not url.startswith(b"/"):
         try:
             url = httptools.parse_url(url).path or b"/"

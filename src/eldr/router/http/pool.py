@@ -1,4 +1,4 @@
-"""The kept connections to one worker, and what every request to it says."""
+"""The connections to one worker, and the headers that each request to it carries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eldr.router.http.client import ConnectError, ConnectTimeoutError, WorkerCon
 
 
 class WorkerPool:
-    """The connections to one worker."""
+    """Keeps the connections to one worker and makes new ones."""
 
     def __init__(
         self,
@@ -29,11 +29,11 @@ class WorkerPool:
         self._ssl = ssl_context if parts.scheme == "https" else None
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
         self._connect_timeout_s = connect_timeout_s
-        # Last in, first out: what load does not need grows old and is closed.
+        # Last in, first out, so that connections in excess of the load grow old and are closed.
         self._idle: dict[WorkerConnection, None] = {}
         self._closed = False
         rank = rank_of(url)
-        # vLLM then runs the request on this engine of several behind one URL.
+        # Names the engine that is to run the request, where several share one URL.
         rank_line = b"" if rank is None else b"x-data-parallel-rank: %d\r\n" % rank
         self._address_lines = b"host: %b\r\n%b" % (parts.netloc.encode(), rank_line)
         self._authorization = None if authorization is None else b"authorization: Bearer " + authorization + b"\r\n"
@@ -46,7 +46,10 @@ class WorkerPool:
         body: bytes = b"",
         client_authorization: bytes | None = None,
     ) -> bytes:
-        """The bytes of a request. `headers` are lines ended by CRLF; the worker's key replaces the client's."""
+        """The bytes of a request. The worker's key, if there is one, replaces `client_authorization`.
+
+        headers: further header lines, each ending in CRLF.
+        """
         authorization = self._authorization
         if authorization is None:
             authorization = b"" if client_authorization is None else b"authorization: %b\r\n" % client_authorization
@@ -99,27 +102,27 @@ class WorkerPool:
         self._idle.clear()
 
     def check(self, now_s: float) -> None:
-        """Fail exchanges whose worker is silent, close connections that were idle too long."""
+        """Fail exchanges whose worker is silent, and close connections that were idle for too long."""
         for connection in list(self.active):
             connection.check_silence(now_s)
         for connection in [connection for connection in self._idle if not connection.usable]:
             connection.close()
 
     def cut(self, reason: str) -> None:
-        """Fail every exchange, and connect no more."""
+        """Fail every exchange, and refuse new connections."""
         self._closed = True
         for connection in list(self.active):
             connection.fail(reason)
 
     def give_up_waiting(self, reason: str, most: int) -> int:
-        """Fail up to `most` exchanges of which nothing was passed on yet; how many there were."""
+        """Fail up to `most` exchanges of whose answers nothing was passed on yet. Returns how many failed."""
         given_up = 0
         for connection in list(self.active):
             given_up += given_up < most and connection.give_up_waiting(reason)
         return given_up
 
     def reopen(self) -> None:
-        """Connect again after `cut`."""
+        """Allow new connections again after `cut`."""
         self._closed = False
 
     def close(self) -> None:

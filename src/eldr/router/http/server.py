@@ -1,7 +1,7 @@
-"""The side towards clients: HTTP/1.1 requests in, answers out, one protocol object per connection.
+"""Client connections: HTTP/1.1 requests in, answers out, one protocol object per connection.
 
-`message` reads requests, `exchange` writes answers. The connection keeps them in order: one request is answered after
-the other, a client that went away is noticed at once, and one that overstays is sent away.
+`message` reads requests, and `exchange` writes answers. The connection keeps them in order, answering one request after
+the other. It notices at once when the client leaves, and it enforces the client's time limits.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.heads import answer_head, error_headers
 from eldr.router.http.message import AWAITED, FAILED, HEAD, Request, RequestReader
 
-# Requests that may wait behind the one that is answered. A piece of input holds thousands, and takes as long to parse.
+# How many requests may wait behind the one being answered. One read could hold thousands, all parsed in one go.
 MAX_PIPELINED = 256
-# Unsent bytes to a client above which its worker is no longer read from.
+# With more unsent bytes than this for a client, the router stops reading from its worker.
 WRITE_HIGH_BYTES = 64 * 1024
-# The same within the kernel, which else takes megabytes for a client that does not read.
+# The same limit in the kernel, which would otherwise buffer megabytes for a client that does not read.
 KERNEL_HIGH_BYTES = 64 * 1024
-# How long a refused client may go on sending before the connection is reset; closing at once could destroy the
-# answer before the client has read it.
+# How long a refused client may go on sending before the connection is reset. Closing at once could destroy the answer
+# before the client has read it.
 LINGER_S = 2.0
-# A body may come as slowly as this, beside its time limit.
+# Each byte of a body extends the body's time limit at this rate.
 LEAST_BYTES_PER_S = 16 * 1024
 
 
 class State(Enum):
-    """What a connection does."""
+    """What a connection is doing."""
 
     IDLE = "waits for a request"
-    RECEIVING = "has a part of a request, and nothing to answer"
-    ANSWERING = "answers a request; requests behind it are read up to a limit, and wait"
-    HELD = "answers nothing though requests wait: the client does not read, or the event loop has yet to turn to them"
-    LINGERING = "has refused unreadable input and gives the client time to read why; further input is dropped"
+    RECEIVING = "has part of a request, and none to answer"
+    ANSWERING = "answers a request; up to a limit, later requests are read and wait"
+    HELD = "has requests to answer, but waits for the client to read or for its turn in the event loop"
+    LINGERING = "has refused unreadable input, and gives the client time to read the error; drops further input"
     CLOSED = "reads and answers nothing more; bytes already written may still be on their way"
 
-    # Every transition looks a state up, and Enum's own hash is a call of Python code.
+    # Every transition hashes a state, and Enum's own hash runs Python code.
     __hash__ = object.__hash__
 
 
-# Before Python 3.12 it takes a call to get a member from its enum.
+# Before Python 3.12, looking up an enum's member costs a function call.
 IDLE: Final = State.IDLE
 RECEIVING: Final = State.RECEIVING
 ANSWERING: Final = State.ANSWERING
@@ -54,56 +54,56 @@ HELD: Final = State.HELD
 LINGERING: Final = State.LINGERING
 CLOSED: Final = State.CLOSED
 
-# From each state, those that may follow, and when.
+# The states that may follow each state, and when they do.
 TRANSITIONS: Final[dict[State, tuple[State, ...]]] = {
     IDLE: (
-        RECEIVING,  # a part of a request has come
-        ANSWERING,  # a whole request has come
-        HELD,  # a whole request has come, but its client does not read
-        LINGERING,  # unreadable input has come
-        CLOSED,  # nothing has come for too long, the router stops, or the client is gone
+        RECEIVING,  # part of a request has arrived
+        ANSWERING,  # a whole request has arrived
+        HELD,  # a whole request has arrived, but the client does not read
+        LINGERING,  # unreadable input has arrived
+        CLOSED,  # nothing arrived for too long, the router is stopping, or the client is gone
     ),
     RECEIVING: (
-        ANSWERING,  # the rest of the request has come
-        HELD,  # the rest has come, but its client does not read
-        LINGERING,  # the rest is unreadable, or late
-        CLOSED,  # the router stops, or the client is gone
+        ANSWERING,  # the rest of the request has arrived
+        HELD,  # the rest has arrived, but the client does not read
+        LINGERING,  # the rest is unreadable or late
+        CLOSED,  # the router is stopping, or the client is gone
     ),
     ANSWERING: (
-        IDLE,  # the answer is complete, and nothing is behind the request
-        RECEIVING,  # the answer is complete, and a part of the next request is there
-        HELD,  # the answer is complete, and the next request or unreadable input is there
-        CLOSED,  # the answer was the last one or broke off, the router stops, or the client is gone
+        IDLE,  # the answer is complete, and nothing else has arrived
+        RECEIVING,  # the answer is complete, and part of the next request has arrived
+        HELD,  # the answer is complete, and the next request or unreadable input has arrived
+        CLOSED,  # the answer was the last one or broke off, the router is stopping, or the client is gone
     ),
     HELD: (
-        ANSWERING,  # the next request has its turn
+        ANSWERING,  # it is the next request's turn
         LINGERING,  # only unreadable input is left
-        CLOSED,  # the router stops, or the client is gone
+        CLOSED,  # the router is stopping, or the client is gone
     ),
-    LINGERING: (CLOSED,),  # the client has had its time, or is gone
+    LINGERING: (CLOSED,),  # the client's time is up, or it is gone
     CLOSED: (),
 }
 
 
 class Handler(Protocol):
-    """What answers requests: exactly one answer each, now or later."""
+    """Answers requests. Each gets exactly one answer, at once or later."""
 
     connections: set[ClientConnection]
     closing: bool
 
     def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
-        """The name of the client that asks, before its body is read. Raises ApiError if it may not ask."""
+        """The client's name, decided before the body is read. Raises ApiError if the request is not allowed."""
 
     def handle(self, request: Request, exchange: ClientExchange) -> None: ...
 
     def refused(self, error: ApiError) -> None:
-        """A request was so malformed that it was answered without being handled."""
+        """The connection itself refused input that is malformed or late, or dropped a client that does not read."""
 
 
 class ClientConnection:
-    """One client connection. Requests are answered one after the other in the order in which they came.
+    """One client connection. It answers requests one at a time, in the order in which they arrive.
 
-    It is an asyncio.Protocol, though not by name, which would slow the compiled class down.
+    It implements asyncio.Protocol without inheriting from it, because inheriting would slow the compiled class down.
     """
 
     _transport: asyncio.Transport
@@ -113,7 +113,7 @@ class ClientConnection:
         self._limits = limits
         self._reader = RequestReader(limits, self)
         self._exchange: ClientExchange | None = None
-        # Requests in their order, and behind them at most one error, the answer to unreadable input.
+        # Requests in their order. After them comes at most one error, which answers unreadable input.
         self._waiting: deque[Request | ApiError] = deque()
         self._reading_paused = False
         self._stalled_since_s: float | None = None
@@ -126,7 +126,7 @@ class ClientConnection:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for their turn; unreadable input behind them counts as one."""
+        """How many requests wait for their turn. Unreadable input after them counts as one."""
         return len(self._waiting)
 
     @property
@@ -136,12 +136,12 @@ class ClientConnection:
 
     @property
     def unsent_bytes(self) -> int:
-        """Bytes written that the kernel has not taken yet."""
+        """Bytes that were written but not yet passed to the kernel."""
         return self._transport.get_write_buffer_size()
 
     @property
     def stopping(self) -> bool:
-        """Whether the router stops, so that the next answer is the last one."""
+        """Whether the router is stopping, so that the connection closes after the next answer."""
         return self._handler.closing
 
     def _enter(self, state: State) -> None:
@@ -150,7 +150,7 @@ class ClientConnection:
         self._state = state
         self._since_s = time.monotonic()
 
-    # What happens to the connection.
+    # Events of the connection.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -161,8 +161,8 @@ class ClientConnection:
         connections = self._handler.connections
         connections.add(self)
         if len(connections) > self._limits.max_connections:
-            # No lingering here: it is connections that there are too many of.
-            self._write_error(ApiError(503, "the router has as many clients as it can take", retry_after_s=1))
+            # No lingering here: that would keep one connection too many open.
+            self._write_error(ApiError(503, "the router has too many client connections", retry_after_s=1))
             self.close()
 
     def data_received(self, data: bytes) -> None:
@@ -177,7 +177,7 @@ class ClientConnection:
             self._enter(RECEIVING)
 
     def eof_received(self) -> None:
-        """The client has closed its side, and so is gone: the transport closes."""
+        """The client has closed its side, so it counts as gone. Returning None closes the transport."""
         self._leave()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -208,7 +208,7 @@ class ClientConnection:
             self._handler.refused(ApiError(408, "the client does not read"))
             self.abort()
         elif self._state is CLOSED:
-            if waited_s > limits.stall_timeout_s:  # the last bytes, too few to stall, that nobody takes
+            if waited_s > limits.stall_timeout_s:  # the client takes the last bytes no more; they were too few to stall
                 self.abort()
         elif self._state is IDLE:
             if waited_s > limits.idle_timeout_s:
@@ -218,19 +218,19 @@ class ClientConnection:
 
     def _overdue(self, now_s: float) -> bool:
         reader, limits = self._reader, self._limits
-        # A part that came behind a request had to wait for that one's answer.
+        # Input that arrived during an answer was not read on until that answer was complete.
         waited_s = now_s - max(self._since_s, reader.since_s)
         if reader.stage is HEAD:
             return waited_s > limits.head_timeout_s
         return waited_s - reader.body_bytes / LEAST_BYTES_PER_S > limits.body_timeout_s
 
     def close(self) -> None:
-        """Close once everything written has been sent."""
+        """Close after sending everything that was written."""
         self._leave()
         self._transport.close()
 
     def close_if_idle(self) -> None:
-        """Close unless a request is being received or answered; used when the router stops."""
+        """Close unless a request is being received or answered. The router calls this when it stops."""
         if self._state is IDLE:
             self.close()
 
@@ -253,7 +253,7 @@ class ClientConnection:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_request(self, request: Request) -> None:
-        """Answer a request at once, if none is before it and the client reads."""
+        """Answer a request at once if no other comes first and the client reads. Otherwise the request waits."""
         state = self._state
         if state is CLOSED:
             return
@@ -291,9 +291,9 @@ class ClientConnection:
             self._go_on()
 
     def _go_on(self) -> None:
-        """Turn to what the client sent behind the request that was answered."""
+        """Continue with the client's next input after an answer."""
         if self._waiting:
-            # Not from here: a handler that answers at once would recurse once for each pipelined request.
+            # Not called directly: a handler that answers at once would recurse for every pipelined request.
             asyncio.get_running_loop().call_soon(self._next)
         else:
             self._read_on()
@@ -315,15 +315,15 @@ class ClientConnection:
     # Refusals.
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer unreadable input, after the requests before it, and close."""
+        """Answer unreadable input with an error, after the requests before it, and close."""
         if self._state is ANSWERING or self._state is HELD:
             self._waiting.append(error)
-        elif self._state is not CLOSED:  # else it came behind the last request of this connection
+        elif self._state is not CLOSED:  # otherwise it came after the connection's last request
             self._answer_refusal(error)
 
     def _answer_refusal(self, error: ApiError) -> None:
         self._handler.refused(error)
-        if self._transport.is_closing():  # it has failed: connection_lost is on its way
+        if self._transport.is_closing():  # the transport has failed, and connection_lost will follow
             return
         self._write_error(error)
         self._enter(LINGERING)

@@ -8,12 +8,12 @@ from pathlib import Path
 from eldr.router.config.settings import ConfigError
 
 OLDEST = ssl.TLSVersion.TLSv1_2
-# A client that connects and does not finish the handshake is let go.
+# The connection is closed if the client has not finished the handshake by then.
 HANDSHAKE_TIMEOUT_S = 10.0
 
 
 class ServerTls:
-    """What the router shows its clients: a certificate chain and its key, which may be replaced while it runs."""
+    """The certificate chain that the router shows to clients, and its key. Both can be replaced while it runs."""
 
     def __init__(self, certificate: Path, key: Path) -> None:
         self._certificate = certificate
@@ -21,8 +21,10 @@ class ServerTls:
         self.context = self._load(_server_context())
 
     def reload(self) -> None:
-        """Use the files as they are now for new connections. Raises ConfigError and changes nothing if they do not
-        belong together or cannot be read."""
+        """Read the files again, for new connections.
+
+        Raises ConfigError, and changes nothing, if a file cannot be read or the two do not belong together.
+        """
         self._load(_server_context())
         self._load(self.context)
 
@@ -44,11 +46,14 @@ def _server_context() -> ssl.SSLContext:
 
 
 def _no_passphrase() -> str:
-    raise ConfigError("the key needs a passphrase; give one that needs none, readable by the router alone")
+    raise ConfigError("the key has a passphrase; use a key without one, which only the router can read")
 
 
 def worker_context(authorities: Path | None) -> ssl.SSLContext:
-    """How https workers are checked: certificate and name, by `authorities` or the system's. Raises ConfigError."""
+    """The TLS context for https workers, which checks their certificate and name.
+
+    authorities: the CA certificates, or None for the system's. Raises ConfigError if they cannot be read.
+    """
     try:
         context = ssl.create_default_context(cafile=authorities)
     except (OSError, ssl.SSLError) as error:
