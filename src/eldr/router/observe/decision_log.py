@@ -62,6 +62,7 @@ class DecisionLog:
         """Add an event, with its time and run. It never waits for the disk, and never raises because of it."""
         line = self._line(event)
         if not self._file.has_room(line):
+            self._file.refuse()
             self._gap += 1
             return
         if self._gap:

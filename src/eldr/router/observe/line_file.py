@@ -81,10 +81,12 @@ class LineFile:
     # Called by the code that adds lines.
 
     def has_room(self, line: bytes) -> bool:
-        """Whether `add` may be called. If not, the line is lost, and counted here."""
-        room = self._buffer.has_room(line)
-        self.refused += not room
-        return room
+        """Whether `add` can take the line."""
+        return self._buffer.has_room(line)
+
+    def refuse(self) -> None:
+        """Count a line that did not fit."""
+        self.refused += 1
 
     def add(self, line: bytes) -> None:
         """Add a line, which must end in a line end."""
