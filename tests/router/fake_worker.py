@@ -45,6 +45,7 @@ class FakeWorker:
     """A worker on a port of its own.
 
     silent: takes requests and answers none, probes included.
+    delay_s: how late every answer is, to probes as well.
     behaviour: called instead of the normal answer for completion and chat requests while it is set.
     metrics: what /metrics says; 404 while it is None.
     counts: wire form of the expert counts in hand-offs; None leaves them out.
@@ -65,6 +66,7 @@ class FakeWorker:
         self.behaviour: Behaviour | None = None
         self.healthy = True
         self.silent = False
+        self.delay_s = 0.0
         self.tokens = ["a", "b", "c", "d"]
         self.token_gap_s = 0.0
         self.counts: object = counts_wire(4)
@@ -94,6 +96,10 @@ class FakeWorker:
     def generated(self) -> list[Seen]:
         """Completion and chat requests, probes left out."""
         return [seen for seen in self.seen if seen.path.endswith("completions")]
+
+    def asked(self, path: str) -> int:
+        """How often it was asked for `path`."""
+        return sum(seen.path == path for seen in self.seen)
 
     async def start(self) -> FakeWorker:
         self._server = await asyncio.start_server(
@@ -136,6 +142,8 @@ class FakeWorker:
         self.seen.append(seen)
         if self.silent:
             await asyncio.sleep(3600)
+        if self.delay_s:
+            await asyncio.sleep(self.delay_s)
         if path == "/health":
             await reply(writer, 200 if self.healthy else 503, b"")
         elif self.api_key is not None and headers.get("authorization") != f"Bearer {self.api_key}":

@@ -130,6 +130,17 @@ class UnreadTransport(MemoryTransport):
             self.protocol.resume_writing()
 
 
+class OpenChannel:
+    """The connection of a client that reads and stays."""
+
+    stalled = False
+    stopping = False
+
+    def finish(self, keep_alive: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def feed(pieces: list[bytes], stalls: frozenset[int] = frozenset()) -> tuple[list[Said], list[int], list[bytes]]:
     """The requests, refusals and answers' status lines that these bytes of a client lead to.
 

@@ -67,13 +67,25 @@ async def test_the_admin_key_is_a_key_too(key_file: Path, tmp_path: Path) -> Non
         assert all("authorization" not in seen.headers for seen in (*s.prefill[0].seen, *s.decode[0].seen))
 
 
+@pytest.mark.parametrize("header", ["Bearer the-admin-key", "bearer the-admin-key", "Bearer  the-admin-key"])
+@on_uvloop
+async def test_the_admin_key_reaches_no_worker_where_no_keys_are_asked_for(tmp_path: Path, header: str) -> None:
+    (tmp_path / "admin").write_text("the-admin-key\n")
+    async with running(admin_key_file=tmp_path / "admin") as s:
+        assert (await s.post(headers={"authorization": header})).status == 200
+        assert (await s.get("/v1/models", headers={"authorization": header})).status == 200
+        for worker in (*s.prefill, *s.decode):
+            assert worker.generated
+            assert not any("the-admin-key" in str(seen.headers) for seen in worker.seen)
+
+
 @interpreted
 def test_keys_are_known_by_name_and_can_be_replaced(key_file: Path) -> None:
     keys = ApiKeys(key_file)
-    assert keys.client(b"Bearer secret-of-alice") == "alice"
-    assert keys.client(b"Bearer secret-of-bob") == "client-4"
+    assert keys.client({b"authorization": b"Bearer secret-of-alice"}) == "alice"
+    assert keys.client({b"authorization": b"Bearer secret-of-bob"}) == "client-4"
+    assert keys.client({}) is None
     for wrong in (
-        None,
         b"",
         b"Bearer",
         b"Bearer ",
@@ -81,16 +93,16 @@ def test_keys_are_known_by_name_and_can_be_replaced(key_file: Path) -> None:
         b"secret-of-alice",
         b"Bearer \xff",
     ):
-        assert keys.client(wrong) is None
+        assert keys.client({b"authorization": wrong}) is None
     assert b"secret-of-alice" not in repr(vars(keys)).encode()
     key_file.write_bytes(b"another zoe\n")
     keys.reload()
-    assert keys.client(b"Bearer secret-of-alice") is None
-    assert keys.client(b"Bearer another") == "zoe"
+    assert keys.client({b"authorization": b"Bearer secret-of-alice"}) is None
+    assert keys.client({b"authorization": b"Bearer another"}) == "zoe"
     key_file.write_bytes(b"")
     with pytest.raises(ConfigError, match="it has no keys"):
         keys.reload()
-    assert keys.client(b"Bearer another") == "zoe"
+    assert keys.client({b"authorization": b"Bearer another"}) == "zoe"
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,73 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from eldr.router.app import Router
-from eldr.router.config.endpoint import Endpoint
+from eldr.router.config.endpoint import Endpoint, Endpoints
 from eldr.router.config.settings import RouterConfig
+from eldr.router.fleet.discovery.base import Source
 from tests.router.admin import ask_admin, listed, until_state
 from tests.router.fake_worker import FakeWorker
 from tests.router.harness import ASK, Scripted, on_uvloop, running, until
 
 # Joining.
+
+
+@on_uvloop
+async def test_a_policy_that_fails_when_workers_come_and_go_keeps_none_of_them(admin: dict[str, Any]) -> None:
+    class Broken(Scripted):
+        def joined(self, worker: str) -> None:
+            raise ZeroDivisionError
+
+        def left(self, worker: str) -> None:
+            raise ZeroDivisionError
+
+    async with running(decode=2, policy=Broken(), **admin) as s:
+        goes = s.decode[0].url
+        await ask_admin(s, "DELETE", "/admin/workers", {"url": goes, "role": "decode"})
+        await until_state(s, "decode", goes, "gone")
+        assert (await s.post()).status == 200
+        assert await s.metric("eldr_policy_errors_total") == 3
+
+
+class Hasty(Source):
+    """Names other workers before the first ones have answered a probe. The second list is as final as the first."""
+
+    name = "hasty"
+
+    def __init__(self, *lists: list[Endpoint]) -> None:
+        self._lists = lists
+
+    async def watch(self) -> AsyncIterator[Endpoints]:
+        for known in self._lists:
+            yield frozenset(known)
+        await asyncio.Event().wait()
+
+
+@on_uvloop
+async def test_a_list_that_changes_while_the_first_workers_are_probed() -> None:
+    workers = [await FakeWorker(role).start() for role in ("prefill", "decode", "prefill", "decode")]
+    stays, decode, goes, joins = (worker.url for worker in workers)
+    first = [Endpoint(stays, "prefill"), Endpoint(decode, "decode"), Endpoint(goes, "prefill")]
+    second = [*first[:2], Endpoint(joins, "decode")]
+    workers[0].delay_s = 0.3
+    router = Router(RouterConfig.of(prefill=[stays], decode=[decode], health_interval_s=0.1), Scripted())
+    membership, services = router.membership, router.services
+    await membership.follow([Hasty(first, second)])
+    await until(lambda: joins in services.fleet.eligible, "the new one is up")
+    await until(lambda: goes not in services.fleet.workers("prefill"), "the other one has left")
+    for n in range(50):
+        chosen = services.ring.choose(b"prompt %d" % n)
+        assert chosen is not None
+        assert chosen[0].url == stays
+    await membership.close()
+    for worker in workers:
+        await worker.stop()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 @on_uvloop

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 
 from eldr.router.config.endpoint import Role
+from eldr.router.config.groups import EjectionSettings
+from eldr.router.fleet.outcomes import Outcomes
+from eldr.router.fleet.workers import Fleet
+from eldr.router.observe.counters import Metrics
 from tests.router.fake_worker import FakeWorker, Seen, reply
 from tests.router.harness import ASK, Scripted, Setup, on_uvloop, preferring, running, until
 
@@ -256,3 +260,22 @@ async def test_a_pull_from_a_dead_prefill_worker_is_not_the_decode_workers_fault
         assert (await s.post()).status == 200
         assert await s.metric("eldr_worker_failures_total", role="decode") <= 1
         assert len([worker for worker in s.prefill if worker.generated]) == 2
+
+
+def test_the_last_request_of_a_worker_that_left_ends_no_trial_of_the_one_that_took_its_url() -> None:
+    fleet = Fleet()
+    outcomes = Outcomes(fleet, Metrics(), EjectionSettings(eject_failures=1, eject_share=1.0))
+    fleet.on_change(outcomes.fleet_changed)
+    old = fleet.add("http://d:1", "decode", 2)
+    fleet.set_healthy(old, True)
+    outcomes.failed(old, "status")
+    fleet.remove(old)
+    new = fleet.add("http://d:1", "decode", 2)
+    fleet.set_healthy(new, True)
+    outcomes.failed(new, "status")
+    outcomes.sweep(time.monotonic() + 1000.0)
+    outcomes.began(new)
+    assert new.ejected  # its trial runs
+    outcomes.ended(old)
+    outcomes.succeeded(new)
+    assert not new.ejected

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eldr.router.fleet.workers import Fleet, FleetError
+from eldr.router.fleet.workers import Fleet, FleetError, Worker
 
 
 @settings(max_examples=100, deadline=None)
@@ -49,3 +51,34 @@ def test_one_url_may_have_both_roles_but_not_one_twice() -> None:
     fleet.add("http://w:1", "decode", 1)
     with pytest.raises(FleetError, match="http://w:1"):
         fleet.add("http://w:1", "decode", 1)
+
+
+def test_a_worker_that_left_says_nothing_about_the_one_that_took_its_url() -> None:
+    fleet = Fleet()
+    old = fleet.add("http://d:1", "decode", 2)
+    fleet.started(old)
+    fleet.remove(old)
+    new = fleet.add("http://d:1", "decode", 2)
+    fleet.set_healthy(new, True)
+    told: list[Worker] = []
+    fleet.on_change(told.append)
+    # What its last request may still do: it fails to connect, its trial ends, and it is over.
+    fleet.set_healthy(old, False)
+    fleet.set_ejected(old, True)
+    fleet.set_draining(old, True)
+    fleet.set_limit(old, 1)
+    fleet.finished(old)
+    assert told == []
+    assert fleet.eligible == {"http://d:1": 0}
+
+
+def test_listeners_hear_of_a_worker_that_left_while_they_were_to_be_told_together() -> None:
+    fleet = Fleet()
+    here: dict[str, bool] = {}
+    fleet.on_change(lambda worker: here.update({worker.url: fleet.has(worker)}))
+    stays, leaves = fleet.add("http://p:1", "prefill", 2), fleet.add("http://p:2", "prefill", 2)
+    with suppress(RuntimeError), fleet.told_together():
+        fleet.set_healthy(stays, True)
+        fleet.remove(leaves)
+        raise RuntimeError("a probe")
+    assert here == {"http://p:1": True, "http://p:2": False}

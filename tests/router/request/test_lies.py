@@ -360,6 +360,20 @@ async def test_a_handoff_of_another_request_is_never_used() -> None:
         await assert_settled(s)
 
 
+@on_uvloop
+async def test_the_name_of_a_prefill_does_not_depend_on_what_the_client_wants_streamed() -> None:
+    """No prefill is streamed, so what was learned from one request holds for all."""
+    async with running(prefill=2, decode=1) as s:
+        liar = await home_of(s)
+        for worker in s.prefill:
+            worker.role = "plain"  # no hand-off, whose own name would give the liar away
+        assert text_of(await s.post(), False) == "abcd"
+        liar.behaviour = named(lambda name: "cmpl-another")
+        assert text_of(await s.post({**ASK, "stream": True}), True) == "abcd"
+        assert await s.metric("eldr_worker_failures_total", reason="wrong_answer", worker=liar.url) == 1
+        await assert_settled(s)
+
+
 # Answers that do not come, or not to an end.
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from eldr.router.config.settings import ConfigError
+from eldr.router.http.admin_key import bearer_key
 
 MAX_NAME_BYTES = 64
-SCHEME = b"bearer"
 
 
 class ApiKeys:
@@ -55,14 +56,12 @@ class ApiKeys:
     def _digest(self, key: bytes) -> bytes:
         return hashlib.blake2b(key, digest_size=32, key=self._secret).digest()
 
-    def client(self, authorization: bytes | None) -> str | None:
-        """Return the name of the client with this Authorization header. None if it has none of our keys."""
-        if authorization is None:
+    def client(self, headers: Mapping[bytes, bytes]) -> str | None:
+        """Return the name of the client whose key the Authorization header holds. None if it has none of our keys."""
+        key = bearer_key(headers)
+        if key is None:
             return None
-        scheme, _, key = authorization.partition(b" ")
-        if scheme.lower() != SCHEME:
-            return None
-        digest = self._digest(key.strip())
+        digest = self._digest(key)
         held, name = self._clients.get(digest, (bytes(len(digest)), None))
         return name if hmac.compare_digest(held, digest) else None
 

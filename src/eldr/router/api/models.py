@@ -30,7 +30,9 @@ class ModelsFlow:
         return self._task
 
     def end_now(self, error: ApiError) -> None:
-        """Answer with an error, whatever is in progress."""
+        """Answer with an error, unless there is an answer."""
+        if self._task is not None and self._task.done():
+            return
         self._exchange.respond_error(error)
         self._count(error.status)
         self.on_client_gone()
@@ -46,7 +48,10 @@ class ModelsFlow:
         pass
 
     async def _run(self) -> None:
-        for worker in list(self._services.fleet.available("decode")):
+        fleet = self._services.fleet
+        for worker in list(fleet.available("decode")):
+            if not fleet.has(worker):  # it has left while another one was asked
+                continue
             try:
                 answer = await self._ask(worker)
             except UpstreamError:

@@ -85,21 +85,23 @@ class Membership:
         """Add and probe the workers that the sources name now, then follow the sources' changes.
 
         The first workers join together and in configured order, no matter which answers its probe first, because
-        policies number them.
+        policies number them. Changes wait until then.
         """
+        following: list[tuple[str, AsyncIterator[Endpoints], Endpoints]] = []
         for source in sources:
             snapshots = aiter(source.watch())
             known = await anext(snapshots)
             for endpoint in sorted(known, key=self._config_order):
                 if self._find(endpoint) is None:
                     self._add(endpoint, source.name)
-            self._watching.append(asyncio.create_task(self._keep_up(source.name, snapshots, known)))
+            following.append((source.name, snapshots, known))
         with self._fleet.told_together():
             await asyncio.gather(*(member.probe.probe() for member in self._members.values()))
         for member in self._members.values():
             if member.refusal:
                 raise MembershipError(f"{member.worker.role} worker {member.worker.url}: {member.refusal}")
             self._start_watching(member)
+        self._watching = [asyncio.create_task(self._keep_up(*each)) for each in following]
 
     def _config_order(self, endpoint: Endpoint) -> tuple[bool, int, str]:
         """Sort workers given by URL in the order of the configuration, which determines zones and turns."""

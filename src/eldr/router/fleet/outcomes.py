@@ -41,7 +41,7 @@ class Outcomes:
 
     def ended(self, worker: Worker) -> None:
         """A leg is over. If a trial ended without a verdict (its client left), the next leg becomes the trial."""
-        if worker.ejected and self._ejections[worker.role].ended(worker.url):
+        if worker.ejected and self._fleet.has(worker) and self._ejections[worker.role].ended(worker.url):
             self._apply(worker)
 
     def succeeded(self, worker: Worker) -> None:

@@ -105,16 +105,15 @@ class Fleet:
 
     @contextmanager
     def told_together(self) -> Iterator[None]:
-        """Collect notifications and send them at the end, in the order in which workers were added."""
+        """Collect notifications and send them at the end: workers that left first, then in the order of joining."""
         self._held = set()
         try:
             yield
         finally:
             held, self._held = self._held, None
-            for workers in self._workers.values():
-                for worker in list(workers.values()):
-                    if worker in held:
-                        self._tell(worker)
+            here = [worker for workers in self._workers.values() for worker in workers.values() if worker in held]
+            for worker in (*held.difference(here), *here):
+                self._tell(worker)
 
     def _tell(self, worker: Worker) -> None:
         if self._held is not None:
@@ -138,6 +137,8 @@ class Fleet:
     def remove(self, worker: Worker) -> None:
         if self._workers[worker.role].pop(worker.url, None) is None:
             raise FleetError(f"{worker.role} worker {worker.url} is not in the fleet")
+        if worker.role == "decode":
+            self._eligible.pop(worker.url, None)
         self._fleet_changed(worker)
 
     def has(self, worker: Worker) -> bool:
@@ -199,20 +200,25 @@ class Fleet:
 
     def set_healthy(self, worker: Worker, healthy: bool) -> None:
         worker.healthy = healthy
-        self._fleet_changed(worker)
+        self._changed(worker)
 
     def set_draining(self, worker: Worker, draining: bool) -> None:
         worker.draining = draining
-        self._fleet_changed(worker)
+        self._changed(worker)
 
     def set_ejected(self, worker: Worker, ejected: bool, on_trial: bool = False) -> None:
         worker.ejected = ejected
         worker.on_trial = on_trial
-        self._fleet_changed(worker)
+        self._changed(worker)
 
     def set_limit(self, worker: Worker, max_inflight: int) -> None:
         if worker.max_inflight != max_inflight:
             worker.max_inflight = max_inflight
+            self._changed(worker)
+
+    def _changed(self, worker: Worker) -> None:
+        # Requests may outlive their worker's place in the fleet. They say nothing about another one under its URL.
+        if self.has(worker):
             self._fleet_changed(worker)
 
     def _fleet_changed(self, worker: Worker) -> None:
@@ -226,9 +232,9 @@ class Fleet:
         self._tell(worker)
 
     def _refresh(self, worker: Worker) -> None:
-        if worker.role != "decode":
+        if worker.role != "decode" or not self.has(worker):
             return
-        if worker.available and worker.in_flight < worker.max_inflight and self.has(worker):
+        if worker.available and worker.in_flight < worker.max_inflight:
             self._eligible[worker.url] = worker.in_flight
         else:
             self._eligible.pop(worker.url, None)

@@ -33,7 +33,7 @@ class Request:
     """One complete request.
 
     headers: with names in lower case. The values of a repeated header are joined by commas.
-    client: the name that belongs to the client's API key. Empty if the router asks for no keys.
+    client: the name that the client's key stands for. Empty if the router did not use the Authorization header.
     received_s: monotonic time of arrival.
     """
 

@@ -86,10 +86,10 @@ class Placements:
         if not self._fleet.has(worker):
             if worker.url in self._joined:
                 self._joined.discard(worker.url)
-                self._policy.left(worker.url)
+                self._tell(self._policy.left, worker.url)
         elif worker.healthy and worker.url not in self._joined:
             self._joined.add(worker.url)
-            self._policy.joined(worker.url)
+            self._tell(self._policy.joined, worker.url)
 
     def place(self, request: DecodeRequest, excluded: Collection[str]) -> Placement | None:
         """Choose a worker for `request` and start it there. None if no worker is eligible.
@@ -115,12 +115,12 @@ class Placements:
                 worker.in_flight,
             )
         )
-        self._tell(self._policy.started, request, worker)
+        self._tell(self._policy.started, request, worker.url)
         request.forget_counts()
         return Placement(self, request, worker, decision)
 
     def ended(self, request: DecodeRequest, worker: Worker) -> None:
-        self._tell(self._policy.finished, request, worker)
+        self._tell(self._policy.finished, request, worker.url)
 
     def _decide(self, request: DecodeRequest, eligible: Mapping[str, int]) -> Decision:
         try:
@@ -132,11 +132,11 @@ class Placements:
             self._failed("failed to choose", exc_info=True)
         return Decision(self._fallback.choose(request, eligible).worker, "policy_error")
 
-    def _tell(self, hook: Callable[[DecodeRequest, str], None], request: DecodeRequest, worker: Worker) -> None:
+    def _tell(self, hook: Callable[..., None], *event: DecodeRequest | str) -> None:
         try:
-            hook(request, worker.url)
+            hook(*event)
         except Exception:
-            self._failed("failed to take note of a request", exc_info=True)
+            self._failed("failed to take note of a request or a worker", exc_info=True)
 
     def _failed(self, what: str, exc_info: bool = False) -> None:
         self._metrics.policy_errors += 1

@@ -63,7 +63,18 @@ class Flow:
         return self._task
 
     async def _run(self, job: Job) -> None:
+        """Answer the request, and leave nothing of it behind."""
         self._wake_at(job, job.deadlines.first_byte_s)
+        try:
+            await self._respond(job)
+        finally:
+            cast(asyncio.TimerHandle, self._timer).cancel()
+            if job.trace is not None:
+                job.trace.end(self._notes)
+            self._log()
+
+    async def _respond(self, job: Job) -> None:
+        """Give the client its one answer, if it stays for it. Raises RuntimeError for an error after the answer."""
         try:
             await self._serve(job)
         except ApiError as error:
@@ -78,10 +89,6 @@ class Flow:
         except Exception:
             log.exception("request %s failed inside the router", self._id)
             self._respond_error(ApiError(500, "internal error in the router"))
-        cast(asyncio.TimerHandle, self._timer).cancel()
-        if job.trace is not None:
-            job.trace.end(self._notes)
-        self._log()
 
     async def _serve(self, job: Job) -> None:
         """Admit the request, then prefill, place and decode until one attempt succeeds, and relay its answer.
@@ -250,19 +257,24 @@ class Flow:
 
     def end_now(self, error: ApiError) -> None:
         """End the request with `error`, inside the stream if it has begun."""
-        leg, answer = self._leg, self._answer
-        if leg is None or answer is None or not answer.begun:
+        answer = self._answer
+        if answer is None or not answer.begun:
+            self._abort()  # the task ends only in the next turn of the event loop, and a stream must not begin before
             self._ended = error
             cast("asyncio.Task[None]", self._task).cancel()
         elif not answer.finished.done():
-            leg.abort()
+            self._abort()
             answer.cut_off(error)
+
+    def _abort(self) -> None:
+        """Hear no more of the current decode leg."""
+        if self._leg is not None:
+            self._leg.abort()
 
     # The client.
 
     def on_client_gone(self) -> None:
-        if self._leg is not None:
-            self._leg.abort()
+        self._abort()
         if self._answer is not None and self._answer.complete:
             self._answer.settle()
             return

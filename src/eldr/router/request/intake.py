@@ -129,8 +129,7 @@ class Intake:
         if isinstance(in_body, str) and b"x-request-id" not in headers:
             request_id = _visible(in_body.encode(), MAX_ID_BYTES) or request_id
         why_whole = self._protocol.why_whole(request.path, body)
-        from_admin = self._admin_key.is_in(headers)
-        record = _wants_record(request, body, from_admin)
+        record = self._wants_record(request, body)
         if record and why_whole is not None:
             raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
         self._check_fleet(body.get("model"))
@@ -146,7 +145,7 @@ class Intake:
             leg_headers=b"content-type: application/json\r\n"
             + (trace_lines(*trace_context(request)) if trace is None else trace.headers),
             trace=trace,
-            authorization=None if from_admin else client_authorization(request),
+            authorization=client_authorization(request),
             label=_visible(label, MAX_LABEL_BYTES) if label else None,
             max_tokens=max_tokens,
             deadlines=Deadlines.of(headers, request.received_s, self._timeouts.request_timeout_s),
@@ -171,6 +170,15 @@ class Intake:
             client = request.client.encode() or request.headers.get(b"authorization", b"")
         return Claim(client, priority, cost)
 
+    def _wants_record(self, request: Request, body: dict[str, Any]) -> bool:
+        if request.headers.get(b"x-eldr-record") != b"1":
+            return False
+        if not self._admin_key.is_in(request.headers):
+            raise ApiError(403, "recording needs the admin key as Authorization: Bearer KEY (see --admin-key-file)")
+        if body.get("stream"):
+            raise ApiError(400, "recording needs stream: false", param="stream")
+        return True
+
     def _check_fleet(self, model: str | None) -> None:
         if self._admission.patience_s("decode") <= 0:
             raise NoWorkerError("decode")
@@ -178,16 +186,6 @@ class Intake:
             return  # unknown until a worker is back
         if model and not self._fleet.serves(model):
             raise ApiError(404, f"The model `{model}` does not exist.", param="model")
-
-
-def _wants_record(request: Request, body: dict[str, Any], from_admin: bool) -> bool:
-    if request.headers.get(b"x-eldr-record") != b"1":
-        return False
-    if not from_admin:
-        raise ApiError(403, "recording needs the admin key as Authorization: Bearer KEY (see --admin-key-file)")
-    if body.get("stream"):
-        raise ApiError(400, "recording needs stream: false", param="stream")
-    return True
 
 
 def _visible(value: bytes, most_bytes: int) -> str | None:

@@ -85,7 +85,7 @@ class Legs:
     """The state that the legs of all requests share.
 
     pools: the connections to each worker.
-    answer_names: by role, path and stream, whether workers name answers after their legs.
+    answer_names: by role, path and stream, whether workers name answers after their legs. No prefill is a stream.
     handoff_names: the same for hand-offs.
     """
 
@@ -261,7 +261,8 @@ class Leg:
         log.warning("stream broken off: %s", error, extra={"fields": fields})
 
     def _names(self) -> Names:
-        return self._shared.answer_names[self.worker.role, self._job.path, self._job.stream]
+        stream = self._job.stream if self.worker.role == "decode" else False
+        return self._shared.answer_names[self.worker.role, self._job.path, stream]
 
     def _deadline(self) -> str:
         """The metric label of the deadline that `limit_s` enforces."""
