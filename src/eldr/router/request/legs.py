@@ -158,7 +158,7 @@ class Leg:
     ) -> None:
         if self._connection is not None and self._answer is None:  # nothing was sent
             self._shared.pools[self.worker].release(self._connection)
-        self._connection = None
+        self._connection = self._answer = None  # the answer knows this leg: no cycle is left to the collector
         self._shared.fleet.finished(self.worker)
         self._shared.outcomes.ended(self.worker)
         if self._job.trace is not None:

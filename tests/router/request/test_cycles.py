@@ -1,0 +1,41 @@
+"""What requests leave behind: nothing that only the garbage collector could free."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from tests.router.harness import ASK, on_uvloop, running
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """Nothing is collected but by hand, and what is found is kept in gc.garbage."""
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    yield
+    gc.set_debug(0)
+    gc.garbage.clear()
+    gc.enable()
+
+
+def ours(found: list[object]) -> list[str]:
+    return sorted(type(each).__qualname__ for each in found if type(each).__module__.startswith("eldr."))
+
+
+@pytest.mark.parametrize("body", [ASK, {**ASK, "stream": True}, {**ASK, "n": 2}, {**ASK, "prompt": ""}])
+@pytest.mark.usefixtures("collector")
+@on_uvloop
+async def test_a_request_leaves_no_cycle(body: dict[str, object]) -> None:
+    """Its bodies and counts would stay in memory until the collector comes, which is rare on purpose."""
+    async with running() as s:
+        await s.post(body)
+        gc.collect()
+        gc.garbage.clear()  # of the start
+        for _ in range(5):
+            await s.post(body)
+        gc.collect()
+        assert ours(gc.garbage) == []
