@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 from eldr.router.config.endpoint import Role
 from eldr.router.config.groups import RetrySettings
 from eldr.router.fleet.outcomes import Outcomes
+from eldr.router.fleet.workers import Worker
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 from eldr.router.placement.admission import NoWorkerError
@@ -57,18 +59,16 @@ class Retries:
 
 
 class Attempts:
-    """The attempts of one request.
-
-    tried: URLs of the workers that failed it, by role. Other workers are preferred.
-    """
+    """The attempts of one request."""
 
     def __init__(self, shared: Retries, request_id: str) -> None:
         self._shared = shared
         self._id = request_id
-        self._asked: dict[Role, int] = {"prefill": 0, "decode": 0}
-        self._refusals: dict[str, int] = {}
+        self._prefills = self._decodes = 0
         self._repeated = 0
-        self.tried: dict[Role, set[str]] = {"prefill": set(), "decode": set()}
+        # Most requests need neither.
+        self._refusals: dict[str, int] = {}
+        self._tried: dict[Role, set[str]] = {}
         shared.budget.request()
 
     def next_name(self, role: Role) -> str:
@@ -77,8 +77,18 @@ class Attempts:
         Every leg has its own. The client sees the answer of the first decode leg, so that leg uses the request's own
         id.
         """
-        self._asked[role] = number = self._asked[role] + 1
-        return self._id if role == "decode" and number == 1 else f"{self._id}-{role}-{number}"
+        if role == "prefill":
+            self._prefills += 1
+            return f"{self._id}-prefill-{self._prefills}"
+        self._decodes += 1
+        return self._id if self._decodes == 1 else f"{self._id}-decode-{self._decodes}"
+
+    def tried(self, role: Role) -> Collection[str]:
+        """Return the URLs of the workers of `role` that failed the request. Other workers are preferred."""
+        return self._tried.get(role, ())
+
+    def _avoid(self, worker: Worker) -> None:
+        self._tried.setdefault(worker.role, set()).add(worker.url)
 
     def refused(self, refused: LegRefused) -> None:
         """Note a refused connection. No byte was sent, so the leg goes to another worker without using up a retry.
@@ -87,7 +97,7 @@ class Attempts:
         """
         worker, shared = refused.worker, self._shared
         self._refusals[worker.url] = refusals = self._refusals.get(worker.url, 0) + 1
-        self.tried[worker.role].add(worker.url)
+        self._avoid(worker)
         shared.metrics.retries[worker.role, refused.reason] += 1
         shared.metrics.timeouts["connect"] += refused.timed_out
         shared.outcomes.refused(worker, refused.reason)
@@ -98,9 +108,9 @@ class Attempts:
         """Use one more attempt. If there is none left, raise what the client gets: ApiError or RelayedError."""
         shared, leg, reason = self._shared, failure.leg, failure.reason
         if failure.worker is not None:
-            self.tried[leg].add(failure.worker.url)
+            self._avoid(failure.worker)
         if failure.source is not None and reason in PULL_FAILURES:
-            self.tried["prefill"].add(failure.source.url)
+            self._avoid(failure.source)
         why_not = None
         if self._repeated == shared.most:
             why_not = "tries"

@@ -145,7 +145,7 @@ class Flow:
         """
         services, config = self._services, self._services.config
         start = openai.prompt_start(job.path, job.body, config.placement.prefix_window_bytes)
-        while (chosen := services.ring.choose(start, attempts.tried["prefill"])) is None:
+        while (chosen := services.ring.choose(start, attempts.tried("prefill"))) is None:
             await services.admission.until_changed("prefill")
         worker, spilled = chosen
         services.metrics.prefill_spills += spilled
@@ -164,7 +164,7 @@ class Flow:
         """
         services = self._services
         request = job.decode_request(handoff)
-        while (placement := services.placements.place(request, attempts.tried["decode"])) is None:
+        while (placement := services.placements.place(request, attempts.tried("decode"))) is None:
             limit_s = WHOLE_WAIT_S if handoff is None else handoff.left_s(time.monotonic())
             if not await services.admission.until_changed("decode", limit_s):
                 raise LegFailure("decode", "lease", "no worker had room before the lease ended")
@@ -245,7 +245,8 @@ class Flow:
     def _wake_at(self, job: Job, deadline_s: float) -> None:
         """Set the request's only timer. Its legs are watched by the fleet's sweep."""
         left_s = max(0.0, deadline_s - time.monotonic())
-        self._timer = asyncio.get_running_loop().call_later(left_s, self._on_deadline, job)
+        # Not get_running_loop, which makes a system call.
+        self._timer = cast("asyncio.Task[None]", self._task).get_loop().call_later(left_s, self._on_deadline, job)
 
     def _on_deadline(self, job: Job) -> None:
         answer = self._answer
