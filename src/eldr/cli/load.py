@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eldr.cli.arguments import read_key_file
+
 if TYPE_CHECKING:
     from eldr.load.client import Target
     from eldr.load.outcome import Outcome
@@ -135,10 +137,9 @@ def _target(arguments: argparse.Namespace) -> Target:
 
     from eldr.load.client import Target
     from eldr.record import RecordOptions, only_model
-    from eldr.router.config.settings import read_key
 
     url = arguments.url.rstrip("/").removesuffix("/v1")
-    key = None if arguments.api_key_file is None else read_key(arguments.api_key_file).decode()
+    key = read_key_file(arguments.api_key_file)
     model = arguments.model or only_model(RecordOptions(url=url, api_key=key))
     run_name = f"load-{secrets.token_hex(4)}"  # a run with a new name hits no cached prefixes of earlier runs
     return Target(url, model, run_name, not arguments.stop_at_eos, key, arguments.timeout_s)

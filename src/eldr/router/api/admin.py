@@ -18,6 +18,7 @@ from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.message import Request
 from eldr.router.http.server import ClientConnection
+from eldr.router.protocols.openai import json_object
 
 SOURCE = "admin"
 PAGE = b"/ui"
@@ -75,7 +76,7 @@ class AdminApi:
         if act is None:
             raise ApiError(405, "Method Not Allowed: use " + ", ".join(map(bytes.decode, methods)))
         try:
-            return act({} if request.method == b"GET" else _fields(request.body))
+            return act({} if request.method == b"GET" else json_object(request.body))
         except UrlError as error:
             raise ApiError(400, str(error), param="url") from None
 
@@ -130,16 +131,6 @@ def describe(worker: Worker) -> dict[str, Any]:
         "kv_usage": None if worker.load is None else worker.load[1],
         "models": None if worker.models is None else sorted(worker.models),
     }
-
-
-def _fields(body: bytes) -> dict[str, Any]:
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"the request body is not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ApiError(400, "the request body must be a JSON object")
-    return fields
 
 
 def _only(fields: dict[str, Any], *known: str) -> None:

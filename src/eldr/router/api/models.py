@@ -10,6 +10,7 @@ from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.forwarding import client_authorization, content_type
 from eldr.router.http.message import Request
+from eldr.router.placement.admission import NoWorkerError
 from eldr.router.request.services import Services
 
 TIMEOUT_S = 10.0
@@ -59,7 +60,7 @@ class ModelsFlow:
             self._exchange.respond(answer.status, answer.body, content_type(answer.headers))
             self._count(answer.status)
             return
-        self._exchange.respond_error(ApiError(503, "no decode worker is available", retry_after_s=2))
+        self._exchange.respond_error(NoWorkerError("decode"))
         self._count(503)
 
     async def _ask(self, worker: Worker) -> Answer:

@@ -22,12 +22,7 @@ def parse_body(path: bytes, raw: bytes, reserved: Collection[str]) -> dict[str, 
     reserved: fields that only the router may send, besides those that start with `eldr_`.
     Raises ApiError 400 for a body that is not a JSON object, contains such fields, or has no prompt.
     """
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"the request body is not valid JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, "the request body must be a JSON object")
+    body = json_object(raw)
     _refuse_router_fields(body, "", reserved)
     extra = body.get("vllm_xargs")
     if isinstance(extra, dict):
@@ -41,6 +36,17 @@ def parse_body(path: bytes, raw: bytes, reserved: Collection[str]) -> dict[str, 
             raise ApiError(400, "messages must be a non-empty array", param="messages")
     elif not body.get("prompt") and not body.get("prompt_embeds"):
         raise ApiError(400, "prompt must be given and not be empty", param="prompt")
+    return body
+
+
+def json_object(raw: bytes) -> dict[str, Any]:
+    """Parse a request body that must be a JSON object. Raises ApiError 400."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"the request body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "the request body must be a JSON object")
     return body
 
 
