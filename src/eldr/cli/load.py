@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eldr.cli.arguments import read_key_file
+from eldr.cli.json_output import write_json
 
 if TYPE_CHECKING:
     from eldr.load.client import Target
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     from eldr.load.client import run_closed, run_open
     from eldr.load.request import Request
     from eldr.load.summary import as_table, summarise
-    from eldr.workloads.presets import arrivals, find_workload
+    from eldr.workloads.presets import WorkloadError, arrivals, find_workload
 
     _check(arguments)
     preset = find_workload(arguments.workload)
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(as_table(summary, f"{title}{summary['tokens_per_s']:.0f} tokens/s"))
     for example in summary["error_examples"]:
         console.print(f"{example['count']} x {example['error']}", style="red", markup=False)
-    _write_json(arguments.json, summary)
+    write_json(arguments.json, summary, "figures", WorkloadError)
     return 1 if summary["errors"] else 0
 
 
@@ -149,19 +149,3 @@ def _p99_ms(late_s: Sequence[float]) -> float | None:
     from eldr.load.outcome import percentile_ms
 
     return percentile_ms(late_s, 99)
-
-
-def _write_json(target: str | None, summary: dict[str, Any]) -> None:
-    from eldr.fileio import write_atomically
-    from eldr.workloads.presets import WorkloadError
-
-    if target is None:
-        return
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        write_atomically(Path(target), lambda file: file.write(text.encode()))
-    except OSError as error:
-        raise WorkloadError(f"{target}: the figures cannot be written: {error.strerror or error}") from None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eldr.cli.json_output import write_json
 from eldr.policies.options import PolicyOptions
 from eldr.settings import add_flags, given
 
@@ -80,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `eldr replay` and return the exit code."""
     from rich.console import Console
 
+    from eldr.replay.errors import ReplayError
     from eldr.replay.output import as_tables
 
     console = Console(stderr=arguments.json == "-")
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = laboratory.settings.options
     title = f"{arguments.trace.name}: {arguments.seeds} seeds, cost {options.cost.name} ({options.cost_scope})"
     console.print(*as_tables(objects, title))
-    _write_json(arguments.json, objects)
+    write_json(arguments.json, objects, "results", ReplayError)
     return 0
 
 
@@ -218,22 +218,6 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
             progress.update(task, advance=done, total=expected)
 
         yield advance
-
-
-def _write_json(target: str | None, objects: list[dict[str, Any]]) -> None:
-    from eldr.fileio import write_atomically
-    from eldr.replay.errors import ReplayError
-
-    if target is None:
-        return
-    text = json.dumps(objects, indent=2, allow_nan=False) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        write_atomically(Path(target), lambda file: file.write(text.encode()) and None)
-    except OSError as error:
-        raise ReplayError(f"{target}: the results cannot be written: {error.strerror or error}") from None
 
 
 def _words(text: str) -> tuple[str, ...]:
