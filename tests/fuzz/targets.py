@@ -133,7 +133,7 @@ async def _stream(pieces: list[bytes]) -> None:
     assert answer.finished.done()
     if not answer.begun:
         assert client.sent == b""
-        assert isinstance(answer.finished.exception(), ExchangeError)
+        assert isinstance(answer.failure, ExchangeError)
         return
     times.observe(1, whole=answer.broken is None)
     assert client.sent.startswith(data)

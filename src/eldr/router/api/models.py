@@ -32,7 +32,7 @@ class ModelsFlow:
 
     def end_now(self, error: ApiError) -> None:
         """Answer with an error, unless there is an answer."""
-        if self._task is not None and self._task.done():
+        if self._task is None or self._task.done():
             return
         self._exchange.respond_error(error)
         self._count(error.status)
@@ -41,6 +41,7 @@ class ModelsFlow:
     def on_client_gone(self) -> None:
         if self._task is not None:
             self._task.cancel()
+            self._task = None  # the task keeps its cancellation, which knows this flow: no cycle
 
     def on_client_stalled(self) -> None:
         pass

@@ -86,10 +86,15 @@ class Exchange(Protocol):
 
 
 class Answer:
-    """Collects a whole answer in memory. `finished` resolves when it is complete, or raises ExchangeError."""
+    """Collects a whole answer in memory.
+
+    finished: resolves when it is complete or has failed.
+    failure: why it failed. None if it did not.
+    """
 
     def __init__(self) -> None:
         self.begun = False
+        self.failure: ExchangeError | None = None
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
@@ -116,7 +121,17 @@ class Answer:
 
     def on_failed(self, error: ExchangeError) -> None:
         if not self.finished.done():
-            self.finished.set_exception(error)
+            self.failure = error
+            self.finished.set_result(None)
+
+    def take_failure(self) -> ExchangeError:
+        """Return the failure, to be raised. The answer keeps it no longer.
+
+        An exception knows the frames that it passed, and they know the answer: together they would be a cycle.
+        """
+        failure, self.failure = self.failure, None
+        assert failure is not None
+        return failure
 
     def json(self) -> object:
         """The body, parsed as JSON. Raises ExchangeError if it is not JSON."""
@@ -151,11 +166,13 @@ class WorkerConnection:
     token needs both, and a call to another object would cost time per token.
     """
 
+    __deletable__ = ("_parser",)  # for mypyc
+
     _transport: asyncio.Transport
+    _parser: httptools.HttpResponseParser
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._parser = httptools.HttpResponseParser(self)
         self._exchange: Exchange | None = None
         self._answer_by_s = 0.0
         self._idle_limit_s = 0.0
@@ -170,6 +187,8 @@ class WorkerConnection:
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        # Only now, because a connection that is never made is never lost either.
+        self._parser = httptools.HttpResponseParser(self)
         sock = transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
@@ -189,6 +208,7 @@ class WorkerConnection:
             # If the worker has died, its idle connections are dead too, but the router may not know it yet.
             self._pool.close_idle()
         self.fail(f"the connection closed before the answer was complete{f' ({exc})' if exc else ''}")
+        del self._parser  # it knows this connection: no cycle is left to the collector
 
     # The exchange.
 
@@ -212,6 +232,8 @@ class WorkerConnection:
         except asyncio.CancelledError:
             self.abort(answer)
             raise
+        if answer.failure is not None:
+            raise answer.take_failure()
 
     # These methods name the exchange that they are meant for. When it ends, the connection is released, and the next
     # exchange may be under way before the caller runs again. A call for the first must not affect the second.
@@ -296,9 +318,7 @@ class WorkerConnection:
                 raise ExchangeError(f"headers exceed {MAX_HEAD_BYTES} bytes")
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, ExchangeError) as error:
             if not self._complete:
-                cause = error if isinstance(error, ExchangeError) else error.__context__
-                kind = type(cause) if isinstance(cause, ExchangeError) else ExchangeError
-                self.fail(f"unusable answer: {cause or error}", kind)
+                self.fail(*_why_unusable(error))
                 return
             self._keep = False  # there was garbage after the answer
         if self._complete:
@@ -360,3 +380,13 @@ class WorkerConnection:
             self._complete = True
             # llhttp forgets the answer's head when this callback returns.
             self._keep = self._parser.should_keep_alive()
+
+
+def _why_unusable(error: Exception) -> tuple[str, type[ExchangeError]]:
+    """The reason, and the kind of error that tells it. The parser wraps what its callbacks raise.
+
+    In the caller's frame the cause would be a cycle, because it knows that frame.
+    """
+    cause = error if isinstance(error, ExchangeError) else error.__context__
+    kind = type(cause) if isinstance(cause, ExchangeError) else ExchangeError
+    return f"unusable answer: {cause or error}", kind

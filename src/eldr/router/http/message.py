@@ -158,6 +158,8 @@ class RequestReader:
     since_s: monotonic time at which the head of that request began to arrive or, after its head, the body.
     """
 
+    __deletable__ = ("_parser", "_sink")  # for mypyc
+
     def __init__(self, limits: ClientLimits, sink: Sink) -> None:
         self._limits = limits
         self._sink = sink
@@ -186,8 +188,20 @@ class RequestReader:
         try:
             self._feed(data)
         except ApiError:
-            self.stage = FAILED
+            self._fail()
             raise
+
+    def close(self) -> None:
+        """Let go of what has arrived, of the sink and of the parser, which know this reader. Call nothing after that.
+
+        Otherwise memory would wait for the garbage collector, which comes rarely.
+        """
+        self._fail()
+        del self._parser, self._sink
+
+    def _fail(self) -> None:
+        self.stage = FAILED
+        self._message = IncomingMessage(0)
 
     def _feed(self, data: bytes) -> None:
         self._fed_bytes += len(data)

@@ -107,11 +107,11 @@ class ClientConnection:
     """
 
     _transport: asyncio.Transport
+    _reader: RequestReader
 
     def __init__(self, handler: Handler, limits: ClientLimits) -> None:
         self._handler = handler
         self._limits = limits
-        self._reader = RequestReader(limits, self)
         self._exchange: ClientExchange | None = None
         # Requests in their order. After them comes at most one error, which answers unreadable input.
         self._waiting: deque[Request | ApiError] = deque()
@@ -154,6 +154,8 @@ class ClientConnection:
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        # Only now, because a connection whose TLS handshake fails is never made and never lost.
+        self._reader = RequestReader(self._limits, self)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
@@ -171,7 +173,9 @@ class ClientConnection:
         try:
             self._reader.feed(data)
         except ApiError as error:
-            self._refuse(error)
+            # It may wait for its turn, and would hold this input and the frames that know this connection.
+            error.__context__ = None
+            self._refuse(error.with_traceback(None))
             return
         if self._state is IDLE and self._reader.stage is not AWAITED:
             self._enter(RECEIVING)
@@ -184,6 +188,7 @@ class ClientConnection:
         self._leave()
         self._handler.connections.discard(self)
         self._waiting.clear()
+        self._reader.close()
         exchange, self._exchange = self._exchange, None
         if exchange is not None and exchange.listener is not None:
             listener, exchange.listener = exchange.listener, None

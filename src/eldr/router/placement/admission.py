@@ -46,25 +46,32 @@ class Claim:
 
 
 class _Turn:
-    """One waiting request. `admitted` resolves when it may start, or raises."""
+    """One waiting request.
 
-    __slots__ = ("admitted", "claim", "since_s", "timer")
+    over: resolves when it may start, or when `refusal` says why it may not.
+    """
+
+    __slots__ = ("claim", "over", "refusal", "since_s", "timer")
 
     def __init__(self, claim: Claim, timer: asyncio.TimerHandle | None = None) -> None:
-        self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.refusal: ApiError | None = None
         self.claim = claim
         self.since_s = time.monotonic()
         self.timer = timer
 
-    def end(self, error: Exception | None) -> None:
+    def end(self, refusal: ApiError | None) -> None:
         if self.timer is not None:
             self.timer.cancel()
-        if self.admitted.done():
-            return
-        if error is None:
-            self.admitted.set_result(None)
-        else:
-            self.admitted.set_exception(error)
+        if not self.over.done():
+            self.refusal = refusal
+            self.over.set_result(None)
+
+    def take_refusal(self) -> ApiError:
+        """Return the refusal, to be raised. Kept here it would be a cycle with the frames that know this turn."""
+        refusal, self.refusal = self.refusal, None
+        assert refusal is not None
+        return refusal
 
 
 class Admission:
@@ -109,13 +116,15 @@ class Admission:
             return
         turn = self._queue_up(claim)
         try:
-            await turn.admitted
+            await turn.over
         except asyncio.CancelledError:
-            if turn.admitted.done() and not turn.admitted.cancelled() and turn.admitted.exception() is None:
+            if turn.over.done() and not turn.over.cancelled() and turn.refusal is None:
                 self.leave()  # the slot arrived at the same moment
             else:
                 self._drop(turn, None)
             raise
+        if turn.refusal is not None:
+            raise turn.take_refusal()
 
     def leave(self) -> None:
         """Return the slot."""
@@ -138,7 +147,7 @@ class Admission:
             turn = self._pop()
             if slots == 0:
                 turn.end(NoWorkerError("decode"))
-            elif not turn.admitted.done():
+            elif not turn.over.done():
                 self._last_wait_s = time.monotonic() - turn.since_s
                 self.admitted += 1
                 turn.end(None)
@@ -223,9 +232,9 @@ class Admission:
         wait_s = self._limits.queue_timeout_s
         self._drop(turn, ApiError(503, f"no decode worker had room within {wait_s:g} s", retry_after_s=self._after_s()))
 
-    def _drop(self, turn: _Turn, error: Exception | None) -> None:
+    def _drop(self, turn: _Turn, refusal: ApiError | None) -> None:
         self.queued -= self._queues[turn.claim.priority].remove(turn, turn.claim.client)
-        turn.end(error)
+        turn.end(refusal)
 
     def _full(self) -> ApiError:
         return ApiError(429, "too many requests are waiting; try again later", retry_after_s=self._after_s())

@@ -44,7 +44,9 @@ class Lease:
 class HandOff:
     """The result of one prefill.
 
-    counts: the expert counts of the prompt. None if there are no usable ones, and counts_error then says why.
+    counts: the expert counts of the prompt. None if there are no usable ones.
+    counts_reason, counts_problem: why there are none, as a metric label and for people. Empty if there are. The
+        exception itself is not kept: it knows the frames that hold the bodies.
     counts_wire: the counts as the worker sent them. Once the hand-off is spent both are dropped, except that a
         recording keeps counts_wire.
     prompt_tokens: the worker's count of them. 0 if it did not say.
@@ -60,7 +62,7 @@ class HandOff:
         self.name = name
         self.prompt_tokens = prompt_tokens
         self.counts: ExpertCounts | None = None
-        self.counts_error: CountsError | None = None
+        self.counts_reason = self.counts_problem = ""
         self.counts_wire = params.pop("eldr_counts", None)
         self.lease = Lease.from_wire(params.pop("eldr_lease", None), sent_s, received_s, time.time())
         self._unknown_until_s = received_s + UNKNOWN_LEASE_S
@@ -69,7 +71,7 @@ class HandOff:
                 raise CountsError("missing", "the prefill worker sent no expert counts; is the eldr connector on?")
             self.counts = decode_counts(self.counts_wire)
         except CountsError as error:
-            self.counts_error = error
+            self.counts_reason, self.counts_problem = error.reason, str(error)
 
     def left_s(self, now_s: float) -> float:
         """Seconds left at monotonic time `now_s`."""

@@ -108,11 +108,11 @@ class Legs:
 
     def count(self, handoff: HandOff) -> None:
         self.metrics.handoffs += 1
-        error = handoff.counts_error
-        if error is not None:
-            self.metrics.counts_errors[error.reason] += 1
-            if self.throttle.due(error.reason):
-                log.warning("expert counts of %s cannot be used: %s", handoff.source.url, error)
+        reason = handoff.counts_reason
+        if reason:
+            self.metrics.counts_errors[reason] += 1
+            if self.throttle.due(reason):
+                log.warning("expert counts of %s cannot be used: %s", handoff.source.url, handoff.counts_problem)
 
     def leave(self, worker: Worker, most: int) -> None:
         """Move waiting legs away from a worker that does not answer its probes, if another worker is available.
