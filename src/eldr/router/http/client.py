@@ -15,15 +15,21 @@ from typing import ClassVar, Protocol, cast
 import httptools
 import orjson
 
+from eldr.router.http.keepalive import keep_alive
+
 # vLLM closes a connection after 5 s without a request (VLLM_HTTP_TIMEOUT_KEEP_ALIVE). A connection is not reused when
 # it is nearly that old: the request could cross the worker's close on the wire, and would then count as sent.
 KEEP_IDLE_S = 3.0
 # The kernel's receive buffer of one worker connection. Without a limit it would grow to megabytes for each client that
 # does not read.
 RECEIVE_BYTES = 64 * 1024
-# How long the worker's kernel may leave bytes unacknowledged. After that, the host is gone, or its full backlog dropped
-# the connection. A stopped process does not trip this limit, because its kernel still acknowledges.
-UNACKNOWLEDGED_MS = 10_000
+# How long the worker's kernel may leave bytes or keepalive probes unacknowledged. After that, the host is gone, or its
+# full backlog dropped the connection. A stopped process does not trip this limit, because its kernel still acknowledges.
+UNACKNOWLEDGED_MS = 20_000
+# On Linux, the limit above replaces the number of probes (tcp(7), TCP_USER_TIMEOUT) and counts from the last byte heard,
+# silence included. These times let three probes go out within it, so that the loss of one packet ends nothing.
+PROBE_IDLE_S = 10
+PROBE_INTERVAL_S = 3
 MAX_HEAD_BYTES = 64 * 1024
 # The largest answer that is held in memory. A long completion with logprobs takes a few MiB.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
@@ -193,6 +199,7 @@ class WorkerConnection:
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
+            keep_alive(sock, PROBE_IDLE_S, PROBE_INTERVAL_S)
 
     def pause_writing(self) -> None:
         """Do nothing: the limit on bodies bounds a request, so its unsent rest may wait in the transport."""

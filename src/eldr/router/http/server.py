@@ -17,6 +17,7 @@ from eldr.router.config.groups import ClientLimits
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.heads import answer_head, error_headers
+from eldr.router.http.keepalive import keep_alive
 from eldr.router.http.message import AWAITED, FAILED, HEAD, Request, RequestReader
 
 # How many requests may wait behind the one being answered. One read could hold thousands, all parsed in one go.
@@ -25,6 +26,9 @@ MAX_PIPELINED = 256
 WRITE_HIGH_BYTES = 64 * 1024
 # The same limit in the kernel, which would otherwise buffer megabytes for a client that does not read.
 KERNEL_HIGH_BYTES = 64 * 1024
+# A silent client whose host answers no keepalive probe is gone after a minute.
+PROBE_IDLE_S = 30
+PROBE_INTERVAL_S = 10
 # How long a refused client may go on sending before the connection is reset. Closing at once could destroy the answer
 # before the client has read it.
 LINGER_S = 2.0
@@ -160,6 +164,7 @@ class ClientConnection:
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, KERNEL_HIGH_BYTES)
+            keep_alive(sock, PROBE_IDLE_S, PROBE_INTERVAL_S)
         connections = self._handler.connections
         connections.add(self)
         if len(connections) > self._limits.max_connections:
