@@ -62,7 +62,15 @@ async def test_a_sampled_request_has_a_span_for_each_leg() -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "sent", "spans", "passed"),
-    [(1.0, UNSAMPLED, 0, UNSAMPLED), (0.0, None, 0, None), (1.0, None, 4, r"00-[0-9a-f]{32}-[0-9a-f]{16}-01")],
+    [
+        (1.0, UNSAMPLED, 0, UNSAMPLED),
+        (0.0, None, 0, None),
+        (1.0, None, 4, r"00-[0-9a-f]{32}-[0-9a-f]{16}-01"),
+        (0.0, "01" + UNSAMPLED[2:] + "-more", 0, UNSAMPLED),
+        (0.0, "01" + SAMPLED[2:] + "-more", 4, rf"00-{TRACE}-(?!{PARENT})[0-9a-f]{{16}}-01"),
+        (0.0, "ff" + SAMPLED[2:], 0, None),
+        (1.0, "ff" + SAMPLED[2:], 4, rf"00-(?!{TRACE})[0-9a-f]{{32}}-[0-9a-f]{{16}}-01"),
+    ],
 )
 @on_uvloop
 async def test_sampling(ratio: float, sent: str | None, spans: int, passed: str | None) -> None:

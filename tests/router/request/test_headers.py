@@ -23,6 +23,7 @@ STEERING = {
     "cookie": "a=b",
     "x-data-parallel-rank": "1",
     "x-vllm-priority": "-5",
+    "endpoint-load-metrics-format": "JSON",
     "x-eldr-worker": "http://evil",
     "x-eldr-decode": "http://evil",
 }
@@ -51,6 +52,12 @@ async def test_no_header_steers_the_router_or_a_worker() -> None:
         ({"authorization": "Bearer theirs"}, {"authorization"}),
         ({"authorization": "Bearer theirs", "connection": "keep-alive, Authorization"}, set()),
         ({"traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01", "connection": "traceparent"}, set()),
+        ({"traceparent": "00-" + "0" * 32 + "-" + "b" * 16 + "-01", "tracestate": "x=1"}, set()),
+        ({"x-session-id": "conversation-7"}, {"x-session-id"}),
+        ({"x-session-id": "two words"}, {"x-session-id"}),
+        ({"x-session-id": "x" * 513}, set()),
+        ({"x-session-id": "caf\u00e9"}, set()),
+        ({"x-session-id": "conversation-7", "connection": "X-Session-ID"}, set()),
     ],
 )
 @on_uvloop
@@ -58,7 +65,9 @@ async def test_what_goes_on_to_workers(headers: dict[str, str], passed: set[str]
     async with running() as s:
         assert (await s.post(headers=headers)).status == 200
         for seen in (*s.prefill[0].generated, *s.decode[0].generated):
-            assert seen.headers.keys() & {"traceparent", "tracestate", "authorization", "connection"} == passed
+            own = {"host", "content-type", "x-request-id", "content-length"}
+            assert seen.headers.keys() - own == passed
+            assert all(seen.headers[name] == headers[name] for name in passed)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from eldr.router.http.message import Request
+from eldr.router.http.message import Request, is_hop_by_hop
 
-# W3C Trace Context. A malformed traceparent is dropped, and so is a tracestate without a traceparent.
-TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 PRINTABLE = re.compile(rb"[\x20-\x7e]+")
-MAX_TRACESTATE_BYTES = 512
+# A conversation's id. vLLM sets no limit; a UUID has 36 bytes.
+MAX_SESSION_ID_BYTES = 512
 # The content types that are passed on. A browser could take any other for a page of the router itself.
 CONTENT_TYPE = re.compile(rb"(application/json|text/event-stream|text/plain)( *; *charset=[a-z0-9-]+)?", re.IGNORECASE)
 JSON = b"application/json"
@@ -18,26 +17,12 @@ UNKNOWN_TYPE = b"application/octet-stream"
 RETRY_AFTER = re.compile(rb"[0-9]{1,9}|[A-Za-z0-9:, ]{29}")
 
 
-def trace_context(request: Request) -> tuple[bytes | None, bytes | None]:
-    """The traceparent and tracestate of a request. Each is None if it is absent or must not be passed on."""
-    headers = request.headers
-    parent = headers.get(b"traceparent")
-    if parent is None or TRACEPARENT.fullmatch(parent) is None or _meant_for_us(headers, b"traceparent"):
-        return None, None
-    state = headers.get(b"tracestate")
-    if state is not None and (
-        len(state) > MAX_TRACESTATE_BYTES or PRINTABLE.fullmatch(state) is None or _meant_for_us(headers, b"tracestate")
-    ):
-        state = None
-    return parent, state
-
-
-def trace_lines(parent: bytes | None, state: bytes | None) -> bytes:
-    """The header lines of a trace context."""
-    if parent is None:
+def session_line(request: Request) -> bytes:
+    """The header line of X-Session-ID, by which vLLM knows a conversation. Empty if there is none to pass on."""
+    given = request.headers.get(b"x-session-id")
+    if not given or len(given) > MAX_SESSION_ID_BYTES or PRINTABLE.fullmatch(given) is None:
         return b""
-    line = b"traceparent: %b\r\n" % parent
-    return line if state is None else b"%btracestate: %b\r\n" % (line, state)
+    return b"" if is_hop_by_hop(request.headers, b"x-session-id") else b"x-session-id: %b\r\n" % given
 
 
 def client_authorization(request: Request) -> bytes | None:
@@ -45,7 +30,7 @@ def client_authorization(request: Request) -> bytes | None:
     given = request.headers.get(b"authorization")
     if given is None or request.client or PRINTABLE.fullmatch(given) is None:
         return None
-    return None if _meant_for_us(request.headers, b"authorization") else given
+    return None if is_hop_by_hop(request.headers, b"authorization") else given
 
 
 def content_type(headers: Mapping[bytes, bytes]) -> bytes:
@@ -59,9 +44,3 @@ def answer_headers(headers: Mapping[bytes, bytes]) -> tuple[bytes, bytes]:
     given = headers.get(b"retry-after")
     retry_after = b"retry-after: %b\r\n" % given if given is not None and RETRY_AFTER.fullmatch(given) else b""
     return content_type(headers), retry_after
-
-
-def _meant_for_us(headers: dict[bytes, bytes], name: bytes) -> bool:
-    """Whether the Connection header lists the field, which must then not be forwarded (RFC 9110, section 7.6.1)."""
-    connection = headers.get(b"connection")
-    return connection is not None and name in (token.strip().lower() for token in connection.split(b","))

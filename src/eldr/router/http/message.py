@@ -60,6 +60,12 @@ class Request:
         self.received_s = time.monotonic()
 
 
+def is_hop_by_hop(headers: dict[bytes, bytes], name: bytes) -> bool:
+    """Whether the Connection header lists the field, which must then not be forwarded (RFC 9110, section 7.6.1)."""
+    connection = headers.get(b"connection")
+    return connection is not None and name in (token.strip().lower() for token in connection.split(b","))
+
+
 class Sink(Protocol):
     """Receives the requests of one client, in their order."""
 

@@ -1,7 +1,7 @@
 """OpenTelemetry traces of requests: one span each, with children for its queue, prefill and decode legs.
 
 Spans are created after the work that they describe, from two clock readings each. A request that is not sampled never
-gets here: its own trace context, if it has one, is forwarded to the workers unchanged.
+gets here: its own trace context, if it has a valid one, goes on to the workers.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import eldr
 from eldr.router.config.settings import ConfigError
-from eldr.router.http.forwarding import trace_context, trace_lines
 from eldr.router.http.message import Request
+from eldr.router.http.trace_context import is_sampled, trace_context, trace_lines
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
-
-SAMPLED = 0x01
 
 
 class Tracing:
@@ -48,7 +46,7 @@ class Tracing:
     def begin(self, request: Request, request_id: str, model: object) -> RequestTrace | None:
         """Return the trace of a request, or None if it is not sampled."""
         parent, state = trace_context(request)
-        if random.random() >= self._ratio if parent is None else not int(parent[-2:], 16) & SAMPLED:
+        if random.random() >= self._ratio if parent is None else not is_sampled(parent):
             return None
         return RequestTrace(self._tracer, request, request_id, model, parent, state)
 

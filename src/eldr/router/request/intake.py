@@ -11,8 +11,9 @@ from eldr.router.config.settings import RouterConfig
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.errors import ApiError
-from eldr.router.http.forwarding import client_authorization, trace_context, trace_lines
+from eldr.router.http.forwarding import client_authorization, session_line
 from eldr.router.http.message import Request
+from eldr.router.http.trace_context import trace_context, trace_lines
 from eldr.router.observe.tracing import RequestTrace, Tracing
 from eldr.router.placement.admission import PRIORITIES, Admission, Claim, NoWorkerError
 from eldr.router.protocols import openai
@@ -143,6 +144,7 @@ class Intake:
             why_whole=why_whole,
             record=record,
             leg_headers=b"content-type: application/json\r\n"
+            + session_line(request)
             + (trace_lines(*trace_context(request)) if trace is None else trace.headers),
             trace=trace,
             authorization=client_authorization(request),
