@@ -181,13 +181,18 @@ class Router:
 
     @property
     def closing(self) -> bool:
-        """Whether the router is stopping."""
+        """Whether the router is stopping. It may still accept connections for a while."""
         return self.clients.closing
 
-    async def stop(self, grace_s: float) -> None:
-        """Accept no more connections, let requests finish for up to `grace_s` seconds, and abort the rest."""
+    async def stop(self, grace_s: float, delay_s: float = 0.0) -> None:
+        """Accept no more connections, let requests finish for up to `grace_s` seconds, and abort the rest.
+
+        First serve everybody for `delay_s` seconds more, while `/ready` answers 503. Proxies and load balancers need
+        that time to hear of the end. Meanwhile each answer closes its connection, so clients move on.
+        """
         clients = self.clients
         clients.closing = True
+        await asyncio.sleep(delay_s)
         self._listeners.close()
         deadline_s = time.monotonic() + grace_s
         await self._finish(deadline_s)

@@ -28,7 +28,9 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
-    """Run a router until SIGTERM or SIGINT. A second such signal does not wait for running requests.
+    """Run a router until SIGTERM or SIGINT. A second such signal waits for nothing.
+
+    Only SIGTERM is followed by `shutdown_delay_s`. SIGINT comes from a terminal, where no load balancer has to hear.
 
     SIGHUP reads the configuration file and the keys again. SIGUSR2 starts the program again on the same sockets. Once
     the new process serves, this one ends gracefully.
@@ -68,8 +70,9 @@ async def _serve(router: Router, config: RouterConfig) -> None:
         print(f"eldr: page and admin API on {scheme}://{admin_host}:{router.admin_port}/ui", file=sys.stderr)
     policy = config.placement.policy
     print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {policy}", file=sys.stderr, flush=True)
-    await _until_end(router, signals)
-    stopping = loop.create_task(router.stop(config.timeouts.grace_s))
+    delayed = await _until_end(router, signals)
+    timeouts = config.timeouts
+    stopping = loop.create_task(router.stop(timeouts.grace_s, timeouts.shutdown_delay_s if delayed else 0.0))
     again = loop.create_task(_ending(signals))
     await asyncio.wait((stopping, again), return_when=asyncio.FIRST_COMPLETED)
     if not stopping.done():
@@ -79,12 +82,14 @@ async def _serve(router: Router, config: RouterConfig) -> None:
     again.cancel()
 
 
-async def _until_end(router: Router, signals: asyncio.Queue[int]) -> None:
+async def _until_end(router: Router, signals: asyncio.Queue[int]) -> bool:
+    """Return once the router has to end: whether others have to hear of it first. A successor serves already."""
     while (number := await signals.get()) not in ENDING:
         if number == signal.SIGHUP:
             router.reload()
         elif await start_successor(router.sockets):
-            return
+            return False
+    return number == signal.SIGTERM
 
 
 async def _ending(signals: asyncio.Queue[int]) -> None:

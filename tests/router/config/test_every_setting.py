@@ -27,7 +27,7 @@ ALL = {one.key: one for one in settings_of(RouterConfig)}
 LIVE = {
     "prefill", "decode", "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s", "worker_wait_s",
     "prefill_timeout_s", "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s",
-    "request_timeout_s", "drain_timeout_s", "grace_s", "log_level",
+    "request_timeout_s", "drain_timeout_s", "shutdown_delay_s", "grace_s", "log_level",
 }  # fmt: skip
 
 # A file with every key, none at its default. Files like it are in use: keys must not move or change their meaning.
@@ -91,6 +91,7 @@ eject_max_s = 0.14
 eject_share = 1
 dns_interval_s = 0.15
 drain_timeout_s = 0
+shutdown_delay_s = 0.16
 grace_s = 0
 otel_endpoint = "http://collector:4318/v1/traces"
 otel_sampling = 1

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -19,6 +20,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any, TypeVar
 
+import aiohttp
 import pytest
 
 from eldr.router.app import Router
@@ -90,6 +92,26 @@ async def test_readiness_ends_before_the_last_request() -> None:
         assert b" 503 " in (await reader.readuntil(b"\r\n"))
         assert (await task).events[-1] == "data: [DONE]"
         await stopping
+
+
+@on_uvloop
+async def test_a_router_that_ends_serves_until_load_balancers_know() -> None:
+    async with running() as s:
+        stopping = asyncio.create_task(s.router.stop(20, 2))
+        await until(lambda: s.router.closing, "it ends")
+        async with aiohttp.ClientSession() as fresh:
+            async with fresh.get(s.url + "/ready") as answer:
+                assert (answer.status, answer.headers["connection"]) == (503, "close")
+            async with fresh.get(s.url + "/health") as answer:
+                assert answer.status == 200
+            async with fresh.post(s.url + "/v1/completions", json={**ASK, "stream": True}) as answer:
+                assert (answer.status, answer.headers["connection"]) == (200, "close")
+                assert (await answer.read()).endswith(b"data: [DONE]\n\n")
+        assert not stopping.done()
+        port = s.router.port
+        await stopping
+        with pytest.raises(OSError, match="refused"):
+            await asyncio.open_connection("127.0.0.1", port)
 
 
 # Reading again.
@@ -323,6 +345,35 @@ def test_a_socket_of_systemds_keeps_requests_while_the_router_restarts() -> None
             end(process.pid)
             process.stderr.close()
             process.wait()
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_the_end_is_delayed_after_sigterm_alone_and_a_second_one_waits_for_nothing(
+    tmp_path: Path, first: signal.Signals
+) -> None:
+    file = tmp_path / "eldr.toml"
+    file.write_text("shutdown_delay_s = 600\n")
+    with Workers() as workers:
+        process = serve(workers, "--config", str(file))
+        try:
+            port = port_of(process)
+            process.send_signal(first)
+            if first is signal.SIGTERM:
+                wait_for(lambda: ready_status(port) == 503, "it is not ready")
+                process.send_signal(first)
+            assert process.wait(60) == 0
+        finally:
+            end(process.pid)
+            process.stderr.close()
+            process.wait()
+
+
+def ready_status(port: int) -> int:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 # A thousand clients that do not read.

@@ -32,7 +32,7 @@ class ClientApi:
     """Answers clients. It is a handler of `ClientConnection`.
 
     keys: the API keys. None if everybody is allowed in.
-    closing: whether new requests are refused.
+    closing: whether the router is stopping. Requests are still answered, but /ready says 503.
     """
 
     def __init__(

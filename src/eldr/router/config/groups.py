@@ -175,8 +175,12 @@ class Timeouts:
         3600.0, "longest time for a whole request, with queue and retries; clients can shorten it", least=LEAST_S,
         live=True, page="faults.md#deadlines",
     )  # fmt: skip
+    shutdown_delay_s: float = setting(
+        0.0, "how long the router goes on accepting connections after SIGTERM, while `/ready` answers 503", live=True,
+        page="fleet.md#shutdown-reload-and-handover",
+    )  # fmt: skip
     grace_s: float = setting(
-        30.0, "how long running requests may take to finish after SIGTERM", live=True,
+        30.0, "how long running requests may take to finish after SIGTERM and `shutdown_delay_s`", live=True,
         page="fleet.md#shutdown-reload-and-handover",
     )  # fmt: skip
 

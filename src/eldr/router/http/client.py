@@ -24,10 +24,10 @@ KEEP_IDLE_S = 3.0
 # does not read.
 RECEIVE_BYTES = 64 * 1024
 # How long the worker's kernel may leave bytes or keepalive probes unacknowledged. After that, the host is gone, or its
-# full backlog dropped the connection. A stopped process does not trip this limit, because its kernel still acknowledges.
+# full backlog dropped the connection. A stopped process does not trip this limit: its kernel still acknowledges.
 UNACKNOWLEDGED_MS = 20_000
-# On Linux, the limit above replaces the number of probes (tcp(7), TCP_USER_TIMEOUT) and counts from the last byte heard,
-# silence included. These times let three probes go out within it, so that the loss of one packet ends nothing.
+# On Linux, the limit above replaces the number of probes (tcp(7), TCP_USER_TIMEOUT) and counts from the last byte
+# heard, silence included. These times let three probes go out within it, so the loss of one packet ends nothing.
 PROBE_IDLE_S = 10
 PROBE_INTERVAL_S = 3
 MAX_HEAD_BYTES = 64 * 1024

@@ -1,7 +1,7 @@
 """TCP keepalive: notices a peer that has vanished, and keeps the path to a silent one alive.
 
 A connection may be silent for minutes, as during a long prefill. NAT gateways and firewalls forget such connections,
-some after two minutes. Keepalive probes are answered by the peer's kernel, so a process that is busy or stopped is kept.
+some after two minutes. The peer's kernel answers keepalive probes, so a process that is busy or stopped is kept.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""W3C Trace Context: which traceparent and tracestate of a client go on to the workers (https://w3.org/TR/trace-context).
+"""W3C Trace Context (https://w3.org/TR/trace-context-2): the traceparent and tracestate that go on to the workers.
 
-Level 2 is read, whose formats include those of level 1. An invalid context is dropped as if it had not come, so that the
-trace begins at the next party. Section numbers below are level 2's.
+Level 2 is read, whose formats include those of level 1. An invalid context is dropped as if it had not come, so the
+trace begins at the next party.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import re
 
 from eldr.router.http.message import Request, is_hop_by_hop
 
-# Section 3.2. Version 00 has these four fields and nothing else. A later version may have more, behind another dash, and
-# is read by the four (section 4.3). A comma there can only come from a repeated header, which is invalid.
+# Section 3.2. Version 00 has these four fields and nothing else. A later version may have more, behind another dash,
+# and is read by the four (section 4.3). A comma there can only come from a repeated header, which is invalid.
 PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-[^,]*)?")
 NO_TRACE, NO_SPAN = b"0" * 32, b"0" * 16
 # The flags that version 00 knows: sampled and, since level 2, random. Others must not be passed on in its name.
