@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from eldr.router.config.groups import ClientLimits
+from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.client import ExchangeError, WorkerConnection
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
@@ -17,6 +18,7 @@ from eldr.router.http.server import ClientConnection
 
 LIMITS = ClientLimits(
     max_body_bytes=10_000,
+    max_bodies_bytes=1_000_000,
     max_connections=10,
     head_timeout_s=5.0,
     body_timeout_s=10.0,
@@ -102,6 +104,9 @@ class MemoryTransport(asyncio.Transport):
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         pass
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def abort(self) -> None:
         self.closed = True
 
@@ -116,6 +121,9 @@ class UnreadTransport(MemoryTransport):
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         self._high = high or 0
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
 
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
         super().write(data)
@@ -149,7 +157,7 @@ def feed(pieces: list[bytes], stalls: frozenset[int] = frozenset()) -> tuple[lis
 
     async def run() -> tuple[list[Said], list[int], list[bytes]]:
         handler, transport = Recorder(), MemoryTransport(stalls)
-        connection = transport.protocol = ClientConnection(handler, LIMITS)
+        connection = transport.protocol = ClientConnection(handler, LIMITS, BodyMemory(LIMITS))
         connection.connection_made(transport)
         for piece in pieces:
             if not transport.closed:
@@ -173,6 +181,7 @@ class Heard:
     begun = False
 
     def __init__(self) -> None:
+        self.memory: BodyMemory | None = None
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self.body = b""
@@ -216,7 +225,7 @@ class Wire(asyncio.Transport):
 
 def hear(pieces: list[bytes], lost: bool = False) -> tuple[Heard, bool]:
     """What an exchange hears of these bytes, and whether its connection could be used again."""
-    pool = WorkerPool("http://w:1", connect_timeout_s=1.0)
+    pool = WorkerPool("http://w:1", connect_timeout_s=1.0, memory=BodyMemory(LIMITS))
     connection, wire, heard = WorkerConnection(pool), Wire(), Heard()
     connection.connection_made(wire)
     connection.start(heard, b"request", 60.0)

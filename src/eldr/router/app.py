@@ -29,6 +29,7 @@ from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.sweep import sweep
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.admin_key import AdminKey
+from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.limits import ConnectionWatch
 from eldr.router.http.listeners import Listeners
 from eldr.router.http.pool import WorkerPool
@@ -79,7 +80,7 @@ class Router:
         self._file: FileSource | None = None
         self._background: list[asyncio.Task[None]] = []
         listen, observe = config.listen, config.observe
-        metrics, fleet = Metrics(), Fleet()
+        metrics, fleet, memory = Metrics(), Fleet(), BodyMemory(config.clients)
         pools: dict[Worker, WorkerPool] = {}
         self._decision_log: DecisionLog | None = None
         if observe.decision_log is not None:
@@ -114,11 +115,12 @@ class Router:
             lambda worker: legs.leave(worker, int(retries.budget.left)),
             None if config.workers.worker_api_key_file is None else read_key(config.workers.worker_api_key_file),
             worker_context(config.workers.worker_ca),
+            memory,
         )
-        collector = RouterCollector(metrics, fleet, admission, placements.picture, self._decision_log)
+        collector = RouterCollector(metrics, fleet, admission, placements.picture, memory, self._decision_log)
         self.clients = ClientApi(self.services, self._keys, self.admin_key, collector)
         self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services))
-        self._listeners = Listeners(config.clients, self._tls, inherited)
+        self._listeners = Listeners(config.clients, memory, self._tls, inherited)
 
     # Starting and stopping.
 

@@ -27,7 +27,7 @@ ALL = {one.key: one for one in settings_of(RouterConfig)}
 LIVE = {
     "prefill", "decode", "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s", "worker_wait_s",
     "prefill_timeout_s", "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s",
-    "request_timeout_s", "drain_timeout_s", "shutdown_delay_s", "grace_s", "log_level",
+    "request_timeout_s", "drain_timeout_s", "max_bodies_bytes", "shutdown_delay_s", "grace_s", "log_level",
 }  # fmt: skip
 
 # A file with every key, none at its default. Files like it are in use: keys must not move or change their meaning.
@@ -68,6 +68,7 @@ admin_listen = "127.0.0.1:8001"
 decision_log = "g"
 prefix_window_bytes = 5
 max_body_bytes = 6
+max_bodies_bytes = 7
 max_connections = 8
 head_timeout_s = 0.01
 body_timeout_s = 0.02

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.message import Request
 from eldr.router.http.server import TRANSITIONS, ClientConnection, State
@@ -51,7 +52,7 @@ class Driven:
 
     def __init__(self, handler: Deferring | None = None) -> None:
         self.handler, self.transport = handler or Deferring(), MemoryTransport()
-        self.connection = ClientConnection(self.handler, LIMITS)
+        self.connection = ClientConnection(self.handler, LIMITS, BodyMemory(LIMITS))
         self.connection.connection_made(self.transport)
         self.lost = False
 
@@ -258,7 +259,7 @@ def talk(pieces: list[bytes], later: bool, stalls: frozenset[int]) -> tuple[list
 
     async def run() -> tuple[list[Said], bytes, bool]:
         handler, transport = Echo(later), MemoryTransport(stalls)
-        connection = transport.protocol = ClientConnection(handler, LIMITS)
+        connection = transport.protocol = ClientConnection(handler, LIMITS, BodyMemory(LIMITS))
         connection.connection_made(transport)
         for piece in pieces:
             while not (transport.reading or transport.closed):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.limits import ConnectionWatch
 from eldr.router.http.server import ClientConnection, State
 from tests.router.fake_worker import FakeWorker, Seen, begin_stream, chunk
@@ -23,7 +24,7 @@ class Connected:
 
     def __init__(self, handler: Recorder | None = None, transport: MemoryTransport | None = None) -> None:
         self.handler, self.transport = handler or Recorder(), transport or MemoryTransport()
-        self.connection = ClientConnection(self.handler, LIMITS)
+        self.connection = ClientConnection(self.handler, LIMITS, BodyMemory(LIMITS))
         self.connection.connection_made(self.transport)
 
     def send(self, data: bytes) -> None:
@@ -170,7 +171,7 @@ async def test_framing_may_not_outweigh_the_body() -> None:
 async def test_more_connections_than_allowed_are_turned_away() -> None:
     async with running(max_connections=2) as s:
         held = [await s.session.get(s.url + "/health") for _ in range(1)]  # one kept connection
-        one = ClientConnection(s.router.clients, LIMITS)
+        one = ClientConnection(s.router.clients, LIMITS, BodyMemory(LIMITS))
         one.connection_made(MemoryTransport())
         raw = await exchange(s, b"")
         assert status_of(raw) == 503

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from eldr.router.config.groups import ClientLimits
+from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.client import Answer, ExchangeError, WorkerConnection
 from eldr.router.http.pool import WorkerPool
 from tests.router.harness import interpreted
@@ -45,7 +47,7 @@ async def second_answer(late: Callable[[WorkerConnection, Answer], None]) -> byt
     """What the second exchange hears if `late` is done to the first one after the second has begun."""
     server = await asyncio.start_server(answer_all, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    pool = WorkerPool(f"http://127.0.0.1:{port}", connect_timeout_s=PATIENCE_S)
+    pool = WorkerPool(f"http://127.0.0.1:{port}", connect_timeout_s=PATIENCE_S, memory=BodyMemory(ClientLimits()))
     first = Chained(pool, late)
     connection = await pool.connection()
     connection.start(first, REQUEST, PATIENCE_S)
@@ -96,7 +98,11 @@ async def test_what_is_idle_dies_with_the_worker_that_broke_off() -> None:
             writer.close()
 
     server = await asyncio.start_server(answer_one_hold_the_next, "127.0.0.1", 0)
-    pool = WorkerPool(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", connect_timeout_s=PATIENCE_S)
+    pool = WorkerPool(
+        f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}",
+        connect_timeout_s=PATIENCE_S,
+        memory=BodyMemory(ClientLimits()),
+    )
     broken, idle = await pool.connection(), await pool.connection()
     first, second = Answer(), Answer()
     broken.start(first, REQUEST.replace(b"GET /", b"GET /hold"), PATIENCE_S)

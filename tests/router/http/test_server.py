@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.message import MAX_HEAD_BYTES, Request
 from eldr.router.http.server import MAX_PIPELINED, WRITE_HIGH_BYTES, ClientConnection
@@ -232,7 +233,7 @@ async def test_what_waits_for_a_client_that_does_not_read_is_little() -> None:
 
     requests, most, stalls = 200, 0, 0
     handler, transport = Verbose(), UnreadTransport()
-    connection = transport.protocol = ClientConnection(handler, LIMITS)
+    connection = transport.protocol = ClientConnection(handler, LIMITS, BodyMemory(LIMITS))
     connection.connection_made(transport)
     connection.data_received(GET * requests + b"\0")
     while not handler.errors:
@@ -264,7 +265,7 @@ async def test_what_follows_a_running_request_and_is_malformed_is_refused_after_
 async def test_a_flood_of_pipelined_requests_is_not_read_ahead() -> None:
     handler, transport = Holding(), MemoryTransport()
     held = handler.held
-    connection = ClientConnection(handler, LIMITS)
+    connection = ClientConnection(handler, LIMITS, BodyMemory(LIMITS))
     connection.connection_made(transport)
     connection.data_received(GET)
     assert transport.reading

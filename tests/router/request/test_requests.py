@@ -182,7 +182,7 @@ async def test_duplicate_keys_are_resolved_once() -> None:
 
 
 @on_uvloop
-async def test_headers_that_steer_a_worker_are_dropped() -> None:
+async def test_headers_that_steer_a_worker_are_dropped_and_those_that_serve_a_client_go_on() -> None:
     sent = {
         "X-data-parallel-rank": "3",
         "X-Vllm-Priority": "-9",
@@ -198,6 +198,7 @@ async def test_headers_that_steer_a_worker_are_dropped() -> None:
             headers = worker.generated[0].headers
             assert headers.keys() == {
                 "host", "content-type", "content-length", "x-request-id", "traceparent", "authorization",
+                "x-session-id",
             }  # fmt: skip
             assert headers["authorization"] == "Bearer mine"
             assert headers["traceparent"] == sent["traceparent"]

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from eldr.policies.base import Picture
 from eldr.router.config.endpoint import ROLES
 from eldr.router.fleet.workers import Fleet
+from eldr.router.http.body_memory import BodyMemory
 from eldr.router.observe.counters import Histogram, Metrics
 from eldr.router.observe.decision_log import DecisionLog
 from eldr.router.placement.admission import Admission
@@ -49,10 +50,12 @@ class RouterCollector(Collector):
         fleet: Fleet,
         admission: Admission,
         picture: Callable[[], Picture | None],
+        memory: BodyMemory,
         decision_log: DecisionLog | None,
     ) -> None:
         self._decision_log = decision_log
         self._picture = picture
+        self._memory = memory
         self._metrics = metrics
         self._fleet = fleet
         self._admission = admission
@@ -123,6 +126,12 @@ class RouterCollector(Collector):
         yield _counter("eldr_queue_refusals", "Requests that got no turn in the queue.", ("reason",), refusals)
         tasks = len(asyncio.all_tasks())
         yield GaugeMetricFamily("eldr_tasks", "Tasks of the event loop: one per request, some per worker.", value=tasks)
+        memory = self._memory
+        yield GaugeMetricFamily(
+            "eldr_bodies_bytes", "Memory of the bodies of requests and answers.", value=memory.held_bytes
+        )
+        no_room = {"request": memory.refused_requests, "answer": memory.refused_answers}
+        yield _counter("eldr_bodies_refused", "Bodies that found no room in memory.", ("body",), no_room)
         yield GaugeMetricFamily("eldr_admitted", "Requests past the queue.", value=self._admission.admitted)
         yield from self._worker_families()
         yield from self._worker_faults()

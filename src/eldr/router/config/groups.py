@@ -133,6 +133,10 @@ class ClientLimits:
     max_body_bytes: int = setting(
         32 * 1024 * 1024, "largest request body", least=1, page="security.md#what-a-client-can-take-up"
     )
+    max_bodies_bytes: int = setting(
+        1024 * 1024 * 1024, "most memory for the bodies of requests and answers, all together", least=1, live=True,
+        page="security.md#memory-in-sum",
+    )  # fmt: skip
     max_connections: int = setting(16384, "most client connections at once", least=1)
     head_timeout_s: float = setting(10.0, "longest time that the head of a request may take to arrive", least=LEAST_S)
     body_timeout_s: float = setting(

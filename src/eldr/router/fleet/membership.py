@@ -16,6 +16,7 @@ from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.load_watch import LoadWatch
 from eldr.router.fleet.probe import HealthProbe
 from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.client import ExchangeError
 from eldr.router.http.pool import WorkerPool
 
@@ -69,6 +70,7 @@ class Membership:
         went_down: Callable[[Worker], None],
         worker_key: bytes | None,
         ssl_context: ssl.SSLContext,
+        memory: BodyMemory,
     ) -> None:
         self._config = config
         self._fleet = fleet
@@ -76,6 +78,7 @@ class Membership:
         self._went_down = went_down
         self._worker_key = worker_key
         self._ssl_context = ssl_context
+        self._memory = memory
         self._members: dict[Worker, _Member] = {}
         self._watching: list[asyncio.Task[None]] = []
 
@@ -216,6 +219,7 @@ class Membership:
         pool = WorkerPool(
             endpoint.url,
             connect_timeout_s=config.connect_timeout_s,
+            memory=self._memory,
             authorization=self._worker_key,
             ssl_context=self._ssl_context,
         )

@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol, cast
 import httptools
 import orjson
 
+from eldr.router.http.body_memory import BodyMemory, Hold
 from eldr.router.http.keepalive import keep_alive
 
 # vLLM closes a connection after 5 s without a request (VLLM_HTTP_TIMEOUT_KEEP_ALIVE). A connection is not reused when
@@ -70,6 +71,12 @@ class SilenceError(ExchangeError):
     timed_out: ClassVar[bool] = True
 
 
+class NoRoomError(ExchangeError):
+    """The router has no memory left for the answer. The worker is not to blame, and a retry would not help."""
+
+    reason: ClassVar[str] = "no_room"
+
+
 class Exchange(Protocol):
     """Receives one answer as it arrives: `on_head`, then `on_body` for each piece, then `on_done`.
 
@@ -77,9 +84,11 @@ class Exchange(Protocol):
     Nothing is called after `on_done` or `on_failed`. Header names are lower-case.
 
     begun: whether a part of the answer has been passed on. From then on, only the limit on silence applies.
+    memory: counts what is collected. The connection sets it before anything is called.
     """
 
     begun: bool
+    memory: BodyMemory | None
 
     def on_head(self, status: int, headers: dict[bytes, bytes]) -> None: ...
 
@@ -104,6 +113,8 @@ class Answer:
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
+        self.memory: BodyMemory | None = None
+        self._hold: Hold | None = None
         self._pieces: list[bytes] = []
         self._bytes = 0
 
@@ -116,9 +127,16 @@ class Answer:
         self.headers = headers
 
     def on_body(self, data: bytes, framed: bytes | None = None) -> None:
-        self._bytes += len(data)
-        if self._bytes > MAX_ANSWER_BYTES:
+        size = len(data)
+        if self._bytes + size > MAX_ANSWER_BYTES:
             raise ExchangeError(f"the answer exceeds {MAX_ANSWER_BYTES} bytes")
+        if self.memory is not None:
+            if not self.memory.admits_answer(self._bytes, size):
+                raise NoRoomError("no memory is left for the answer")
+            if self._hold is None:
+                self._hold = Hold(self.memory)
+            self._hold.add(size)
+        self._bytes += size
         self._pieces.append(data)
 
     def on_done(self) -> None:
@@ -151,6 +169,7 @@ class Pool(Protocol):
     """The pool that a connection belongs to. active: connections with an exchange under way."""
 
     url: str
+    memory: BodyMemory
     active: set[WorkerConnection]
 
     def release(self, connection: WorkerConnection) -> None:
@@ -179,6 +198,7 @@ class WorkerConnection:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._unsent = Hold(pool.memory)  # what waits for a worker that does not read
         self._exchange: Exchange | None = None
         self._answer_by_s = 0.0
         self._idle_limit_s = 0.0
@@ -202,15 +222,18 @@ class WorkerConnection:
             keep_alive(sock, PROBE_IDLE_S, PROBE_INTERVAL_S)
 
     def pause_writing(self) -> None:
-        """Do nothing: the limit on bodies bounds a request, so its unsent rest may wait in the transport."""
+        """Only count what waits: the limit on bodies bounds a request, so its unsent rest may stay in the transport."""
+        self._unsent.add(self._transport.get_write_buffer_size())
 
-    def resume_writing(self) -> None: ...
+    def resume_writing(self) -> None:
+        self._unsent.release()
 
     def eof_received(self) -> None:
         """The worker sends no more. Returning None closes the transport."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
+        self._unsent.release()
         if self._exchange is not None:
             # If the worker has died, its idle connections are dead too, but the router may not know it yet.
             self._pool.close_idle()
@@ -226,6 +249,7 @@ class WorkerConnection:
         (`Exchange.begun`). It also fails if `idle_limit_s` pass without a byte once the answer has begun.
         """
         self._exchange = exchange
+        exchange.memory = self._pool.memory
         self.last_heard_s = time.monotonic()
         self._answer_by_s = self.last_heard_s + answer_limit_s
         self._idle_limit_s = idle_limit_s

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from eldr.router.config.groups import ClientLimits
 from eldr.router.config.settings import ConfigError
+from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.server import ClientConnection, Handler
 from eldr.router.http.tls import HANDSHAKE_TIMEOUT_S, ServerTls
 
@@ -22,8 +23,11 @@ class Listeners:
     tls: None for plain HTTP.
     """
 
-    def __init__(self, limits: ClientLimits, tls: ServerTls | None, inherited: Sequence[socket.socket]) -> None:
+    def __init__(
+        self, limits: ClientLimits, memory: BodyMemory, tls: ServerTls | None, inherited: Sequence[socket.socket]
+    ) -> None:
         self._limits = limits
+        self._memory = memory
         self._tls = tls
         self._inherited = list(inherited)
         self._servers: list[asyncio.Server] = []
@@ -36,7 +40,7 @@ class Listeners:
             where = {"sock": self._inherited[len(self._servers)]}
         try:
             server = await asyncio.get_running_loop().create_server(
-                lambda: cast(Any, ClientConnection(handler, self._limits)),
+                lambda: cast(Any, ClientConnection(handler, self._limits, self._memory)),
                 **where,
                 backlog=BACKLOG,
                 ssl=None if tls is None else tls.context,

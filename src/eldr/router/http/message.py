@@ -14,6 +14,7 @@ from typing import Final, Protocol
 import httptools
 
 from eldr.router.config.groups import ClientLimits
+from eldr.router.http.body_memory import BodyMemory, Hold
 from eldr.router.http.errors import ApiError
 
 MAX_HEAD_BYTES = 32 * 1024
@@ -33,11 +34,12 @@ class Request:
     """One complete request.
 
     headers: with names in lower case. The values of a repeated header are joined by commas.
+    hold: counts the body, and is given up with it. None without a body.
     client: the name that the client's key stands for. Empty if the router did not use the Authorization header.
     received_s: monotonic time of arrival.
     """
 
-    __slots__ = ("body", "client", "headers", "http_1_0", "keep_alive", "method", "path", "received_s")
+    __slots__ = ("body", "client", "headers", "hold", "http_1_0", "keep_alive", "method", "path", "received_s")
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class Request:
         headers: dict[bytes, bytes],
         body: bytes,
         *,
+        hold: Hold | None = None,
         keep_alive: bool = True,
         http_1_0: bool = False,
         client: str = "",
@@ -54,6 +57,7 @@ class Request:
         self.path = path
         self.headers = headers
         self.body = body
+        self.hold = hold
         self.keep_alive = keep_alive
         self.http_1_0 = http_1_0
         self.client = client
@@ -98,14 +102,16 @@ FAILED: Final = Stage.FAILED
 class IncomingMessage:
     """The part of one request that has arrived. Raises ApiError once it exceeds a limit."""
 
-    def __init__(self, max_body_bytes: int) -> None:
+    def __init__(self, max_body_bytes: int, memory: BodyMemory) -> None:
         self.url = b""
         self.path = b""
         self.http_1_0 = False
         self.headers: dict[bytes, bytes] = {}
         self.client = ""
         self.body_bytes = 0
-        self._max_body_bytes = max_body_bytes
+        self.hold: Hold | None = None
+        self._memory = memory
+        self._max_body_bytes = min(max_body_bytes, memory.most_request_bytes)
         self._header_lines = 0
         self._pieces: list[bytes] = []
         self._trailer_bytes = 0
@@ -141,11 +147,22 @@ class IncomingMessage:
         if length is not None and int(length) > self._max_body_bytes:
             raise self._body_too_large()
 
+    def check_room(self) -> None:
+        """Raises ApiError if the body is known not to find room in memory."""
+        length = self.headers.get(b"content-length")
+        if length is not None:
+            self._memory.admit_request(0, int(length))
+
     def add_body(self, data: bytes) -> None:
-        self._pieces.append(data)
-        self.body_bytes += len(data)
-        if self.body_bytes > self._max_body_bytes:
+        size = len(data)
+        if self.body_bytes + size > self._max_body_bytes:
             raise self._body_too_large()
+        self._memory.admit_request(self.body_bytes, size)
+        if self.hold is None:
+            self.hold = Hold(self._memory)
+        self.hold.add(size)
+        self._pieces.append(data)
+        self.body_bytes += size
 
     def add_trailer(self, name: bytes, value: bytes) -> None:
         """Count a trailer of a chunked body and drop it. Raises ApiError if trailers are too large."""
@@ -166,8 +183,9 @@ class RequestReader:
 
     __deletable__ = ("_parser", "_sink")  # for mypyc
 
-    def __init__(self, limits: ClientLimits, sink: Sink) -> None:
+    def __init__(self, limits: ClientLimits, memory: BodyMemory, sink: Sink) -> None:
         self._limits = limits
+        self._memory = memory
         self._sink = sink
         self._parser = httptools.HttpRequestParser(self)
         self._upgrade_offered = False
@@ -177,7 +195,7 @@ class RequestReader:
 
     def _await_next(self) -> None:
         self.stage: Stage = AWAITED
-        self._message = IncomingMessage(self._limits.max_body_bytes)
+        self._message = IncomingMessage(self._limits.max_body_bytes, self._memory)
         # Bytes of the head so far or, after the head, of the body. The piece in which the body began is not counted.
         self._fed_bytes = 0
 
@@ -207,7 +225,7 @@ class RequestReader:
 
     def _fail(self) -> None:
         self.stage = FAILED
-        self._message = IncomingMessage(0)
+        self._message = IncomingMessage(0, self._memory)
 
     def _feed(self, data: bytes) -> None:
         self._fed_bytes += len(data)
@@ -281,6 +299,7 @@ class RequestReader:
         message.check_framing()
         message.path = _path(message.url)
         message.client = self._sink.permit(message.path, headers)
+        message.check_room()
         self.since_s = time.monotonic()
         expect = headers.get(b"expect")
         if expect is not None:
@@ -310,6 +329,7 @@ class RequestReader:
             message.path,
             message.headers,
             message.body,
+            hold=message.hold,
             keep_alive=parser.should_keep_alive(),
             http_1_0=message.http_1_0,
             client=message.client,

@@ -8,6 +8,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from eldr.router.config.endpoint import rank_of
+from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.client import ConnectError, ConnectTimeoutError, WorkerConnection
 
 
@@ -19,11 +20,13 @@ class WorkerPool:
         url: str,
         *,
         connect_timeout_s: float,
+        memory: BodyMemory,
         authorization: bytes | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         parts = urlsplit(url)
         self.url = url
+        self.memory = memory
         self.active: set[WorkerConnection] = set()
         self._host = cast(str, parts.hostname)
         self._ssl = ssl_context if parts.scheme == "https" else None

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Final, Protocol, cast
 
 from eldr.router.config.groups import ClientLimits
+from eldr.router.http.body_memory import BodyMemory, Hold
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.heads import answer_head, error_headers
@@ -34,6 +35,8 @@ PROBE_INTERVAL_S = 10
 LINGER_S = 2.0
 # Each byte of a body extends the body's time limit at this rate.
 LEAST_BYTES_PER_S = 16 * 1024
+# The same while memory is scarce, so that slow uploads do not keep it from others.
+SCARCE_BYTES_PER_S = 1024 * 1024
 
 
 class State(Enum):
@@ -113,9 +116,11 @@ class ClientConnection:
     _transport: asyncio.Transport
     _reader: RequestReader
 
-    def __init__(self, handler: Handler, limits: ClientLimits) -> None:
+    def __init__(self, handler: Handler, limits: ClientLimits, memory: BodyMemory) -> None:
         self._handler = handler
         self._limits = limits
+        self._memory = memory
+        self._unsent = Hold(memory)  # what waits for a client that does not read
         self._exchange: ClientExchange | None = None
         # Requests in their order. After them comes at most one error, which answers unreadable input.
         self._waiting: deque[Request | ApiError] = deque()
@@ -159,7 +164,7 @@ class ClientConnection:
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         # Only now, because a connection whose TLS handshake fails is never made and never lost.
-        self._reader = RequestReader(self._limits, self)
+        self._reader = RequestReader(self._limits, self._memory, self)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
@@ -193,6 +198,7 @@ class ClientConnection:
         self._leave()
         self._handler.connections.discard(self)
         self._waiting.clear()
+        self._unsent.release()
         self._reader.close()
         exchange, self._exchange = self._exchange, None
         if exchange is not None and exchange.listener is not None:
@@ -201,11 +207,13 @@ class ClientConnection:
 
     def pause_writing(self) -> None:
         self._stalled_since_s = time.monotonic()
+        self._unsent.add(self.unsent_bytes)
         if self._exchange is not None and self._exchange.listener is not None:
             self._exchange.listener.on_client_stalled()
 
     def resume_writing(self) -> None:
         self._stalled_since_s = None
+        self._unsent.release()
         if self._exchange is None:
             self._go_on()
         elif self._exchange.listener is not None:
@@ -232,7 +240,8 @@ class ClientConnection:
         waited_s = now_s - max(self._since_s, reader.since_s)
         if reader.stage is HEAD:
             return waited_s > limits.head_timeout_s
-        return waited_s - reader.body_bytes / LEAST_BYTES_PER_S > limits.body_timeout_s
+        least_bytes_per_s = SCARCE_BYTES_PER_S if self._memory.scarce else LEAST_BYTES_PER_S
+        return waited_s - reader.body_bytes / least_bytes_per_s > limits.body_timeout_s
 
     def close(self) -> None:
         """Close after sending everything that was written."""

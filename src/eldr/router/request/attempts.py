@@ -120,7 +120,8 @@ class Attempts:
         fields = {"id": self._id, "worker": url, "reason": reason, "retried": why_not is None}
         # When a whole fleet fails, log one line per kind for a while. The rest is counted, and logged at level debug.
         level = logging.WARNING if shared.throttle.due(f"{leg} {reason} {url}") else logging.DEBUG
-        log.log(level, "%s", failure, extra={"fields": fields})
+        # As text: a handler may keep the record, and a failure knows the frames that hold the bodies.
+        log.log(level, "%s", str(failure), extra={"fields": fields})
         if why_not is None:
             self._repeated += 1
             shared.metrics.retries[leg, reason] += 1

@@ -10,6 +10,7 @@ from eldr.policies.base import DecodeRequest
 from eldr.router.config.settings import RouterConfig
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.admin_key import AdminKey
+from eldr.router.http.body_memory import Hold
 from eldr.router.http.errors import ApiError
 from eldr.router.http.forwarding import client_authorization, session_line
 from eldr.router.http.message import Request
@@ -46,6 +47,7 @@ class Job:
         a boolean.
     claim: its claim on a turn in the queue.
     trace: None unless it is sampled.
+    hold: counts the body in memory. None without one.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Job:
         deadlines: Deadlines,
         claim: Claim,
         trace: RequestTrace | None,
+        hold: Hold | None,
     ) -> None:
         self.request_id = request_id
         self.path = path
@@ -78,6 +81,13 @@ class Job:
         self.wants_usage = openai.wants_usage(body)
         self.claim = claim
         self.trace = trace
+        self.hold = hold
+
+    def free_body(self) -> None:
+        """Let go of the body. A thousand streams with long prompts would hold a gigabyte."""
+        self.body = {}
+        if self.hold is not None:
+            self.hold.release()
 
     def decode_request(self, handoff: HandOff | None) -> DecodeRequest:
         """Return what the policy may know. A client may use an id twice at once, but policies need unique ids."""
@@ -147,6 +157,7 @@ class Intake:
             + session_line(request)
             + (trace_lines(*trace_context(request)) if trace is None else trace.headers),
             trace=trace,
+            hold=request.hold,
             authorization=client_authorization(request),
             label=_visible(label, MAX_LABEL_BYTES) if label else None,
             max_tokens=max_tokens,

@@ -12,7 +12,7 @@ from typing import Any
 from eldr.router.config.endpoint import Role
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet, Worker
-from eldr.router.http.client import Answer, ConnectError, ExchangeError, WorkerConnection
+from eldr.router.http.client import Answer, ConnectError, ExchangeError, NoRoomError, WorkerConnection
 from eldr.router.http.errors import ApiError
 from eldr.router.http.pool import WorkerPool
 from eldr.router.observe.counters import Metrics
@@ -189,7 +189,7 @@ class Leg:
     async def answered(self) -> dict[str, Any]:
         """Wait until all of the answer is there: the fields of a whole completion, none of a stream.
 
-        Raises LegFailure, or RelayedError for an error of the client's.
+        Raises LegFailure, RelayedError for an error of the client's, or ApiError if there is no memory for it.
         """
         connection, answer = self._connection, self._answer
         assert connection is not None
@@ -203,6 +203,9 @@ class Leg:
                 raise WorkerStatusError(f"status {answer.status}")
             if answer.status == 200:
                 return check_completion(answer, self._shared.protocol, self.name, self._names())
+        except NoRoomError:
+            why = "the router has no memory left for the answer"
+            raise ApiError(503, why, retry_after_s=RETRY_AFTER_S) from None
         except ExchangeError as error:
             self._shared.metrics.timeouts[self._deadline()] += error.timed_out
             raise self.failed(error, answer if isinstance(error, WorkerStatusError) else None) from None
@@ -212,7 +215,7 @@ class Leg:
     def first_event(self, event: bytes) -> None:
         """A stream has begun, so nothing is tried again. Raises WrongAnswerError if it does not belong to this leg."""
         check_first_event(event, self._shared.protocol, self.name, self._names())
-        self._job.body = {}  # a thousand streams with long prompts would hold a gigabyte
+        self._job.free_body()
         if self.worker.ejected:  # its trial must not last as long as the stream
             self.succeeded()
 
@@ -258,7 +261,7 @@ class Leg:
         self._shared.metrics.broken_streams += 1
         self._shared.metrics.timeouts["idle"] += error.timed_out
         fields = {"id": self._job.request_id, "worker": self.worker.url, "reason": error.reason}
-        log.warning("stream broken off: %s", error, extra={"fields": fields})
+        log.warning("stream broken off: %s", str(error), extra={"fields": fields})
 
     def _names(self) -> Names:
         stream = self._job.stream if self.worker.role == "decode" else False
