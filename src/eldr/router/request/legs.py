@@ -29,6 +29,8 @@ log = logging.getLogger("eldr.router")
 
 # Errors that another worker may not have. 501 is not among them, because it means that the request cannot be served.
 WORKERS_ERRORS = frozenset((500, 502, 503, 504))
+# The worker has too much to do. Another may have room, but this one is not at fault.
+OVERLOADED = 429
 
 
 class RelayedError(Exception):
@@ -203,6 +205,10 @@ class Leg:
             check_status(answer.status)
             if answer.status in WORKERS_ERRORS:
                 raise WorkerStatusError(f"status {answer.status}")
+            if answer.status == OVERLOADED:
+                raise LegFailure(
+                    self.worker.role, "overloaded", f"status {answer.status}", worker=self.worker, answer=answer
+                )
             if answer.status == 200:
                 return check_completion(answer, self._shared.protocol, self.name, self._names())
         except ExchangeError as error:
