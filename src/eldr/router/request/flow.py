@@ -188,7 +188,7 @@ class Flow:
                 attempts.next_name("decode"),
                 services.protocol.decode_body(job.body, handoff, job.record),
                 answer,
-                timeouts.decode_first_byte_timeout_s if job.stream else timeouts.decode_answer_timeout_s,
+                self._answer_limit_s(job, handoff),
                 timeouts.decode_idle_timeout_s,
             )
             self._leg, self._answer = leg, answer
@@ -209,6 +209,18 @@ class Flow:
             if tpot_s is not None:
                 worker.observe_tpot(tpot_s)
         return answer
+
+    def _answer_limit_s(self, job: Job, handoff: HandOff | None) -> float:
+        """How long a decode worker may take to answer or, if the answer is streamed, to begin.
+
+        Whoever computes the prompt has the time of a prefill for it. That is the decode worker if the request runs
+        whole. It may also be for a hand-off, because a worker that has to refuse the pull computes the prompt itself.
+        It then gets the time that this prompt took before: a prefill's whole time would let each worker that is stuck
+        keep its requests for minutes.
+        """
+        timeouts = self._services.config.timeouts
+        limit_s = timeouts.decode_first_byte_timeout_s if job.stream else timeouts.decode_answer_timeout_s
+        return limit_s + (timeouts.prefill_timeout_s if handoff is None else handoff.prefill_s)
 
     # The answer.
 

@@ -253,10 +253,15 @@ class Leg:
         """Return the failure to raise, and count it against the worker.
 
         It is not counted if the worker whose blocks it was to pull is gone, because that pull would have failed
-        everywhere.
+        everywhere. Nor is it if a worker is late with a request that runs whole, because the prompt may be slow, and
+        its client would take out one worker after the other.
         """
         source = self._source
-        if source is None or (self._shared.fleet.has(source) and source.available):
+        if source is not None:
+            blamed = self._shared.fleet.has(source) and source.available
+        else:
+            blamed = self.worker.role == "prefill" or not error.timed_out
+        if blamed:
             self._shared.outcomes.failed(self.worker, error.reason)
         return LegFailure(self.worker.role, error.reason, error, worker=self.worker, source=source, answer=answer)
 
