@@ -13,6 +13,7 @@ from typing import Final
 BOM: Final = b"\xef\xbb\xbf"
 # How much longer than its value a line can be: the name of the field, a colon and a space. A line is cut behind this.
 NAME_BYTES: Final = 16
+LF: Final = 10
 # A plain event begins so. A JSON object has no bare line ends, so the first one ends the line.
 OBJECT: Final = b"data: {"
 
@@ -59,12 +60,12 @@ class EventReader:
 
         Such a piece need not be fed, because it leaves the reader as it was.
         """
-        end = len(piece) - 2
+        last = len(piece) - 1
         return (
             self.between
-            and piece.find(b"\n") == end
             and piece.startswith(OBJECT)
-            and piece.endswith(b"\n")
+            and piece.find(b"\n") == last - 1
+            and piece[last] == LF
             and b"\r" not in piece
         )
 
