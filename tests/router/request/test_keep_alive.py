@@ -104,6 +104,17 @@ async def test_comments_come_between_events_only() -> None:
 
 
 @on_uvloop
+async def test_a_stream_that_flows_has_no_comments() -> None:
+    async with running(stream_keepalive_s=0.5) as s:
+        s.decode[0].tokens = ["a"] * 40
+        s.decode[0].token_gap_s = 0.03  # more than a second in all
+        _, raw, whole = await posted(s, {**STREAM, "max_tokens": 40})
+        assert whole
+        assert text_of(raw) == 40 * "a"
+        assert PING not in raw
+
+
+@on_uvloop
 async def test_another_worker_is_still_tried_after_a_comment() -> None:
     async with running(
         decode=2, policy=Scripted(), stream_keepalive_s=EVERY_S, decode_first_byte_timeout_s=5 * EVERY_S
