@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from eldr.router.http.media_types import EVENT_STREAM, JSON, essence
 from eldr.router.http.message import Request, is_hop_by_hop
 
 PRINTABLE = re.compile(rb"[\x20-\x7e]+")
 # A conversation's id. vLLM sets no limit; a UUID has 36 bytes.
 MAX_SESSION_ID_BYTES = 512
 # The content types that are passed on. A browser could take any other for a page of the router itself.
-CONTENT_TYPE = re.compile(rb"(application/json|text/event-stream|text/plain)( *; *charset=[a-z0-9-]+)?", re.IGNORECASE)
-JSON = b"application/json"
+CONTENT_TYPES = frozenset((JSON, EVENT_STREAM, b"text/plain"))
 UNKNOWN_TYPE = b"application/octet-stream"
 RETRY_AFTER = re.compile(rb"[0-9]{1,9}|[A-Za-z0-9:, ]{29}")
 
@@ -36,7 +36,7 @@ def client_authorization(request: Request) -> bytes | None:
 def content_type(headers: Mapping[bytes, bytes]) -> bytes:
     """The content type to give the client for a worker's answer."""
     given = headers.get(b"content-type", JSON)
-    return given if given == JSON or CONTENT_TYPE.fullmatch(given) else UNKNOWN_TYPE
+    return given if essence(given) in CONTENT_TYPES else UNKNOWN_TYPE
 
 
 def answer_headers(headers: Mapping[bytes, bytes]) -> tuple[bytes, bytes]:

@@ -13,6 +13,7 @@ from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.body_memory import Hold
 from eldr.router.http.errors import ApiError
 from eldr.router.http.forwarding import client_authorization, session_line
+from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
 from eldr.router.http.trace_context import trace_context, trace_lines
 from eldr.router.observe.tracing import RequestTrace, Tracing
@@ -131,7 +132,7 @@ class Intake:
     def take(self, request: Request, request_id: str) -> Job:
         """Return the job of a request. Raises ApiError."""
         headers = request.headers
-        if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+        if essence(headers.get(b"content-type", b"")) != JSON:
             raise ApiError(415, "Content-Type must be application/json")
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise ApiError(415, "Content-Encoding is not supported; send the body uncompressed")

@@ -9,6 +9,7 @@ from collections import defaultdict
 from types import TracebackType
 from typing import Any
 
+from eldr.event_stream import Event
 from eldr.router.config.endpoint import Role
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet, Worker
@@ -20,6 +21,7 @@ from eldr.router.observe.logs import Throttle
 from eldr.router.placement.admission import RETRY_AFTER_S
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
+from eldr.router.protocols.streams import FORMS
 from eldr.router.request.intake import Job
 from eldr.router.request.verdict import Names, WorkerStatusError, check_completion, check_first_event, check_status
 
@@ -27,6 +29,8 @@ log = logging.getLogger("eldr.router")
 
 # Errors that another worker may not have. 501 is not among them, because it means that the request cannot be served.
 WORKERS_ERRORS = frozenset((500, 502, 503, 504))
+# The worker has too much to do. Another may have room, but this one is not at fault.
+OVERLOADED = 429
 
 
 class RelayedError(Exception):
@@ -201,6 +205,10 @@ class Leg:
             check_status(answer.status)
             if answer.status in WORKERS_ERRORS:
                 raise WorkerStatusError(f"status {answer.status}")
+            if answer.status == OVERLOADED:
+                raise LegFailure(
+                    self.worker.role, "overloaded", f"status {answer.status}", worker=self.worker, answer=answer
+                )
             if answer.status == 200:
                 return check_completion(answer, self._shared.protocol, self.name, self._names())
         except NoRoomError:
@@ -212,9 +220,9 @@ class Leg:
         self.succeeded()
         raise RelayedError(answer)
 
-    def first_event(self, event: bytes) -> None:
+    def first_event(self, event: Event) -> None:
         """A stream has begun, so nothing is tried again. Raises WrongAnswerError if it does not belong to this leg."""
-        check_first_event(event, self._shared.protocol, self.name, self._names())
+        check_first_event(event, FORMS[self._job.path], self._shared.protocol, self.name, self._names())
         self._job.free_body()
         if self.worker.ejected:  # its trial must not last as long as the stream
             self.succeeded()
@@ -248,10 +256,15 @@ class Leg:
         """Return the failure to raise, and count it against the worker.
 
         It is not counted if the worker whose blocks it was to pull is gone, because that pull would have failed
-        everywhere.
+        everywhere. Nor is it if a worker is late with a request that runs whole, because the prompt may be slow, and
+        its client would take out one worker after the other.
         """
         source = self._source
-        if source is None or (self._shared.fleet.has(source) and source.available):
+        if source is not None:
+            blamed = self._shared.fleet.has(source) and source.available
+        else:
+            blamed = self.worker.role == "prefill" or not error.timed_out
+        if blamed:
             self._shared.outcomes.failed(self.worker, error.reason)
         return LegFailure(self.worker.role, error.reason, error, worker=self.worker, source=source, answer=answer)
 
