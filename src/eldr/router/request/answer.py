@@ -134,11 +134,11 @@ class DecodeAnswer(Answer):
                 self._take(self._reader.feed(data))
             self._client.write(data, framed)
         elif self._is_stream:
-            self._hold(data)
+            self._hold_back(data)
         else:
             super().on_body(data)
 
-    def _hold(self, data: bytes) -> None:
+    def _hold_back(self, data: bytes) -> None:
         """Keep `data` until the first event, or enough of it, has arrived and is fit for the client."""
         self._held += data
         events = self._reader.feed(data)
