@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from eldr.router.config.settings import ConfigError
-from eldr.router.http.admin_key import bearer_key
+from eldr.router.http.admin_key import keys_in
+from eldr.router.http.errors import ApiError
 
 MAX_NAME_BYTES = 64
 
@@ -57,10 +58,20 @@ class ApiKeys:
         return hashlib.blake2b(key, digest_size=32, key=self._secret).digest()
 
     def client(self, headers: Mapping[bytes, bytes]) -> str | None:
-        """Return the name of the client whose key the Authorization header holds. None if it has none of our keys."""
-        key = bearer_key(headers)
-        if key is None:
-            return None
+        """Return the name of the client whose key the request presents. None if it presents none of our keys.
+
+        A key of ours counts beside others, because many clients cannot leave out a header and fill it with any text.
+        Raises ApiError 400 if the request presents the keys of two clients.
+        """
+        found: str | None = None
+        for key in keys_in(headers):
+            name = self._name(key)
+            if name is not None and found is not None and name != found:
+                raise ApiError(400, "the request has the API keys of two clients; send one of them")
+            found = found or name
+        return found
+
+    def _name(self, key: bytes) -> str | None:
         digest = self._digest(key)
         held, name = self._clients.get(digest, (bytes(len(digest)), None))
         return name if hmac.compare_digest(held, digest) else None

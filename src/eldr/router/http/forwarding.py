@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Final
 
+from eldr.router.http.admin_key import BARE_KEYS
 from eldr.router.http.message import Request
 
 # W3C Trace Context. A malformed traceparent is dropped, and so is a tracestate without a traceparent.
@@ -15,6 +17,7 @@ MAX_TRACESTATE_BYTES = 512
 CONTENT_TYPE = re.compile(rb"(application/json|text/event-stream|text/plain)( *; *charset=[a-z0-9-]+)?", re.IGNORECASE)
 JSON = b"application/json"
 UNKNOWN_TYPE = b"application/octet-stream"
+KEY_HEADERS: Final = (b"authorization", *BARE_KEYS)
 RETRY_AFTER = re.compile(rb"[0-9]{1,9}|[A-Za-z0-9:, ]{29}")
 
 
@@ -40,12 +43,19 @@ def trace_lines(parent: bytes | None, state: bytes | None) -> bytes:
     return line if state is None else b"%btracestate: %b\r\n" % (line, state)
 
 
-def client_authorization(request: Request) -> bytes | None:
-    """The client's Authorization, for workers that check keys themselves. None if the router has checked it."""
-    given = request.headers.get(b"authorization")
-    if given is None or request.client or PRINTABLE.fullmatch(given) is None:
-        return None
-    return None if _meant_for_us(request.headers, b"authorization") else given
+def client_authorization(request: Request) -> bytes:
+    """The header lines with the client's own keys, for workers that check keys themselves.
+
+    Empty if the router has checked one.
+    """
+    headers, lines = request.headers, b""
+    if request.client:
+        return lines
+    for name in KEY_HEADERS:
+        given = headers.get(name)
+        if given is not None and PRINTABLE.fullmatch(given) is not None and not _meant_for_us(headers, name):
+            lines += b"%b: %b\r\n" % (name, given)
+    return lines
 
 
 def content_type(headers: Mapping[bytes, bytes]) -> bytes:

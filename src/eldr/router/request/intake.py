@@ -39,7 +39,7 @@ class Job:
     max_tokens: the client's limit. None if there is none.
     record: whether the client wants its experts recorded.
     leg_headers: header lines for both legs.
-    authorization: the client's own, for workers that need no key of the router's.
+    authorization: header lines with the client's own keys, for workers that need no key of the router's.
     deadlines: when it must be answered.
     stream, wants_usage: whether the answer is streamed, and ends with the usage. stream is None for a value that is not
         a boolean.
@@ -56,7 +56,7 @@ class Job:
         why_whole: str | None,
         record: bool,
         leg_headers: bytes,
-        authorization: bytes | None,
+        authorization: bytes,
         label: str | None,
         max_tokens: int | None,
         deadlines: Deadlines,
@@ -167,7 +167,7 @@ class Intake:
         if self._client_header is not None:
             client = request.headers.get(self._client_header, b"")
         else:
-            client = request.client.encode() or request.headers.get(b"authorization", b"")
+            client = request.client.encode() or client_authorization(request)
         return Claim(client, priority, cost)
 
     def _wants_record(self, request: Request, body: dict[str, Any]) -> bool:
