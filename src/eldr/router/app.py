@@ -29,6 +29,7 @@ from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.sweep import sweep
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.admin_key import AdminKey
+from eldr.router.http.cors import Cors
 from eldr.router.http.limits import ConnectionWatch
 from eldr.router.http.listeners import Listeners
 from eldr.router.http.pool import WorkerPool
@@ -116,7 +117,8 @@ class Router:
             worker_context(config.workers.worker_ca),
         )
         collector = RouterCollector(metrics, fleet, admission, placements.picture, self._decision_log)
-        self.clients = ClientApi(self.services, self._keys, self.admin_key, collector)
+        cors = Cors(listen.allowed_origins)
+        self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector)
         self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services))
         self._listeners = Listeners(config.clients, self._tls, inherited)
 
@@ -258,6 +260,7 @@ class Router:
         if fixed:
             log.warning("a change of these settings needs a new process: %s", ", ".join(fixed))
         log.setLevel(config.observe.log_level.upper())
+        self.clients.cors.allow(config.listen.allowed_origins)
         self.services.admission.set_limits(config.queue)
         self.membership.set_max_inflight(config.workers.max_inflight)
 

@@ -66,7 +66,8 @@ class ClientExchange:
         If the request was already answered, closes the connection and raises RuntimeError.
         """
         self._begin()
-        head = answer_head(status, content_type, len(body), extra + self._connection_line())
+        extra += self._request.answer_lines + self._connection_line()
+        head = answer_head(status, content_type, len(body), extra)
         self._transport.write(head if self._request.method == b"HEAD" else head + body)
         self._finish()
 
@@ -80,6 +81,7 @@ class ClientExchange:
         If the request was already answered, closes the connection and raises RuntimeError.
         """
         self._begin()
+        extra += self._request.answer_lines
         if self._chunked:
             extra += self._connection_line() + b"transfer-encoding: chunked\r\n"
         else:

@@ -91,7 +91,10 @@ class Handler(Protocol):
     connections: set[ClientConnection]
     closing: bool
 
-    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
+    def answer_lines(self, headers: dict[bytes, bytes]) -> bytes:
+        """The header lines of any answer to a request with these headers, an error included."""
+
+    def permit(self, method: bytes, path: bytes, headers: dict[bytes, bytes]) -> str:
         """The client's name, decided before the body is read. Raises ApiError if the request is not allowed."""
 
     def handle(self, request: Request, exchange: ClientExchange) -> None: ...
@@ -245,8 +248,11 @@ class ClientConnection:
 
     # The order of requests and answers.
 
-    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
-        return self._handler.permit(path, headers)
+    def answer_lines(self, headers: dict[bytes, bytes]) -> bytes:
+        return self._handler.answer_lines(headers)
+
+    def permit(self, method: bytes, path: bytes, headers: dict[bytes, bytes]) -> str:
+        return self._handler.permit(method, path, headers)
 
     def on_expect(self) -> None:
         if self._exchange is None:
@@ -334,5 +340,5 @@ class ClientConnection:
 
     def _write_error(self, error: ApiError) -> None:
         body = error.body()
-        extra = error_headers(error) + b"connection: close\r\n"
+        extra = self._reader.answer_lines + error_headers(error) + b"connection: close\r\n"
         self._transport.write(answer_head(error.status, b"application/json", len(body), extra) + body)
