@@ -48,6 +48,7 @@ class FakeWorker:
     delay_s: how late every answer is, to probes as well.
     behaviour: called instead of the normal answer for completion and chat requests while it is set.
     metrics: what /metrics says; 404 while it is None.
+    others: path -> status, body and content type of further endpoints; each waits while `behaviour` is set, as above.
     counts: wire form of the expert counts in hand-offs; None leaves them out.
     """
 
@@ -73,6 +74,7 @@ class FakeWorker:
         self.lease: object = {"left_s": 30.0}
         self.api_key: str | None = None
         self.metrics: str | None = None
+        self.others: dict[str, tuple[int, bytes, str]] = {}
         self.connections = 0
         self.open_connections = 0
         self.running = 0
@@ -153,8 +155,11 @@ class FakeWorker:
             await reply(writer, 200, json.dumps(models).encode())
         elif path == "/metrics" and self.metrics is not None:
             await reply(writer, 200, self.metrics.encode(), "content-type: text/plain\r\n")
-        elif path.endswith("completions"):
+        elif path.endswith("completions") or (path in self.others and self.behaviour is not None):
             await self._generate(seen, reader, writer)
+        elif path in self.others:
+            status, body, kind = self.others[path]
+            await reply(writer, status, body, f"content-type: {kind}\r\n" if kind else "")
         else:
             await reply(writer, 404, b'{"detail":"Not Found"}')
         return True

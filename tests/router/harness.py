@@ -142,6 +142,11 @@ async def running(
             await router.stop(0)
 
 
+def ours(found: list[object]) -> list[str]:
+    """The names of the classes of eldr's own objects among those found."""
+    return sorted(type(each).__qualname__ for each in found if type(each).__module__.startswith("eldr."))
+
+
 async def until(condition: Callable[[], object], what: str) -> None:
     """Wait for a condition that must come true."""
     deadline_s = time.monotonic() + 20

@@ -107,7 +107,9 @@ class Router:
         retries = Retries(config.retry, self._outcomes, metrics)
         tracing = None if observe.otel_endpoint is None else Tracing(observe.otel_endpoint, observe.otel_sampling)
         intake = Intake(config, fleet, admission, protocol, self.admin_key, tracing)
-        self.services = Services(config, intake, admission, ring, placements, protocol, legs, retries, fleet, metrics)
+        self.services = Services(
+            config, intake, admission, ring, placements, protocol, legs, retries, self._outcomes, fleet, metrics
+        )
         self.membership = Membership(
             config.workers,
             fleet,

@@ -3,27 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 
-from tests.router.harness import ASK, on_uvloop, running
-
-
-@pytest.fixture
-def collector() -> Iterator[None]:
-    """Nothing is collected but by hand, and what is found is kept in gc.garbage."""
-    gc.collect()
-    gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)
-    yield
-    gc.set_debug(0)
-    gc.garbage.clear()
-    gc.enable()
-
-
-def ours(found: list[object]) -> list[str]:
-    return sorted(type(each).__qualname__ for each in found if type(each).__module__.startswith("eldr."))
+from tests.router.harness import ASK, on_uvloop, ours, running
 
 
 @pytest.mark.parametrize("body", [ASK, {**ASK, "stream": True}, {**ASK, "n": 2}, {**ASK, "prompt": ""}])

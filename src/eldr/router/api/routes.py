@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
@@ -17,7 +18,10 @@ from eldr.router.http.server import ClientConnection
 from eldr.router.placement.admission import RETRY_AFTER_S
 from eldr.router.protocols import openai
 from eldr.router.request.flow import Flow
+from eldr.router.request.passthrough import ENDPOINTS, PassThrough
 from eldr.router.request.services import Services
+
+AnyFlow = Flow | ModelsFlow | PassThrough
 
 # Paths of the admin API, which a client may ask for at this address by mistake.
 ADMIN_PATHS = frozenset((b"/ui", b"/admin/workers", b"/admin/drain"))
@@ -44,10 +48,10 @@ class ClientApi:
         self._admin_key = admin_key
         self.cors = cors
         self._collector = collector
-        self._running: dict[asyncio.Task[None], Flow | ModelsFlow] = {}
+        self._running: dict[asyncio.Task[None], AnyFlow] = {}
         self.connections: set[ClientConnection] = set()
         self.closing = False
-        self._routes = {
+        self._routes: dict[bytes, tuple[bytes, Callable[[Request, ClientExchange], None]]] = {
             openai.COMPLETIONS: (b"POST", self._completion),
             openai.CHAT: (b"POST", self._completion),
             b"/v1/models": (b"GET", self._models),
@@ -57,6 +61,8 @@ class ClientApi:
             b"/load": (b"GET", self._load),
             b"/metrics": (b"GET", self._metrics),
         }
+        for path, endpoint in ENDPOINTS.items():
+            self._routes[path] = (endpoint.method, self._pass_through)
 
     @property
     def running(self) -> int:
@@ -137,7 +143,10 @@ class ClientApi:
     def _models(self, request: Request, exchange: ClientExchange) -> None:
         self._run(ModelsFlow(self._services, exchange, request))
 
-    def _run(self, flow: Flow | ModelsFlow) -> None:
+    def _pass_through(self, request: Request, exchange: ClientExchange) -> None:
+        self._run(PassThrough(self._services, exchange, request))
+
+    def _run(self, flow: AnyFlow) -> None:
         task = flow.start()
         if task is not None:
             self._running[task] = flow

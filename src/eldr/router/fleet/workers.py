@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -189,6 +190,21 @@ class Fleet:
             if worker.available and (worker.models is None or model in worker.models):
                 return True
         return False
+
+    def least_busy(self, role: Role, model: str | None, avoided: Collection[str] = ()) -> Worker | None:
+        """An available worker with the fewest requests in flight, any of several. None if there is none.
+
+        model: which it must serve, or may serve because its models are unknown. None if any will do.
+        avoided: URLs of workers that are taken only if there is no other.
+        """
+        best: Worker | None = None
+        best_rank: tuple[bool, int, float] | None = None
+        for worker in self.available(role):
+            if not model or worker.models is None or model in worker.models:
+                rank = (worker.url in avoided, worker.in_flight, random.random())
+                if best_rank is None or rank < best_rank:
+                    best, best_rank = worker, rank
+        return best
 
     def started(self, worker: Worker) -> None:
         worker.in_flight += 1

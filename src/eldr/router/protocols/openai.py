@@ -23,13 +23,8 @@ def parse_body(path: bytes, raw: bytes, reserved: Collection[str]) -> dict[str, 
     Raises ApiError 400 for a body that is not a JSON object, contains such fields, or has no prompt.
     """
     body = json_object(raw)
-    _refuse_router_fields(body, "", reserved)
-    extra = body.get("vllm_xargs")
-    if isinstance(extra, dict):
-        _refuse_router_fields(extra, "vllm_xargs.", reserved)
-    model = body.get("model")
-    if model is not None and not isinstance(model, str):
-        raise ApiError(400, "model must be a string", param="model")
+    refuse_router_fields(body, reserved)
+    model(body)
     if path == CHAT:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -48,6 +43,22 @@ def json_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ApiError(400, "the request body must be a JSON object")
     return body
+
+
+def model(body: dict[str, Any]) -> str | None:
+    """The model that a body names. None if it names none. Raises ApiError 400."""
+    name = body.get("model")
+    if name is not None and not isinstance(name, str):
+        raise ApiError(400, "model must be a string", param="model")
+    return name
+
+
+def refuse_router_fields(body: dict[str, Any], reserved: Collection[str]) -> None:
+    """Raise ApiError 400 for fields that only the router may send. reserved: see parse_body."""
+    _refuse_router_fields(body, "", reserved)
+    extra = body.get("vllm_xargs")
+    if isinstance(extra, dict):
+        _refuse_router_fields(extra, "vllm_xargs.", reserved)
 
 
 def _refuse_router_fields(fields: dict[str, Any], where: str, reserved: Collection[str]) -> None:

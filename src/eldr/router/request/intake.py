@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Mapping
 from typing import Any
 
 from eldr.policies.base import DecodeRequest
@@ -96,6 +97,14 @@ def request_id(request: Request) -> str:
     return (_visible(chosen, MAX_ID_BYTES) if chosen else None) or f"{random.getrandbits(128):032x}"
 
 
+def require_json(headers: Mapping[bytes, bytes]) -> None:
+    """Raise ApiError 415 unless the body is said to be JSON that is not compressed."""
+    if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+        raise ApiError(415, "Content-Type must be application/json")
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise ApiError(415, "Content-Encoding is not supported; send the body uncompressed")
+
+
 class Intake:
     """Checks incoming requests and turns them into jobs. tracing: None if no traces are made."""
 
@@ -120,10 +129,7 @@ class Intake:
     def take(self, request: Request, request_id: str) -> Job:
         """Return the job of a request. Raises ApiError."""
         headers = request.headers
-        if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
-            raise ApiError(415, "Content-Type must be application/json")
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise ApiError(415, "Content-Encoding is not supported; send the body uncompressed")
+        require_json(headers)
         body = openai.parse_body(request.path, request.body, self._protocol.reserved)
         in_body = body.pop("request_id", None)
         if isinstance(in_body, str) and b"x-request-id" not in headers:
@@ -132,7 +138,7 @@ class Intake:
         record = self._wants_record(request, body)
         if record and why_whole is not None:
             raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
-        self._check_fleet(body.get("model"))
+        self.check_fleet(body.get("model"))
         label = headers.get(b"x-eldr-label")
         max_tokens = openai.max_tokens(request.path, body)
         trace = None if self.tracing is None else self.tracing.begin(request, request_id, body.get("model"))
@@ -149,10 +155,10 @@ class Intake:
             label=_visible(label, MAX_LABEL_BYTES) if label else None,
             max_tokens=max_tokens,
             deadlines=Deadlines.of(headers, request.received_s, self._timeouts.request_timeout_s),
-            claim=self._claim(request, body, max_tokens),
+            claim=self.claim(request, body, max_tokens),
         )
 
-    def _claim(self, request: Request, body: dict[str, Any], max_tokens: int | None) -> Claim:
+    def claim(self, request: Request, body: dict[str, Any], max_tokens: int | None) -> Claim:
         """Return whose turn the request takes, and its priority: from X-Eldr-Priority, else from vLLM's `priority`."""
         named = request.headers.get(b"x-eldr-priority")
         if named is not None:
@@ -179,7 +185,8 @@ class Intake:
             raise ApiError(400, "recording needs stream: false", param="stream")
         return True
 
-    def _check_fleet(self, model: str | None) -> None:
+    def check_fleet(self, model: str | None) -> None:
+        """Raise ApiError 503 if no worker will answer soon, and 404 if none serves the model."""
         if self._admission.patience_s("decode") <= 0:
             raise NoWorkerError("decode")
         if not self._fleet.any_available("decode"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eldr.router.config.settings import RouterConfig
+from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet
 from eldr.router.observe.counters import Metrics
 from eldr.router.placement.admission import Admission
@@ -28,5 +29,6 @@ class Services:
     protocol: LegProtocol
     legs: Legs
     retries: Retries
+    outcomes: Outcomes
     fleet: Fleet
     metrics: Metrics
