@@ -23,6 +23,7 @@ import orjson
 
 from eldr.calibration import CalibrationError, load_calibration
 from eldr.counts import CountsError, decode_counts, encode_counts
+from eldr.event_stream import EventReader
 from eldr.expert_rows import decode_rows, encode_rows
 from eldr.router.config.endpoint import UrlError, worker_urls
 from eldr.router.fleet.workers import Worker
@@ -30,11 +31,13 @@ from eldr.router.http.client import ExchangeError
 from eldr.router.http.errors import ApiError
 from eldr.router.observe.counters import Metrics
 from eldr.router.protocols import openai
+from eldr.router.protocols.streams import FORMS
 from eldr.router.protocols.vllm_nixl import VllmNixl
 from eldr.router.request.answer import DecodeAnswer, TokenTimes
 from eldr.router.request.verdict import Names, check_first_event
 from eldr.trace import TraceError, read_trace
 from tests.router.memory import RUNNER, feed, hear, split
+from tests.unit.events_by_the_standard import by_the_standard
 
 HERE = Path(__file__).parent
 SCRATCH = Path(tempfile.mkdtemp(prefix="eldr-fuzz-"))
@@ -88,6 +91,8 @@ def upstream(data: bytes) -> None:
 class _Client:
     """Keeps what a stream sends to its client."""
 
+    streaming = False
+
     def __init__(self) -> None:
         self.sent = b""
         self.ends: list[str] = []
@@ -113,14 +118,29 @@ def sse(data: bytes) -> None:
         RUNNER.run(_stream(pieces))
 
 
+def events(data: bytes) -> None:
+    """Server-sent events: those of the standard, however the bytes are cut and however little is kept."""
+    for keep_bytes in (4, 1024):
+        expected = by_the_standard(data, keep_bytes)
+        for pieces in (
+            [data],
+            split(data, [byte * 7 for byte in data[:8]]),
+            [data[i : i + 1] for i in range(len(data))],
+        ):
+            reader = EventReader(keep_bytes)
+            found = [(event.type, event.data, event.whole) for piece in pieces for event in reader.feed(piece)]
+            assert found == expected
+
+
 async def _stream(pieces: list[bytes]) -> None:
     data, client = b"".join(pieces), _Client()
-    times = TokenTimes(Metrics(), 0.0, True)
+    times = TokenTimes(Metrics(), 0.0, 1)
     answer = DecodeAnswer(
         client,  # type: ignore[arg-type]
         times,
         b"",
-        lambda event: check_first_event(event, VllmNixl(), "leg", Names()),
+        FORMS[openai.CHAT],
+        lambda event: check_first_event(event, FORMS[openai.CHAT], VllmNixl(), "leg", Names()),
         True,
     )
     answer.on_head(200, {b"content-type": b"text/event-stream"})
@@ -135,13 +155,13 @@ async def _stream(pieces: list[bytes]) -> None:
         assert client.sent == b""
         assert isinstance(answer.finished.exception(), ExchangeError)
         return
-    times.observe(1, whole=answer.broken is None)
+    times.observe(answer.whole)
     assert client.sent.startswith(data)
     assert client.ends in (["end"], ["break"])
     if client.ends == ["end"]:
         assert client.sent == data
         assert b"[DONE]" in data
-    assert 0 <= times.events <= data.count(b"\n")
+    assert 0 <= times.events <= data.count(b"\n") + data.count(b"\r") + 1
 
 
 def counts(data: bytes) -> None:
@@ -254,5 +274,6 @@ def _file(data: bytes, kind: str) -> Path:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (http, upstream, sse, counts, rows, handoff, body, urls, calibration, trace)
+    target.__name__: target
+    for target in (http, upstream, sse, events, counts, rows, handoff, body, urls, calibration, trace)
 }

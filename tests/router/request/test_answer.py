@@ -11,12 +11,16 @@ import pytest
 
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.observe.counters import Metrics
+from eldr.router.protocols.openai import COMPLETIONS
+from eldr.router.protocols.streams import FORMS
 from eldr.router.request.answer import DecodeAnswer, TokenTimes
 from tests.router.harness import interpreted
 
 
 class Silent:
     """A client connection that takes everything."""
+
+    streaming = False
 
     def begin_stream(self, content_type: bytes, extra: bytes) -> None:
         pass
@@ -40,8 +44,8 @@ def test_time_per_output_token_is_taken_over_tokens(
 
     async def run() -> Metrics:
         metrics = Metrics()
-        times = TokenTimes(metrics, 0.0, usage)
-        answer = DecodeAnswer(cast(ClientExchange, Silent()), times, b"", lambda event: None, True)
+        times = TokenTimes(metrics, 0.0, others=usage)
+        answer = DecodeAnswer(cast(ClientExchange, Silent()), times, b"", FORMS[COMPLETIONS], lambda event: None, True)
         answer.on_head(200, {b"content-type": b"text/event-stream"})
         pieces = [b'data: {"choices":[{"text":"%b"}]}\n\n' % text for text in (b"a", b"bcd", b"efg")]
         if usage:
@@ -54,7 +58,8 @@ def test_time_per_output_token_is_taken_over_tokens(
             now_s = next(clock)
             answer.on_body(piece)
         answer.on_done()
-        times.observe(1, whole=True)
+        assert answer.whole
+        times.observe(answer.whole)
         assert metrics.stream_events == len(pieces)
         return metrics
 

@@ -17,11 +17,13 @@ from prometheus_client.registry import Collector
 from eldr.policies.base import Picture
 from eldr.router.config.endpoint import ROLES
 from eldr.router.fleet.workers import Fleet
+from eldr.router.http.media_types import accepts
 from eldr.router.observe.counters import Histogram, Metrics
 from eldr.router.observe.decision_log import DecisionLog
 from eldr.router.placement.admission import Admission
 
-OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+OPENMETRICS_TYPE = b"application/openmetrics-text"
+OPENMETRICS = f"{OPENMETRICS_TYPE.decode()}; version=1.0.0"
 # How often the exposition is rendered: this many times in a burst, and this many per second in the long run. Rendering
 # takes milliseconds in which no token moves, so a client that asks more often gets the previous text again.
 FRESH_BURST = 50
@@ -63,10 +65,10 @@ class RouterCollector(Collector):
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def exposition(self, accept: str) -> tuple[bytes, str]:
+    def exposition(self, accept: bytes) -> tuple[bytes, str]:
         """Return the text of all metrics and its content type, in the format that an Accept header asks for."""
         # Do not pass the header itself: prometheus_client echoes versions that it does not know.
-        encode, content_type = choose_encoder(OPENMETRICS if OPENMETRICS.partition(";")[0] in accept else "")
+        encode, content_type = choose_encoder(OPENMETRICS if accepts(accept, OPENMETRICS_TYPE) else "")
         now_s = time.monotonic()
         self._fresh = min(FRESH_BURST, self._fresh + (now_s - self._fresh_at_s) * FRESH_PER_S)
         self._fresh_at_s = now_s

@@ -170,6 +170,5 @@ class ClientApi:
         )
 
     def _metrics(self, request: Request, exchange: ClientExchange) -> None:
-        accept = request.headers.get(b"accept", b"").decode("latin-1")
-        body, content_type = self._collector.exposition(accept)
+        body, content_type = self._collector.exposition(request.headers.get(b"accept", b""))
         exchange.respond(200, body, content_type.encode())

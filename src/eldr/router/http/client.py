@@ -331,7 +331,7 @@ class WorkerConnection:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:  # else a trailer
-            self._headers[name.lower()] = value
+            self._headers[name.lower()] = value.rstrip(b" \t")  # llhttp keeps trailing whitespace
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()

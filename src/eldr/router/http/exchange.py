@@ -44,6 +44,7 @@ class ClientExchange:
     """Answers one request, exactly once: with `respond`, or with `begin_stream`, `write` and `end_stream`.
 
     listener: is told about the client until the answer is complete. None if there is nothing to tell.
+    streaming: whether a stream has begun and not ended.
     """
 
     def __init__(self, channel: Channel, transport: asyncio.Transport, request: Request) -> None:
@@ -54,6 +55,7 @@ class ClientExchange:
         self._keep_alive = request.keep_alive
         self._chunked = not request.http_1_0
         self._begun = False
+        self.streaming = False
 
     @property
     def stalled(self) -> bool:
@@ -82,6 +84,7 @@ class ClientExchange:
         """
         self._begin()
         extra += self._request.answer_lines
+        self.streaming = True
         if self._chunked:
             extra += self._connection_line() + b"transfer-encoding: chunked\r\n"
         else:
@@ -97,6 +100,7 @@ class ClientExchange:
             self._transport.write(data)
 
     def end_stream(self) -> None:
+        self.streaming = False
         if self._chunked:
             self._transport.write(b"0\r\n\r\n")
         self._finish()
@@ -104,6 +108,7 @@ class ClientExchange:
     def break_stream(self) -> None:
         """Close the connection without ending the stream, so that nobody takes the truncated answer for a whole one."""
         self.listener = None
+        self.streaming = False
         self._channel.close()
 
     def _begin(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from eldr.router.http.admin_key import BARE_KEYS
+from eldr.router.http.media_types import EVENT_STREAM, JSON, essence
 from eldr.router.http.message import Request
 
 # W3C Trace Context. A malformed traceparent is dropped, and so is a tracestate without a traceparent.
@@ -14,8 +15,7 @@ TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 PRINTABLE = re.compile(rb"[\x20-\x7e]+")
 MAX_TRACESTATE_BYTES = 512
 # The content types that are passed on. A browser could take any other for a page of the router itself.
-CONTENT_TYPE = re.compile(rb"(application/json|text/event-stream|text/plain)( *; *charset=[a-z0-9-]+)?", re.IGNORECASE)
-JSON = b"application/json"
+CONTENT_TYPES = frozenset((JSON, EVENT_STREAM, b"text/plain"))
 UNKNOWN_TYPE = b"application/octet-stream"
 KEY_HEADERS: Final = (b"authorization", *BARE_KEYS)
 RETRY_AFTER = re.compile(rb"[0-9]{1,9}|[A-Za-z0-9:, ]{29}")
@@ -61,7 +61,7 @@ def client_authorization(request: Request) -> bytes:
 def content_type(headers: Mapping[bytes, bytes]) -> bytes:
     """The content type to give the client for a worker's answer."""
     given = headers.get(b"content-type", JSON)
-    return given if given == JSON or CONTENT_TYPE.fullmatch(given) else UNKNOWN_TYPE
+    return given if essence(given) in CONTENT_TYPES else UNKNOWN_TYPE
 
 
 def answer_headers(headers: Mapping[bytes, bytes]) -> tuple[bytes, bytes]:

@@ -49,7 +49,7 @@ class LegProtocol(ABC):
 
     @abstractmethod
     def event_is_named_after(self, start: bytes, leg_name: str) -> bool:
-        """The same for an event of a stream, given its first bytes."""
+        """The same for an event of a stream, given its data, or as much of it as was kept."""
 
     @abstractmethod
     def handoff_is_named_after(self, handoff: HandOff, leg_name: str) -> bool:

@@ -13,10 +13,12 @@ from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.forwarding import answer_headers
+from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
 from eldr.router.placement.decode import Placement
 from eldr.router.protocols import openai
 from eldr.router.protocols.handoff import HandOff
+from eldr.router.protocols.streams import FORMS
 from eldr.router.request import intake
 from eldr.router.request.answer import DecodeAnswer, TokenTimes
 from eldr.router.request.attempts import Attempts
@@ -179,8 +181,9 @@ class Flow:
             await leg.connect()
             if handoff is not None and handoff.left_s(time.monotonic()) <= 0:
                 raise LegFailure("decode", "lease", "the lease ended before the request was sent")
-            times = TokenTimes(services.metrics, self._request.received_s, job.wants_usage)
-            answer = DecodeAnswer(self._client, times, self._response_headers(), leg.first_event, job.stream)
+            form = FORMS[job.path]
+            times = TokenTimes(services.metrics, self._request.received_s, form.opening + job.wants_usage)
+            answer = DecodeAnswer(self._client, times, self._response_headers(), form, leg.first_event, job.stream)
             leg.send(
                 attempts.next_name("decode"),
                 services.protocol.decode_body(job.body, handoff, job.record),
@@ -202,8 +205,7 @@ class Flow:
         self._notes["decode"] = worker.url
         self._notes["reason"] = placement.decision.reason
         if answer.begun:
-            # Events that are not tokens: [DONE], and the opening event of a chat stream.
-            tpot_s = times.observe(1 + (job.path == openai.CHAT), whole=answer.broken is None and not answer.cut)
+            tpot_s = times.observe(answer.whole)
             if tpot_s is not None:
                 worker.observe_tpot(tpot_s)
         return answer
@@ -213,7 +215,7 @@ class Flow:
     def _relay(self, answer: Answer, handoff: HandOff | None = None, *, record: bool = False) -> None:
         body = answer.body
         content_type, retry_after = answer_headers(answer.headers)
-        if content_type.startswith(b"application/json"):
+        if essence(content_type) == JSON:
             protocol = self._services.protocol
             try:
                 body = protocol.recorded(body, handoff) if record else protocol.for_client(body)

@@ -13,6 +13,7 @@ from eldr.router.fleet.workers import Fleet
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.errors import ApiError
 from eldr.router.http.forwarding import client_authorization, trace_context, trace_lines
+from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
 from eldr.router.observe.tracing import RequestTrace, Tracing
 from eldr.router.placement.admission import PRIORITIES, Admission, Claim, NoWorkerError
@@ -99,7 +100,7 @@ def request_id(request: Request) -> str:
 
 def require_json(headers: Mapping[bytes, bytes]) -> None:
     """Raise ApiError 415 unless the body is said to be JSON that is not compressed."""
-    if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+    if essence(headers.get(b"content-type", b"")) != JSON:
         raise ApiError(415, "Content-Type must be application/json")
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise ApiError(415, "Content-Encoding is not supported; send the body uncompressed")

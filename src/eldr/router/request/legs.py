@@ -9,6 +9,7 @@ from collections import defaultdict
 from types import TracebackType
 from typing import Any
 
+from eldr.event_stream import Event
 from eldr.router.config.endpoint import Role
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet, Worker
@@ -20,6 +21,7 @@ from eldr.router.observe.logs import Throttle
 from eldr.router.placement.admission import RETRY_AFTER_S
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
+from eldr.router.protocols.streams import FORMS
 from eldr.router.request.intake import Job
 from eldr.router.request.verdict import Names, WorkerStatusError, check_completion, check_first_event, check_status
 
@@ -209,9 +211,9 @@ class Leg:
         self.succeeded()
         raise RelayedError(answer)
 
-    def first_event(self, event: bytes) -> None:
+    def first_event(self, event: Event) -> None:
         """A stream has begun, so nothing is tried again. Raises WrongAnswerError if it does not belong to this leg."""
-        check_first_event(event, self._shared.protocol, self.name, self._names())
+        check_first_event(event, FORMS[self._job.path], self._shared.protocol, self.name, self._names())
         self._job.body = {}  # a thousand streams with long prompts would hold a gigabyte
         if self.worker.ejected:  # its trial must not last as long as the stream
             self.succeeded()

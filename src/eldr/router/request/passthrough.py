@@ -18,6 +18,7 @@ from eldr.router.http.client import Answer, ConnectError, ExchangeError
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.forwarding import answer_headers, client_authorization, trace_context, trace_lines
+from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
 from eldr.router.protocols import openai
 from eldr.router.request import intake
@@ -31,7 +32,6 @@ log = logging.getLogger("eldr.router")
 
 # The longest wait for an answer that needs no engine. A tokenizer reads some MB a second.
 NO_ENGINE_TIMEOUT_S: Final = 60.0
-JSON_TYPE: Final = b"application/json"
 # vLLM sends embeddings so if they are asked for as bytes.
 BYTES_TYPE: Final = b"application/octet-stream"
 
@@ -249,10 +249,10 @@ def _check(answer: Answer) -> None:
         raise WorkerStatusError(f"status {answer.status}")
     if answer.status != 200:
         return
-    kind = answer.headers.get(b"content-type", JSON_TYPE).partition(b";")[0].strip().lower()
+    kind = essence(answer.headers.get(b"content-type", JSON))
     if kind == BYTES_TYPE:
         return
-    if kind != JSON_TYPE:
+    if kind != JSON:
         raise WrongAnswerError(f"status 200 with {kind.decode('latin-1')}")
     fields = answer.json()
     if isinstance(fields, dict) and fields.get("error") is not None:

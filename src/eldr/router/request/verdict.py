@@ -10,17 +10,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import orjson
-
+from eldr.event_stream import Event
 from eldr.router.http.client import Answer, ExchangeError
 from eldr.router.http.heads import STATUS_LINES
 from eldr.router.protocols.base import LegProtocol
+from eldr.router.protocols.streams import StreamForm
 
-# The start of an error event that vLLM sends in a stream, after the status was sent.
-ERROR_EVENT = b'data: {"error"'
-DATA = b"data:"
-OBJECT = b"data: {"
-# The id is near the start of an event.
+# vLLM's events begin with their id. If an event is too long to be kept whole and has an id here, it is the event's own.
 ID_WITHIN_BYTES = 512
 
 
@@ -65,20 +61,13 @@ def check_completion(answer: Answer, protocol: LegProtocol, leg_name: str, names
     return fields
 
 
-def check_first_event(event: bytes, protocol: LegProtocol, leg_name: str, names: Names) -> None:
+def check_first_event(event: Event, form: StreamForm, protocol: LegProtocol, leg_name: str, names: Names) -> None:
     """Raise WrongAnswerError for an event that reports a failure of the worker, or belongs to another request."""
-    if event.startswith(ERROR_EVENT):
-        code = _error_code(event)
-        if code is None or code >= 500:
-            raise WrongAnswerError(f"status 200 with error {code}")
-    elif event.startswith(OBJECT):
-        names.check(protocol.event_is_named_after(event[:ID_WITHIN_BYTES], leg_name))
-
-
-def _error_code(event: bytes) -> int | None:
-    try:
-        error = orjson.loads(event.partition(b"\n\n")[0].removeprefix(DATA))["error"]
-        code = error.get("code")
-    except (orjson.JSONDecodeError, AttributeError):
-        return None
-    return code if type(code) is int else None
+    data = event.data
+    status = form.error_status(data, event.whole)
+    if status >= 500:
+        raise WrongAnswerError(f"status 200 with error {status}")
+    if status == 0 and data.startswith(b"{"):
+        belongs = protocol.event_is_named_after(data, leg_name)
+        if belongs or event.whole or b'"id"' in data[:ID_WITHIN_BYTES]:
+            names.check(belongs)
