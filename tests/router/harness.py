@@ -96,9 +96,9 @@ class Setup:
     async def chat(self, body: object = CHAT, **kwargs: Any) -> Reply:
         return await self.post(body, "/v1/chat/completions", **kwargs)
 
-    async def metric(self, name: str, **labels: str) -> float:
-        """The sum of the samples of `name` whose labels include `labels`."""
-        lines = (await self.get("/metrics")).body.decode().splitlines()
+    async def metric(self, name: str, key: str = "", **labels: str) -> float:
+        """The sum of the samples of `name` whose labels include `labels`. key: which the request presents."""
+        lines = (await self.get("/metrics", headers=bearer(key) if key else None)).body.decode().splitlines()
         family = re.sub("_(total|bucket|count|sum)$", "", name)
         assert any(line.startswith(f"# TYPE {family}") for line in lines), f"no metric {name}"
         chosen = (line for line in lines if line.startswith((name + "{", name + " ")))

@@ -46,6 +46,7 @@ from eldr.router.protocols.vllm_nixl import VllmNixl
 from eldr.router.request.attempts import Retries
 from eldr.router.request.intake import Intake
 from eldr.router.request.legs import Legs
+from eldr.router.request.quotas import Quotas
 from eldr.router.request.services import Services
 from eldr.settings import adopt
 
@@ -102,13 +103,16 @@ class Router:
         for part in (ring, placements, self._outcomes, admission):
             fleet.on_change(part.fleet_changed)
 
+        quotas = Quotas()
+        if self._keys is not None:
+            quotas.adopt(self._keys.limits)
         protocol = VllmNixl()
         legs = Legs(fleet, pools, self._outcomes, protocol, metrics)
         retries = Retries(config.retry, self._outcomes, metrics)
         tracing = None if observe.otel_endpoint is None else Tracing(observe.otel_endpoint, observe.otel_sampling)
         intake = Intake(config, fleet, admission, protocol, self.admin_key, tracing)
         self.services = Services(
-            config, intake, admission, ring, placements, protocol, legs, retries, self._outcomes, fleet, metrics
+            config, quotas, intake, admission, ring, placements, protocol, legs, retries, self._outcomes, fleet, metrics
         )
         self.membership = Membership(
             config.workers,
@@ -118,7 +122,7 @@ class Router:
             None if config.workers.worker_api_key_file is None else read_key(config.workers.worker_api_key_file),
             worker_context(config.workers.worker_ca),
         )
-        collector = RouterCollector(metrics, fleet, admission, placements.picture, self._decision_log)
+        collector = RouterCollector(metrics, fleet, admission, placements.picture, self._decision_log, quotas)
         cors = Cors(listen.allowed_origins)
         self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector)
         self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services))
@@ -245,6 +249,7 @@ class Router:
         """
         if self._keys is not None:
             self._keys.reload()
+            self.services.quotas.adopt(self._keys.limits)
         if self._tls is not None:
             self._tls.reload()
 

@@ -170,5 +170,6 @@ class ClientApi:
         )
 
     def _metrics(self, request: Request, exchange: ClientExchange) -> None:
-        body, content_type = self._collector.exposition(request.headers.get(b"accept", b""))
+        named = self._admin_key.is_in(request.headers)
+        body, content_type = self._collector.exposition(request.headers.get(b"accept", b""), named)
         exchange.respond(200, body, content_type.encode())

@@ -57,6 +57,11 @@ class TokenTimes:
             self._gaps[bisect_left(ITL_BOUNDS_S, now_s - self.last_s)] += 1
         self.last_s = now_s
 
+    @property
+    def tokens(self) -> int:
+        """The number of tokens so far, as `observe` counts them."""
+        return self.stated or max(0, self.events - self.others)
+
     def observe(self, whole: bool) -> float | None:
         """Record the mean time between tokens and return it. None if there is none, as for an incomplete stream.
 
@@ -67,7 +72,7 @@ class TokenTimes:
         metrics.stream_events += self.events
         if self.last_s:
             metrics.itl.sum += self.last_s - self.first_s
-        tokens = self.stated or self.events - self.others
+        tokens = self.tokens
         if tokens < 2 or not whole:
             return None
         tpot_s = (self.last_s - self.first_s) / (tokens - 1)

@@ -24,6 +24,7 @@ from eldr.router.request.answer import DecodeAnswer, TokenTimes
 from eldr.router.request.attempts import Attempts
 from eldr.router.request.intake import Job
 from eldr.router.request.legs import Leg, LegFailure, LegRefused, RelayedError
+from eldr.router.request.quotas import Charge
 from eldr.router.request.services import Services
 
 log = logging.getLogger("eldr.router")
@@ -46,6 +47,8 @@ class Flow:
         self._timer: asyncio.TimerHandle | None = None
         self._leg: Leg | None = None  # the current decode leg, with its answer
         self._answer: DecodeAnswer | None = None
+        self._charge: Charge | None = None  # None if the client has no name
+        self._status = 0  # of the answer. 0 before there is one, and for a client that left before
         self._ended: ApiError | None = None  # why the router ended the request before it was answered
         self._notes: dict[str, Any] = {}  # for the log and the trace; nothing reads them back
 
@@ -53,11 +56,14 @@ class Flow:
 
     def start(self) -> asyncio.Task[None] | None:
         """Check the request. Answer a bad one at once; otherwise start the task that answers it."""
+        services, request = self._services, self._request
         try:
-            job = self._services.intake.take(self._request, self._id)
-            self._request.body = b""  # free the memory while the answer streams
+            self._charge = services.quotas.admit(request, len(request.body) // intake.BYTES_PER_TOKEN)
+            job = services.intake.take(request, self._id)
+            request.body = b""  # free the memory while the answer streams
         except ApiError as error:
             self._respond_error(error)
+            self._settle()
             return None
         self._id = job.request_id
         self._client.listener = self
@@ -71,6 +77,7 @@ class Flow:
             await self._respond(job)
         finally:
             cast(asyncio.TimerHandle, self._timer).cancel()
+            self._settle()
             if job.trace is not None:
                 job.trace.end(self._notes)
             self._log()
@@ -157,6 +164,8 @@ class Flow:
             leg.send(attempts.next_name("prefill"), body, Answer(), config.timeouts.prefill_timeout_s)
             handoff = leg.read_handoff(await leg.answered())
         self._notes["prefill"] = worker.url
+        if self._charge is not None and handoff is not None and handoff.prompt_tokens:
+            self._charge.prompt_tokens = handoff.prompt_tokens
         return handoff
 
     async def _place(self, job: Job, handoff: HandOff | None, attempts: Attempts) -> Placement:
@@ -195,9 +204,13 @@ class Flow:
             if self._client.stalled:
                 leg.pause()
             try:
-                await leg.answered()
+                fields = await leg.answered()
             finally:
                 self._leg = self._answer = None
+                if self._charge is not None:
+                    self._charge.generated_tokens = times.tokens
+            if self._charge is not None:
+                self._charge.know(fields.get("usage"))
             if answer.broken is not None:
                 leg.broke(answer.broken)
             elif not answer.cut:
@@ -233,8 +246,12 @@ class Flow:
     def _response_headers(self) -> bytes:
         return b"x-request-id: %b\r\n" % self._id.encode()
 
+    def _settle(self) -> None:
+        if self._charge is not None:
+            self._charge.settle(failed=self._status >= 400)
+
     def _count(self, status: int) -> None:
-        self._notes["status"] = status
+        self._status = self._notes["status"] = status
         self._services.metrics.requests[self._request.path.decode(), status] += 1
 
     def _log(self) -> None:

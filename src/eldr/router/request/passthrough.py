@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import Answer, ConnectError, ExchangeError
@@ -25,6 +25,7 @@ from eldr.router.request import intake
 from eldr.router.request.attempts import Attempts
 from eldr.router.request.deadlines import Deadlines
 from eldr.router.request.legs import WORKERS_ERRORS, LegFailure, LegRefused, RelayedError
+from eldr.router.request.quotas import Charge
 from eldr.router.request.services import Services
 from eldr.router.request.verdict import WorkerStatusError, WrongAnswerError, check_status
 
@@ -83,15 +84,21 @@ class PassThrough:
         self._endpoint = ENDPOINTS[request.path]
         self._id = intake.request_id(request)
         self._model: str | None = None
+        self._charge: Charge | None = None  # None if the client has no name
+        self._status = 0  # of the answer. 0 before there is one, and for a client that left before
         self._task: asyncio.Task[None] | None = None
-        self._answered = False
 
     def start(self) -> asyncio.Task[None] | None:
         """Check the request. Answer a bad one at once; otherwise start the task that answers it."""
+        request = self._request
         try:
+            # The others compute no tokens.
+            tokens = len(request.body) // intake.BYTES_PER_TOKEN if self._endpoint.engine else 0
+            self._charge = self._services.quotas.admit(request, tokens)
             self._check()
         except ApiError as error:
             self._respond_error(error)
+            self._settle()
             return None
         self._client.listener = self
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -124,6 +131,8 @@ class PassThrough:
         except Exception:
             log.exception("request %s failed inside the router", self._id)
             self._respond_error(ApiError(500, "internal error in the router"))
+        finally:
+            self._settle()
 
     async def _admitted(self) -> Answer:
         """Wait for a turn, if the endpoint needs one, and for the answer. Raises ApiError or RelayedError."""
@@ -193,37 +202,42 @@ class PassThrough:
         connection.start(answer, message, limit_s)
         try:
             await connection.finish(answer)
-            _check(answer)
+            fields = _check(answer)
         except ExchangeError as error:
             services.metrics.timeouts["answer"] += error.timed_out
             own = answer if isinstance(error, WorkerStatusError) else None
             raise LegFailure("decode", error.reason, error, worker=worker, answer=own) from None
+        if self._charge is not None and self._endpoint.engine:
+            self._charge.know(fields.get("usage"))
         return answer
 
     # The answer.
 
     def _relay(self, answer: Answer) -> None:
         content_type, retry_after = answer_headers(answer.headers)
-        self._answered = True
         self._client.respond(answer.status, answer.body, content_type, self._id_line() + retry_after)
         self._count(answer.status)
 
     def _respond_error(self, error: ApiError) -> None:
-        self._answered = True
         self._client.respond_error(error, self._id_line())
         self._count(error.status)
 
     def _id_line(self) -> bytes:
         return b"x-request-id: %b\r\n" % self._id.encode()
 
+    def _settle(self) -> None:
+        if self._charge is not None:
+            self._charge.settle(failed=self._status >= 400)
+
     def _count(self, status: int) -> None:
+        self._status = status
         self._services.metrics.requests[self._request.path.decode(), status] += 1
 
     # Ending early.
 
     def end_now(self, error: ApiError) -> None:
         """Answer with an error, unless there is an answer."""
-        if not self._answered:
+        if not self._status:
             self._respond_error(error)
             self._cancel()
 
@@ -242,18 +256,24 @@ class PassThrough:
         pass
 
 
-def _check(answer: Answer) -> None:
-    """Raises ExchangeError for an answer that another worker may give better."""
+def _check(answer: Answer) -> dict[str, Any]:
+    """Return the fields of an answer with status 200 that is a JSON object, else none.
+
+    Raises ExchangeError for an answer that another worker may give better.
+    """
     check_status(answer.status)
     if answer.status in WORKERS_ERRORS:
         raise WorkerStatusError(f"status {answer.status}")
     if answer.status != 200:
-        return
+        return {}
     kind = essence(answer.headers.get(b"content-type", JSON))
     if kind == BYTES_TYPE:
-        return
+        return {}
     if kind != JSON:
         raise WrongAnswerError(f"status 200 with {kind.decode('latin-1')}")
     fields = answer.json()
-    if isinstance(fields, dict) and fields.get("error") is not None:
+    if not isinstance(fields, dict):
+        return {}
+    if fields.get("error") is not None:
         raise WrongAnswerError("status 200 with an error")
+    return fields

@@ -15,6 +15,7 @@ from eldr.router.protocols.base import LegProtocol
 from eldr.router.request.attempts import Retries
 from eldr.router.request.intake import Intake
 from eldr.router.request.legs import Legs
+from eldr.router.request.quotas import Quotas
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Services:
     """The parts of one router, in the order in which a request meets them."""
 
     config: RouterConfig
+    quotas: Quotas
     intake: Intake
     admission: Admission
     ring: PrefillRing
