@@ -7,15 +7,13 @@ import logging
 import time
 from typing import Any, cast
 
-import orjson
-
+from eldr.kernels import JsonTextError
 from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.forwarding import answer_headers
 from eldr.router.http.message import Request
 from eldr.router.placement.decode import Placement
-from eldr.router.protocols import openai
 from eldr.router.protocols.handoff import HandOff
 from eldr.router.request import intake
 from eldr.router.request.answer import DecodeAnswer, TokenTimes
@@ -144,12 +142,11 @@ class Flow:
         Raises NoWorkerError, LegRefused, LegFailure or RelayedError.
         """
         services, config = self._services, self._services.config
-        start = openai.prompt_start(job.path, job.body, config.placement.prefix_window_bytes)
-        while (chosen := services.ring.choose(start, attempts.tried("prefill"))) is None:
+        while (chosen := services.ring.choose(job.prompt_start, attempts.tried("prefill"))) is None:
             await services.admission.until_changed("prefill")
         worker, spilled = chosen
         services.metrics.prefill_spills += spilled
-        body = services.protocol.prefill_body(job.body, job.record)
+        body = services.protocol.prefill_body(job.endpoint, job.body, job.record)
         with Leg(services.legs, job, worker) as leg:
             await leg.connect()
             leg.send(attempts.next_name("prefill"), body, Answer(), config.timeouts.prefill_timeout_s)
@@ -202,8 +199,7 @@ class Flow:
         self._notes["decode"] = worker.url
         self._notes["reason"] = placement.decision.reason
         if answer.begun:
-            # Events that are not tokens: [DONE], and the opening event of a chat stream.
-            tpot_s = times.observe(1 + (job.path == openai.CHAT), whole=answer.broken is None and not answer.cut)
+            tpot_s = times.observe(job.endpoint.extra_events, whole=answer.broken is None and not answer.cut)
             if tpot_s is not None:
                 worker.observe_tpot(tpot_s)
         return answer
@@ -217,7 +213,7 @@ class Flow:
             protocol = self._services.protocol
             try:
                 body = protocol.recorded(body, handoff) if record else protocol.for_client(body)
-            except orjson.JSONDecodeError:
+            except JsonTextError:
                 log.warning("request %s: a worker's answer is not JSON", self._id)
                 self._respond_error(ApiError(502, "the worker's answer is not valid JSON"))
                 return
