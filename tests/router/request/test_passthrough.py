@@ -70,7 +70,7 @@ async def test_a_worker_without_the_endpoint_says_so_itself() -> None:
     [
         (b"{", {}, 400),
         (b"[]", {}, 400),
-        (b'{"kv_transfer_params": null}', {}, 400),
+        (b'{"kv_transfer_params": {}}', {}, 400),
         (b'{"eldr_record": 1}', {}, 400),
         (b'{"vllm_xargs": {"kv_transfer_params": 1}}', {}, 400),
         (b'{"model": 3}', {}, 400),

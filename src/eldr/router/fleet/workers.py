@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eldr.errors import EldrError
 from eldr.router.config.endpoint import Role
@@ -33,6 +33,7 @@ class Worker:
     ejected: whether it failed requests and gets nothing new for a while (router/fleet/ejection.py).
     on_trial: whether it was ejected and gets one request to prove itself.
     models: the names that it serves. None while unknown.
+    max_model_len: by name, how many tokens a prompt and its answer may have together. Empty while unknown.
     lease_until_s: the monotonic time until which decode workers may still pull blocks from it.
     load: the engine's last report: requests waiting in it, and the share of its KV cache in use. None while unknown.
     active_experts: recent mean of the distinct experts per decode step and layer. None while unknown.
@@ -51,6 +52,7 @@ class Worker:
     ejected: bool = False
     on_trial: bool = False
     models: frozenset[str] | None = None
+    max_model_len: dict[str, int] = field(default_factory=dict)
     lease_until_s: float = 0.0
     load: tuple[int, float] | None = None
     active_experts: float | None = None
@@ -205,6 +207,17 @@ class Fleet:
                 if best_rank is None or rank < best_rank:
                     best, best_rank = worker, rank
         return best
+
+    def max_model_len(self, model: str | None) -> int | None:
+        """How many tokens a prompt and its answer may have on the decode worker that takes most. None if unknown."""
+        most = 0
+        for worker in self._workers["decode"].values():
+            if model and worker.available and (worker.models is None or model in worker.models):
+                here = worker.max_model_len.get(model)
+                if here is None:
+                    return None
+                most = max(most, here)
+        return most or None
 
     def started(self, worker: Worker) -> None:
         worker.in_flight += 1

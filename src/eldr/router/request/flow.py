@@ -7,8 +7,7 @@ import logging
 import time
 from typing import Any, cast
 
-import orjson
-
+from eldr.kernels import JsonTextError
 from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
@@ -16,7 +15,6 @@ from eldr.router.http.forwarding import answer_headers
 from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
 from eldr.router.placement.decode import Placement
-from eldr.router.protocols import openai
 from eldr.router.protocols.handoff import HandOff
 from eldr.router.protocols.streams import FORMS
 from eldr.router.request import intake
@@ -153,12 +151,11 @@ class Flow:
         Raises NoWorkerError, LegRefused, LegFailure or RelayedError.
         """
         services, config = self._services, self._services.config
-        start = openai.prompt_start(job.path, job.body, config.placement.prefix_window_bytes)
-        while (chosen := services.ring.choose(start, attempts.tried("prefill"))) is None:
+        while (chosen := services.ring.choose(job.prompt_start, attempts.tried("prefill"))) is None:
             await services.admission.until_changed("prefill")
         worker, spilled = chosen
         services.metrics.prefill_spills += spilled
-        body = services.protocol.prefill_body(job.body, job.record)
+        body = services.protocol.prefill_body(job.endpoint, job.body, job.record)
         with Leg(services.legs, job, worker) as leg:
             await leg.connect()
             leg.send(attempts.next_name("prefill"), body, Answer(), config.timeouts.prefill_timeout_s)
@@ -210,7 +207,7 @@ class Flow:
                 if self._charge is not None:
                     self._charge.generated_tokens = times.tokens
             if self._charge is not None:
-                self._charge.know(fields.get("usage"))
+                self._charge.know(fields)
             if answer.broken is not None:
                 leg.broke(answer.broken)
             elif not answer.cut:
@@ -232,7 +229,7 @@ class Flow:
             protocol = self._services.protocol
             try:
                 body = protocol.recorded(body, handoff) if record else protocol.for_client(body)
-            except orjson.JSONDecodeError:
+            except JsonTextError:
                 log.warning("request %s: a worker's answer is not JSON", self._id)
                 self._respond_error(ApiError(502, "the worker's answer is not valid JSON"))
                 return

@@ -7,7 +7,6 @@ import math
 import time
 from collections import defaultdict
 from types import TracebackType
-from typing import Any
 
 from eldr.event_stream import Event
 from eldr.router.config.endpoint import Role
@@ -21,8 +20,9 @@ from eldr.router.observe.logs import Throttle
 from eldr.router.placement.admission import RETRY_AFTER_S
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
+from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.streams import FORMS
-from eldr.router.request.intake import Job
+from eldr.router.request.intake import NO_BODY, Job
 from eldr.router.request.verdict import Names, WorkerStatusError, check_completion, check_first_event, check_status
 
 log = logging.getLogger("eldr.router")
@@ -188,8 +188,8 @@ class Leg:
         request = self._shared.pools[self.worker].request(b"POST", job.path, headers, body, job.authorization)
         connection.start(answer, request, limit_s, idle_limit_s)
 
-    async def answered(self) -> dict[str, Any]:
-        """Wait until all of the answer is there: the fields of a whole completion, none of a stream.
+    async def answered(self) -> JsonObject:
+        """Wait until all of the answer is there: the members of a whole completion, none of a stream.
 
         Raises LegFailure, or RelayedError for an error of the client's.
         """
@@ -199,12 +199,12 @@ class Leg:
         try:
             await connection.finish(answer)
             if answer.begun:
-                return {}
+                return NO_BODY
             check_status(answer.status)
             if answer.status in WORKERS_ERRORS:
                 raise WorkerStatusError(f"status {answer.status}")
             if answer.status == 200:
-                return check_completion(answer, self._shared.protocol, self.name, self._names())
+                return check_completion(answer, self._job.endpoint, self._shared.protocol, self.name, self._names())
         except ExchangeError as error:
             self._shared.metrics.timeouts[self._deadline()] += error.timed_out
             raise self.failed(error, answer if isinstance(error, WorkerStatusError) else None) from None
@@ -214,17 +214,17 @@ class Leg:
     def first_event(self, event: Event) -> None:
         """A stream has begun, so nothing is tried again. Raises WrongAnswerError if it does not belong to this leg."""
         check_first_event(event, FORMS[self._job.path], self._shared.protocol, self.name, self._names())
-        self._job.body = {}  # a thousand streams with long prompts would hold a gigabyte
+        self._job.body = NO_BODY  # a thousand streams with long prompts would hold a gigabyte
         if self.worker.ejected:  # its trial must not last as long as the stream
             self.succeeded()
 
-    def read_handoff(self, fields: dict[str, Any]) -> HandOff | None:
+    def read_handoff(self, answer: JsonObject) -> HandOff | None:
         """Return the hand-off of a prefill, or None if the worker returned none.
 
         Raises LegFailure for the hand-off of another leg, because its blocks would be read as this prompt's.
         """
         shared, worker = self._shared, self.worker
-        handoff = shared.protocol.read_handoff(fields, worker, self._sent_s)
+        handoff = shared.protocol.read_handoff(answer, worker, self._sent_s)
         now_s = time.monotonic()
         if handoff is None:
             if shared.throttle.due("no_handoff"):

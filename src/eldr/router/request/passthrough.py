@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
+from eldr.kernels import NO_OBJECT, JsonTextError
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import Answer, ConnectError, ExchangeError
 from eldr.router.http.errors import ApiError
@@ -20,7 +21,9 @@ from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.forwarding import answer_headers, client_authorization, trace_context, trace_lines
 from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
+from eldr.router.placement.admission import Claim
 from eldr.router.protocols import openai
+from eldr.router.protocols.json_object import JsonObject
 from eldr.router.request import intake
 from eldr.router.request.attempts import Attempts
 from eldr.router.request.deadlines import Deadlines
@@ -34,6 +37,7 @@ log = logging.getLogger("eldr.router")
 # The longest wait for an answer that needs no engine. A tokenizer reads some MB a second.
 NO_ENGINE_TIMEOUT_S: Final = 60.0
 # vLLM sends embeddings so if they are asked for as bytes.
+ANSWER_MEMBERS: Final = frozenset(("error", "usage"))
 BYTES_TYPE: Final = b"application/octet-stream"
 
 
@@ -84,6 +88,7 @@ class PassThrough:
         self._endpoint = ENDPOINTS[request.path]
         self._id = intake.request_id(request)
         self._model: str | None = None
+        self._claim: Claim | None = None  # None if it needs no turn
         self._charge: Charge | None = None  # None if the client has no name
         self._status = 0  # of the answer. 0 before there is one, and for a client that left before
         self._task: asyncio.Task[None] | None = None
@@ -108,9 +113,12 @@ class PassThrough:
         """Raises ApiError."""
         if self._endpoint.method == b"POST":
             intake.require_json(self._request.headers)
-            body = openai.json_object(self._request.body)
-            openai.refuse_router_fields(body, self._services.protocol.reserved)
+            reserved = self._services.protocol.reserved
+            members = frozenset(("model", "priority", "vllm_xargs", *reserved))
+            body = openai.read_object(self._request.body, members, reserved)
             self._model = openai.model(body)
+            if self._endpoint.engine:
+                self._claim = self._services.intake.claim(self._request, body, 0)
         self._services.intake.check_fleet(self._model)
 
     async def _run(self) -> None:
@@ -136,10 +144,10 @@ class PassThrough:
 
     async def _admitted(self) -> Answer:
         """Wait for a turn, if the endpoint needs one, and for the answer. Raises ApiError or RelayedError."""
-        if not self._endpoint.engine:
+        if self._claim is None:
             return await self._answer()
         admission = self._services.admission
-        await admission.enter(self._services.intake.claim(self._request, {}, 0))
+        await admission.enter(self._claim)
         try:
             return await self._answer()
         finally:
@@ -208,7 +216,7 @@ class PassThrough:
             own = answer if isinstance(error, WorkerStatusError) else None
             raise LegFailure("decode", error.reason, error, worker=worker, answer=own) from None
         if self._charge is not None and self._endpoint.engine:
-            self._charge.know(fields.get("usage"))
+            self._charge.know(fields)
         return answer
 
     # The answer.
@@ -256,8 +264,8 @@ class PassThrough:
         pass
 
 
-def _check(answer: Answer) -> dict[str, Any]:
-    """Return the fields of an answer with status 200 that is a JSON object, else none.
+def _check(answer: Answer) -> JsonObject:
+    """Return the members of an answer with status 200 that is a JSON object, else of an empty one.
 
     Raises ExchangeError for an answer that another worker may give better.
     """
@@ -265,15 +273,18 @@ def _check(answer: Answer) -> dict[str, Any]:
     if answer.status in WORKERS_ERRORS:
         raise WorkerStatusError(f"status {answer.status}")
     if answer.status != 200:
-        return {}
+        return intake.NO_BODY
     kind = essence(answer.headers.get(b"content-type", JSON))
     if kind == BYTES_TYPE:
-        return {}
+        return intake.NO_BODY
     if kind != JSON:
         raise WrongAnswerError(f"status 200 with {kind.decode('latin-1')}")
-    fields = answer.json()
-    if not isinstance(fields, dict):
-        return {}
+    try:
+        fields = JsonObject(answer.body, ANSWER_MEMBERS)
+    except JsonTextError as error:
+        if error.fault == NO_OBJECT:
+            return intake.NO_BODY
+        raise WrongAnswerError(f"status 200 without JSON: {error}") from None
     if fields.get("error") is not None:
         raise WrongAnswerError("status 200 with an error")
     return fields

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
 from eldr.router.http.errors import ApiError
 from eldr.router.http.message import Request
+from eldr.router.protocols.json_object import JsonObject, inner_object
 
 # What each limit counts, and over how many seconds.
 REQUESTS: Final = "requests"
@@ -28,6 +29,10 @@ LIMITS: Final[dict[str, tuple[str, float]]] = {
     "tokens_per_day": (TOKENS, 86400.0),
 }
 KINDS: Final = (REQUESTS, TOKENS)
+# The names of the numbers of tokens in a usage, by API.
+PROMPT_USAGE: Final = ("prompt_tokens", "input_tokens")
+GENERATED_USAGE: Final = ("completion_tokens", "output_tokens")
+USAGE: Final = frozenset((*PROMPT_USAGE, *GENERATED_USAGE))
 
 
 class QuotaError(ApiError):
@@ -140,14 +145,17 @@ class Charge:
         self.prompt_tokens = prompt_tokens
         self.generated_tokens = 0
 
-    def know(self, usage: object) -> None:
-        """Take the numbers of tokens from the usage of an answer, as far as it states them."""
-        if isinstance(usage, dict):
-            fields: dict[str, Any] = usage
-            prompt = fields.get("prompt_tokens", fields.get("input_tokens"))
-            generated = fields.get("completion_tokens", fields.get("output_tokens"))
+    def know(self, answer: JsonObject) -> None:
+        """Take the numbers of tokens from the `usage` of an answer, as far as it states them."""
+        usage = inner_object(answer.raw("usage"), USAGE)
+        if usage is None:
+            return
+        for name in PROMPT_USAGE:
+            prompt = usage.get(name)
             if type(prompt) is int and prompt >= 0:
                 self.prompt_tokens = prompt
+        for name in GENERATED_USAGE:
+            generated = usage.get(name)
             if type(generated) is int and generated >= 0:
                 self.generated_tokens = generated
 
