@@ -21,6 +21,7 @@ from eldr.router.http.media_types import accepts
 from eldr.router.observe.counters import Histogram, Metrics
 from eldr.router.observe.decision_log import DecisionLog
 from eldr.router.placement.admission import Admission
+from eldr.router.protocols import openai
 from eldr.router.request.quotas import KINDS, REQUESTS, TOKENS, Quotas
 
 OPENMETRICS_TYPE = b"application/openmetrics-text"
@@ -33,7 +34,7 @@ FRESH_PER_S = 5.0
 # The labels of fault counters. Their series exist from the start, because Prometheus's rate() misses the count with
 # which a series begins, and for a rare fault that is the one that matters.
 LEGS = ROLES
-ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
+ENDPOINTS = tuple(path.decode() for path in openai.ENDPOINTS)
 STATUSES = (200, 400, 429, 500, 502, 503, 504)
 QUEUE_REFUSALS = ("full", "displaced", "timeout")
 COUNTS_ERRORS = ("missing", "unavailable", "malformed", "version", "inconsistent")

@@ -52,8 +52,7 @@ class ClientApi:
         self.connections: set[ClientConnection] = set()
         self.closing = False
         self._routes: dict[bytes, tuple[bytes, Callable[[Request, ClientExchange], None]]] = {
-            openai.COMPLETIONS: (b"POST", self._completion),
-            openai.CHAT: (b"POST", self._completion),
+            **dict.fromkeys(openai.ENDPOINTS, (b"POST", self._completion)),
             b"/v1/models": (b"GET", self._models),
             b"/health": (b"GET", self._health),
             b"/ready": (b"GET", self._ready),
@@ -93,6 +92,8 @@ class ClientApi:
         try:
             if route is None and request.path in ADMIN_PATHS:
                 raise ApiError(404, f"{request.path.decode()} is only served at the address of --admin-listen")
+            if route is None and request.path.startswith(openai.RESPONSES + b"/"):
+                raise ApiError(404, "Not Found: responses are not stored, so they can be neither fetched nor cancelled")
             if route is None:
                 raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, self._routes)))
             method, answer = route

@@ -75,7 +75,7 @@ class ClientExchange:
 
     def respond_error(self, error: ApiError, extra: bytes = b"") -> None:
         """Send `error` as the answer. Raises like `respond`."""
-        self.respond(error.status, error.body(), extra=extra + error_headers(error))
+        self.respond(error.status, error.body_for(self._request.path), extra=extra + error_headers(error))
 
     def begin_stream(self, content_type: bytes, extra: bytes = b"") -> None:
         """Start an answer of unknown length: chunked, or ended by the connection's close for HTTP/1.0.

@@ -194,6 +194,11 @@ class RequestReader:
         return self._message.answer_lines
 
     @property
+    def path(self) -> bytes:
+        """The path of the next request. Empty until its head has arrived."""
+        return self._message.path
+
+    @property
     def body_bytes(self) -> int:
         """How much of the next request's body has arrived."""
         return self._message.body_bytes
@@ -279,8 +284,8 @@ class RequestReader:
                 raise ApiError(400, "switching protocols is not supported, and this connection offered it before")
             return  # see _pass_over_upgrade
         message.answer_lines = self._sink.answer_lines(headers)
-        message.check_framing()
         message.path, message.query = _path_and_query(message.url)
+        message.check_framing()
         message.client = self._sink.permit(self._parser.get_method(), message.path, headers)
         self.since_s = time.monotonic()
         expect = headers.get(b"expect")

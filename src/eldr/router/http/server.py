@@ -339,6 +339,6 @@ class ClientConnection:
         asyncio.get_running_loop().call_later(LINGER_S, self._transport.abort)
 
     def _write_error(self, error: ApiError) -> None:
-        body = error.body()
+        body = error.body_for(self._reader.path)
         extra = self._reader.answer_lines + error_headers(error) + b"connection: close\r\n"
         self._transport.write(answer_head(error.status, b"application/json", len(body), extra) + body)

@@ -38,9 +38,10 @@ class LegProtocol(ABC):
         """
 
     @abstractmethod
-    def prefill_body(self, endpoint: Endpoint, body: JsonObject, record: bool) -> bytes:
+    def prefill_body(self, endpoint: Endpoint, body: JsonObject, record: bool, leg_name: str) -> bytes:
         """Return the request for a prefill worker: the prompt, one token, no stream, and a promise to fetch the KV.
 
+        leg_name: the X-Request-Id, which some endpoints read from the body.
         record: whether the answer should include the experts of the prompt.
         """
 
@@ -52,7 +53,9 @@ class LegProtocol(ABC):
         """
 
     @abstractmethod
-    def decode_body(self, body: JsonObject, handoff: HandOff | None, record: bool) -> bytes:
+    def decode_body(
+        self, endpoint: Endpoint, body: JsonObject, handoff: HandOff | None, record: bool, leg_name: str
+    ) -> bytes:
         """Return the client's request with the hand-off, if there is one, which is then spent."""
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The OpenAI API of clients: what the members of the bodies of each endpoint mean, and what they ask for."""
+"""The APIs of clients, OpenAI's and Anthropic's: what the members of each endpoint's bodies mean and ask for."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ class Endpoint:
     limits: the members that limit the generated tokens. The first that is given counts.
     default_limit: the limit if none is given. None for as many as there is room for.
     output: the member of an answer that shows that it is one, an array.
+    system: the member with the instructions that many prompts share, besides those among the messages. Empty if none.
+    state: members that refer to what one worker stores, with the status of their refusal.
+    choices: whether the body is one of vLLM's own, whose members about sampling and streams other APIs do not have.
     members: all members that matter: the above, those that matter for every endpoint, and those that matter here alone.
     """
 
@@ -49,7 +52,9 @@ class Endpoint:
         limits: tuple[str, ...],
         default_limit: int | None,
         others: tuple[str, ...],
-        output: str,
+        output: str = "choices",
+        system: str = "",
+        state: tuple[tuple[str, int], ...] = (),
     ) -> None:
         self.path = path
         self.input = input
@@ -58,11 +63,17 @@ class Endpoint:
         self.limits = limits
         self.default_limit = default_limit
         self.output = output
-        self.members = frozenset((*COMMON, input, *limits, *others))
+        self.system = system
+        self.state = state
+        self.choices = output == "choices"
+        names = (*COMMON, input, *limits, *others, *(name for name, _ in state))
+        self.members = frozenset((*names, system) if system else names)
 
 
 COMPLETIONS = b"/v1/completions"
 CHAT = b"/v1/chat/completions"
+RESPONSES = b"/v1/responses"
+MESSAGES = b"/v1/messages"
 
 ENDPOINTS = {
     endpoint.path: endpoint
@@ -75,7 +86,6 @@ ENDPOINTS = {
             limits=("max_tokens",),
             default_limit=16,
             others=("prompt_embeds", "suffix"),
-            output="choices",
         ),
         Endpoint(
             CHAT,
@@ -85,7 +95,29 @@ ENDPOINTS = {
             limits=("max_completion_tokens", "max_tokens"),
             default_limit=None,
             others=("return_prompt_text",),
-            output="choices",
+        ),
+        Endpoint(
+            RESPONSES,
+            input="input",
+            texts=True,
+            messages=True,
+            limits=("max_output_tokens",),
+            default_limit=None,
+            others=("tools", "truncation", "previous_input_messages", "store", "enable_response_messages"),
+            output="output",
+            system="instructions",
+            state=(("background", 400), ("previous_response_id", 404)),
+        ),
+        Endpoint(
+            MESSAGES,
+            input="messages",
+            texts=False,
+            messages=True,
+            limits=("max_tokens",),
+            default_limit=None,
+            others=("thinking", "tool_choice"),
+            output="content",
+            system="system",
         ),
     )
 }
@@ -95,10 +127,15 @@ def read_body(endpoint: Endpoint, raw: bytes, members: frozenset[str], reserved:
     """Return the body of a request to `endpoint`.
 
     members: names that the leg protocol wants to know besides the endpoint's.
-    Raises ApiError 400 like `read_object`, and for a body without a prompt.
+    Raises ApiError 400 like `read_object`, and for a body without a prompt. Raises 400 or 404 for one that needs what a
+    worker stored.
     """
     body = read_object(raw, members, reserved)
     _check_input(endpoint, body)
+    for name, status in endpoint.state:
+        # A worker may store a response, but the next request reaches another one.
+        if name in body and body.get(name) not in (None, False):
+            raise ApiError(status, f"{name} needs a stored response, but responses are not stored", param=name)
     return body
 
 
@@ -154,10 +191,12 @@ def _refuse(name: str) -> None:
 
 
 def _check_input(endpoint: Endpoint, body: JsonObject) -> None:
+    start, _ = body.span(endpoint.input) or (0, 0)
+    if endpoint.texts and endpoint.messages and body.text[start] == QUOTE:
+        return  # a message, which may be empty
     if _is_given(body, endpoint.input):
-        start, _ = body.span(endpoint.input) or (0, 0)
         first = body.text[start]
-        if first == ARRAY or not endpoint.messages or (endpoint.texts and first == QUOTE):
+        if first == ARRAY or not endpoint.messages:
             return
     elif not endpoint.messages and _is_given(body, "prompt_embeds"):
         return

@@ -51,6 +51,11 @@ def prompt_start(endpoint: Endpoint, text: bytes, start: int, end: int, window_b
     return text[start : min(end, start + window_bytes)]
 
 
+def system_start(text: bytes, start: int, end: int) -> bytes:
+    """Return a mark of the instructions at text[start:end], which stand outside of the conversation."""
+    return b"%d " % zlib.crc32(_canonical(text[start:end]))
+
+
 def chat_start(text: bytes, start: int, end: int, window_bytes: int) -> bytes:
     """Return the start of the conversation in the array text[start:end], as canonical JSON.
 

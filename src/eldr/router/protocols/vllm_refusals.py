@@ -8,11 +8,12 @@ Where vLLM has plain words, they are used.
 from __future__ import annotations
 
 from eldr.router.http.errors import ApiError
-from eldr.router.protocols.json_object import OBJECT, JsonObject, Value
+from eldr.router.protocols.json_object import OBJECT, JsonObject, Value, inner_object
 from eldr.router.protocols.lenient import boolean, is_true, whole_number
-from eldr.router.protocols.openai import Endpoint, stream_options
+from eldr.router.protocols.openai import MESSAGES, Endpoint, stream_options
 
 # Members that put the prompt into the answer. A prefill leg goes without.
+THINKING = frozenset(("type", "budget_tokens"))
 PROMPT_IN_ANSWER = ("return_token_ids", "return_prompt_text")
 
 
@@ -22,6 +23,11 @@ def refuse_early(endpoint: Endpoint, body: JsonObject, max_model_len: int | None
     max_model_len: the tokens that prompt and answer may have together. None if it is unknown.
     """
     limit = _limit(endpoint, body, max_model_len)
+    if not endpoint.choices:
+        _boolean("stream", body.get("stream"))
+        if endpoint.path == MESSAGES:
+            _check_messages(body, limit)
+        return
     if "min_tokens" in body:
         least = _integer("min_tokens", body.get("min_tokens"))
         if least < 0:
@@ -57,6 +63,18 @@ def _limit(endpoint: Endpoint, body: JsonObject, max_model_len: int | None) -> i
             param=of,
         )
     return limit
+
+
+def _check_messages(body: JsonObject, limit: int | None) -> None:
+    """What the limit of a prefill leg would hide from anthropic/protocol.py."""
+    if limit is None:
+        raise ApiError(400, "max_tokens must be an integer", param="max_tokens")
+    thinking = inner_object(body.raw("thinking"), THINKING)
+    if thinking is None or thinking.get("type") != "enabled":
+        return
+    budget = whole_number(thinking.get("budget_tokens"))
+    if budget is not None and budget >= limit:
+        raise ApiError(400, "thinking.budget_tokens must be less than max_tokens", param="thinking")
 
 
 def _check_stream(body: JsonObject) -> None:

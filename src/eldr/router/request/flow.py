@@ -34,7 +34,7 @@ NO_WAIT_S = 0.0005
 
 
 class Flow:
-    """Answers one completion or chat request. It also listens to the events of its client."""
+    """Answers one request for text. It also listens to the events of its client."""
 
     def __init__(self, services: Services, client: ClientExchange, request: Request) -> None:
         self._services = services
@@ -155,10 +155,12 @@ class Flow:
             await services.admission.until_changed("prefill")
         worker, spilled = chosen
         services.metrics.prefill_spills += spilled
-        body = services.protocol.prefill_body(job.endpoint, job.body, job.record)
         with Leg(services.legs, job, worker) as leg:
             await leg.connect()
-            leg.send(attempts.next_name("prefill"), body, Answer(), config.timeouts.prefill_timeout_s)
+            name = attempts.next_name("prefill")
+            body = services.protocol.prefill_body(job.endpoint, job.body, job.record, name)
+            leg.send(name, body, Answer(), config.timeouts.prefill_timeout_s)
+            del body  # a long one would stay until the prefill is done
             handoff = leg.read_handoff(await leg.answered())
         self._notes["prefill"] = worker.url
         if self._charge is not None and handoff is not None and handoff.prompt_tokens:
@@ -190,9 +192,10 @@ class Flow:
             form = FORMS[job.path]
             times = TokenTimes(services.metrics, self._request.received_s, form.opening + job.wants_usage)
             answer = DecodeAnswer(self._client, times, self._response_headers(), form, leg.first_event, job.stream)
+            name = attempts.next_name("decode")
             leg.send(
-                attempts.next_name("decode"),
-                services.protocol.decode_body(job.body, handoff, job.record),
+                name,
+                services.protocol.decode_body(job.endpoint, job.body, handoff, job.record, name),
                 answer,
                 timeouts.decode_first_byte_timeout_s if job.stream else timeouts.decode_answer_timeout_s,
                 timeouts.decode_idle_timeout_s,

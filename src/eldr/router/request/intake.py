@@ -21,7 +21,7 @@ from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
 from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.openai import Endpoint
-from eldr.router.protocols.prompt_start import prompt_start
+from eldr.router.protocols.prompt_start import prompt_start, system_start
 from eldr.router.request.deadlines import Deadlines
 
 MAX_ID_BYTES = 128
@@ -38,7 +38,7 @@ _decode_requests = itertools.count()
 
 
 class Job:
-    """One completion or chat request after all checks. Its attributes are facts about the request, not its progress.
+    """One request for text after all checks. Its attributes are facts about the request, not its progress.
 
     endpoint: what the members of its body mean.
     body: what the client sent. NO_BODY once the answer streams.
@@ -162,6 +162,9 @@ class Intake:
             window_bytes = self._placement.prefix_window_bytes
             at, end = body.span(endpoint.input) or (0, 0)
             start = prompt_start(endpoint, body.text, at, end, window_bytes)
+            system = body.span(endpoint.system) if endpoint.system else None
+            if system is not None:
+                start = system_start(body.text, *system) + start
         label = headers.get(b"x-eldr-label")
         max_tokens = openai.max_tokens(endpoint, body)
         trace = None if self.tracing is None else self.tracing.begin(request, request_id, model)
