@@ -16,21 +16,28 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h11
 import numpy as np
 import orjson
 
+import eldr.kernels
+import eldr.kernels._json
 from eldr.calibration import CalibrationError, load_calibration
 from eldr.counts import CountsError, decode_counts, encode_counts
 from eldr.event_stream import EventReader
 from eldr.expert_rows import decode_rows, encode_rows
+from eldr.kernels import NO_OBJECT, JsonTextError
+from eldr.kernels._types import TOO_MANY_MEMBERS
 from eldr.router.config.endpoint import UrlError, worker_urls
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import ExchangeError
 from eldr.router.http.errors import ApiError
 from eldr.router.observe.counters import Metrics
 from eldr.router.protocols import openai
+from eldr.router.protocols.json_object import JsonObject
+from eldr.router.protocols.prompt_start import prompt_start
 from eldr.router.protocols.streams import FORMS
 from eldr.router.protocols.vllm_nixl import VllmNixl
 from eldr.router.request.answer import DecodeAnswer, TokenTimes
@@ -183,32 +190,92 @@ def rows(data: bytes) -> None:
 
 def handoff(data: bytes) -> None:
     """Answers of prefill workers: a hand-off or none, with a lease that is a number and can be sent on as JSON."""
-    found = VllmNixl().read_handoff(_json(data), Worker("http://p:1", "prefill", 1), 0.0)
+    protocol = VllmNixl()
+    try:
+        answer = JsonObject(data, protocol.answer_members)
+    except JsonTextError:
+        return
+    found = protocol.read_handoff(answer, Worker("http://p:1", "prefill", 1), 0.0)
     if found is not None:
         assert not math.isnan(found.left_s(1.0))
-        params = found.spend(record=False)
-        assert not {"eldr_counts"} & params.keys()
-        orjson.dumps(params)
+        params = _members(found.spend(record=False))
+        assert "eldr_counts" not in [name for name, _ in params]
+        assert [name for name, _ in params].count("eldr_lease") <= 1
 
 
 def body(data: bytes) -> None:
     """Bodies of clients: ApiError, or requests to both legs without what only the router may say."""
     protocol = VllmNixl()
-    for path in (openai.COMPLETIONS, openai.CHAT):
+    for endpoint in openai.ENDPOINTS.values():
         try:
-            fields = openai.parse_body(path, data, protocol.reserved)
-            why = protocol.why_whole(path, fields)
-            prefill = json.loads(protocol.prefill_body(fields, record=False))
-            decode = json.loads(protocol.decode_body(fields, None, record=False))
-            openai.prompt_start(path, fields, 64)
+            fields = openai.read_body(endpoint, data, endpoint.members | protocol.members, protocol.reserved)
+            why = protocol.why_whole(endpoint, fields)
+            openai.wants_usage(fields)
+            protocol.refuse_early(endpoint, fields, 100)
         except ApiError:
             continue
+        start, end = fields.span(endpoint.input) or (0, 0)
+        assert len(prompt_start(endpoint, fields.text, start, end, 64)) <= 64 + len(b"4294967295 ")
         assert why is None or why.isidentifier()
-        assert prefill["kv_transfer_params"] == {"do_remote_decode": True, "do_remote_prefill": False}
-        assert prefill["max_tokens"] == 1
-        assert not any(key.startswith("eldr_") or key in protocol.reserved for key in decode)
-        openai.max_tokens(path, fields)
-        openai.wants_usage(fields)
+        sent = _members(fields.text)
+        others = [name for name, _ in sent if name not in OWNED]
+        prefill, decode = (
+            _members(protocol.prefill_body(endpoint, fields, False, "leg")),
+            _members(protocol.decode_body(endpoint, fields, None, False, "leg")),
+        )
+        assert [name for name, _ in prefill if name not in OWNED] == others
+        mine = {"stream": False, "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
+        for name, value in {**dict.fromkeys(endpoint.limits, 1), **mine}.items():
+            assert [given for key, given in prefill if key == name] == [value]
+        kept = [each for each in sent if each[0] not in (*protocol.reserved, "request_id")]
+        if endpoint.path == openai.RESPONSES:
+            assert decode.pop()[0] == "request_id"
+        assert repr(decode) == repr(kept)
+        assert not any(name.startswith("eldr_") for name, _ in decode)
+        limit = openai.max_tokens(endpoint, fields)
+        assert limit is None or limit >= 0
+
+
+# What the router takes out of a prefill's body, or puts into it.
+OWNED = (
+    *("stream", "stream_options", "min_tokens", "return_token_ids", "return_prompt_text", "request_id"),
+    *("kv_transfer_params", "ec_transfer_params", "max_tokens", "max_completion_tokens"),
+)
+
+
+def _members(text: bytes) -> list[tuple[str, Any]]:
+    """The members of an object in their order, duplicates included."""
+    found: list[tuple[str, Any]] = []
+
+    def keep(members: list[tuple[str, Any]]) -> dict[str, Any]:
+        found[:] = members  # the outermost object is the last one
+        return dict(members)
+
+    json.loads(text, object_pairs_hook=keep, parse_int=str)
+    return [(name, int(value) if value == "1" else value) for name, value in found]
+
+
+def json_text(data: bytes) -> None:
+    """JSON: both readers take what CPython's json takes, and find the same members in it."""
+    results: list[Any] = []
+    for reader in (eldr.kernels, eldr.kernels._json):
+        try:
+            results.append(reader.json_members(data, 0, len(data), frozenset(("a", "messages", "")), "eldr_"))
+        except JsonTextError as error:
+            results.append(error.fault if error.fault in (NO_OBJECT, TOO_MANY_MEMBERS) else 0)
+    assert results[0] == results[1]
+    try:
+        value = json.loads(data.decode("utf-8", "surrogatepass"), parse_int=str)
+    except ValueError:
+        assert isinstance(results[0], int)
+        return
+    except RecursionError:
+        return
+    if not isinstance(value, dict):
+        assert results[0] == NO_OBJECT
+    elif results[0] != TOO_MANY_MEMBERS:
+        found = {name: json.loads(data[start:end], parse_int=str) for name, _, start, end, _ in results[0][0]}
+        assert repr(found) == repr({name: value[name] for name in found})
 
 
 def urls(data: bytes) -> None:
@@ -275,5 +342,5 @@ def _file(data: bytes, kind: str) -> Path:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
-    for target in (http, upstream, sse, events, counts, rows, handoff, body, urls, calibration, trace)
+    for target in (http, upstream, sse, events, counts, rows, handoff, body, json_text, urls, calibration, trace)
 }

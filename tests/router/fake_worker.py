@@ -20,6 +20,8 @@ import numpy as np
 from eldr.counts import ExpertCounts, encode_counts
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
+COMPLETIONS, CHAT, RESPONSES, MESSAGES = "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"
+GENERATES = (COMPLETIONS, CHAT, RESPONSES, MESSAGES)
 
 
 @dataclass
@@ -49,6 +51,7 @@ class FakeWorker:
     behaviour: called instead of the normal answer for completion and chat requests while it is set.
     metrics: what /metrics says; 404 while it is None.
     base_path: what its URL has behind the port. Other paths are not found.
+    others: path -> status, body and content type of further endpoints; each waits while `behaviour` is set, as above.
     counts: wire form of the expert counts in hand-offs; None leaves them out.
     """
 
@@ -76,6 +79,7 @@ class FakeWorker:
         self.lease: object = {"left_s": 30.0}
         self.api_key: str | None = None
         self.metrics: str | None = None
+        self.others: dict[str, tuple[int, bytes, str]] = {}
         self.connections = 0
         self.open_connections = 0
         self.running = 0
@@ -97,8 +101,8 @@ class FakeWorker:
 
     @property
     def generated(self) -> list[Seen]:
-        """Completion and chat requests, probes left out."""
-        return [seen for seen in self.seen if seen.path.endswith("completions")]
+        """Requests for text, probes left out."""
+        return [seen for seen in self.seen if seen.path in GENERATES]
 
     def asked(self, path: str) -> int:
         """How often it was asked for `path`."""
@@ -157,8 +161,11 @@ class FakeWorker:
             await reply(writer, 200, json.dumps(models).encode())
         elif path == "/metrics" and self.metrics is not None:
             await reply(writer, 200, self.metrics.encode(), "content-type: text/plain\r\n")
-        elif path.endswith("completions"):
+        elif path in GENERATES or (path in self.others and self.behaviour is not None):
             await self._generate(seen, reader, writer)
+        elif path in self.others:
+            status, body, kind = self.others[path]
+            await reply(writer, status, body, f"content-type: {kind}\r\n" if kind else "")
         else:
             await reply(writer, 404, b'{"detail":"Not Found"}')
         return True
@@ -184,8 +191,12 @@ class FakeWorker:
 
     async def answer(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
         body = seen.body
-        chat = seen.path == "/v1/chat/completions"
-        limit = body.get("max_completion_tokens", body.get("max_tokens", 16)) if chat else body.get("max_tokens", 16)
+        chat = seen.path == CHAT
+        limit = body.get("max_tokens", 16)
+        if seen.path == RESPONSES:
+            limit = body.get("max_output_tokens", 16)
+        elif chat:
+            limit = body.get("max_completion_tokens", limit)
         tokens = self.tokens[:limit]
         if body.get("stream"):
             await self.stream(seen, writer, tokens, chat)
@@ -196,6 +207,12 @@ class FakeWorker:
 
     def whole(self, seen: Seen, tokens: list[str], chat: bool) -> dict[str, Any]:
         text = "".join(tokens)
+        if seen.path == RESPONSES:
+            return self._response(seen, text, len(tokens)) | {"kv_transfer_params": self._transfer_params(seen)}
+        if seen.path == MESSAGES:
+            params = self._transfer_params(seen)
+            message = self._message(seen, [{"type": "text", "text": text}], len(tokens))
+            return message | ({} if params is None else {"kv_transfer_params": params})
         said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         return {
             "id": ("chatcmpl-" if chat else "cmpl-") + seen.headers.get("x-request-id", "none"),
@@ -206,6 +223,53 @@ class FakeWorker:
             "kv_transfer_params": self._transfer_params(seen),
         }
 
+    def _response(self, seen: Seen, text: str | None, tokens: int) -> dict[str, Any]:
+        """A response as vLLM names it: by the body alone. text: None if it has not begun."""
+        said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}
+        return {
+            "id": seen.body.get("request_id", "resp_of-the-worker"),
+            "object": "response",
+            "model": self.model,
+            "output": [] if text is None else [said],
+            "status": "in_progress" if text is None else "completed",
+            "usage": None if text is None else {"input_tokens": 4, "output_tokens": tokens, "total_tokens": 4 + tokens},
+            "kv_transfer_params": None,
+        }
+
+    def _message(self, seen: Seen, content: list[Any], tokens: int) -> dict[str, Any]:
+        return {
+            "id": "chatcmpl-" + seen.headers.get("x-request-id", "none"),
+            "type": "message",
+            "role": "assistant",
+            "content": content,
+            "model": self.model,
+            "stop_reason": "max_tokens" if content else None,
+            "usage": {"input_tokens": 4, "output_tokens": tokens},
+        }
+
+    def _typed_events(self, seen: Seen, tokens: list[str]) -> list[bytes]:
+        """The events of the two APIs that name the types of their events."""
+        text, count = "".join(tokens), len(tokens)
+        events: list[dict[str, Any]]
+        if seen.path == RESPONSES:
+            opened, done = self._response(seen, None, 0), self._response(seen, text, count)
+            events = [{"response": opened, "type": f"response.{what}"} for what in ("created", "in_progress")]
+            events += [{"type": "response.output_item.added", "item": {"type": "message"}}]
+            events += [{"type": "response.output_text.delta", "delta": token} for token in tokens]
+            events += [{"type": "response.output_text.done", "text": text}]
+            events += [{"response": done, "type": "response.completed"}]
+        else:
+            events = [{"type": "message_start", "message": self._message(seen, [], 0)}]
+            events += [{"type": "content_block_start", "content_block": {"type": "text", "text": ""}, "index": 0}]
+            for token in tokens:
+                delta = {"type": "text_delta", "text": token}
+                events.append({"type": "content_block_delta", "delta": delta, "index": 0})
+            events += [{"type": "content_block_stop", "index": 0}]
+            usage = {"input_tokens": 4, "output_tokens": count}
+            events += [{"type": "message_delta", "delta": {"stop_reason": "max_tokens"}, "usage": usage}]
+            events += [{"type": "message_stop"}]
+        return [b"event: %b\ndata: %b\n\n" % (e["type"].encode(), compact(e)) for e in events]
+
     def _transfer_params(self, seen: Seen) -> dict[str, Any] | None:
         asked = seen.body.get("kv_transfer_params")
         if self.role == "prefill" and asked and asked.get("do_remote_decode"):
@@ -215,7 +279,7 @@ class FakeWorker:
                 "do_remote_decode": False,
                 "remote_block_ids": [[self._handoffs]],
                 "remote_engine_id": self.engine_id,
-                "remote_request_id": f"cmpl-{seen.headers.get('x-request-id')}-0-{self._port:04x}{self._handoffs:04x}",
+                "remote_request_id": f"{self._engines_name(seen)}-{self._port:04x}{self._handoffs:04x}",
                 "remote_host": "127.0.0.1",
                 "remote_port": 5600,
                 "tp_size": 1,
@@ -233,6 +297,16 @@ class FakeWorker:
             return {"eldr_decode_experts": experts, **whole}
         return None
 
+    def _engines_name(self, seen: Seen) -> str:
+        """What its engine calls the request, but for a random part."""
+        if seen.path == RESPONSES:
+            return f"{seen.body.get('request_id', 'resp_of-the-worker')}_0"
+        return (
+            f"chatcmpl-{seen.headers.get('x-request-id')}"
+            if seen.path != COMPLETIONS
+            else (f"cmpl-{seen.headers.get('x-request-id')}-0")
+        )
+
     async def stream(self, seen: Seen, writer: asyncio.StreamWriter, tokens: list[str], chat: bool) -> None:
         await begin_stream(writer)
         for event in self.events(seen, tokens, chat):
@@ -242,6 +316,8 @@ class FakeWorker:
         await end_stream(writer)
 
     def events(self, seen: Seen, tokens: list[str], chat: bool) -> list[bytes]:
+        if seen.path in (RESPONSES, MESSAGES):
+            return self._typed_events(seen, tokens)
         base = {"id": "cmpl-" + seen.headers.get("x-request-id", "none"), "model": self.model}
 
         def choice(text: str | None, finish: str | None) -> dict[str, Any]:
@@ -254,6 +330,10 @@ class FakeWorker:
             events.append({**base, "choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": len(tokens)}})
         lines = [json.dumps(event, separators=(",", ":")).encode() for event in events]
         return [b"data: %b\n\n" % line for line in (*lines, b"[DONE]")]
+
+
+def compact(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def counts_wire(prompt_tokens: int, layers: int = LAYERS, experts: int = EXPERTS) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import aiohttp
@@ -96,9 +97,9 @@ class Setup:
     async def chat(self, body: object = CHAT, **kwargs: Any) -> Reply:
         return await self.post(body, "/v1/chat/completions", **kwargs)
 
-    async def metric(self, name: str, **labels: str) -> float:
-        """The sum of the samples of `name` whose labels include `labels`."""
-        lines = (await self.get("/metrics")).body.decode().splitlines()
+    async def metric(self, name: str, key: str = "", **labels: str) -> float:
+        """The sum of the samples of `name` whose labels include `labels`. key: which the request presents."""
+        lines = (await self.get("/metrics", headers=bearer(key) if key else None)).body.decode().splitlines()
         family = re.sub("_(total|bucket|count|sum)$", "", name)
         assert any(line.startswith(f"# TYPE {family}") for line in lines), f"no metric {name}"
         chosen = (line for line in lines if line.startswith((name + "{", name + " ")))
@@ -143,6 +144,17 @@ async def running(
             for worker in (*prefills, *decodes):
                 await worker.stop()
             await router.stop(0)
+
+
+def ours(found: list[object]) -> list[str]:
+    """The router's own objects among those found, its frames, and the parsers that know its connections."""
+    named = [
+        f"{each.f_code.co_filename}:{each.f_code.co_name}"
+        if isinstance(each, FrameType)
+        else f"{type(each).__module__}.{type(each).__qualname__}"
+        for each in found
+    ]
+    return sorted(name for name in named if "eldr.router" in name or "/eldr/router/" in name or "httptools" in name)
 
 
 async def until(condition: Callable[[], object], what: str) -> None:

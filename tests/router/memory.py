@@ -42,7 +42,10 @@ class Recorder:
         self.requests: list[Said] = []
         self.errors: list[int] = []
 
-    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
+    def answer_lines(self, headers: dict[bytes, bytes]) -> bytes:
+        return b""
+
+    def permit(self, method: bytes, path: bytes, headers: dict[bytes, bytes]) -> str:
         return ""
 
     def handle(self, request: Request, exchange: ClientExchange) -> None:

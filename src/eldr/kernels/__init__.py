@@ -1,9 +1,10 @@
-"""The inner loops of expert counts and expected-union: in C if the installation could compile them, otherwise in numpy.
+"""The inner loops of expert counts, expected-union and JSON: in C if the installation could compile them, otherwise in
+numpy and Python.
 
 A request's 6,144 probabilities (48 x 128) go through some thirty numpy calls, each of which walks memory and allocates.
 C takes a quarter of the time. Both give the same integers; floats agree to a few units in the last place. Every array
 is C-contiguous. `COMPILED` tells which kernels are in use. Set ELDR_NO_EXTENSIONS=1 in the environment to use numpy.
-The docstrings are in `_numpy`.
+The docstrings are in `_numpy`, and for JSON in `_json`.
 """
 
 from __future__ import annotations
@@ -12,25 +13,35 @@ import os
 from typing import TYPE_CHECKING
 
 from eldr.kernels._numpy import from_fractions
-from eldr.kernels._types import CERTAIN, FleetState, PlacementWeights
+from eldr.kernels._types import CERTAIN, NO_OBJECT, FleetState, JsonMember, JsonTextError, PlacementWeights
 
 # The compiled kernels carry no type annotations. Their signatures are those of the numpy kernels.
 if TYPE_CHECKING or os.environ.get("ELDR_NO_EXTENSIONS"):
+    from eldr.kernels import _json as _reader
     from eldr.kernels import _numpy as _chosen
 else:
     try:
         from eldr.kernels import _compiled as _chosen
+
+        _reader = _chosen
     except ImportError:
+        from eldr.kernels import _json as _reader
         from eldr.kernels import _numpy as _chosen
 
 __all__ = [
     "CERTAIN",
     "COMPILED",
+    "NO_OBJECT",
     "FleetState",
+    "JsonMember",
+    "JsonTextError",
     "PlacementWeights",
     "encode_exposure",
     "encode_signature",
     "from_fractions",
+    "json_elements",
+    "json_known_parts",
+    "json_members",
     "move_towards",
     "own_frequencies",
     "placement_cost",
@@ -45,6 +56,9 @@ COMPILED = _chosen.__name__.endswith("._compiled")
 
 encode_exposure = _chosen.encode_exposure
 encode_signature = _chosen.encode_signature
+json_elements = _reader.json_elements
+json_known_parts = _reader.json_known_parts
+json_members = _reader.json_members
 move_towards = _chosen.move_towards
 own_frequencies = _chosen.own_frequencies
 placement_cost = _chosen.placement_cost

@@ -1,5 +1,5 @@
 # cython: language_level=3, binding=False, boundscheck=False, wraparound=False, cdivision=True
-"""The loops of loops.h as Python functions. `_numpy` says what each computes.
+"""The loops of loops.h and the reader of json_text.h as Python functions. `_numpy` and `_json` say what each does.
 
 Types and sizes of arrays are checked against each other here: a wrong call raises ValueError or TypeError, and never
 reads or writes outside of an array. Arrays are taken through numpy's C API. A typed memoryview takes 100 ns to make,
@@ -8,13 +8,19 @@ and a placement has eight arrays and takes 200 ns in all.
 
 from cpython.long cimport PyLong_AsSsize_t
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.math cimport sqrtf
 from libc.stdint cimport UINT32_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cimport numpy as cnp
 from numpy cimport NPY_FLOAT32, NPY_FLOAT64, NPY_INT64, NPY_UINT8, NPY_UINT16, NPY_UINT32
 
-from eldr.kernels._types import FleetState, PlacementWeights
+from json import loads
+
+from eldr.kernels._types import NO_OBJECT, TOO_MANY_MEMBERS, FleetState, JsonTextError, PlacementWeights
+from eldr.kernels._types import JSON_MEMBERS as _MEMBERS
+
+cdef Py_ssize_t MOST_MEMBERS = _MEMBERS
 
 cnp.import_array()
 
@@ -268,3 +274,155 @@ def placement_cost(fleet, weights, added, products, at_random, rows, load, doubl
         return place(&of, &by, &asked, &among, cost)
     finally:
         PyMem_Free(numbers)
+
+
+cdef extern from "json_text.h" nogil:
+    enum:
+        JSON_NO_VALUE
+        JSON_EXTRA
+
+    struct Member "json_member":
+        Py_ssize_t name
+        Py_ssize_t name_end
+        Py_ssize_t value
+        Py_ssize_t value_end
+        Py_ssize_t next
+        bint escaped
+        bint last
+
+    Py_ssize_t json_space(const uint8_t *text, Py_ssize_t at, Py_ssize_t end)
+    int json_value(const uint8_t *text, Py_ssize_t *position, Py_ssize_t end)
+    int json_string(const uint8_t *text, Py_ssize_t *position, Py_ssize_t end, bint *escaped)
+    int json_member_at(const uint8_t *text, Py_ssize_t at, Py_ssize_t end, bint named, Member *found)
+
+
+cdef inline const uint8_t *part_of(bytes text, Py_ssize_t start, Py_ssize_t end) except NULL:
+    """The bytes of a text whose part from start to end is there."""
+    if not 0 <= start <= end <= len(text):
+        raise unfit("start or end", "within the text")
+    return text
+
+
+cdef inline str string_at(bytes text, Py_ssize_t start, Py_ssize_t end, bint escaped):
+    """The string whose quotes are text[start] and text[end - 1]."""
+    if escaped:
+        return loads(text[start:end])
+    return PyUnicode_DecodeUTF8(<const char *> text + start + 1, end - start - 2, b"surrogatepass")
+
+
+cdef Py_ssize_t first_in(const uint8_t *data, Py_ssize_t start, Py_ssize_t end, uint8_t opening) noexcept:
+    """Where the first member of a value begins, or the bracket that closes it; -1 if the value is of another kind."""
+    cdef Py_ssize_t at = json_space(data, start, end)
+    return json_space(data, at + 1, end) if at < end and data[at] == opening else -1
+
+
+def json_members(bytes text not None, Py_ssize_t start, Py_ssize_t end, frozenset wanted not None, str prefix not None):
+    cdef const uint8_t *data = part_of(text, start, end)
+    cdef Py_ssize_t at = first_in(data, start, end, b"{"), count = 0
+    cdef bint of_all = bool(prefix), closed
+    cdef int fault
+    cdef Member member
+    cdef str name
+    cdef list found = []
+    if at < 0:
+        raise no_object(data, start, end)
+    closed = at < end and data[at] == b"}"
+    while not closed:
+        fault = json_member_at(data, at, end, True, &member)
+        if fault:
+            raise JsonTextError(fault, member.next)
+        count += 1
+        name = string_at(text, member.name, member.name_end + 1, member.escaped)
+        if name in wanted or (of_all and name.startswith(prefix)):
+            if len(found) == MOST_MEMBERS:
+                raise JsonTextError(TOO_MANY_MEMBERS, at)
+            found.append((name, member.name, member.value, member.value_end, member.next))
+        at = member.next
+        closed = member.last
+    start = json_space(data, at + 1, end)
+    if start < end:
+        raise JsonTextError(JSON_EXTRA, start)
+    return found, count, at
+
+
+cdef object no_object(const uint8_t *data, Py_ssize_t start, Py_ssize_t end):
+    """What is wrong with a text that does not begin as an object does."""
+    cdef Py_ssize_t first = json_space(data, start, end), at = first
+    cdef int fault = json_value(data, &at, end)
+    if fault:
+        return JsonTextError(fault, at)
+    at = json_space(data, at, end)
+    return JsonTextError(NO_OBJECT, first) if at == end else JsonTextError(JSON_EXTRA, at)
+
+
+def json_elements(bytes text not None, Py_ssize_t start, Py_ssize_t end, Py_ssize_t most):
+    cdef const uint8_t *data = part_of(text, start, end)
+    cdef Py_ssize_t at = first_in(data, start, end, b"[")
+    cdef int fault
+    cdef Member member
+    cdef list found = []
+    if at < 0:
+        raise JsonTextError(JSON_NO_VALUE, start)
+    if at < end and data[at] == b"]":
+        return found
+    while len(found) < most:
+        fault = json_member_at(data, at, end, False, &member)
+        if fault:
+            raise JsonTextError(fault, member.next)
+        found.append((member.value, member.value_end))
+        if member.last:
+            break
+        at = member.next
+    return found
+
+
+cdef bint last_value(bytes text, Py_ssize_t start, Py_ssize_t end, str name, Member *last) except -1:
+    """Find the member of an object with this name: of duplicates, the last. Returns whether there is one."""
+    cdef const uint8_t *data = text
+    cdef Py_ssize_t at = first_in(data, start, end, b"{")
+    cdef bint closed = at < 0 or (at < end and data[at] == b"}"), found = False
+    cdef int fault
+    cdef Member member
+    while not closed:
+        fault = json_member_at(data, at, end, True, &member)
+        if fault:
+            raise JsonTextError(fault, member.next)
+        if string_at(text, member.name, member.name_end + 1, member.escaped) == name:
+            last[0] = member
+            found = True
+        at = member.next
+        closed = member.last
+    return found
+
+
+cdef bint known_parts(bytes text, Py_ssize_t start, Py_ssize_t end, frozenset known, bint in_content) except -1:
+    """json_known_parts for an array of messages, or for their contents, which are arrays of parts."""
+    cdef const uint8_t *data = text
+    cdef Py_ssize_t at = first_in(data, start, end, b"[")
+    cdef bint closed = at < 0 or (at < end and data[at] == b"]"), escaped
+    cdef int fault
+    cdef Member each, member
+    while not closed:
+        fault = json_member_at(data, at, end, False, &each)
+        if fault:
+            raise JsonTextError(fault, each.next)
+        if data[each.value] == b"{":
+            if not in_content:
+                if last_value(text, each.value, each.value_end, "content", &member):
+                    if not known_parts(text, member.value, member.value_end, known, True):
+                        return False
+            elif not last_value(text, each.value, each.value_end, "type", &member) or data[member.value] != b'"':
+                return False
+            else:
+                at, escaped = member.value, False
+                json_string(data, &at, member.value_end, &escaped)
+                if string_at(text, member.value, member.value_end, escaped) not in known:
+                    return False
+        at = each.next
+        closed = each.last
+    return True
+
+
+def json_known_parts(bytes text not None, Py_ssize_t start, Py_ssize_t end, frozenset known not None):
+    part_of(text, start, end)
+    return known_parts(text, start, end, known, False)

@@ -43,3 +43,46 @@ class PlacementWeights(NamedTuple):
     anchor: float
     tail_guard: float
     guard_share: float
+
+
+# The levels of arrays and objects that a JSON text may have. What reads requests reads far fewer (CPython's json 1,000
+# to 10,000 by its version, and some 30,000 with the usual stack since 3.14), so nothing is refused that a worker takes.
+JSON_DEPTH = 65536
+# The members of one object that can be asked for, duplicates included. Objects have a few names, so this bounds memory.
+JSON_MEMBERS = 1024
+
+# What can be wrong with a JSON text, in the words of CPython's json where it has some, in the order of json_text.h.
+JSON_FAULTS = (
+    "",
+    "Expecting value",
+    "Expecting property name enclosed in double quotes",
+    "Expecting ':' delimiter",
+    "Expecting ',' delimiter",
+    "Unterminated string",
+    "Invalid control character",
+    "Invalid \\escape",
+    "Invalid UTF-8",
+    "Extra data",
+    f"More than {JSON_DEPTH} levels",
+    "Expecting an object",
+    f"More than {JSON_MEMBERS} members have one of a few names",
+)
+NO_OBJECT = JSON_FAULTS.index("Expecting an object")
+TOO_MANY_MEMBERS = len(JSON_FAULTS) - 1
+
+# A member of a JSON object: its name, where its name, its value, and what follows its value begin and end, in bytes:
+# (name, start of the name's quotes, start of the value, end of the value, start of the next name or closing brace).
+JsonMember = tuple[str, int, int, int, int]
+
+
+class JsonTextError(ValueError):
+    """Bytes that are not JSON, or not the object that is wanted.
+
+    fault: an index into JSON_FAULTS.
+    at: the byte at which it was noticed.
+    """
+
+    def __init__(self, fault: int, at: int) -> None:
+        super().__init__(f"{JSON_FAULTS[fault]} at byte {at}")
+        self.fault = fault
+        self.at = at

@@ -30,6 +30,7 @@ from eldr.router.fleet.sweep import sweep
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.body_memory import BodyMemory
+from eldr.router.http.cors import Cors
 from eldr.router.http.limits import ConnectionWatch
 from eldr.router.http.listeners import Listeners
 from eldr.router.http.pool import WorkerPool
@@ -46,6 +47,7 @@ from eldr.router.protocols.vllm_nixl import VllmNixl
 from eldr.router.request.attempts import Retries
 from eldr.router.request.intake import Intake
 from eldr.router.request.legs import Legs
+from eldr.router.request.quotas import Quotas
 from eldr.router.request.services import Services
 from eldr.settings import adopt
 
@@ -102,12 +104,17 @@ class Router:
         for part in (ring, placements, self._outcomes, admission):
             fleet.on_change(part.fleet_changed)
 
+        quotas = Quotas()
+        if self._keys is not None:
+            quotas.adopt(self._keys.limits)
         protocol = VllmNixl()
         legs = Legs(fleet, pools, self._outcomes, protocol, metrics)
         retries = Retries(config.retry, fleet, self._outcomes, metrics)
         tracing = None if observe.otel_endpoint is None else Tracing(observe.otel_endpoint, observe.otel_sampling)
         intake = Intake(config, fleet, admission, protocol, self.admin_key, tracing)
-        self.services = Services(config, intake, admission, ring, placements, protocol, legs, retries, fleet, metrics)
+        self.services = Services(
+            config, quotas, intake, admission, ring, placements, protocol, legs, retries, self._outcomes, fleet, metrics
+        )
         self.membership = Membership(
             config.workers,
             fleet,
@@ -117,8 +124,9 @@ class Router:
             worker_context(config.workers.worker_ca),
             memory,
         )
-        collector = RouterCollector(metrics, fleet, admission, placements.picture, memory, self._decision_log)
-        self.clients = ClientApi(self.services, self._keys, self.admin_key, collector)
+        collector = RouterCollector(metrics, fleet, admission, placements.picture, memory, self._decision_log, quotas)
+        cors = Cors(listen.allowed_origins)
+        self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector)
         self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services))
         self._listeners = Listeners(config.clients, memory, self._tls, inherited)
 
@@ -248,6 +256,7 @@ class Router:
         """
         if self._keys is not None:
             self._keys.reload()
+            self.services.quotas.adopt(self._keys.limits)
         if self._tls is not None:
             self._tls.reload()
 
@@ -265,6 +274,7 @@ class Router:
         if fixed:
             log.warning("a change of these settings needs a new process: %s", ", ".join(fixed))
         log.setLevel(config.observe.log_level.upper())
+        self.clients.cors.allow(config.listen.allowed_origins)
         self.services.admission.set_limits(config.queue)
         self.membership.set_max_inflight(config.workers.max_inflight)
 

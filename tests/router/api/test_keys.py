@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,48 @@ async def test_only_clients_with_a_key_may_ask(key_file: Path) -> None:
             assert (await s.post(headers=bearer(key))).status == 200
             assert (await s.get("/v1/models", headers=bearer(key))).status == 200
         assert (await s.post(headers={"authorization": "bearer secret-of-bob"})).status == 200
+
+
+@pytest.mark.parametrize("header", ["X-Api-Key", "api-key"])
+@on_uvloop
+async def test_a_key_may_come_in_the_headers_of_other_apis(key_file: Path, tmp_path: Path, header: str) -> None:
+    (tmp_path / "admin").write_text("the-admin-key\n")
+    async with running(api_key_file=key_file, admin_key_file=tmp_path / "admin") as s:
+        for given in ("secret-of-alice", "secret-of-bob", "the-admin-key"):
+            assert (await s.post(headers={header: given})).status == 200
+            assert (await s.post(headers={header: given, **bearer("EMPTY")})).status == 200
+            assert (await s.post(headers={header: "EMPTY", **bearer(given)})).status == 200
+            assert (await s.post(headers={header: given, **bearer(given)})).status == 200
+        for given in ("", "secret-of-carol", "Bearer secret-of-bob", "secret-of-bob, secret-of-bob"):
+            assert (await s.post(headers={header: given})).status == 401
+        both = await s.post(headers={header: "secret-of-alice", **bearer("secret-of-bob")})
+        assert (both.status, "two clients" in both.error["message"]) == (400, True)
+        recorded = {"x-eldr-record": "1"}
+        assert (await s.post(headers={header: "the-admin-key", **recorded})).status == 200
+        assert (await s.post(headers={header: "secret-of-bob", **recorded})).status == 403
+        for worker in (*s.prefill, *s.decode):
+            assert not any(re.search("secret|admin-key", str(seen.headers)) for seen in worker.seen)
+
+
+@pytest.mark.parametrize("header", ["authorization", "x-api-key", "api-key"])
+@on_uvloop
+async def test_a_key_that_the_router_does_not_check_goes_to_the_workers(tmp_path: Path, header: str) -> None:
+    (tmp_path / "admin").write_text("the-admin-key\n")
+    async with running(admin_key_file=tmp_path / "admin") as s:
+        assert (await s.post(headers={header: "Bearer x"})).status == 200
+        assert [worker.generated[-1].headers.get(header) for worker in (*s.prefill, *s.decode)] == ["Bearer x"] * 2
+        for other in ("authorization", "x-api-key", "api-key"):
+            given = {header: "x", other: "Bearer the-admin-key" if other == "authorization" else "the-admin-key"}
+            assert (await s.post(headers=given)).status == 200
+            for worker in (*s.prefill, *s.decode):
+                assert not {header, other} & worker.generated[-1].headers.keys()
+    (tmp_path / "worker").write_text("of-workers\n")
+    async with running(worker_api_key_file=tmp_path / "worker") as s:
+        assert (await s.post(headers={header: "Bearer x"})).status == 200
+        for worker in (*s.prefill, *s.decode):
+            headers = worker.generated[-1].headers
+            assert headers["authorization"] == "Bearer of-workers"
+            assert not {"x-api-key", "api-key"} & headers.keys()
 
 
 @on_uvloop

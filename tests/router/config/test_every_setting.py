@@ -28,7 +28,7 @@ LIVE = {
     "prefill", "decode", "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s", "worker_wait_s",
     "prefill_timeout_s", "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s",
     "stream_keepalive_s", "request_timeout_s", "drain_timeout_s", "max_bodies_bytes", "shutdown_delay_s", "grace_s",
-    "log_level",
+    "log_level", "allowed_origins",
 }  # fmt: skip
 
 # A file with every key, none at its default. Files like it are in use: keys must not move or change their meaning.
@@ -58,6 +58,7 @@ max_queued = 0
 queue_timeout_s = 1.5
 worker_wait_s = 0
 client_header = "X-Team"
+allowed_origins = ["https://app.example", "http://localhost:3000"]
 load_interval_s = 3
 worker_api_key_file = "a"
 worker_ca = "b"
@@ -111,7 +112,7 @@ FLAGS = """
 --worker-api-key-file e --admin-key-file f --admin-listen 127.0.0.1:1 --otel-endpoint http://o
 --otel-sampling 0.5 --log-level debug --tau 0.2 --no-two-nearest --refit-interval 1 --refit-window 2 --cost x
 --worker-cost http://d:1=y --cost-scope moe --others-weight 3 --anchor 4 --tail-guard inf --step-tokens 5
---expert-parallel 6
+--expert-parallel 6 --allowed-origins https://app.example --allowed-origins https://b.example
 """
 
 
@@ -132,6 +133,7 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
     assert values(config) == written | files | {
         "prefill": ("http://p:1",),
         "decode": ("http://d:1", "http://d:2"),
+        "allowed_origins": ("https://app.example", "http://localhost:3000"),
         "cost": cost,
         "worker_costs": {"http://d:2": cost},
     }
@@ -152,7 +154,7 @@ def test_every_flag() -> None:
         "otel_endpoint": "http://o", "otel_sampling": 0.5, "log_level": "debug", "tau": 0.2, "two_nearest": False,
         "refit_interval_s": 1.0, "refit_window_s": 2.0, "cost": "x", "worker_costs": [("http://d:1", "y")],
         "cost_scope": "moe", "others_weight": 3.0, "anchor": 4.0, "tail_guard": math.inf, "step_tokens": 5.0,
-        "expert_parallel": 6,
+        "expert_parallel": 6, "allowed_origins": ["https://app.example", "https://b.example"],
     }  # fmt: skip
     assert {one.flag for one in ALL.values() if one.flag} == {
         text for text in re.findall(r"--[a-z-]+", parser.format_usage()) if text != "--config"
@@ -161,6 +163,10 @@ def test_every_flag() -> None:
 
 def test_the_live_settings() -> None:
     assert {key for key, one in ALL.items() if one.live} == LIVE
+
+
+# Settings whose default is not shown as a value of TOML.
+NOT_SHOWN = ("cost", "worker_costs", "allowed_origins")
 
 
 def rows() -> dict[str, list[str]]:
@@ -177,7 +183,7 @@ def test_the_page_lists_every_setting_with_its_default() -> None:
     for key, (flag, shown, live, _) in rows().items():
         assert flag.strip("`") == ALL[key].flag
         assert (live == "yes") == (key in LIVE)
-        if key not in TWO and default[key] is not None and key not in ("cost", "worker_costs"):
+        if key not in {*TWO, *NOT_SHOWN} and default[key] is not None:
             text = shown.replace("`", '"')
             assert tomllib.loads(f"value = {text}")["value"] == default[key], key
 
@@ -206,6 +212,8 @@ def toml_value(value: object) -> str:
 def valid(one: Setting) -> st.SearchStrategy[Any]:
     if one.key in TWO:
         return st.lists(st.integers(1, 9).map(lambda port: f"http://w:{port}"), min_size=1, max_size=3, unique=True)
+    if one.key == "allowed_origins":
+        return st.lists(st.sampled_from(["*", "https://a.example", "http://[::1]:3000", "app://x"]), unique=True)
     if one.key == "cost":
         return st.just(DEFAULT_PRESET)
     if one.choices:
@@ -223,6 +231,8 @@ def valid(one: Setting) -> st.SearchStrategy[Any]:
 def wrong(one: Setting) -> st.SearchStrategy[Any]:
     if one.key in TWO:
         return st.sampled_from(["http://w:1", 1, [1], ["w:1"], ["http://w:1", "http://w:1"], ["http://w:0"], []])
+    if one.key == "allowed_origins":
+        return st.sampled_from(["*", 1, [1], ["null"], ["https://a.example/"], ["a.example"], ["https://a b"], [""]])
     if one.key == "worker_costs":
         return st.text(max_size=9).map(lambda cost: {"http://d:1": cost})
     if one.key == "cost":
@@ -261,7 +271,7 @@ def test_values_of_a_file_arrive_as_they_were_written(folder: Path, data: st.Dat
     found = values(RouterConfig.load(folder / "eldr.toml", {}))
     default = values(RouterConfig.of(**TWO))
     for key, value in found.items():
-        if key in TWO:
+        if key in TWO or (key == "allowed_origins" and key in flat):
             assert value == tuple(flat[key])
         elif key == "cost":
             assert value == PRESETS[DEFAULT_PRESET]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -9,12 +10,15 @@ import pytest
 
 from eldr.router.fleet.workers import Worker
 from eldr.router.protocols.handoff import UNKNOWN_LEASE_S, HandOff, Lease
+from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.vllm_nixl import VllmNixl
 from tests.router.fake_worker import counts_wire
 
 
 def read_handoff(value: object, sent_s: float) -> HandOff | None:
-    return VllmNixl().read_handoff(value, Worker("http://p:1", "prefill", 1), sent_s)
+    protocol = VllmNixl()
+    answer = JsonObject(json.dumps(value).encode(), protocol.answer_members)
+    return protocol.read_handoff(answer, Worker("http://p:1", "prefill", 1), sent_s)
 
 
 def answer(**params: Any) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def test_a_lease_that_is_not_stated_is_short(wire: Any) -> None:
     assert handoff is not None
     assert handoff.lease is None
     assert handoff.left_s(after_s) <= UNKNOWN_LEASE_S <= handoff.left_s(before_s)
-    assert "eldr_lease" not in handoff.spend(record=False)
+    assert "eldr_lease" not in json.loads(handoff.spend(record=False))
 
 
 def test_a_handoff_can_be_spent_once() -> None:
@@ -50,13 +54,27 @@ def test_a_handoff_can_be_spent_once() -> None:
     assert handoff is not None
     assert handoff.counts is not None
     assert handoff.counts.prompt_tokens == 4
-    assert handoff.spend(record=True) == {"do_remote_prefill": True, "remote_block_ids": [1], "eldr_record": True}
+    assert json.loads(handoff.spend(record=True)) == {
+        "do_remote_prefill": True,
+        "remote_block_ids": [1],
+        "eldr_record": True,
+    }
     with pytest.raises(AssertionError):
         handoff.spend(record=False)
 
 
 @pytest.mark.parametrize(
-    "value", [None, [], {}, {"kv_transfer_params": None}, {"kv_transfer_params": {"do_remote_prefill": 1}}]
+    "value",
+    [{}, {"kv_transfer_params": []}, {"kv_transfer_params": None}, {"kv_transfer_params": {"do_remote_prefill": 1}}],
 )
 def test_an_answer_without_a_handoff(value: Any) -> None:
     assert read_handoff(value, 0.0) is None
+
+
+def test_parameters_are_sent_on_as_they_were_written() -> None:
+    params = b'{"do_remote_prefill": true, "remote_block_ids": [18446744073709551617], "x": 1e999, "eldr_lease": null}'
+    protocol = VllmNixl()
+    answer = JsonObject(b'{"kv_transfer_params":%b}' % params, protocol.answer_members)
+    handoff = protocol.read_handoff(answer, Worker("http://p:1", "prefill", 1), 0.0)
+    assert handoff is not None
+    assert handoff.spend(record=False) == params.replace(b', "eldr_lease": null', b"")

@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import gc
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import aiohttp
@@ -17,31 +16,8 @@ import pytest
 
 from tests.router.certificates import certificate
 from tests.router.fake_worker import FakeWorker, Seen, begin_stream, chunk, reply
-from tests.router.harness import ASK, Setup, on_uvloop, running, until
+from tests.router.harness import ASK, Setup, on_uvloop, ours, running, until
 from tests.router.wire import BODY, POST, exchange, post
-
-
-@pytest.fixture
-def collector() -> Iterator[None]:
-    """Nothing is collected but by hand, and what is found is kept in gc.garbage."""
-    gc.collect()
-    gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)
-    yield
-    gc.set_debug(0)
-    gc.garbage.clear()
-    gc.enable()
-
-
-def ours(found: list[object]) -> list[str]:
-    """The router's own objects, its frames, and the parsers that know its connections."""
-    named = [
-        f"{each.f_code.co_filename}:{each.f_code.co_name}"
-        if isinstance(each, FrameType)
-        else f"{type(each).__module__}.{type(each).__qualname__}"
-        for each in found
-    ]
-    return sorted(name for name in named if "eldr.router" in name or "/eldr/router/" in name or "httptools" in name)
 
 
 @asynccontextmanager

@@ -48,7 +48,11 @@ class AdminApi:
     def refused(self, error: ApiError) -> None:
         """Nothing is counted here, because the router's metrics are about its clients."""
 
-    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
+    def answer_lines(self, headers: dict[bytes, bytes]) -> bytes:
+        """None: the page at /ui and the data that it fetches have the same origin."""
+        return b""
+
+    def permit(self, method: bytes, path: bytes, headers: dict[bytes, bytes]) -> str:
         if path != PAGE and not self._key.is_in(headers):
             raise ApiError(401, "the admin API needs its key, as Authorization: Bearer KEY (see --admin-key-file)")
         return "admin"

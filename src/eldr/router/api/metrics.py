@@ -22,6 +22,8 @@ from eldr.router.http.media_types import accepts
 from eldr.router.observe.counters import Histogram, Metrics
 from eldr.router.observe.decision_log import DecisionLog
 from eldr.router.placement.admission import Admission
+from eldr.router.protocols import openai
+from eldr.router.request.quotas import KINDS, REQUESTS, TOKENS, Quotas
 
 OPENMETRICS_TYPE = b"application/openmetrics-text"
 OPENMETRICS = f"{OPENMETRICS_TYPE.decode()}; version=1.0.0"
@@ -33,7 +35,7 @@ FRESH_PER_S = 5.0
 # The labels of fault counters. Their series exist from the start, because Prometheus's rate() misses the count with
 # which a series begins, and for a rare fault that is the one that matters.
 LEGS = ROLES
-ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
+ENDPOINTS = tuple(path.decode() for path in openai.ENDPOINTS)
 STATUSES = (200, 400, 429, 500, 502, 503, 504)
 QUEUE_REFUSALS = ("full", "displaced", "timeout")
 COUNTS_ERRORS = ("missing", "unavailable", "malformed", "version", "inconsistent")
@@ -54,6 +56,7 @@ class RouterCollector(Collector):
         picture: Callable[[], Picture | None],
         memory: BodyMemory,
         decision_log: DecisionLog | None,
+        quotas: Quotas,
     ) -> None:
         self._decision_log = decision_log
         self._picture = picture
@@ -63,22 +66,28 @@ class RouterCollector(Collector):
         self._admission = admission
         self._fresh = float(FRESH_BURST)
         self._fresh_at_s = time.monotonic()
-        self._written: dict[str, bytes] = {}  # by content type
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
+        self._written: dict[tuple[str, bool], bytes] = {}  # by content type, and whether clients are named
+        self._registries = {named: CollectorRegistry() for named in (False, True)}
+        for registry in self._registries.values():
+            registry.register(self)
+            ProcessCollector(registry=registry)
+        self._registries[True].register(ClientCollector(quotas))
 
-    def exposition(self, accept: bytes) -> tuple[bytes, str]:
-        """Return the text of all metrics and its content type, in the format that an Accept header asks for."""
+    def exposition(self, accept: bytes, named: bool) -> tuple[bytes, str]:
+        """Return the text of all metrics and its content type, in the format that an Accept header asks for.
+
+        named: whether to include the metrics of clients, which show their names.
+        """
         # Do not pass the header itself: prometheus_client echoes versions that it does not know.
         encode, content_type = choose_encoder(OPENMETRICS if accepts(accept, OPENMETRICS_TYPE) else "")
         now_s = time.monotonic()
         self._fresh = min(FRESH_BURST, self._fresh + (now_s - self._fresh_at_s) * FRESH_PER_S)
         self._fresh_at_s = now_s
-        if self._fresh >= 1 or content_type not in self._written:
+        key = content_type, named
+        if self._fresh >= 1 or key not in self._written:
             self._fresh -= 1
-            self._written[content_type] = encode(self._registry)
-        return self._written[content_type], content_type
+            self._written[key] = encode(self._registries[named])
+        return self._written[key], content_type
 
     def collect(self) -> Iterator[Metric]:
         m = self._metrics
@@ -206,6 +215,22 @@ class RouterCollector(Collector):
         ):
             values = {(*worker, reason): counts.get((*worker, reason), 0) for worker in here for reason in reasons}
             yield _counter(name, text, ("role", "worker", "reason"), values)
+
+
+class ClientCollector(Collector):
+    """What each client with a name has used. The names are the operator's, so only the admin key shows them."""
+
+    def __init__(self, quotas: Quotas) -> None:
+        self._quotas = quotas
+
+    def collect(self) -> Iterator[Metric]:
+        quotas = self._quotas.clients
+        requests = {client: quota.used[REQUESTS] for client, quota in quotas.items()}
+        yield _counter("eldr_client_requests", "Requests that the client's quota let in.", ("client",), requests)
+        tokens = {client: quota.used[TOKENS] for client, quota in quotas.items()}
+        yield _counter("eldr_client_tokens", "Tokens of the client's prompts and answers.", ("client",), tokens)
+        refused = {(client, kind): quota.refused[kind] for client, quota in quotas.items() for kind in KINDS}
+        yield _counter("eldr_client_refusals", "Requests beyond the client's quota.", ("client", "limit"), refused)
 
 
 def expected_active_experts(picture: Picture | None) -> dict[str, float]:

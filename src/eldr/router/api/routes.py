@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
 from eldr.router.api.models import ModelsFlow
 from eldr.router.config.endpoint import ROLES
 from eldr.router.http.admin_key import AdminKey
+from eldr.router.http.cors import Cors
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.message import Request
@@ -16,12 +18,15 @@ from eldr.router.http.server import ClientConnection
 from eldr.router.placement.admission import RETRY_AFTER_S
 from eldr.router.protocols import openai
 from eldr.router.request.flow import Flow
+from eldr.router.request.passthrough import ENDPOINTS, PassThrough
 from eldr.router.request.services import Services
+
+AnyFlow = Flow | ModelsFlow | PassThrough
 
 # Paths of the admin API, which a client may ask for at this address by mistake.
 ADMIN_PATHS = frozenset((b"/ui", b"/admin/workers", b"/admin/drain"))
 # Paths that need no API key, because load balancers probe them.
-OPEN_PATHS = frozenset((b"/health", b"/ready"))
+OPEN_PATHS = frozenset((b"/health", b"/ready", b"/ping"))
 # The Allow header of a 405, by the method of the endpoint.
 ALLOWED = {b"GET": b"GET, HEAD", b"POST": b"POST"}
 # How long clients that were cut off have to be told so.
@@ -36,45 +41,59 @@ class ClientApi:
     """
 
     def __init__(
-        self, services: Services, keys: ApiKeys | None, admin_key: AdminKey, collector: RouterCollector
+        self, services: Services, keys: ApiKeys | None, admin_key: AdminKey, cors: Cors, collector: RouterCollector
     ) -> None:
         self._services = services
         self._keys = keys
         self._admin_key = admin_key
+        self.cors = cors
         self._collector = collector
-        self._running: dict[asyncio.Task[None], Flow | ModelsFlow] = {}
+        self._running: dict[asyncio.Task[None], AnyFlow] = {}
         self.connections: set[ClientConnection] = set()
         self.closing = False
-        self._routes = {
-            openai.COMPLETIONS: (b"POST", self._completion),
-            openai.CHAT: (b"POST", self._completion),
+        self._routes: dict[bytes, tuple[bytes, Callable[[Request, ClientExchange], None]]] = {
+            **dict.fromkeys(openai.ENDPOINTS, (b"POST", self._completion)),
             b"/v1/models": (b"GET", self._models),
             b"/health": (b"GET", self._health),
             b"/ready": (b"GET", self._ready),
+            b"/ping": (b"GET", self._health),
+            b"/load": (b"GET", self._load),
             b"/metrics": (b"GET", self._metrics),
         }
+        for path, endpoint in ENDPOINTS.items():
+            self._routes[path] = (endpoint.method, self._pass_through)
 
     @property
     def running(self) -> int:
         """The number of requests that are being answered."""
         return len(self._running)
 
-    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
-        if path in OPEN_PATHS:
+    def answer_lines(self, headers: dict[bytes, bytes]) -> bytes:
+        return self.cors.answer_lines(headers)
+
+    def permit(self, method: bytes, path: bytes, headers: dict[bytes, bytes]) -> str:
+        if path in OPEN_PATHS or self.cors.is_preflight(method, headers):
             return ""
         client = "" if self._keys is None else self._keys.client(headers)
-        # Also if the router requires no keys: the Authorization of a client with a name goes to no worker.
+        # Also if the router requires no keys: the keys of a client with a name go to no worker.
         if not client and self._admin_key.is_in(headers):
             client = "admin"
         if client is None:
-            raise ApiError(401, "an API key is required, as Authorization: Bearer KEY")
+            raise ApiError(401, "an API key is required, as Authorization: Bearer KEY or X-Api-Key: KEY")
         return client
 
     def handle(self, request: Request, exchange: ClientExchange) -> None:
         route = self._routes.get(request.path)
+        if request.method == b"OPTIONS" and self.cors.is_preflight(request.method, request.headers):
+            self._preflight(request, exchange)
+            return
+        if route is None and self._redirect(request, exchange):
+            return
         try:
             if route is None and request.path in ADMIN_PATHS:
                 raise ApiError(404, f"{request.path.decode()} is only served at the address of --admin-listen")
+            if route is None and request.path.startswith(openai.RESPONSES + b"/"):
+                raise ApiError(404, "Not Found: responses are not stored, so they can be neither fetched nor cancelled")
             if route is None:
                 raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, self._routes)))
             method, answer = route
@@ -85,6 +104,24 @@ class ClientApi:
             exchange.respond_error(error, b"" if route is None else b"allow: %b\r\n" % ALLOWED[route[0]])
             return
         answer(request, exchange)
+
+    def _preflight(self, request: Request, exchange: ClientExchange) -> None:
+        """Tell a browser whether the page that it shows may send a request, whatever its path."""
+        if self.cors.allows(request.headers):
+            exchange.respond(200, b"", extra=self.cors.granted(request.headers))
+            return
+        error = ApiError(403, "pages of this origin may not use the API (see --allowed-origins)")
+        self.refused(error)
+        exchange.respond_error(error)
+
+    def _redirect(self, request: Request, exchange: ClientExchange) -> bool:
+        """Send a client that put a slash behind a path to the path itself, as vLLM does. 307 keeps method and body."""
+        path = request.path.rstrip(b"/")
+        if path == request.path or path not in self._routes:
+            return False
+        self._services.metrics.requests["other", 307] += 1
+        exchange.respond(307, b"", extra=b"location: %b%b\r\n" % (path, request.query))
+        return True
 
     def refused(self, error: ApiError) -> None:
         self._services.metrics.requests["other", error.status] += 1
@@ -107,7 +144,10 @@ class ClientApi:
     def _models(self, request: Request, exchange: ClientExchange) -> None:
         self._run(ModelsFlow(self._services, exchange, request))
 
-    def _run(self, flow: Flow | ModelsFlow) -> None:
+    def _pass_through(self, request: Request, exchange: ClientExchange) -> None:
+        self._run(PassThrough(self._services, exchange, request))
+
+    def _run(self, flow: AnyFlow) -> None:
         task = flow.start()
         if task is not None:
             self._running[task] = flow
@@ -115,6 +155,10 @@ class ClientApi:
 
     def _health(self, request: Request, exchange: ClientExchange) -> None:
         exchange.respond(200, b"{}")
+
+    def _load(self, request: Request, exchange: ClientExchange) -> None:
+        """Like vLLM's answer, but for all workers: the requests that the router is answering."""
+        exchange.respond(200, b'{"server_load":%d}' % self.running)
 
     def _ready(self, request: Request, exchange: ClientExchange) -> None:
         fleet = self._services.fleet
@@ -127,5 +171,6 @@ class ClientApi:
         )
 
     def _metrics(self, request: Request, exchange: ClientExchange) -> None:
-        body, content_type = self._collector.exposition(request.headers.get(b"accept", b""))
+        named = self._admin_key.is_in(request.headers)
+        body, content_type = self._collector.exposition(request.headers.get(b"accept", b""), named)
         exchange.respond(200, body, content_type.encode())

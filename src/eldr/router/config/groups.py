@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from eldr.settings import SettingError, group, setting
 
 # The prefix of a URL whose host is a DNS name. Each address of the name is a worker.
 DNS = "dns+"
+# The ports that browsers leave out of an origin.
+OWN_PORTS = {"http": "80", "https": "443"}
+ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>[0-9]{1,5}))?")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # The smallest time limit allowed. A smaller one can only be a mistake.
 LEAST_S = 0.01
@@ -38,6 +42,25 @@ def _dns_url(text: str) -> str:
         # No https: a certificate names a host, but the name resolves to bare addresses.
         raise UrlError(f"{text!r}: expected dns+http://NAME:PORT, with or without a path")
     return worker_urls(url)[0]
+
+
+def _origins(key: str, value: Any) -> tuple[str, ...]:
+    """Origins in the form that browsers send: in lower case, and without the scheme's own port."""
+    if not isinstance(value, list | tuple) or not all(isinstance(origin, str) for origin in value):
+        raise SettingError(f"{key} is {value!r}, expected a list of origins")
+    origins: list[str] = []
+    for text in value:
+        parts = ORIGIN.fullmatch(text.lower())
+        if parts is None and text != "*":
+            raise SettingError(
+                f"{key}: {text!r} is no origin, expected SCHEME://HOST or SCHEME://HOST:PORT without a path, "
+                "such as https://app.example, or * for all"
+            )
+        if parts is not None and parts["port"] == OWN_PORTS.get(parts["scheme"]):
+            origins.append(f"{parts['scheme']}://{parts['host']}")
+        else:
+            origins.append(text.lower())
+    return tuple(dict.fromkeys(origins))
 
 
 @dataclass
@@ -115,6 +138,10 @@ class ListenSettings:
     client_header: str | None = setting(
         None, "header that tells clients apart in the queue", shown="the API key", page="fleet.md#queueing"
     )
+    allowed_origins: tuple[str, ...] = setting(
+        (), "origin whose pages may use the API in a browser, such as https://app.example; * for all", parse=_origins,
+        flag=True, metavar="ORIGIN", live=True, shown="none", page="security.md#browsers",
+    )  # fmt: skip
     tls_cert: Path | None = setting(None, "certificate chain shown to clients, PEM", flag=True, shown="plain HTTP")
     tls_key: Path | None = setting(None, "private key of `tls_cert`, PEM", flag=True)
     admin_listen: str | None = setting(

@@ -62,7 +62,9 @@ class HealthProbe:
             async with asyncio.timeout(self._timeout_s):
                 await self._get(b"/health")
                 if not self._worker.healthy or time.monotonic() - self._models_at_s > MODELS_EVERY_S:
-                    self._worker.models = _model_names(await self._get(b"/v1/models", (200, 401, 403)))
+                    listed = await self._get(b"/v1/models", (200, 401, 403))
+                    self._worker.models = _model_names(listed)
+                    self._worker.max_model_len = _model_lengths(listed)
                     await self._check()
                     self._models_at_s = time.monotonic()
         except TimeoutError:
@@ -115,6 +117,17 @@ def _model_names(answer: Answer) -> frozenset[str] | None:
         raise ExchangeError("/v1/models has no list of models")
     names = (model.get("id") for model in data if isinstance(model, dict))
     return frozenset(name for name in names if isinstance(name, str))
+
+
+def _model_lengths(answer: Answer) -> dict[str, int]:
+    """Return the `max_model_len` of each model in an answer of /v1/models that was read before."""
+    lengths: dict[str, int] = {}
+    if answer.status == 200:
+        for model in answer.json()["data"]:  # type: ignore[index]
+            length = model.get("max_model_len") if isinstance(model, dict) else None
+            if type(length) is int and length > 0 and isinstance(model.get("id"), str):
+                lengths[model["id"]] = length
+    return lengths
 
 
 def _clock_skew_s(date: bytes | None) -> float | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eldr.errors import EldrError
 from eldr.router.config.endpoint import Role
@@ -32,6 +33,7 @@ class Worker:
     ejected: whether it failed requests and gets nothing new for a while (router/fleet/ejection.py).
     on_trial: whether it was ejected and gets one request to prove itself.
     models: the names that it serves. None while unknown.
+    max_model_len: by name, how many tokens a prompt and its answer may have together. Empty while unknown.
     lease_until_s: the monotonic time until which decode workers may still pull blocks from it.
     load: the engine's last report: requests waiting in it, and the share of its KV cache in use. None while unknown.
     active_experts: recent mean of the distinct experts per decode step and layer. None while unknown.
@@ -50,6 +52,7 @@ class Worker:
     ejected: bool = False
     on_trial: bool = False
     models: frozenset[str] | None = None
+    max_model_len: dict[str, int] = field(default_factory=dict)
     lease_until_s: float = 0.0
     load: tuple[int, float] | None = None
     active_experts: float | None = None
@@ -189,6 +192,32 @@ class Fleet:
             if worker.available and (worker.models is None or model in worker.models):
                 return True
         return False
+
+    def least_busy(self, role: Role, model: str | None, avoided: Collection[str] = ()) -> Worker | None:
+        """An available worker with the fewest requests in flight, any of several. None if there is none.
+
+        model: which it must serve, or may serve because its models are unknown. None if any will do.
+        avoided: URLs of workers that are taken only if there is no other.
+        """
+        best: Worker | None = None
+        best_rank: tuple[bool, int, float] | None = None
+        for worker in self.available(role):
+            if not model or worker.models is None or model in worker.models:
+                rank = (worker.url in avoided, worker.in_flight, random.random())
+                if best_rank is None or rank < best_rank:
+                    best, best_rank = worker, rank
+        return best
+
+    def max_model_len(self, model: str | None) -> int | None:
+        """How many tokens a prompt and its answer may have on the decode worker that takes most. None if unknown."""
+        most = 0
+        for worker in self._workers["decode"].values():
+            if model and worker.available and (worker.models is None or model in worker.models):
+                here = worker.max_model_len.get(model)
+                if here is None:
+                    return None
+                most = max(most, here)
+        return most or None
 
     def started(self, worker: Worker) -> None:
         worker.in_flight += 1

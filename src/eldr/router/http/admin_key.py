@@ -1,20 +1,34 @@
-"""The admin key, which allows recording and the admin API. It belongs to this router and never goes to a worker."""
+"""The keys that a request presents, and the admin key, which belongs to this router and never goes to a worker."""
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from eldr.router.config.settings import read_key
 
 SCHEME = b"bearer"
 
 
-def bearer_key(headers: Mapping[bytes, bytes]) -> bytes | None:
-    """Return the key in a request's Authorization header. None if it has none of the scheme Bearer, in any case."""
-    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-    return key.strip() if scheme.lower() == SCHEME else None
+# Headers that hold nothing but a key. Anthropic's clients send the first, Azure's the second.
+BARE_KEYS: Final = (b"x-api-key", b"api-key")
+
+
+def keys_in(headers: Mapping[bytes, bytes]) -> list[bytes]:
+    """The keys that a request presents: in Authorization, with the scheme Bearer in any case, X-Api-Key and api-key."""
+    keys: list[bytes] = []
+    authorization = headers.get(b"authorization")
+    if authorization is not None:
+        scheme, _, key = authorization.partition(b" ")
+        if scheme.lower() == SCHEME:
+            keys.append(key.strip())
+    for name in BARE_KEYS:
+        bare = headers.get(name)
+        if bare is not None:
+            keys.append(bare)
+    return keys
 
 
 class AdminKey:
@@ -34,6 +48,9 @@ class AdminKey:
             self._key = read_key(self._path)
 
     def is_in(self, headers: Mapping[bytes, bytes]) -> bool:
-        """Whether the Authorization header carries the key."""
-        given = bearer_key(headers)
-        return given is not None and self._key is not None and hmac.compare_digest(given, self._key)
+        """Whether one of the request's keys is this one."""
+        if self._key is not None:
+            for given in keys_in(headers):
+                if hmac.compare_digest(given, self._key):
+                    return True
+        return False

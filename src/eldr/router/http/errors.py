@@ -23,6 +23,16 @@ TYPES = {
     504: "GatewayTimeoutError",
     505: "BadRequestError",
 }
+# The same in Anthropic's API (https://docs.anthropic.com/en/api/errors). Any other status is an "api_error".
+MESSAGES_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+MESSAGES_PATH = b"/v1/messages"
 
 
 class ApiError(Exception):
@@ -45,6 +55,15 @@ class ApiError(Exception):
     def type(self) -> str:
         """Its name in the API."""
         return TYPES.get(self.status) or TYPES[400 if self.status < 500 else 500]
+
+    def body_for(self, path: bytes) -> bytes:
+        """The error in the form of the API that `path` belongs to."""
+        return self.messages_body() if path.startswith(MESSAGES_PATH) else self.body()
+
+    def messages_body(self) -> bytes:
+        """The error as Anthropic's API writes it: {"type": "error", "error": {"type", "message"}}."""
+        error = {"type": MESSAGES_TYPES.get(self.status, "api_error"), "message": self.message}
+        return orjson.dumps({"type": "error", "error": error})
 
     def body(self) -> bytes:
         """The error as JSON: {"error": {"message", "type", "param", "code"}}."""

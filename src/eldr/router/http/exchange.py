@@ -68,13 +68,14 @@ class ClientExchange:
         If the request was already answered, closes the connection and raises RuntimeError.
         """
         self._begin()
-        head = answer_head(status, content_type, len(body), extra + self._connection_line())
+        extra += self._request.answer_lines + self._connection_line()
+        head = answer_head(status, content_type, len(body), extra)
         self._transport.write(head if self._request.method == b"HEAD" else head + body)
         self._finish()
 
     def respond_error(self, error: ApiError, extra: bytes = b"") -> None:
         """Send `error` as the answer. Raises like `respond`."""
-        self.respond(error.status, error.body(), extra=extra + error_headers(error))
+        self.respond(error.status, error.body_for(self._request.path), extra=extra + error_headers(error))
 
     def begin_stream(self, content_type: bytes, extra: bytes = b"") -> None:
         """Start an answer of unknown length: chunked, or ended by the connection's close for HTTP/1.0.
@@ -82,6 +83,7 @@ class ClientExchange:
         If the request was already answered, closes the connection and raises RuntimeError.
         """
         self._begin()
+        extra += self._request.answer_lines
         self.streaming = True
         if self._chunked:
             extra += self._connection_line() + b"transfer-encoding: chunked\r\n"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Final
 
+from eldr.router.http.admin_key import BARE_KEYS
 from eldr.router.http.media_types import EVENT_STREAM, JSON, essence
 from eldr.router.http.message import Request, is_hop_by_hop
 
@@ -14,6 +16,7 @@ MAX_SESSION_ID_BYTES = 512
 # The content types that are passed on. A browser could take any other for a page of the router itself.
 CONTENT_TYPES = frozenset((JSON, EVENT_STREAM, b"text/plain"))
 UNKNOWN_TYPE = b"application/octet-stream"
+KEY_HEADERS: Final = (b"authorization", *BARE_KEYS)
 RETRY_AFTER = re.compile(rb"[0-9]{1,9}|[A-Za-z0-9:, ]{29}")
 
 
@@ -25,12 +28,19 @@ def session_line(request: Request) -> bytes:
     return b"" if is_hop_by_hop(request.headers, b"x-session-id") else b"x-session-id: %b\r\n" % given
 
 
-def client_authorization(request: Request) -> bytes | None:
-    """The client's Authorization, for workers that check keys themselves. None if the router has checked it."""
-    given = request.headers.get(b"authorization")
-    if given is None or request.client or PRINTABLE.fullmatch(given) is None:
-        return None
-    return None if is_hop_by_hop(request.headers, b"authorization") else given
+def client_authorization(request: Request) -> bytes:
+    """The header lines with the client's own keys, for workers that check keys themselves.
+
+    Empty if the router has checked one.
+    """
+    headers, lines = request.headers, b""
+    if request.client:
+        return lines
+    for name in KEY_HEADERS:
+        given = headers.get(name)
+        if given is not None and PRINTABLE.fullmatch(given) is not None and not is_hop_by_hop(headers, name):
+            lines += b"%b: %b\r\n" % (name, given)
+    return lines
 
 
 def content_type(headers: Mapping[bytes, bytes]) -> bytes:

@@ -25,7 +25,9 @@ MAX_FRAMING_BYTES = 64 * 1024
 MAX_FRAMING_PER_BYTE = 16
 
 # Headers that must not be repeated, because a proxy and the router could each obey another copy.
-SINGLE = frozenset((b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-type"))
+SINGLE = frozenset(
+    (b"host", b"content-length", b"transfer-encoding", b"authorization", b"x-api-key", b"api-key", b"content-type")
+)
 # RFC 9110, section 7.2. A Host of any other form is refused, because another party could read a different host in it.
 HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")
 
@@ -33,13 +35,18 @@ HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[
 class Request:
     """One complete request.
 
+    query: with its question mark. Empty if there is none.
     headers: with names in lower case. The values of a repeated header are joined by commas.
     hold: counts the body, and is given up with it. None without a body.
-    client: the name that the client's key stands for. Empty if the router did not use the Authorization header.
+    client: the name that the client's key stands for. Empty if the router used none of its keys.
+    answer_lines: header lines of any answer to it, each ending in CRLF.
     received_s: monotonic time of arrival.
     """
 
-    __slots__ = ("body", "client", "headers", "hold", "http_1_0", "keep_alive", "method", "path", "received_s")
+    __slots__ = (
+        "answer_lines", "body", "client", "headers", "hold", "http_1_0", "keep_alive", "method", "path", "query",
+        "received_s",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -52,6 +59,8 @@ class Request:
         keep_alive: bool = True,
         http_1_0: bool = False,
         client: str = "",
+        query: bytes = b"",
+        answer_lines: bytes = b"",
     ) -> None:
         self.method = method
         self.path = path
@@ -61,6 +70,8 @@ class Request:
         self.keep_alive = keep_alive
         self.http_1_0 = http_1_0
         self.client = client
+        self.query = query
+        self.answer_lines = answer_lines
         self.received_s = time.monotonic()
 
 
@@ -73,7 +84,10 @@ def is_hop_by_hop(headers: dict[bytes, bytes], name: bytes) -> bool:
 class Sink(Protocol):
     """Receives the requests of one client, in their order."""
 
-    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
+    def answer_lines(self, headers: dict[bytes, bytes]) -> bytes:
+        """The header lines of any answer to a request with these headers, an error included."""
+
+    def permit(self, method: bytes, path: bytes, headers: dict[bytes, bytes]) -> str:
         """The client's name, decided before the body is read. Raises ApiError if the request is not allowed."""
 
     def on_expect(self) -> None:
@@ -105,6 +119,8 @@ class IncomingMessage:
     def __init__(self, max_body_bytes: int, memory: BodyMemory) -> None:
         self.url = b""
         self.path = b""
+        self.query = b""
+        self.answer_lines = b""
         self.http_1_0 = False
         self.headers: dict[bytes, bytes] = {}
         self.client = ""
@@ -198,6 +214,16 @@ class RequestReader:
         self._message = IncomingMessage(self._limits.max_body_bytes, self._memory)
         # Bytes of the head so far or, after the head, of the body. The piece in which the body began is not counted.
         self._fed_bytes = 0
+
+    @property
+    def answer_lines(self) -> bytes:
+        """Header lines for an answer that refuses the next request. Empty until its head has arrived."""
+        return self._message.answer_lines
+
+    @property
+    def path(self) -> bytes:
+        """The path of the next request. Empty until its head has arrived."""
+        return self._message.path
 
     @property
     def body_bytes(self) -> int:
@@ -296,9 +322,10 @@ class RequestReader:
             if self._upgrade_offered:
                 raise ApiError(400, "switching protocols is not supported, and this connection offered it before")
             return  # see _pass_over_upgrade
+        message.answer_lines = self._sink.answer_lines(headers)
+        message.path, message.query = _path_and_query(message.url)
         message.check_framing()
-        message.path = _path(message.url)
-        message.client = self._sink.permit(message.path, headers)
+        message.client = self._sink.permit(self._parser.get_method(), message.path, headers)
         message.check_room()
         self.since_s = time.monotonic()
         expect = headers.get(b"expect")
@@ -333,6 +360,8 @@ class RequestReader:
             keep_alive=parser.should_keep_alive(),
             http_1_0=message.http_1_0,
             client=message.client,
+            query=message.query,
+            answer_lines=message.answer_lines,
         )
         self._await_next()
         self._sink.on_request(request)
@@ -342,11 +371,13 @@ def _head_too_large() -> ApiError:
     return ApiError(431, f"request line and headers exceed {MAX_HEAD_BYTES} bytes")
 
 
-def _path(url: bytes) -> bytes:
-    """The path of a request target, without its query. The target may be an absolute URL."""
+def _path_and_query(url: bytes) -> tuple[bytes, bytes]:
+    """The path of a request target, and its query with the question mark. The target may be an absolute URL."""
     if not url.startswith(b"/"):
         try:
-            url = httptools.parse_url(url).path or b"/"
+            parts = httptools.parse_url(url)
         except httptools.HttpParserInvalidURLError:
             raise ApiError(400, "the request target is malformed") from None
-    return url.partition(b"?")[0]
+        return parts.path or b"/", b"" if parts.query is None else b"?" + parts.query
+    path, mark, query = url.partition(b"?")
+    return path, mark + query

@@ -48,16 +48,14 @@ class WorkerPool:
         path: bytes,
         headers: bytes = b"",
         body: bytes = b"",
-        client_authorization: bytes | None = None,
+        client_authorization: bytes = b"",
     ) -> bytes:
         """The bytes of a request. The worker's key, if there is one, replaces `client_authorization`.
 
         path: of the API. The path in the worker's URL is put before it.
-        headers: further header lines, each ending in CRLF.
+        headers, client_authorization: header lines, each ending in CRLF.
         """
-        authorization = self._authorization
-        if authorization is None:
-            authorization = b"" if client_authorization is None else b"authorization: %b\r\n" % client_authorization
+        authorization = client_authorization if self._authorization is None else self._authorization
         return b"%b %b%b HTTP/1.1\r\n%b%b%bcontent-length: %d\r\n\r\n%b" % (
             method, self._base_path, path, self._address_lines, authorization, headers, len(body), body,
         )  # fmt: skip

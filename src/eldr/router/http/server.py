@@ -98,7 +98,10 @@ class Handler(Protocol):
     connections: set[ClientConnection]
     closing: bool
 
-    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
+    def answer_lines(self, headers: dict[bytes, bytes]) -> bytes:
+        """The header lines of any answer to a request with these headers, an error included."""
+
+    def permit(self, method: bytes, path: bytes, headers: dict[bytes, bytes]) -> str:
         """The client's name, decided before the body is read. Raises ApiError if the request is not allowed."""
 
     def handle(self, request: Request, exchange: ClientExchange) -> None: ...
@@ -264,8 +267,11 @@ class ClientConnection:
 
     # The order of requests and answers.
 
-    def permit(self, path: bytes, headers: dict[bytes, bytes]) -> str:
-        return self._handler.permit(path, headers)
+    def answer_lines(self, headers: dict[bytes, bytes]) -> bytes:
+        return self._handler.answer_lines(headers)
+
+    def permit(self, method: bytes, path: bytes, headers: dict[bytes, bytes]) -> str:
+        return self._handler.permit(method, path, headers)
 
     def on_expect(self) -> None:
         if self._exchange is None:
@@ -352,6 +358,6 @@ class ClientConnection:
         asyncio.get_running_loop().call_later(LINGER_S, self._transport.abort)
 
     def _write_error(self, error: ApiError) -> None:
-        body = error.body()
-        extra = error_headers(error) + b"connection: close\r\n"
+        body = error.body_for(self._reader.path)
+        extra = self._reader.answer_lines + error_headers(error) + b"connection: close\r\n"
         self._transport.write(answer_head(error.status, b"application/json", len(body), extra) + body)

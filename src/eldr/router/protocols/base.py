@@ -6,42 +6,57 @@ A protocol turns bodies into bodies. It opens no connection, chooses no worker a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from eldr.router.fleet.workers import Worker
 from eldr.router.protocols.handoff import HandOff
+from eldr.router.protocols.json_object import JsonObject
+from eldr.router.protocols.openai import Endpoint
 
 
 class LegProtocol(ABC):
     """How one kind of engine computes a prompt on one worker and continues on another.
 
     reserved: body fields that only the router may send.
+    members: the members of a body that the protocol looks at or replaces, besides those of the endpoint.
+    answer_members: those of a worker's answer.
     """
 
     reserved: ClassVar[tuple[str, ...]]
+    members: ClassVar[frozenset[str]]
+    answer_members: ClassVar[frozenset[str]]
 
     @abstractmethod
-    def why_whole(self, path: bytes, body: dict[str, Any]) -> str | None:
+    def why_whole(self, endpoint: Endpoint, body: JsonObject) -> str | None:
         """Why this request must run whole on one worker, as a metric label. None if its prefill can be handed off."""
 
     @abstractmethod
-    def prefill_body(self, body: dict[str, Any], record: bool) -> bytes:
-        """Return the request for a prefill worker: the prompt, one token, no stream, and a promise to fetch the KV.
+    def refuse_early(self, endpoint: Endpoint, body: JsonObject, max_model_len: int | None) -> None:
+        """Raise ApiError 400 for a request to be handed off that a decode worker would refuse, and no prefill worker.
 
-        record: whether the answer should include the experts of the prompt.
-        Raises ApiError 400 for a body that cannot be encoded.
+        max_model_len: the most tokens that prompt and answer may have. None if it is unknown.
         """
 
     @abstractmethod
-    def read_handoff(self, fields: object, source: Worker, sent_s: float) -> HandOff | None:
+    def prefill_body(self, endpoint: Endpoint, body: JsonObject, record: bool, leg_name: str) -> bytes:
+        """Return the request for a prefill worker: the prompt, one token, no stream, and a promise to fetch the KV.
+
+        leg_name: the X-Request-Id, which some endpoints read from the body.
+        record: whether the answer should include the experts of the prompt.
+        """
+
+    @abstractmethod
+    def read_handoff(self, answer: JsonObject, source: Worker, sent_s: float) -> HandOff | None:
         """Read the hand-off from the answer of `source` to a prefill sent at `sent_s` (monotonic).
 
         None if it has none.
         """
 
     @abstractmethod
-    def decode_body(self, body: dict[str, Any], handoff: HandOff | None, record: bool) -> bytes:
-        """Return the client's request with the hand-off, if there is one, which is then spent. Raises ApiError 400."""
+    def decode_body(
+        self, endpoint: Endpoint, body: JsonObject, handoff: HandOff | None, record: bool, leg_name: str
+    ) -> bytes:
+        """Return the client's request with the hand-off, if there is one, which is then spent."""
 
     @abstractmethod
     def is_named_after(self, name: object, leg_name: str) -> bool:
@@ -57,7 +72,7 @@ class LegProtocol(ABC):
 
     @abstractmethod
     def for_client(self, answer: bytes) -> bytes:
-        """Remove what a worker's JSON answer says about transfers. Raises orjson.JSONDecodeError if it is not JSON."""
+        """Remove what a worker's JSON answer says about transfers. Raises JsonTextError if it is not JSON."""
 
     @abstractmethod
     def recorded(self, answer: bytes, handoff: HandOff | None) -> bytes:

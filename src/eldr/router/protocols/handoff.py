@@ -5,12 +5,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import orjson
+
 from eldr.counts import CountsError, ExpertCounts, decode_counts
 from eldr.router.fleet.workers import Worker
+from eldr.router.protocols.json_object import JsonObject, tree_of
 
 # How long a hand-off may wait in the router if its lease is unknown, because the prefill worker has no eldr connector.
 # NIXL's own lease is 30 s by default.
 UNKNOWN_LEASE_S = 10.0
+# What the worker tells the router, and not the decode worker; and what the router tells the decode worker itself.
+FOR_ROUTER = frozenset(("eldr_counts", "eldr_lease", "eldr_record"))
+NO_PARAMS = JsonObject(b"{}", frozenset())
 
 
 class Lease:
@@ -44,6 +50,9 @@ class Lease:
 class HandOff:
     """The result of one prefill.
 
+    Its parameters are kept as the prefill worker wrote them.
+
+    params: in which the members of FOR_ROUTER were looked for.
     counts: the expert counts of the prompt. None if there are no usable ones.
     counts_reason, counts_problem: why there are none, as a metric label and for people. Empty if there are. The
         exception itself is not kept: it knows the frames that hold the bodies.
@@ -55,8 +64,8 @@ class HandOff:
     name: the worker's name for the request whose blocks these are.
     """
 
-    def __init__(self, params: dict[str, Any], source: Worker, name: object, prompt_tokens: int, sent_s: float) -> None:
-        self._params = params
+    def __init__(self, params: JsonObject, source: Worker, name: object, prompt_tokens: int, sent_s: float) -> None:
+        self._params = JsonObject(params.spliced(FOR_ROUTER), frozenset())
         self._spent = False
         received_s = time.monotonic()
         self.prefill_s = received_s - sent_s
@@ -65,8 +74,8 @@ class HandOff:
         self.prompt_tokens = prompt_tokens
         self.counts: ExpertCounts | None = None
         self.counts_reason = self.counts_problem = ""
-        self.counts_wire = params.pop("eldr_counts", None)
-        self.lease = Lease.from_wire(params.pop("eldr_lease", None), sent_s, received_s, time.time())
+        self.counts_wire: Any = tree_of(params.raw("eldr_counts"))
+        self.lease = Lease.from_wire(tree_of(params.raw("eldr_lease")), sent_s, received_s, time.time())
         self._unknown_until_s = received_s + UNKNOWN_LEASE_S
         try:
             if self.counts_wire is None:
@@ -79,8 +88,8 @@ class HandOff:
         """Seconds left at monotonic time `now_s`."""
         return self._unknown_until_s - now_s if self.lease is None else self.lease.left_at(now_s)
 
-    def spend(self, record: bool) -> dict[str, Any]:
-        """Return the parameters for the one decode request that may use them.
+    def spend(self, record: bool) -> bytes:
+        """Return the parameters, as a JSON object, for the one decode request that may use them.
 
         The prefill worker frees the blocks at the first completion, abort or rejection that it learns of, and a pull is
         an unchecked read of its memory. Once a byte of this request is sent, the parameters are void, whatever happens
@@ -93,9 +102,11 @@ class HandOff:
         self.counts = None
         if not record:
             self.counts_wire = None
-        params, self._params = self._params, {}
+        params, self._params = self._params, NO_PARAMS
+        added = b""
         if self.lease is not None:
-            params["eldr_lease"] = {"left_s": self.lease.left_at(time.monotonic()), "unix_s": time.time()}
+            lease = {"left_s": self.lease.left_at(time.monotonic()), "unix_s": time.time()}
+            added = b'"eldr_lease":%b' % orjson.dumps(lease)
         if record:
-            params["eldr_record"] = True
-        return params
+            added += b',"eldr_record":true' if added else b'"eldr_record":true'
+        return params.spliced(FOR_ROUTER, added)

@@ -1,41 +1,156 @@
-"""The OpenAI API of clients: bodies of /v1/completions and /v1/chat/completions, and what they ask for."""
+"""The APIs of clients, OpenAI's and Anthropic's: what the members of each endpoint's bodies mean and ask for."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
 import orjson
 
+from eldr.kernels import NO_OBJECT, JsonTextError
 from eldr.router.http.errors import ApiError
+from eldr.router.protocols.json_object import ARRAY, OBJECT, QUOTE, JsonObject, Value, utf8
+from eldr.router.protocols.lenient import boolean, whole_number
+
+# Names that begin so are the router's own.
+OWN = "eldr_"
+# The largest limit on tokens that means anything. JSON's numbers have no end.
+MOST_TOKENS = 2**53
+
+COMMON = ("model", "priority", "request_id", "stream", "stream_options", "vllm_xargs")
+NOTHING = re.compile(rb'(?:null|""|\[[ \t\r\n]*\])\Z')
+STREAM_OPTIONS = frozenset(("include_usage", "continuous_usage_stats"))
+
+
+class Endpoint:
+    """An endpoint that generates text, and what the members of its bodies mean.
+
+    A new endpoint is a row of ENDPOINTS. Of its bodies, only members that are named here or by the leg protocol are
+    looked at.
+
+    path: as in the request line.
+    input: the member with the prompt.
+    texts: whether a string there is a prompt.
+    messages: whether an array there has messages. Otherwise it has prompts, or the token ids of one.
+    limits: the members that limit the generated tokens. The first that is given counts.
+    default_limit: the limit if none is given. None for as many as there is room for.
+    output: the member of an answer that shows that it is one, an array.
+    system: the member with the instructions that many prompts share, besides those among the messages. Empty if none.
+    state: members that refer to what one worker stores, with the status of their refusal.
+    choices: whether the body is one of vLLM's own, whose members about sampling and streams other APIs do not have.
+    members: all members that matter: the above, those that matter for every endpoint, and those that matter here alone.
+    """
+
+    def __init__(
+        self,
+        path: bytes,
+        *,
+        input: str,
+        texts: bool,
+        messages: bool,
+        limits: tuple[str, ...],
+        default_limit: int | None,
+        others: tuple[str, ...],
+        output: str = "choices",
+        system: str = "",
+        state: tuple[tuple[str, int], ...] = (),
+    ) -> None:
+        self.path = path
+        self.input = input
+        self.texts = texts
+        self.messages = messages
+        self.limits = limits
+        self.default_limit = default_limit
+        self.output = output
+        self.system = system
+        self.state = state
+        self.choices = output == "choices"
+        names = (*COMMON, input, *limits, *others, *(name for name, _ in state))
+        self.members = frozenset((*names, system) if system else names)
+
 
 COMPLETIONS = b"/v1/completions"
 CHAT = b"/v1/chat/completions"
+RESPONSES = b"/v1/responses"
+MESSAGES = b"/v1/messages"
 
-# A token id in a JSON array takes about this many bytes of text.
-BYTES_PER_TOKEN = 4
+ENDPOINTS = {
+    endpoint.path: endpoint
+    for endpoint in (
+        Endpoint(
+            COMPLETIONS,
+            input="prompt",
+            texts=True,
+            messages=False,
+            limits=("max_tokens",),
+            default_limit=16,
+            others=("prompt_embeds", "suffix"),
+        ),
+        Endpoint(
+            CHAT,
+            input="messages",
+            texts=False,
+            messages=True,
+            limits=("max_completion_tokens", "max_tokens"),
+            default_limit=None,
+            others=("return_prompt_text",),
+        ),
+        Endpoint(
+            RESPONSES,
+            input="input",
+            texts=True,
+            messages=True,
+            limits=("max_output_tokens",),
+            default_limit=None,
+            others=("tools", "truncation", "previous_input_messages", "store", "enable_response_messages"),
+            output="output",
+            system="instructions",
+            state=(("background", 400), ("previous_response_id", 404)),
+        ),
+        Endpoint(
+            MESSAGES,
+            input="messages",
+            texts=False,
+            messages=True,
+            limits=("max_tokens",),
+            default_limit=None,
+            others=("thinking", "tool_choice"),
+            output="content",
+            system="system",
+        ),
+    )
+}
 
 
-def parse_body(path: bytes, raw: bytes, reserved: Collection[str]) -> dict[str, Any]:
-    """Parse the body as an object. Of duplicate keys the last one counts, for every reader.
+def read_body(endpoint: Endpoint, raw: bytes, members: frozenset[str], reserved: Collection[str]) -> JsonObject:
+    """Return the body of a request to `endpoint`.
 
-    reserved: fields that only the router may send, besides those that start with `eldr_`.
-    Raises ApiError 400 for a body that is not a JSON object, contains such fields, or has no prompt.
+    members: names that the leg protocol wants to know besides the endpoint's.
+    Raises ApiError 400 like `read_object`, and for a body without a prompt. Raises 400 or 404 for one that needs what a
+    worker stored.
     """
-    body = json_object(raw)
-    _refuse_router_fields(body, "", reserved)
-    extra = body.get("vllm_xargs")
-    if isinstance(extra, dict):
-        _refuse_router_fields(extra, "vllm_xargs.", reserved)
-    model = body.get("model")
-    if model is not None and not isinstance(model, str):
-        raise ApiError(400, "model must be a string", param="model")
-    if path == CHAT:
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise ApiError(400, "messages must be a non-empty array", param="messages")
-    elif not body.get("prompt") and not body.get("prompt_embeds"):
-        raise ApiError(400, "prompt must be given and not be empty", param="prompt")
+    body = read_object(raw, members, reserved)
+    _check_input(endpoint, body)
+    for name, status in endpoint.state:
+        # A worker may store a response, but the next request reaches another one.
+        if name in body and body.get(name) not in (None, False):
+            raise ApiError(status, f"{name} needs a stored response, but responses are not stored", param=name)
+    return body
+
+
+def read_object(raw: bytes, members: frozenset[str], reserved: Collection[str]) -> JsonObject:
+    """Return a client's body, in which the members named are of interest.
+
+    reserved: fields that only the router may send, besides those that start with `eldr_`. Null is as good as nothing.
+    Raises ApiError 400 for a body that is not a JSON object or contains such fields.
+    """
+    try:
+        text = utf8(raw)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the request body is not valid JSON: it is not {error.encoding}") from None
+    body = _object_of(text, members, OWN)
+    _refuse_router_fields(body, reserved)
     return body
 
 
@@ -50,71 +165,88 @@ def json_object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _refuse_router_fields(fields: dict[str, Any], where: str, reserved: Collection[str]) -> None:
-    for key in fields:
-        if key in reserved or key.startswith("eldr_"):
-            raise ApiError(400, f"{where}{key} is set by the router, not by a client", param=f"{where}{key}")
+def _object_of(text: bytes, members: frozenset[str], prefix: str = "") -> JsonObject:
+    try:
+        return JsonObject(text, members, prefix)
+    except JsonTextError as error:
+        if error.fault == NO_OBJECT:
+            raise ApiError(400, "the request body must be a JSON object") from None
+        raise ApiError(400, f"the request body is not valid JSON: {error}") from None
 
 
-def max_tokens(path: bytes, body: dict[str, Any]) -> int | None:
-    """The client's limit on generated tokens. None if there is none."""
-    value = body.get("max_completion_tokens") if path == CHAT else None
-    if value is None:
-        value = body.get("max_tokens")
-    return value if type(value) is int else None
+def _refuse_router_fields(body: JsonObject, reserved: Collection[str]) -> None:
+    text = body.text
+    for name, _, value, end, _ in body.members:
+        if name == "vllm_xargs":
+            if text[value] == OBJECT:
+                extra = _object_of(text[value:end], frozenset(reserved), OWN)
+                for inner, _, _, _, _ in extra.members:
+                    _refuse(f"vllm_xargs.{inner}")
+        elif name.startswith(OWN) or (name in reserved and text[value:end] != b"null"):
+            _refuse(name)
 
 
-def wants_usage(body: dict[str, Any]) -> bool:
+def _refuse(name: str) -> None:
+    raise ApiError(400, f"{name} is set by the router, not by a client", param=name)
+
+
+def _check_input(endpoint: Endpoint, body: JsonObject) -> None:
+    start, _ = body.span(endpoint.input) or (0, 0)
+    if endpoint.texts and endpoint.messages and body.text[start] == QUOTE:
+        return  # a message, which may be empty
+    if _is_given(body, endpoint.input):
+        first = body.text[start]
+        if first == ARRAY or not endpoint.messages:
+            return
+    elif not endpoint.messages and _is_given(body, "prompt_embeds"):
+        return
+    what = "a non-empty array" if endpoint.messages else "given and not be empty"
+    raise ApiError(400, f"{endpoint.input} must be {what}", param=endpoint.input)
+
+
+def _is_given(body: JsonObject, name: str) -> bool:
+    """Whether a member is there and not null, and no empty string or array."""
+    span = body.span(name)
+    return span is not None and NOTHING.match(body.text, span[0], span[1]) is None
+
+
+def model(body: JsonObject) -> str | None:
+    """The name of the model. None if the client leaves it to the worker. Raises ApiError 400."""
+    name = body.get("model")
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise ApiError(400, "model must be a string", param="model")
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a surrogate, which no model has in its name, and no error could repeat
+        raise ApiError(404, "The model does not exist: its name is no text.", param="model") from None
+    return name
+
+
+def max_tokens(endpoint: Endpoint, body: JsonObject) -> int | None:
+    """The client's limit on generated tokens. None if there is none, or none that makes sense."""
+    for name in endpoint.limits:
+        value = body.get(name)
+        if value is not None:
+            limit = whole_number(value)
+            return limit if limit is not None and 0 <= limit <= MOST_TOKENS else None
+    return None
+
+
+def stream_options(body: JsonObject) -> JsonObject | None:
+    """What a client wants of a stream. None if it does not say. Raises ApiError 400."""
+    raw = body.raw("stream_options")
+    return _object_of(raw, STREAM_OPTIONS) if raw is not None and raw[0] == OBJECT else None
+
+
+def wants_usage(body: JsonObject) -> bool:
     """Whether a stream should end with the usage."""
-    options = body.get("stream_options")
-    return isinstance(options, dict) and bool(options.get("include_usage"))
+    options = stream_options(body)
+    return options is not None and boolean(options.get("include_usage")) is True
 
 
-def wants_stream(body: dict[str, Any]) -> bool | None:
-    """Whether the answer should be streamed.
-
-    None for a value that is not a boolean, which a worker may read either way.
-    """
-    stream = body.get("stream", False)
-    return stream if isinstance(stream, bool) else None
-
-
-def prompt_start(path: bytes, body: dict[str, Any], window_bytes: int) -> bytes:
-    """Return the first `window_bytes` of the prompt, by which requests with the same start are recognised.
-
-    For a chat request see `chat_start`.
-    """
-    if path == CHAT:
-        return chat_start(body["messages"], window_bytes)
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        # The first window_bytes bytes hold at most window_bytes characters.
-        return prompt[:window_bytes].encode()[:window_bytes]
-    if isinstance(prompt, list):
-        return orjson.dumps(prompt[: max(1, window_bytes // BYTES_PER_TOKEN)])
-    return orjson.dumps(prompt)
-
-
-def chat_start(messages: list[Any], window_bytes: int) -> bytes:
-    """Return the start of a conversation as canonical JSON: all leading system messages and `window_bytes` beyond them.
-
-    Many conversations share a system prompt. With a window from the very start, a long system prompt would send them
-    all to one worker. With this window, each worker caches the system prompt once, and conversations spread by what
-    follows it.
-    """
-    leading = 0
-    while leading < len(messages) and _is_system(messages[leading]):
-        leading += 1
-    start = orjson.dumps(messages[:leading], option=orjson.OPT_SORT_KEYS)
-    rest = b""
-    for message in messages[leading:]:
-        rest += orjson.dumps(message, option=orjson.OPT_SORT_KEYS)
-        if len(rest) >= window_bytes:
-            break
-    return start + rest[:window_bytes]
-
-
-def _is_system(message: object) -> bool:
-    return isinstance(message, dict) and message.get("role") in ("system", "developer")
+def wants_stream(body: JsonObject) -> bool | None:
+    """Whether the answer should be streamed. None for a value that is not a boolean, which a worker will refuse."""
+    value: Value = body.get("stream")
+    return False if value is None else boolean(value)

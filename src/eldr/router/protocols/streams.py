@@ -13,21 +13,15 @@ from typing import Any, Final
 import orjson
 
 from eldr.event_stream import Event
-from eldr.router.http.errors import ApiError
-from eldr.router.protocols.openai import CHAT, COMPLETIONS
+from eldr.router.http.errors import MESSAGES_TYPES, ApiError
+from eldr.router.protocols.openai import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 
 # The start of an error whose event is too long to be kept whole.
 ERROR_START: Final = re.compile(rb'\s*\{\s*"error"\s*:\s*[{"]')
 USAGE: Final = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})')
-# The errors of the messages API that are not the server's.
-MESSAGES_TYPES: Final = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-}
+# The statuses of the errors of the messages API that are not the server's.
+MESSAGES_STATUSES: Final = {name: status for status, name in MESSAGES_TYPES.items()}
+RESPONSES_OPENING: Final = frozenset((b"response.created", b"response.queued", b"response.in_progress"))
 
 
 class StreamForm:
@@ -42,6 +36,10 @@ class StreamForm:
     def is_end(self, event: Event) -> bool:
         """Whether the stream is complete with this event."""
         return event.data == b"[DONE]"
+
+    def is_opening(self, event: Event) -> bool:
+        """Whether an event says no more than that the request was accepted. It waits for the next one."""
+        return False
 
     def is_token(self, event: Event) -> bool:
         """Whether an event that is not the end counts as a token, if it does not belong to the opening."""
@@ -98,16 +96,18 @@ class Messages(TypedForm):
         error = fields.get("error")
         if fields.get("type") != "error":
             return 0
-        return MESSAGES_TYPES.get(str(error.get("type")), 500) if isinstance(error, dict) else 500
+        return MESSAGES_STATUSES.get(str(error.get("type")), 500) if isinstance(error, dict) else 500
 
     def error_event(self, error: ApiError) -> bytes:
-        types = {status: name for name, status in MESSAGES_TYPES.items()}
-        body = {"type": types.get(error.status, "api_error"), "message": error.message}
-        return b"event: error\ndata: %b\n\n" % orjson.dumps({"type": "error", "error": body})
+        return b"event: error\ndata: %b\n\n" % error.messages_body()
 
 
 class Responses(TypedForm):
     """/v1/responses of the OpenAI API. Every response has a field `error`, which is null unless it failed."""
+
+    def is_opening(self, event: Event) -> bool:
+        """vLLM sends these before its engine has done anything, so a failure after them can still be repaired."""
+        return event.type in RESPONSES_OPENING
 
     def _status(self, fields: dict[str, Any]) -> int:
         return 500 if fields.get("type") in ("error", "response.failed") else 0
@@ -120,8 +120,8 @@ class Responses(TypedForm):
 FORMS: Final[dict[bytes, StreamForm]] = {
     COMPLETIONS: StreamForm(),
     CHAT: StreamForm(opening=1),  # the role
-    b"/v1/messages": Messages(ends=(b"message_stop", b"error"), tokens=(b"content_block_delta",)),
-    b"/v1/responses": Responses(
+    MESSAGES: Messages(ends=(b"message_stop", b"error"), tokens=(b"content_block_delta",)),
+    RESPONSES: Responses(
         ends=(b"response.completed", b"response.incomplete", b"response.failed", b"error"),
         tokens=(
             b"response.output_text.delta",

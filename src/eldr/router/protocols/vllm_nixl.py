@@ -1,158 +1,278 @@
 """vLLM's hand-off over NIXL: first the prefill, then the decode with the addresses of its blocks.
 
-The lists of fields follow vLLM 0.30 to 0.32 (vllm/entrypoints/openai/*/protocol.py).
+Both legs get the client's own bytes. Only the members that are the router's are taken out and put in. What is said of
+members follows vLLM 0.30 to 0.32 (vllm/entrypoints/openai/*/protocol.py).
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import orjson
 
+from eldr.kernels import NO_OBJECT, JsonTextError, json_elements, json_known_parts
 from eldr.router.fleet.workers import Worker
-from eldr.router.http.errors import ApiError
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
-from eldr.router.protocols.openai import CHAT
+from eldr.router.protocols.json_object import ARRAY, OBJECT, QUOTE, JsonObject, Value, inner_object
+from eldr.router.protocols.lenient import is_true, whole_number
+from eldr.router.protocols.openai import ENDPOINTS, MESSAGES, RESPONSES, Endpoint
+from eldr.router.protocols.vllm_refusals import PROMPT_IN_ANSWER, refuse_early
 
 # Fields that name hosts, blocks or caches of other workers. Only the router may send them.
 TRANSFER_FIELDS = ("kv_transfer_params", "ec_transfer_params")
 
-# Fields that only control sampling, stopping or the format of the answer. The one token of a prefill is discarded, so
-# they do not matter there. Fields that can change the prompt's tokens are kept: messages, tools, tool_choice,
-# response_format and reasoning_effort (templates may render them), chat_template and its arguments, truncation,
-# cache_salt, ...
-# fmt: off
-NOT_FOR_PREFILL = frozenset((
-    "stream", "stream_options", "stream_interval", "min_tokens", "ignore_eos", "stop", "stop_token_ids",
-    "include_stop_str_in_output", "temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty",
-    "presence_penalty", "repetition_penalty", "length_penalty", "repetition_detection", "watermarking",
-    "logit_bias", "bad_words", "allowed_token_ids", "thinking_token_budget", "logprobs", "top_logprobs",
-    "logprob_token_ids", "prompt_logprobs", "echo", "best_of", "use_beam_search", "structured_outputs",
-    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend",
-    "guided_whitespace_pattern", "skip_special_tokens", "spaces_between_special_tokens",
-    "return_tokens_as_token_ids", "return_token_ids", "return_prompt_text", "return_token_offsets",
-    "routed_experts_prompt_start", "user",
-))
-# fmt: on
+# Those of /v1/responses as well: the answer to a prefill is neither stored nor repeats the prompt.
+RESPONSES_NOT_FOR_PREFILL = ("store", "enable_response_messages")
+# What a prefill leg must not say. It generates one token for nobody, and not as a stream. min_tokens would exceed that
+# token, vLLM refuses stream_options without a stream, and the answer must not repeat the prompt. All else stays as the
+# client wrote it: a template may render it, it takes the time of one token, and a value that vLLM refuses is refused
+# before anything is computed.
+NOT_FOR_PREFILL = ("stream", "stream_options", "min_tokens", *PROMPT_IN_ANSWER)
 
-TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal", "thinking"))
+# The parts of a message that are text, in any of the APIs.
+TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal", "thinking", "reasoning_text"))
+# Parts of Anthropic's messages besides: calls, whose results may have parts of their own.
+MESSAGES_PARTS = frozenset(
+    (*TEXT_PARTS, "redacted_thinking", "tool_use", "tool_result", "tool_reference", "tool_addition", "tool_removal")
+)
+# The items of a response's input that are text, and those whose `output` may have parts.
+OUTPUT_ITEMS = frozenset(("function_call_output", "custom_tool_call_output"))
+TEXT_ITEMS = frozenset((None, "message", "function_call", "custom_tool_call", "reasoning", *OUTPUT_ITEMS))
+# Tools that the client calls itself. For others vLLM may generate again and again, each time with the hand-off.
+CLIENTS_TOOLS = frozenset(("function", "custom", "namespace"))
+
+WhyWhole = tuple[str, str, Callable[[Value], bool]]
+
+
+def _is_given(value: Value) -> bool:
+    return value is not None
+
+
+def _is_not_one(value: Value) -> bool:
+    return value is not None and value != 1
+
+
+def _is_minus_one(value: Value) -> bool:
+    return whole_number(value) == -1
+
+
+def _truncates(value: Value) -> bool:
+    return value != "disabled"
+
+
+# The members that keep a request whole, with the label of the reason and the values that do. A hand-off is one prompt's
+# blocks, pulled once: several children of one request would pull them again after they were freed. Prompt logprobs need
+# the prompt's forward pass on the worker that answers.
+WHOLE: tuple[WhyWhole, ...] = (
+    ("n", "n", _is_not_one),
+    ("best_of", "best_of", _is_not_one),
+    ("use_beam_search", "beam_search", is_true),
+    ("echo", "echo", is_true),
+    ("prompt_logprobs", "prompt_logprobs", _is_given),
+    # Truncation to the context leaves room for max_tokens. The prefill changes max_tokens, and so the tokens.
+    ("truncate_prompt_tokens", "truncate_to_context", _is_minus_one),
+    # All of a vocabulary, twice: megabytes that nobody reads in the prefill worker's answer.
+    ("logprobs", "all_logprobs", _is_minus_one),
+    ("top_logprobs", "all_logprobs", _is_minus_one),
+    # These two mean something for completions alone.
+    ("prompt_embeds", "prompt_embeds", _is_given),
+    ("suffix", "suffix", _is_given),
+    # And these for responses.
+    ("truncation", "truncate_to_context", _truncates),
+    ("previous_input_messages", "previous_input_messages", _is_given),
+)
+# Members that one endpoint alone knows are looked for only there.
+ENDPOINTS_OWN = frozenset(("prompt_embeds", "suffix", "return_prompt_text", "truncation", "previous_input_messages"))
+HANDOFF = frozenset(("do_remote_prefill", "remote_request_id", "eldr_counts", "eldr_lease", "eldr_record"))
+RECORD = frozenset(("eldr_counts", "eldr_decode_experts"))
+# The numbers of prompt tokens: one of all, or those read from the cache, written to it, and neither.
+USAGE = frozenset(("prompt_tokens", "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
+TYPE = frozenset(("type",))
+CONTENT = frozenset(("content",))
+ITEM = frozenset(("type", "output"))
+
+
+def _prefill_members(endpoint: Endpoint, record: bool) -> bytes:
+    """The router's own members of a prefill leg's body."""
+    one_token = b"".join(b'"%b":1,' % limit.encode() for limit in endpoint.limits)
+    params = b'{"do_remote_decode":true,"do_remote_prefill":false%b}' % (b',"eldr_record":true' if record else b"")
+    store = b'"store":false,' if endpoint.path == RESPONSES else b""
+    return b'%b%b"stream":false,"kv_transfer_params":%b' % (one_token, store, params)
+
+
+def _request_id(endpoint: Endpoint, body: JsonObject, leg_name: str) -> bytes:
+    """The member that names a response, with a comma before it. Empty for endpoints that read X-Request-Id.
+
+    The id of a response is that member alone (responses/protocol.py). A client's own is kept as it is.
+    """
+    if endpoint.path != RESPONSES:
+        return b""
+    given = body.get("request_id")
+    name = leg_name if isinstance(given, str) and given and leg_name.startswith(given) else "resp_" + leg_name
+    return b',"request_id":' + orjson.dumps(name)
+
+
+def _type_of(body: JsonObject) -> Value:
+    """The `type` of a part, an item or a tool. Not text, and so unknown, if it is neither absent nor a string."""
+    kind = body.get("type")
+    return kind if kind is None or isinstance(kind, str) else b""
+
+
+def _objects(text: bytes, start: int, end: int, wanted: frozenset[str]) -> list[JsonObject]:
+    """The objects of an array. What is none is left out, because a worker refuses it."""
+    found: list[JsonObject] = []
+    for at, behind in json_elements(text, start, end, end):
+        if text[at] == OBJECT:
+            found.append(JsonObject(text[at:behind], wanted))
+    return found
+
+
+def _are_clients_tools(body: JsonObject) -> bool:
+    span = body.span("tools")
+    if span is None or body.text[span[0]] != ARRAY:
+        return True
+    return all(_type_of(tool) in CLIENTS_TOOLS for tool in _objects(body.text, span[0], span[1], TYPE))
+
+
+def _why_response_whole(body: JsonObject, start: int, end: int) -> str | None:
+    text = body.text
+    if not json_known_parts(text, start, end, TEXT_PARTS):
+        return "multimodal"
+    for item in _objects(text, start, end, ITEM):
+        kind = _type_of(item)
+        if kind not in TEXT_ITEMS:
+            return "input_item"
+        output = item.span("output")
+        if kind in OUTPUT_ITEMS and output is not None and item.text[output[0]] == ARRAY:
+            for part in _objects(item.text, output[0], output[1], TYPE):
+                if _type_of(part) not in TEXT_PARTS:
+                    return "multimodal"
+    return None
+
+
+def _is_messages_text(text: bytes, start: int, end: int) -> bool:
+    """Whether no message has an image, not even in the result of a tool."""
+    if not json_known_parts(text, start, end, MESSAGES_PARTS):
+        return False
+    if b"tool_result" not in text and b"\\u" not in text:
+        return True
+    for message in _objects(text, start, end, CONTENT):
+        start, end = message.span("content") or (0, 0)
+        # A result is to its parts as a message is to its own.
+        if message.text[start] == ARRAY and not json_known_parts(message.text, start, end, MESSAGES_PARTS):
+            return False
+    return True
 
 
 class VllmNixl(LegProtocol):
     """The prefill worker keeps the blocks for the time of a lease, and the decode worker pulls them once."""
 
     reserved: ClassVar[tuple[str, ...]] = TRANSFER_FIELDS
+    members: ClassVar[frozenset[str]] = (
+        frozenset((*TRANSFER_FIELDS, *NOT_FOR_PREFILL, *(name for name, _, _ in WHOLE))) - ENDPOINTS_OWN
+    )
+    answer_members: ClassVar[frozenset[str]] = frozenset((*TRANSFER_FIELDS, "usage"))
 
-    def why_whole(self, path: bytes, body: dict[str, Any]) -> str | None:
-        """See the base class.
+    def __init__(self) -> None:
+        # A request id would be another leg's: the legs have theirs in a header.
+        self._transfers = frozenset(TRANSFER_FIELDS)
+        self._not_for_decode = frozenset((*TRANSFER_FIELDS, "request_id"))
+        self._not_for_prefill = {
+            path: frozenset((*self._not_for_decode, *NOT_FOR_PREFILL, *RESPONSES_NOT_FOR_PREFILL, *endpoint.limits))
+            for path, endpoint in ENDPOINTS.items()
+        }
+        self._prefill_members = {
+            (path, record): _prefill_members(endpoint, record)
+            for path, endpoint in ENDPOINTS.items()
+            for record in (False, True)
+        }
 
-        A hand-off is one prompt's blocks, pulled once. Several children of one request would pull them again after they
-        were freed. Prompt logprobs need the prompt's forward pass on the worker that answers.
-        """
-        if body.get("n") not in (None, 1):
-            return "n"
-        if body.get("best_of") not in (None, 1):
-            return "best_of"
-        if body.get("use_beam_search"):
-            return "beam_search"
-        if body.get("echo"):
-            return "echo"
-        if body.get("prompt_logprobs") is not None:
-            return "prompt_logprobs"
-        if body.get("truncate_prompt_tokens") == -1:
-            # Truncation to the context leaves room for max_tokens. The prefill changes max_tokens, and so the tokens.
-            return "truncate_to_context"
-        return _why_whole_chat(body) if path == CHAT else _why_whole_completion(body)
-
-    def prefill_body(self, body: dict[str, Any], record: bool) -> bytes:
-        fields = {key: value for key, value in body.items() if key not in NOT_FOR_PREFILL}
-        fields["max_tokens"] = 1
-        fields["max_completion_tokens"] = 1
-        fields["n"] = 1
-        fields["stream"] = False
-        params: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
-        if record:
-            params["eldr_record"] = True
-        fields["kv_transfer_params"] = params
-        return _to_json(fields)
-
-    def read_handoff(self, fields: object, source: Worker, sent_s: float) -> HandOff | None:
-        if not isinstance(fields, dict):
+    def why_whole(self, endpoint: Endpoint, body: JsonObject) -> str | None:
+        for name, label, keeps_whole in WHOLE:
+            if name in body and keeps_whole(body.get(name)):
+                return label
+        if endpoint.path == RESPONSES and not _are_clients_tools(body):
+            return "builtin_tools"
+        span = body.span(endpoint.input)
+        if span is None or body.text[span[0]] != ARRAY:
             return None
-        params = fields.get("kv_transfer_params")
-        if not isinstance(params, dict) or params.get("do_remote_prefill") is not True:
-            return None
-        usage = fields.get("usage")
-        tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        name = params.get("remote_request_id")
-        return HandOff(params, source, name, tokens if type(tokens) is int else 0, sent_s)
+        start, end = span
+        if endpoint.path == RESPONSES:
+            return _why_response_whole(body, start, end)
+        if endpoint.path == MESSAGES:
+            return None if _is_messages_text(body.text, start, end) else "multimodal"
+        if endpoint.messages:
+            return None if json_known_parts(body.text, start, end, TEXT_PARTS) else "multimodal"
+        first = json_elements(body.text, start, end, 2)
+        return "prompt_list" if len(first) > 1 and body.text[first[0][0]] in (QUOTE, ARRAY) else None
 
-    def decode_body(self, body: dict[str, Any], handoff: HandOff | None, record: bool) -> bytes:
+    def refuse_early(self, endpoint: Endpoint, body: JsonObject, max_model_len: int | None) -> None:
+        refuse_early(endpoint, body, max_model_len)
+
+    def prefill_body(self, endpoint: Endpoint, body: JsonObject, record: bool, leg_name: str) -> bytes:
+        added = self._prefill_members[endpoint.path, record] + _request_id(endpoint, body, leg_name)
+        return body.spliced(self._not_for_prefill[endpoint.path], added)
+
+    def read_handoff(self, answer: JsonObject, source: Worker, sent_s: float) -> HandOff | None:
+        params = inner_object(answer.raw("kv_transfer_params"), HANDOFF)
+        if params is None or params.raw("do_remote_prefill") != b"true":
+            return None
+        usage = inner_object(answer.raw("usage"), USAGE)
+        tokens = 0
+        if usage is not None:
+            for name in USAGE:
+                value = usage.get(name)
+                if type(value) is int:
+                    tokens += value
+        return HandOff(params, source, params.get("remote_request_id"), tokens, sent_s)
+
+    def decode_body(
+        self, endpoint: Endpoint, body: JsonObject, handoff: HandOff | None, record: bool, leg_name: str
+    ) -> bytes:
+        named = _request_id(endpoint, body, leg_name)
         if handoff is not None:
-            return _to_json({**body, "kv_transfer_params": handoff.spend(record)})
-        return _to_json({**body, "kv_transfer_params": {"eldr_record": True}} if record else body)
+            return body.spliced(self._not_for_decode, b'"kv_transfer_params":%b%b' % (handoff.spend(record), named))
+        own = b'"kv_transfer_params":{"eldr_record":true}' if record else b""
+        return body.spliced(self._not_for_decode, own + named if own else named[1:])
 
     def is_named_after(self, name: object, leg_name: str) -> bool:
-        """vLLM appends the X-Request-Id that it got to its own prefix."""
-        return isinstance(name, str) and name.endswith("-" + leg_name)
+        """vLLM appends the X-Request-Id that it got to its own prefix. Of responses, see `_request_id`."""
+        return isinstance(name, str) and (name.endswith(("-" + leg_name, "_" + leg_name)) or name == leg_name)
 
     def event_is_named_after(self, start: bytes, leg_name: str) -> bool:
-        return b"-" + orjson.dumps(leg_name)[1:] in start
+        quoted = orjson.dumps(leg_name)
+        return b"-" + quoted[1:] in start or b"_" + quoted[1:] in start or b'"id":' + quoted in start
 
     def handoff_is_named_after(self, handoff: HandOff, leg_name: str) -> bool:
-        """vLLM's internal id is the id of the answer followed by a random part."""
-        return isinstance(handoff.name, str) and f"-{leg_name}-" in handoff.name
+        """vLLM's internal id is the id of the answer followed by a random part, for responses by their turn before."""
+        name = handoff.name
+        return isinstance(name, str) and (
+            f"-{leg_name}-" in name or name.startswith((f"resp_{leg_name}_", f"{leg_name}_"))
+        )
 
     def for_client(self, answer: bytes) -> bytes:
         """The answer of a plain worker has transfer parameters of null."""
         # A quotation mark inside a JSON string is escaped, so this can only be a key with the value null.
         if answer.count(b"_transfer_params") == answer.count(b'_transfer_params":null'):
             return answer
-        fields = orjson.loads(answer)
-        if isinstance(fields, dict):
-            for key in TRANSFER_FIELDS:
-                if key in fields:
-                    fields[key] = None
-        return orjson.dumps(fields)
+        try:
+            fields = JsonObject(answer, self.answer_members)
+        except JsonTextError as error:
+            if error.fault == NO_OBJECT:
+                return answer
+            raise
+        nulls = b",".join(b'"%b":null' % name.encode() for name in TRANSFER_FIELDS if name in fields)
+        return fields.spliced(self._transfers, nulls)
 
     def recorded(self, answer: bytes, handoff: HandOff | None) -> bytes:
-        fields = orjson.loads(answer)
-        params = fields.get("kv_transfer_params")
-        params = params if isinstance(params, dict) else {}
-        counts = params.get("eldr_counts") if handoff is None else handoff.counts_wire
-        fields["kv_transfer_params"] = None
-        fields["eldr_record"] = {"counts": counts, "decode_experts": params.get("eldr_decode_experts")}
-        return orjson.dumps(fields)
-
-
-def _why_whole_completion(body: dict[str, Any]) -> str | None:
-    if body.get("prompt_embeds") is not None:
-        return "prompt_embeds"
-    if body.get("suffix") is not None:
-        return "suffix"
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
-        return "prompt_list"
-    return None
-
-
-def _why_whole_chat(body: dict[str, Any]) -> str | None:
-    for message in body["messages"]:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list):
-            for part in content:
-                if isinstance(part, dict) and part.get("type") not in TEXT_PARTS:
-                    return "multimodal"
-    return None
-
-
-def _to_json(fields: dict[str, Any]) -> bytes:
-    """Encode a body for a worker.
-
-    Raises ApiError 400 if it is nested too deeply for orjson to write (it reads deeper).
-    """
-    try:
-        return orjson.dumps(fields)
-    except orjson.JSONEncodeError as error:
-        raise ApiError(400, f"the request body cannot be passed on: {error}") from None
+        fields = JsonObject(answer, self.answer_members)
+        params = inner_object(fields.raw("kv_transfer_params"), RECORD)
+        experts = None if params is None else params.raw("eldr_decode_experts")
+        if handoff is not None:
+            counts: bytes | None = orjson.dumps(handoff.counts_wire)
+        else:
+            counts = None if params is None else params.raw("eldr_counts")
+        record = b'{"counts":%b,"decode_experts":%b}' % (counts or b"null", experts or b"null")
+        return fields.spliced(self._transfers, b'"kv_transfer_params":null,"eldr_record":%b' % record)

@@ -57,6 +57,11 @@ class TokenTimes:
             self._gaps[bisect_left(ITL_BOUNDS_S, now_s - self.last_s)] += 1
         self.last_s = now_s
 
+    @property
+    def tokens(self) -> int:
+        """The number of tokens so far, as `observe` counts them."""
+        return self.stated or max(0, self.events - self.others)
+
     def observe(self, whole: bool) -> float | None:
         """Record the mean time between tokens and return it. None if there is none, as for an incomplete stream.
 
@@ -67,7 +72,7 @@ class TokenTimes:
         metrics.stream_events += self.events
         if self.last_s:
             metrics.itl.sum += self.last_s - self.first_s
-        tokens = self.stated or self.events - self.others
+        tokens = self.tokens
         if tokens < 2 or not whole:
             return None
         tpot_s = (self.last_s - self.first_s) / (tokens - 1)
@@ -111,6 +116,7 @@ class DecodeAnswer(Answer):
         self._is_stream = False
         self._reader = EventReader(EVENT_BYTES)
         self._held = bytearray()
+        self._opening: list[Event] = []  # the events that are held back
         self._latest = b""  # the latest event before the end: its data, or `data: ` with it
         self._ended = False  # the last event has been forwarded
         self._refused = False  # it was an error of the client's
@@ -141,12 +147,18 @@ class DecodeAnswer(Answer):
     def _hold_back(self, data: bytes) -> None:
         """Keep `data` until the first event, or enough of it, has arrived and is fit for the client."""
         self._held += data
-        events = self._reader.feed(data)
-        first = next((event for event in events if event.data), None) or self._reader.overlong
-        if first is None:
+        self._opening += [event for event in self._reader.feed(data) if event.data]
+        events = self._opening
+        overlong = self._reader.overlong
+        if overlong is None and all(self._form.is_opening(event) for event in events):
             if len(self._held) > MAX_HELD_BYTES:
                 raise WrongAnswerError(f"no event in the first {MAX_HELD_BYTES} bytes")
             return
+        first = events[0] if events else overlong
+        assert first is not None
+        # An error may come behind what opened the stream.
+        if len(events) > 1 and self._form.error_status(events[-1].data, events[-1].whole) >= 500:
+            raise WrongAnswerError("status 200 with an error")
         self._first_event(first)
         self.begun = True
         self.times.begin()
@@ -156,6 +168,7 @@ class DecodeAnswer(Answer):
             held = held.removeprefix(BOM)  # comments have been sent before
         else:
             self._client.begin_stream(self.headers[b"content-type"], self._head_lines)
+        self._opening = []
         self._take(events)
         self._client.write(held)
 

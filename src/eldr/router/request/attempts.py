@@ -12,7 +12,7 @@ from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 from eldr.router.placement.admission import NoWorkerError
-from eldr.router.request.legs import LegFailure, LegRefused, RelayedError
+from eldr.router.request.legs import OVERLOAD, LegFailure, LegRefused, RelayedError
 
 log = logging.getLogger("eldr.router")
 
@@ -118,7 +118,7 @@ class Attempts:
         if failure.source is not None and reason in PULL_FAILURES:
             self._avoid(failure.source)
         why_not = None
-        if self._repeated == shared.most or (reason == "overloaded" and not self._has_untried(leg)):
+        if self._repeated == shared.most or (reason == OVERLOAD and not self._has_untried(leg)):
             why_not = "tries"
         elif not shared.budget.take():
             why_not = "budget"

@@ -7,8 +7,7 @@ import logging
 import time
 from typing import Any, cast
 
-import orjson
-
+from eldr.kernels import JsonTextError
 from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
@@ -16,7 +15,6 @@ from eldr.router.http.forwarding import answer_headers
 from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
 from eldr.router.placement.decode import Placement
-from eldr.router.protocols import openai
 from eldr.router.protocols.handoff import HandOff
 from eldr.router.protocols.streams import FORMS
 from eldr.router.request import intake
@@ -24,6 +22,7 @@ from eldr.router.request.answer import DecodeAnswer, TokenTimes
 from eldr.router.request.attempts import Attempts
 from eldr.router.request.intake import Job
 from eldr.router.request.legs import Leg, LegFailure, LegRefused, RelayedError
+from eldr.router.request.quotas import Charge
 from eldr.router.request.services import Services
 from eldr.router.request.verdict import worker_error
 
@@ -39,7 +38,7 @@ NO_WAIT_S = 0.0005
 
 
 class Flow:
-    """Answers one completion or chat request. It also listens to the events of its client."""
+    """Answers one request for text. It also listens to the events of its client."""
 
     def __init__(self, services: Services, client: ClientExchange, request: Request) -> None:
         self._services = services
@@ -53,6 +52,8 @@ class Flow:
         self._heard_s = request.received_s  # since then, the client has heard nothing
         self._leg: Leg | None = None  # the current decode leg, with its answer
         self._answer: DecodeAnswer | None = None
+        self._charge: Charge | None = None  # None if the client has no name
+        self._status = 0  # of the answer. 0 before there is one, and for a client that left before
         self._ended: ApiError | None = None  # why the router ended the request before it was answered
         self._notes: dict[str, Any] = {}  # for the log and the trace; nothing reads them back
 
@@ -60,11 +61,14 @@ class Flow:
 
     def start(self) -> asyncio.Task[None] | None:
         """Check the request. Answer a bad one at once; otherwise start the task that answers it."""
+        services, request = self._services, self._request
         try:
-            job = self._services.intake.take(self._request, self._id)
-            self._request.body = b""  # free the memory while the answer streams
+            self._charge = services.quotas.admit(request, len(request.body) // intake.BYTES_PER_TOKEN)
+            job = services.intake.take(request, self._id)
+            request.body = b""  # free the memory while the answer streams
         except ApiError as error:
             self._respond_error(error)
+            self._settle()
             return None
         self._id = job.request_id
         self._client.listener = self
@@ -80,6 +84,7 @@ class Flow:
             await self._respond(job)
         finally:
             self._cancel_timers()
+            self._settle()
             if job.trace is not None:
                 job.trace.end(self._notes)
             self._log()
@@ -155,17 +160,20 @@ class Flow:
         Raises NoWorkerError, LegRefused, LegFailure or RelayedError.
         """
         services, config = self._services, self._services.config
-        start = openai.prompt_start(job.path, job.body, config.placement.prefix_window_bytes)
-        while (chosen := services.ring.choose(start, attempts.tried("prefill"))) is None:
+        while (chosen := services.ring.choose(job.prompt_start, attempts.tried("prefill"))) is None:
             await services.admission.until_changed("prefill")
         worker, spilled = chosen
         services.metrics.prefill_spills += spilled
-        body = services.protocol.prefill_body(job.body, job.record)
         with Leg(services.legs, job, worker) as leg:
             await leg.connect()
-            leg.send(attempts.next_name("prefill"), body, Answer(), config.timeouts.prefill_timeout_s)
+            name = attempts.next_name("prefill")
+            body = services.protocol.prefill_body(job.endpoint, job.body, job.record, name)
+            leg.send(name, body, Answer(), config.timeouts.prefill_timeout_s)
+            del body  # a long one would stay until the prefill is done
             handoff = leg.read_handoff(await leg.answered())
         self._notes["prefill"] = worker.url
+        if self._charge is not None and handoff is not None and handoff.prompt_tokens:
+            self._charge.prompt_tokens = handoff.prompt_tokens
         return handoff
 
     async def _place(self, job: Job, handoff: HandOff | None, attempts: Attempts) -> Placement:
@@ -194,9 +202,10 @@ class Flow:
             answer = DecodeAnswer(
                 self._client, times, self._response_headers(), self._form, leg.first_event, job.stream
             )
+            name = attempts.next_name("decode")
             leg.send(
-                attempts.next_name("decode"),
-                services.protocol.decode_body(job.body, handoff, job.record),
+                name,
+                services.protocol.decode_body(job.endpoint, job.body, handoff, job.record, name),
                 answer,
                 self._answer_limit_s(job, handoff),
                 timeouts.decode_idle_timeout_s,
@@ -205,9 +214,13 @@ class Flow:
             if self._client.stalled:
                 leg.pause()
             try:
-                await leg.answered()
+                fields = await leg.answered()
             finally:
                 self._leg = self._answer = None
+                if self._charge is not None:
+                    self._charge.generated_tokens = times.tokens
+            if self._charge is not None:
+                self._charge.know(fields)
             if answer.broken is not None:
                 leg.broke(answer.broken)
             elif not answer.cut:
@@ -244,7 +257,7 @@ class Flow:
             protocol = self._services.protocol
             try:
                 body = protocol.recorded(body, handoff) if record else protocol.for_client(body)
-            except orjson.JSONDecodeError:
+            except JsonTextError:
                 log.warning("request %s: a worker's answer is not JSON", self._id)
                 self._respond_error(ApiError(502, "the worker's answer is not valid JSON"))
                 return
@@ -262,8 +275,12 @@ class Flow:
     def _response_headers(self) -> bytes:
         return b"x-request-id: %b\r\n" % self._id.encode()
 
+    def _settle(self) -> None:
+        if self._charge is not None:
+            self._charge.settle(failed=self._status >= 400)
+
     def _count(self, status: int) -> None:
-        self._notes["status"] = status
+        self._status = self._notes["status"] = status
         self._services.metrics.requests[self._request.path.decode(), status] += 1
 
     def _log(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import Any
+from collections.abc import Mapping
 
 from eldr.policies.base import DecodeRequest
 from eldr.router.config.settings import RouterConfig
@@ -21,6 +21,9 @@ from eldr.router.placement.admission import PRIORITIES, Admission, Claim, NoWork
 from eldr.router.protocols import openai
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
+from eldr.router.protocols.json_object import JsonObject
+from eldr.router.protocols.openai import Endpoint
+from eldr.router.protocols.prompt_start import prompt_start, system_start
 from eldr.router.request.deadlines import Deadlines
 
 MAX_ID_BYTES = 128
@@ -28,6 +31,8 @@ MAX_LABEL_BYTES = 64
 # The cost of a request in the queue is its text at about four bytes per token, plus the tokens it asks for.
 BYTES_PER_TOKEN = 4
 UNSTATED_TOKENS = 256
+# The body of a request that needs it no more.
+NO_BODY = JsonObject(b"{}", frozenset())
 
 PRIORITY_NAMES = {name.encode(): number for number, name in enumerate(PRIORITIES)}
 
@@ -35,17 +40,19 @@ _decode_requests = itertools.count()
 
 
 class Job:
-    """One completion or chat request after all checks. Its attributes are facts about the request, not its progress.
+    """One request for text after all checks. Its attributes are facts about the request, not its progress.
 
-    body: what the client sent, without its request_id. Empty once the answer streams.
+    endpoint: what the members of its body mean.
+    body: what the client sent. NO_BODY once the answer streams.
+    prompt_start: by it, requests with a common start find the same prefill worker. Empty if it runs whole.
     why_whole: why it cannot be handed off. None if it can.
     max_tokens: the client's limit. None if there is none.
     record: whether the client wants its experts recorded.
     leg_headers: header lines for both legs.
-    authorization: the client's own, for workers that need no key of the router's.
+    authorization: header lines with the client's own keys, for workers that need no key of the router's.
     deadlines: when it must be answered.
     stream, wants_usage: whether the answer is streamed, and ends with the usage. stream is None for a value that is not
-        a boolean.
+        a boolean, which a worker will refuse.
     claim: its claim on a turn in the queue.
     trace: None unless it is sampled.
     hold: counts the body in memory. None without one.
@@ -55,12 +62,13 @@ class Job:
         self,
         *,
         request_id: str,
-        path: bytes,
-        body: dict[str, Any],
+        endpoint: Endpoint,
+        body: JsonObject,
+        prompt_start: bytes,
         why_whole: str | None,
         record: bool,
         leg_headers: bytes,
-        authorization: bytes | None,
+        authorization: bytes,
         label: str | None,
         max_tokens: int | None,
         deadlines: Deadlines,
@@ -69,8 +77,10 @@ class Job:
         hold: Hold | None,
     ) -> None:
         self.request_id = request_id
-        self.path = path
+        self.endpoint = endpoint
+        self.path = endpoint.path
         self.body = body
+        self.prompt_start = prompt_start
         self.why_whole = why_whole
         self.record = record
         self.leg_headers = leg_headers
@@ -86,7 +96,7 @@ class Job:
 
     def free_body(self) -> None:
         """Let go of the body. A thousand streams with long prompts would hold a gigabyte."""
-        self.body = {}
+        self.body = NO_BODY
         if self.hold is not None:
             self.hold.release()
 
@@ -108,6 +118,14 @@ def request_id(request: Request) -> str:
     return (_visible(chosen, MAX_ID_BYTES) if chosen else None) or f"{random.getrandbits(128):032x}"
 
 
+def require_json(headers: Mapping[bytes, bytes]) -> None:
+    """Raise ApiError 415 unless the body is said to be JSON that is not compressed."""
+    if essence(headers.get(b"content-type", b"")) != JSON:
+        raise ApiError(415, "Content-Type must be application/json")
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise ApiError(415, "Content-Encoding is not supported; send the body uncompressed")
+
+
 class Intake:
     """Checks incoming requests and turns them into jobs. tracing: None if no traces are made."""
 
@@ -121,37 +139,51 @@ class Intake:
         tracing: Tracing | None,
     ) -> None:
         self._timeouts = config.timeouts
+        self._placement = config.placement
         self._fleet = fleet
         self._admission = admission
         self._protocol = protocol
         self._admin_key = admin_key
         self.tracing = tracing
         client_header = config.listen.client_header
+        self._members = {
+            path: endpoint.members | protocol.members | frozenset(protocol.reserved)
+            for path, endpoint in openai.ENDPOINTS.items()
+        }
         self._client_header = None if client_header is None else client_header.lower().encode()
 
     def take(self, request: Request, request_id: str) -> Job:
         """Return the job of a request. Raises ApiError."""
         headers = request.headers
-        if essence(headers.get(b"content-type", b"")) != JSON:
-            raise ApiError(415, "Content-Type must be application/json")
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise ApiError(415, "Content-Encoding is not supported; send the body uncompressed")
-        body = openai.parse_body(request.path, request.body, self._protocol.reserved)
-        in_body = body.pop("request_id", None)
+        require_json(headers)
+        protocol, endpoint = self._protocol, openai.ENDPOINTS[request.path]
+        body = openai.read_body(endpoint, request.body, self._members[request.path], protocol.reserved)
+        in_body = body.get("request_id")
         if isinstance(in_body, str) and b"x-request-id" not in headers:
-            request_id = _visible(in_body.encode(), MAX_ID_BYTES) or request_id
-        why_whole = self._protocol.why_whole(request.path, body)
+            request_id = _visible(in_body.encode("utf-8", "replace"), MAX_ID_BYTES) or request_id
+        why_whole = protocol.why_whole(endpoint, body)
         record = self._wants_record(request, body)
         if record and why_whole is not None:
             raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
-        self._check_fleet(body.get("model"))
+        model = openai.model(body)
+        self.check_fleet(model)
+        start = b""
+        if why_whole is None:
+            protocol.refuse_early(endpoint, body, self._fleet.max_model_len(model))
+            window_bytes = self._placement.prefix_window_bytes
+            at, end = body.span(endpoint.input) or (0, 0)
+            start = prompt_start(endpoint, body.text, at, end, window_bytes)
+            system = body.span(endpoint.system) if endpoint.system else None
+            if system is not None:
+                start = system_start(body.text, *system) + start
         label = headers.get(b"x-eldr-label")
-        max_tokens = openai.max_tokens(request.path, body)
-        trace = None if self.tracing is None else self.tracing.begin(request, request_id, body.get("model"))
+        max_tokens = openai.max_tokens(endpoint, body)
+        trace = None if self.tracing is None else self.tracing.begin(request, request_id, model)
         return Job(
             request_id=request_id,
-            path=request.path,
+            endpoint=endpoint,
             body=body,
+            prompt_start=start,
             why_whole=why_whole,
             record=record,
             leg_headers=b"content-type: application/json\r\n"
@@ -163,10 +195,10 @@ class Intake:
             label=_visible(label, MAX_LABEL_BYTES) if label else None,
             max_tokens=max_tokens,
             deadlines=Deadlines.of(headers, request.received_s, self._timeouts.request_timeout_s),
-            claim=self._claim(request, body, max_tokens),
+            claim=self.claim(request, body, max_tokens),
         )
 
-    def _claim(self, request: Request, body: dict[str, Any], max_tokens: int | None) -> Claim:
+    def claim(self, request: Request, body: JsonObject, max_tokens: int | None) -> Claim:
         """Return whose turn the request takes, and its priority: from X-Eldr-Priority, else from vLLM's `priority`."""
         named = request.headers.get(b"x-eldr-priority")
         if named is not None:
@@ -181,19 +213,20 @@ class Intake:
         if self._client_header is not None:
             client = request.headers.get(self._client_header, b"")
         else:
-            client = request.client.encode() or request.headers.get(b"authorization", b"")
+            client = request.client.encode() or client_authorization(request)
         return Claim(client, priority, cost)
 
-    def _wants_record(self, request: Request, body: dict[str, Any]) -> bool:
+    def _wants_record(self, request: Request, body: JsonObject) -> bool:
         if request.headers.get(b"x-eldr-record") != b"1":
             return False
         if not self._admin_key.is_in(request.headers):
             raise ApiError(403, "recording needs the admin key as Authorization: Bearer KEY (see --admin-key-file)")
-        if body.get("stream"):
+        if openai.wants_stream(body) is not False:
             raise ApiError(400, "recording needs stream: false", param="stream")
         return True
 
-    def _check_fleet(self, model: str | None) -> None:
+    def check_fleet(self, model: str | None) -> None:
+        """Raise ApiError 503 if no worker will answer soon, and 404 if none serves the model."""
         if self._admission.patience_s("decode") <= 0:
             raise NoWorkerError("decode")
         if not self._fleet.any_available("decode"):

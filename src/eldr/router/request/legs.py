@@ -7,7 +7,6 @@ import math
 import time
 from collections import defaultdict
 from types import TracebackType
-from typing import Any
 
 from eldr.event_stream import Event
 from eldr.router.config.endpoint import Role
@@ -21,8 +20,9 @@ from eldr.router.observe.logs import Throttle
 from eldr.router.placement.admission import RETRY_AFTER_S
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
+from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.streams import FORMS
-from eldr.router.request.intake import Job
+from eldr.router.request.intake import NO_BODY, Job
 from eldr.router.request.verdict import Names, WorkerStatusError, check_completion, check_first_event, check_status
 
 log = logging.getLogger("eldr.router")
@@ -31,6 +31,8 @@ log = logging.getLogger("eldr.router")
 WORKERS_ERRORS = frozenset((500, 502, 503, 504))
 # The worker has too much to do. Another may have room, but this one is not at fault.
 OVERLOADED = 429
+# Why such a leg failed, as a metric label. It is no fault of the worker.
+OVERLOAD = "overloaded"
 
 
 class RelayedError(Exception):
@@ -83,6 +85,20 @@ class LegFailure(Exception):  # noqa: N818 - it can often be repaired
         if self.reason == "timeout":
             return ApiError(504, f"the {self.leg} worker did not answer in time", retry_after_s=RETRY_AFTER_S)
         return ApiError(502, f"no {self.leg} worker completed the request", retry_after_s=RETRY_AFTER_S)
+
+
+def check_worker(worker: Worker, answer: Answer) -> None:
+    """Raise ExchangeError if the status says that the worker failed, and LegFailure if it has too much to do."""
+    check_status(answer.status)
+    if answer.status in WORKERS_ERRORS:
+        raise WorkerStatusError(f"status {answer.status}")
+    if answer.status == OVERLOADED:
+        raise LegFailure(worker.role, OVERLOAD, f"status {answer.status}", worker=worker, answer=answer)
+
+
+def no_memory() -> ApiError:
+    """The error for a client whose answer found no room."""
+    return ApiError(503, "the router has no memory left for the answer", retry_after_s=RETRY_AFTER_S)
 
 
 class Legs:
@@ -190,8 +206,8 @@ class Leg:
         request = self._shared.pools[self.worker].request(b"POST", job.path, headers, body, job.authorization)
         connection.start(answer, request, limit_s, idle_limit_s)
 
-    async def answered(self) -> dict[str, Any]:
-        """Wait until all of the answer is there: the fields of a whole completion, none of a stream.
+    async def answered(self) -> JsonObject:
+        """Wait until all of the answer is there: the members of a whole completion, none of a stream.
 
         Raises LegFailure, RelayedError for an error of the client's, or ApiError if there is no memory for it.
         """
@@ -201,19 +217,12 @@ class Leg:
         try:
             await connection.finish(answer)
             if answer.begun:
-                return {}
-            check_status(answer.status)
-            if answer.status in WORKERS_ERRORS:
-                raise WorkerStatusError(f"status {answer.status}")
-            if answer.status == OVERLOADED:
-                raise LegFailure(
-                    self.worker.role, "overloaded", f"status {answer.status}", worker=self.worker, answer=answer
-                )
+                return NO_BODY
+            check_worker(self.worker, answer)
             if answer.status == 200:
-                return check_completion(answer, self._shared.protocol, self.name, self._names())
+                return check_completion(answer, self._job.endpoint, self._shared.protocol, self.name, self._names())
         except NoRoomError:
-            why = "the router has no memory left for the answer"
-            raise ApiError(503, why, retry_after_s=RETRY_AFTER_S) from None
+            raise no_memory() from None
         except ExchangeError as error:
             self._shared.metrics.timeouts[self._deadline()] += error.timed_out
             raise self.failed(error, answer if isinstance(error, WorkerStatusError) else None) from None
@@ -227,13 +236,13 @@ class Leg:
         if self.worker.ejected:  # its trial must not last as long as the stream
             self.succeeded()
 
-    def read_handoff(self, fields: dict[str, Any]) -> HandOff | None:
+    def read_handoff(self, answer: JsonObject) -> HandOff | None:
         """Return the hand-off of a prefill, or None if the worker returned none.
 
         Raises LegFailure for the hand-off of another leg, because its blocks would be read as this prompt's.
         """
         shared, worker = self._shared, self.worker
-        handoff = shared.protocol.read_handoff(fields, worker, self._sent_s)
+        handoff = shared.protocol.read_handoff(answer, worker, self._sent_s)
         now_s = time.monotonic()
         if handoff is None:
             if shared.throttle.due("no_handoff"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eldr.router.config.settings import RouterConfig
+from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet
 from eldr.router.observe.counters import Metrics
 from eldr.router.placement.admission import Admission
@@ -14,6 +15,7 @@ from eldr.router.protocols.base import LegProtocol
 from eldr.router.request.attempts import Retries
 from eldr.router.request.intake import Intake
 from eldr.router.request.legs import Legs
+from eldr.router.request.quotas import Quotas
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class Services:
     """The parts of one router, in the order in which a request meets them."""
 
     config: RouterConfig
+    quotas: Quotas
     intake: Intake
     admission: Admission
     ring: PrefillRing
@@ -28,5 +31,6 @@ class Services:
     protocol: LegProtocol
     legs: Legs
     retries: Retries
+    outcomes: Outcomes
     fleet: Fleet
     metrics: Metrics

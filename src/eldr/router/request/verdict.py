@@ -8,13 +8,16 @@ such a name, because other servers need not do this.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from eldr.event_stream import Event
+from eldr.kernels import JsonTextError
 from eldr.router.http.client import Answer, ExchangeError
 from eldr.router.http.errors import ApiError
 from eldr.router.http.heads import STATUS_LINES
 from eldr.router.protocols.base import LegProtocol
+from eldr.router.protocols.json_object import ARRAY, JsonObject
+from eldr.router.protocols.openai import Endpoint
 from eldr.router.protocols.streams import StreamForm
 
 # vLLM's events begin with their id. If an event is too long to be kept whole and has an id here, it is the event's own.
@@ -72,10 +75,16 @@ def worker_error(answer: Answer) -> ApiError:
     return ApiError(answer.status, message, param=param if isinstance(param, str) else None)
 
 
-def check_completion(answer: Answer, protocol: LegProtocol, leg_name: str, names: Names) -> dict[str, Any]:
-    """Return the fields of a whole completion with status 200. Raises ExchangeError if it is not one."""
-    fields = answer.json()
-    if not isinstance(fields, dict) or fields.get("error") is not None or not isinstance(fields.get("choices"), list):
+def check_completion(
+    answer: Answer, endpoint: Endpoint, protocol: LegProtocol, leg_name: str, names: Names
+) -> JsonObject:
+    """Return the members of a whole completion with status 200. Raises ExchangeError if it is not one."""
+    try:
+        fields = JsonObject(answer.body, protocol.answer_members | {"error", "id", endpoint.output})
+    except JsonTextError as error:
+        raise WrongAnswerError(f"status 200 without a completion: {error}") from None
+    output = fields.span(endpoint.output)
+    if fields.get("error") is not None or output is None or fields.text[output[0]] != ARRAY:
         raise WrongAnswerError("status 200 without a completion")
     names.check(protocol.is_named_after(fields.get("id"), leg_name))
     return fields

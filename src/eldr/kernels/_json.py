@@ -1,0 +1,192 @@
+"""The reader of JSON text in Python. It runs if the compiled kernels are missing, and its docstrings describe both.
+
+A text is checked once, and nothing is built from it. What counts as JSON is what `json.loads` of CPython reads, because
+vLLM reads the bodies of requests with it: RFC 8259, and besides NaN, Infinity, -Infinity, and surrogates on their own,
+escaped or in three bytes of UTF-8.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import cast
+
+from eldr.kernels._types import (
+    JSON_DEPTH,
+    JSON_FAULTS,
+    JSON_MEMBERS,
+    NO_OBJECT,
+    TOO_MANY_MEMBERS,
+    JsonMember,
+    JsonTextError,
+)
+
+SPACE = re.compile(rb"[ \t\n\r]*+")
+STRING = rb'"(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+"'
+NAME = re.compile(STRING)
+SCALAR = re.compile(
+    STRING + rb"|true|false|null|NaN|-?Infinity|-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?"
+)
+# Most of what is long is made of these: elements with commas behind them.
+ELEMENTS = re.compile(rb"(?:(?:%b)[ \t\n\r]*+,[ \t\n\r]*+)*+" % SCALAR.pattern)
+NO_VALUE, NO_NAME, NO_COLON, NO_COMMA = 1, 2, 3, 4
+UTF8, EXTRA, TOO_DEEP = (JSON_FAULTS.index(fault) for fault in ("Invalid UTF-8", "Extra data", JSON_FAULTS[10]))
+
+
+def json_members(
+    text: bytes, start: int, end: int, wanted: frozenset[str], prefix: str
+) -> tuple[list[JsonMember], int, int]:
+    """Check that text[start:end] is a JSON object, and find the members whose names are wanted or begin with `prefix`.
+
+    An empty prefix adds none. Names are compared without their escapes. Returns the members in their order, duplicates
+    included; how many members there are, wanted or not; and where the closing brace is.
+    Raises JsonTextError.
+    """
+    _check_utf8(text, start, end)
+    at = _space(text, start, end)
+    if text[at : min(at + 1, end)] != b"{":
+        _no_more(text, _value(text, at, end), end)
+        raise JsonTextError(NO_OBJECT, at)
+    found: list[JsonMember] = []
+    count = 0
+    at = _space(text, at + 1, end)
+    closed = text[at : min(at + 1, end)] == b"}"
+    while not closed:
+        value = _name(text, at, end)
+        value_end = _value(text, value, end)
+        following, closed = _behind(text, value_end, end, b"}")
+        count += 1
+        name = cast(str, json.loads(text[at : text.rindex(b'"', at, value) + 1]))
+        if name in wanted or (prefix and name.startswith(prefix)):
+            if len(found) == JSON_MEMBERS:
+                raise JsonTextError(TOO_MANY_MEMBERS, at)
+            found.append((name, at, value, value_end, following))
+        at = following
+    _no_more(text, at + 1, end)
+    return found, count, at
+
+
+def json_elements(text: bytes, start: int, end: int, most: int) -> list[tuple[int, int]]:
+    """Return where the first `most` elements of the JSON array text[start:end] begin and end.
+
+    No more than these are checked. Raises JsonTextError.
+    """
+    at = _space(text, start, end)
+    if text[at : min(at + 1, end)] != b"[":
+        raise JsonTextError(NO_VALUE, at)
+    found: list[tuple[int, int]] = []
+    at = _space(text, at + 1, end)
+    closed = text[at : min(at + 1, end)] == b"]"
+    while not closed and len(found) < most:
+        value_end = _value(text, at, end)
+        found.append((at, value_end))
+        at, closed = _behind(text, value_end, end, b"]")
+    return found
+
+
+def json_known_parts(text: bytes, start: int, end: int, known: frozenset[str]) -> bool:
+    """Whether all parts of all messages in text[start:end] are of a known `type`.
+
+    Messages are objects in an array. Parts are objects in an array that is a message's `content`. All else is skipped.
+    Raises JsonTextError.
+    """
+    for message, message_end in _objects(text, start, end):
+        content = _last(text, message, message_end, "content")
+        if content is None:
+            continue
+        for part, part_end in _objects(text, *content):
+            kind = _last(text, part, part_end, "type")
+            if kind is None or text[kind[0]] != ord('"') or json.loads(text[kind[0] : kind[1]]) not in known:
+                return False
+    return True
+
+
+def _objects(text: bytes, start: int, end: int) -> list[tuple[int, int]]:
+    """The objects among the elements of a value, if it is an array."""
+    if text[start] != ord("["):
+        return []
+    return [(at, behind) for at, behind in json_elements(text, start, end, end) if text[at] == ord("{")]
+
+
+def _last(text: bytes, start: int, end: int, name: str) -> tuple[int, int] | None:
+    """Where the value of a member is: of duplicates, the last."""
+    found, _, _ = json_members(text, start, end, frozenset((name,)), "")
+    return found[-1][2:4] if found else None
+
+
+def _check_utf8(text: bytes, start: int, end: int) -> None:
+    try:
+        text[start:end].decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise JsonTextError(UTF8, start + error.start) from None
+
+
+def _space(text: bytes, at: int, end: int) -> int:
+    match = SPACE.match(text, at, end)
+    return at if match is None else match.end()
+
+
+def _no_more(text: bytes, at: int, end: int) -> None:
+    at = _space(text, at, end)
+    if at < end:
+        raise JsonTextError(EXTRA, at)
+
+
+def _name(text: bytes, at: int, end: int) -> int:
+    """The start of the value behind a name."""
+    match = NAME.match(text, at, end)
+    if match is None:
+        raise JsonTextError(NO_NAME, at)
+    at = _space(text, match.end(), end)
+    if text[at : min(at + 1, end)] != b":":
+        raise JsonTextError(NO_COLON, at)
+    return _space(text, at + 1, end)
+
+
+def _behind(text: bytes, at: int, end: int, closing: bytes) -> tuple[int, bool]:
+    """The start of what follows a value, and whether that is the closing bracket."""
+    at = _space(text, at, end)
+    mark = text[at : min(at + 1, end)]
+    if mark == closing:
+        return at, True
+    if mark != b",":
+        raise JsonTextError(NO_COMMA, at)
+    return _space(text, at + 1, end), False
+
+
+def _value(text: bytes, at: int, end: int) -> int:
+    """The end of the value that starts here."""
+    closings: list[bytes] = []
+    while True:
+        mark = text[at : min(at + 1, end)]
+        if mark in (b"{", b"["):
+            if len(closings) == JSON_DEPTH:
+                raise JsonTextError(TOO_DEEP, at)
+            closing = b"}" if mark == b"{" else b"]"
+            closings.append(closing)
+            at = _space(text, at + 1, end)
+            if text[at : min(at + 1, end)] != closing:
+                at = _name(text, at, end) if mark == b"{" else _skipped(text, at, end)
+                continue
+            closings.pop()
+            at += 1
+        else:
+            match = SCALAR.match(text, at, end)
+            if match is None:
+                raise JsonTextError(NO_VALUE, at)
+            at = match.end()
+        closed = True
+        while closings and closed:
+            at, closed = _behind(text, at, end, closings[-1])
+            if closed:
+                closings.pop()
+                at += 1
+        if closed:
+            return at
+        if closings[-1] == b"}":
+            at = _name(text, at, end)
+
+
+def _skipped(text: bytes, at: int, end: int) -> int:
+    match = ELEMENTS.match(text, at, end)
+    return at if match is None else match.end()

@@ -1,0 +1,116 @@
+"""Which requests to /v1/responses and /v1/messages can be handed off."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from eldr.router.protocols import openai
+from eldr.router.protocols.vllm_nixl import VllmNixl
+
+SAID: list[Any] = [{"role": "user", "content": "hello"}]
+
+
+def why(path: bytes, body: dict[str, Any]) -> str | None:
+    protocol, endpoint = VllmNixl(), openai.ENDPOINTS[path]
+    members = endpoint.members | protocol.members
+    return protocol.why_whole(endpoint, openai.read_body(endpoint, json.dumps(body).encode(), members, ()))
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"input": "hello"}, None),
+        ({"input": ""}, None),
+        ({"input": SAID}, None),
+        ({"input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}]}]}, None),
+        ({"input": [{"role": "assistant", "content": [{"type": "output_text", "text": "x"}]}]}, None),
+        ({"input": [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "x"}], "summary": []}]}, None),
+        ({"input": [{"type": "function_call", "name": "f", "arguments": "{}", "call_id": "c"}]}, None),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "42"}]}, None),
+        ({"input": [{"type": "function_call_output", "output": [{"type": "input_text", "text": "42"}]}]}, None),
+        ({"input": [{"type": "function_call_output", "output": [{"type": "input_image"}]}]}, "multimodal"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "multimodal"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "multimodal"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input_item"),
+        ({"input": [{"type": "computer_call_output", "output": {"type": "computer_screenshot"}}]}, "input_item"),
+        ({"input": [{"type": 5}]}, "input_item"),
+        ({"input": ["odd", 5, None]}, None),
+        ({"input": "x", "tools": []}, None),
+        ({"input": "x", "tools": None}, None),
+        ({"input": "x", "tools": [{"type": "function", "name": "f"}]}, None),
+        ({"input": "x", "tools": [{"type": "function"}, {"type": "web_search_preview"}]}, "builtin_tools"),
+        ({"input": "x", "tools": [{"type": "mcp", "server_label": "l"}]}, "builtin_tools"),
+        ({"input": "x", "tools": [{"type": "code_interpreter"}]}, "builtin_tools"),
+        ({"input": "x", "tools": [{"name": "f"}]}, "builtin_tools"),
+        ({"input": "x", "truncation": "disabled"}, None),
+        ({"input": "x", "truncation": "auto"}, "truncate_to_context"),
+        ({"input": "x", "truncation": None}, "truncate_to_context"),
+        ({"input": "x", "previous_input_messages": []}, "previous_input_messages"),
+        ({"input": "x", "max_output_tokens": 3, "store": True, "stream": True}, None),
+    ],
+)
+def test_responses(body: dict[str, Any], reason: str | None) -> None:
+    assert why(openai.RESPONSES, body) == reason
+
+
+def blocks(*content: Any) -> dict[str, Any]:
+    return {"messages": [*SAID, {"role": "user", "content": list(content)}]}
+
+
+IMAGE = {"type": "image", "source": {"type": "base64", "data": ""}}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"messages": SAID}, None),
+        (blocks(), None),
+        (blocks({"type": "text", "text": "an image of a tool_result"}), None),
+        (blocks({"type": "thinking", "thinking": "x"}, {"type": "redacted_thinking", "data": "x"}), None),
+        (blocks({"type": "tool_use", "id": "t", "name": "f", "input": {"content": [IMAGE]}}), None),
+        (blocks({"type": "tool_result", "tool_use_id": "t", "content": "42"}), None),
+        (blocks({"type": "tool_result", "tool_use_id": "t"}), None),
+        (
+            blocks({"type": "tool_result", "content": [{"type": "text", "text": "42"}, {"type": "tool_reference"}]}),
+            None,
+        ),
+        (blocks({"type": "tool_result", "content": [{"type": "text", "text": "42"}, IMAGE]}), "multimodal"),
+        (blocks({"type": "text", "text": "x"}, IMAGE), "multimodal"),
+        (blocks({"type": "document", "source": {}}), "multimodal"),
+        ({"messages": SAID, "tools": [{"name": "f", "input_schema": {}}], "system": "x"}, None),
+    ],
+)
+def test_messages(body: dict[str, Any], reason: str | None) -> None:
+    assert why(openai.MESSAGES, body) == reason
+
+
+def test_an_image_is_found_however_it_is_written() -> None:
+    raw = (
+        rb'{"messages": [{"role": "user", "content": "no"}, {"role": "user", "\u0063ontent": [{"type": "tool_result",'
+        rb' "content": [{"typ\u0065": "im\u0061ge"}]}]}]}'
+    )
+    protocol, endpoint = VllmNixl(), openai.ENDPOINTS[openai.MESSAGES]
+    body = openai.read_body(endpoint, raw, endpoint.members | protocol.members, ())
+    assert protocol.why_whole(endpoint, body) == "multimodal"
+
+
+@pytest.mark.parametrize("extra", [{}, {"request_id": "mine"}, {"request_id": 5}])
+def test_the_name_of_a_leg_is_written_once(extra: dict[str, Any]) -> None:
+    protocol, endpoint = VllmNixl(), openai.ENDPOINTS[openai.RESPONSES]
+    raw = json.dumps({"input": "x", "store": True, "enable_response_messages": True, **extra}).encode()
+    body = openai.read_body(endpoint, raw, endpoint.members | protocol.members, ())
+    for leg in ("mine", "mine-prefill-1", 'odd"name\\'):
+        decode = protocol.decode_body(endpoint, body, None, False, leg)
+        prefill = protocol.prefill_body(endpoint, body, False, leg)
+        own = extra.get("request_id") == "mine" and leg.startswith("mine")
+        for written in (decode, prefill):
+            assert written.count(b'"request_id"') == 1
+            assert json.loads(written)["request_id"] == (leg if own else f"resp_{leg}")
+        assert json.loads(decode)["store"] is True
+        assert json.loads(prefill)["store"] is False
+        assert "enable_response_messages" not in json.loads(prefill)
+        assert protocol.is_named_after(json.loads(decode)["request_id"], leg)
+        assert not protocol.is_named_after(json.loads(decode)["request_id"], leg + "x")
