@@ -48,6 +48,7 @@ class FakeWorker:
     delay_s: how late every answer is, to probes as well.
     behaviour: called instead of the normal answer for completion and chat requests while it is set.
     metrics: what /metrics says; 404 while it is None.
+    base_path: what its URL has behind the port. Other paths are not found.
     counts: wire form of the expert counts in hand-offs; None leaves them out.
     """
 
@@ -58,8 +59,10 @@ class FakeWorker:
         ssl_context: ssl.SSLContext | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
+        base_path: str = "",
     ) -> None:
         self.role = role
+        self.base_path = base_path
         self.ssl_context = ssl_context
         self.model = model
         self.seen: list[Seen] = []
@@ -85,7 +88,7 @@ class FakeWorker:
 
     @property
     def url(self) -> str:
-        return f"http{'s' if self.ssl_context else ''}://{self._host}:{self._port}"
+        return f"http{'s' if self.ssl_context else ''}://{self._host}:{self._port}{self.base_path}"
 
     @property
     def engine_id(self) -> str:
@@ -135,7 +138,8 @@ class FakeWorker:
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = await reader.readuntil(b"\r\n\r\n")
         lines = head.decode("latin-1").split("\r\n")
-        method, path, _ = lines[0].split(" ")
+        method, full_path, _ = lines[0].split(" ")
+        path = full_path.removeprefix(self.base_path) if full_path.startswith(self.base_path) else "not below it"
         headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines[1:] if line)}
         raw = await reader.readexactly(int(headers.get("content-length", "0")))
         seen = Seen(method, path, headers, raw)

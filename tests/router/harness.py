@@ -114,14 +114,17 @@ async def running(
     policy: Policy | str | None = None,
     prepare: Callable[[Setup], None] | None = None,
     worker_tls: ssl.SSLContext | None = None,
+    worker_path: str = "",
     **settings: Any,
 ) -> AsyncIterator[Setup]:
     """A started router with its fake workers; `prepare` may change the workers before the router probes them.
 
     policy: an object, or the name of one that the settings make.
     """
-    prefills = [await FakeWorker("prefill", ssl_context=worker_tls).start() for _ in range(prefill)]
-    decodes = [await FakeWorker("decode", ssl_context=worker_tls).start() for _ in range(decode)]
+    prefills = [
+        await FakeWorker("prefill", ssl_context=worker_tls, base_path=worker_path).start() for _ in range(prefill)
+    ]
+    decodes = [await FakeWorker("decode", ssl_context=worker_tls, base_path=worker_path).start() for _ in range(decode)]
     config = RouterConfig.of(
         prefill=tuple(worker.url for worker in prefills),
         decode=tuple(worker.url for worker in decodes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,11 @@ from eldr.router.config.settings import RouterConfig
         ("http://[::1]:8000", "http://[::1]:8000"),
         ("http://10.0.0.1", "http://10.0.0.1"),
         ("http://d:1#rank=3", "http://d:1#rank=3"),
+        ("http://gateway/prefill0", "http://gateway/prefill0"),
+        ("http://gateway/a/b/", "http://gateway/a/b"),
+        ("https://gateway:8443/a%2Fb/~c;d=e@f#rank=3", "https://gateway:8443/a%2Fb/~c;d=e@f#rank=3"),
+        ("http://d:1/v1/b", "http://d:1/v1/b"),
+        ("http://d:1/.hidden/a..b", "http://d:1/.hidden/a..b"),
     ],
 )
 def test_urls_of_workers(text: str, url: str) -> None:
@@ -35,7 +41,10 @@ def test_urls_of_workers(text: str, url: str) -> None:
         "http://:p@d:1", "http://@d:1", "http://d:1@e:2", "http://d\\@e", "http://d:0", "http://d:99999", "http://d:+1",
         "http://d:1:2", "http://d :1", "http://d\r\nx: y", "http://d\x00", "http://dä:1", "http://[::1", "http://d%2e:1",
         "http://d:1#", "http://d:1#rank=-1", "http://d:1#rank=", "http://d:1#rank=01", "http://d:1#dp=0", "http://d:1#x",
-        "http://d:1#rank=1#rank=2",
+        "http://d:1#rank=1#rank=2", "http://d:1/v1/", "http://d:1/a/v1", "http://d:1/a//b", "http://d:1/a//", "http:////a",
+        "http://d:1/a/./b", "http://d:1/a/../b", "http://d:1/a/..", "http://d:1/%2e%2E/b", "http://d:1/.%2e",
+        "http://d:1/a?b", "http://d:1/a%2", "http://d:1/a%zz", "http://d:1/a b", "http://d:1/a\\b", "http://d:1/ä",
+        "http://d:1/a\r\nb", "http://d:1/a#b", "http://d:1/[a]", "http://d:1/a#rank=1/b",
     ],
 )  # fmt: skip
 def test_what_is_no_url_of_a_worker(text: str) -> None:
@@ -54,7 +63,11 @@ def test_ranks_of_one_url() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(max_size=40).map("http://".__add__) | st.text(max_size=40))
+@given(
+    st.text(max_size=40).map("http://".__add__)
+    | st.text(max_size=40)
+    | st.text("ab/.%2eE:1#@?=rankdp", max_size=30).map("http://d".__add__)
+)
 def test_any_text_is_a_url_or_an_error(text: str) -> None:
     try:
         urls = worker_urls(text)
@@ -62,4 +75,7 @@ def test_any_text_is_a_url_or_an_error(text: str) -> None:
         return
     for url in urls:
         assert worker_url(url) == url
-        assert not set(url) & set("@\\?% \r\n\x00")
+        assert url.isascii()
+        assert not set(url) & set("\\? \r\n\x00")
+        assert not set(urlsplit(url).netloc) & set("@%")
+        assert not url.endswith("/")

@@ -279,6 +279,13 @@ def test_a_wrong_value_is_refused_by_name(key: str, data: st.DataObject) -> None
     assert re.search(rf"\b{key}\b", str(caught.value))
 
 
+def test_costs_of_workers_with_a_path() -> None:
+    url = "http://gateway/d1"
+    config = RouterConfig.of(**{**TWO, "decode": [f"dns+{url}", url]}, worker_costs={f"{url}/": DEFAULT_PRESET})
+    assert config.workers.decode == (f"dns+{url}", url)
+    assert config.placement.options.worker_costs == {url: PRESETS[DEFAULT_PRESET]}
+
+
 def test_a_key_that_is_none_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'decoed'; the keys are .*\bdecode\b"):
         RouterConfig.of(**TWO, decoed=[])

@@ -139,7 +139,7 @@ async def test_workers_follow_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
         await router.stop(0)
 
 
-@pytest.mark.parametrize("url", ["dns+https://d:1", "dns+http://d:1#dp=2", "dns+d:1", "dns+http://d:1/x"])
+@pytest.mark.parametrize("url", ["dns+https://d:1", "dns+http://d:1#dp=2", "dns+d:1", "dns+http://d:1/x?y"])
 def test_names_that_cannot_be_followed_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="decode"):
         RouterConfig.of(prefill=("http://p:1",), decode=(url,))

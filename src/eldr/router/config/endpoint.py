@@ -12,8 +12,12 @@ from eldr.errors import EldrError
 Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 
-# A host name or IPv4 address, or an IPv6 address in brackets, and then a port. No user, path or query.
+# A host name or IPv4 address, or an IPv6 address in brackets, and then a port. No user.
 AUTHORITY = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
+# The path that all paths of the API begin with behind a gateway: segments as in RFC 3986, section 3.3, none empty. No
+# query.
+PATH = re.compile(r"(/([A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+)*")
+DOTS = re.compile(r"(\.|%2e){1,2}", re.IGNORECASE)
 # With data parallelism, several engines share one URL. rank=R is one of them, and dp=N is all N of them.
 RANK = re.compile(r"rank=(0|[1-9][0-9]{0,3})")
 RANKS = re.compile(r"dp=([1-9][0-9]{0,3})")
@@ -35,13 +39,15 @@ Endpoints = frozenset[Endpoint]
 
 
 def worker_url(text: str) -> str:
-    """The normal form of one worker's URL, which identifies it: http://HOST:PORT, with #rank=R for a rank.
+    """The normal form of one worker's URL, which identifies it: http://HOST:PORT/PATH, with #rank=R for a rank.
+
+    Most workers have no path. None ends in a slash.
 
     Raises UrlError if `text` is not such a URL.
     """
     base, rank = _split(text)
     if rank and not RANK.fullmatch(rank):
-        raise UrlError(f"{text!r} is not a worker's URL: expected #rank=R after the port, with R from 0")
+        raise UrlError(f"{text!r} is not a worker's URL: expected #rank=R at the end, with R from 0")
     return f"{base}#{rank}" if rank else base
 
 
@@ -62,14 +68,20 @@ def _split(text: str) -> tuple[str, str]:
     """The base URL, and the text after the #."""
     problem = UrlError(f"{text!r} is not a worker's URL, expected one such as http://10.0.0.1:8000")
     base, mark, fragment = text.partition("#")
-    scheme, separator, authority = base.partition("://")
-    authority = authority.removesuffix("/")
+    scheme, separator, rest = base.partition("://")
+    authority, slash, path = rest.partition("/")
+    path = (slash + path).removesuffix("/")
     if scheme not in ("http", "https") or not separator or not AUTHORITY.fullmatch(authority):
         raise problem
+    # Another party could resolve dots to a path that was not meant.
+    if not PATH.fullmatch(path) or any(DOTS.fullmatch(segment) for segment in path.split("/")):
+        raise problem
+    if path.endswith("/v1"):
+        raise UrlError(f"{text!r} is not a worker's URL: leave out /v1, which the router adds to it")
     try:
         port = urlsplit(f"{scheme}://{authority}").port
     except ValueError:
         raise problem from None
     if port == 0 or (mark and not fragment):
         raise problem
-    return f"{scheme}://{authority}", fragment
+    return f"{scheme}://{authority}{path}", fragment

@@ -36,7 +36,7 @@ def _dns_url(text: str) -> str:
     url = text.removeprefix(DNS)
     if not url.startswith("http://") or "#" in url:
         # No https: a certificate names a host, but the name resolves to bare addresses.
-        raise UrlError(f"{text!r}: expected dns+http://NAME:PORT")
+        raise UrlError(f"{text!r}: expected dns+http://NAME:PORT, with or without a path")
     return worker_urls(url)[0]
 
 

@@ -38,6 +38,7 @@ class WorkerPool:
         rank = rank_of(url)
         # Names the engine that is to run the request, where several share one URL.
         rank_line = b"" if rank is None else b"x-data-parallel-rank: %d\r\n" % rank
+        self._base_path = parts.path.encode()
         self._address_lines = b"host: %b\r\n%b" % (parts.netloc.encode(), rank_line)
         self._authorization = None if authorization is None else b"authorization: Bearer " + authorization + b"\r\n"
 
@@ -51,13 +52,14 @@ class WorkerPool:
     ) -> bytes:
         """The bytes of a request. The worker's key, if there is one, replaces `client_authorization`.
 
+        path: of the API. The path in the worker's URL is put before it.
         headers: further header lines, each ending in CRLF.
         """
         authorization = self._authorization
         if authorization is None:
             authorization = b"" if client_authorization is None else b"authorization: %b\r\n" % client_authorization
-        return b"%b %b HTTP/1.1\r\n%b%b%bcontent-length: %d\r\n\r\n%b" % (
-            method, path, self._address_lines, authorization, headers, len(body), body,
+        return b"%b %b%b HTTP/1.1\r\n%b%b%bcontent-length: %d\r\n\r\n%b" % (
+            method, self._base_path, path, self._address_lines, authorization, headers, len(body), body,
         )  # fmt: skip
 
     async def connection(self) -> WorkerConnection:

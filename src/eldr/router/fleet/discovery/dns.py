@@ -30,7 +30,7 @@ async def resolve(host: str, port: int) -> list[str]:
 class DnsSource(Source):
     """Resolves the host of `url` every `interval_s` seconds, varied by a fifth. A failure keeps the last addresses.
 
-    url: http://NAME:PORT. Its workers are http://ADDRESS:PORT.
+    url: http://NAME:PORT/PATH. Its workers are http://ADDRESS:PORT/PATH.
     """
 
     name = "dns"
@@ -39,6 +39,7 @@ class DnsSource(Source):
         parts = urlsplit(url)
         self._host = parts.hostname or ""
         self._port = parts.port or 80
+        self._path = parts.path
         self._role: Role = role
         self._interval_s = interval_s
         self._resolve = resolve
@@ -71,4 +72,4 @@ class DnsSource(Source):
 
     def _url(self, address: str) -> str:
         host = f"[{address}]" if ":" in address else address
-        return f"http://{host}:{self._port}"
+        return f"http://{host}:{self._port}{self._path}"
