@@ -133,8 +133,6 @@ class Intake:
         headers = request.headers
         if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
             raise ApiError(415, "Content-Type must be application/json")
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise ApiError(415, "Content-Encoding is not supported; send the body uncompressed")
         body = openai.parse_body(request.path, request.body, self._protocol.reserved)
         in_body = body.pop("request_id", None)
         if isinstance(in_body, str) and b"x-request-id" not in headers:
