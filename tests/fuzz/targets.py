@@ -33,6 +33,7 @@ from eldr.kernels._types import TOO_MANY_MEMBERS
 from eldr.router.config.endpoint import UrlError, worker_urls
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import ExchangeError
+from eldr.router.http.content_coding import DECODERS, PIECE_BYTES, BodyDecoder
 from eldr.router.http.errors import ApiError
 from eldr.router.observe.counters import Metrics
 from eldr.router.protocols import openai
@@ -52,6 +53,7 @@ SCRATCH = Path(tempfile.mkdtemp(prefix="eldr-fuzz-"))
 # would otherwise stop most inputs at the door.
 CHANGES = b"\xffchanges"
 INSIDE = b"\xffinside"
+MAX_DECODED_BYTES = 2**20
 
 
 def http(data: bytes) -> None:
@@ -66,7 +68,8 @@ def http(data: bytes) -> None:
         seen = _first_by_h11(data)
         if seen is not None:
             method, target, body = seen
-            assert (method, body) == (requests[0][0], requests[0][3])
+            assert method == requests[0][0]
+            assert b"content-encoding" in data.lower() or body == requests[0][3]
             assert not target.startswith(b"/") or target.partition(b"?")[0] == requests[0][1]
 
 
@@ -83,6 +86,19 @@ def _first_by_h11(data: bytes) -> tuple[bytes, bytes, bytes] | None:
     except h11.RemoteProtocolError:
         return None
     return (request.method, request.target, body) if isinstance(event, h11.EndOfMessage) else None
+
+
+def coding(data: bytes) -> None:
+    """Compressed bodies: ApiError 400, or an end. The first byte chooses the coding."""
+    if len(data) < 2:
+        return
+    decoder = BodyDecoder(list(DECODERS)[data[0] % len(DECODERS)], data[1:])
+    decoded = 0
+    with contextlib.suppress(ApiError):
+        while not decoder.complete and decoded < MAX_DECODED_BYTES:
+            piece = decoder.next_piece()
+            assert len(piece) <= PIECE_BYTES
+            decoded += len(piece)
 
 
 def upstream(data: bytes) -> None:
@@ -283,7 +299,9 @@ def urls(data: bytes) -> None:
     with contextlib.suppress(UrlError, UnicodeDecodeError):
         for url in worker_urls(data.decode()):
             assert worker_urls(url) == (url,)
-            assert not set(url) & set(" \r\n\t@?\\")
+            assert not set(url) & set(" \r\n\t?\\")
+            assert not set(url.split("/")[2]) & set("@%")
+            assert ".." not in url.split("/")
 
 
 def calibration(data: bytes) -> None:
@@ -342,5 +360,19 @@ def _file(data: bytes, kind: str) -> Path:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
-    for target in (http, upstream, sse, events, counts, rows, handoff, body, json_text, urls, calibration, trace)
+    for target in (
+        http,
+        coding,
+        upstream,
+        sse,
+        events,
+        counts,
+        rows,
+        handoff,
+        body,
+        json_text,
+        urls,
+        calibration,
+        trace,
+    )  # fmt: skip
 }

@@ -14,7 +14,7 @@ from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.message import Request
 from eldr.router.http.pool import WorkerPool
-from eldr.router.http.server import ClientConnection
+from eldr.router.http.server import ClientConnection, State
 
 LIMITS = ClientLimits(
     max_body_bytes=10_000,
@@ -167,6 +167,8 @@ def feed(pieces: list[bytes], stalls: frozenset[int] = frozenset()) -> tuple[lis
                 connection.data_received(piece)
             while not (transport.reading or transport.closed):
                 await asyncio.sleep(0)
+        while connection.state is State.ANSWERING:  # a compressed body is decoded
+            await asyncio.sleep(0)
         if stalls:
             await asyncio.sleep(0)  # behind the last write
         statuses = re.findall(rb"HTTP/1\.1 \d{3} [A-Z]+", transport.written)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from eldr.router.config.endpoint import Endpoint
@@ -30,7 +32,7 @@ async def test_every_request_to_a_worker_is_below_its_path(path: str) -> None:
 
 
 @on_uvloop
-async def test_a_worker_with_a_path_joins_and_leaves_by_hand(admin: dict[str, object]) -> None:
+async def test_a_worker_with_a_path_joins_and_leaves_by_hand(admin: dict[str, Any]) -> None:
     async with running(**admin) as s:
         worker = await FakeWorker("decode", base_path="/gate/d1").start()
         try:

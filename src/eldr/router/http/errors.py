@@ -40,16 +40,24 @@ class ApiError(Exception):
 
     status: the HTTP status. message: for people. param: the field of the body at fault, if there is one.
     retry_after_s: whole seconds after which the client may try again.
+    headers: further header lines of the answer, each ending in CRLF.
     """
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, retry_after_s: int | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        headers: bytes = b"",
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.headers = headers
 
     @property
     def type(self) -> str:

@@ -45,7 +45,7 @@ def answer_head(status: int, content_type: bytes, length: int | None, extra: byt
 
 def error_headers(error: ApiError) -> bytes:
     """The header lines that belong to an error."""
-    lines = b""
+    lines = error.headers
     if error.status == 401:
         lines += b"www-authenticate: Bearer\r\n"
     if error.retry_after_s is not None:

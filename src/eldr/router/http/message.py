@@ -15,6 +15,7 @@ import httptools
 
 from eldr.router.config.groups import ClientLimits
 from eldr.router.http.body_memory import BodyMemory, Hold
+from eldr.router.http.content_coding import coding_of
 from eldr.router.http.errors import ApiError
 
 MAX_HEAD_BYTES = 32 * 1024
@@ -38,14 +39,15 @@ class Request:
     query: with its question mark. Empty if there is none.
     headers: with names in lower case. The values of a repeated header are joined by commas.
     hold: counts the body, and is given up with it. None without a body.
+    coding: how the body is compressed. Empty if it is not.
     client: the name that the client's key stands for. Empty if the router used none of its keys.
     answer_lines: header lines of any answer to it, each ending in CRLF.
     received_s: monotonic time of arrival.
     """
 
     __slots__ = (
-        "answer_lines", "body", "client", "headers", "hold", "http_1_0", "keep_alive", "method", "path", "query",
-        "received_s",
+        "answer_lines", "body", "client", "coding", "headers", "hold", "http_1_0", "keep_alive", "method", "path",
+        "query", "received_s",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +58,7 @@ class Request:
         body: bytes,
         *,
         hold: Hold | None = None,
+        coding: bytes = b"",
         keep_alive: bool = True,
         http_1_0: bool = False,
         client: str = "",
@@ -67,6 +70,7 @@ class Request:
         self.headers = headers
         self.body = body
         self.hold = hold
+        self.coding = coding
         self.keep_alive = keep_alive
         self.http_1_0 = http_1_0
         self.client = client
@@ -124,6 +128,7 @@ class IncomingMessage:
         self.http_1_0 = False
         self.headers: dict[bytes, bytes] = {}
         self.client = ""
+        self.coding = b""
         self.body_bytes = 0
         self.hold: Hold | None = None
         self._memory = memory
@@ -326,6 +331,7 @@ class RequestReader:
         message.path, message.query = _path_and_query(message.url)
         message.check_framing()
         message.client = self._sink.permit(self._parser.get_method(), message.path, headers)
+        message.coding = coding_of(headers)
         message.check_room()
         self.since_s = time.monotonic()
         expect = headers.get(b"expect")
@@ -357,6 +363,7 @@ class RequestReader:
             message.headers,
             message.body,
             hold=message.hold,
+            coding=message.coding,
             keep_alive=parser.should_keep_alive(),
             http_1_0=message.http_1_0,
             client=message.client,

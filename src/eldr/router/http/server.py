@@ -15,6 +15,7 @@ from typing import Final, Protocol, cast
 
 from eldr.router.config.groups import ClientLimits
 from eldr.router.http.body_memory import BodyMemory, Hold
+from eldr.router.http.content_coding import BodyDecoder
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.heads import answer_head, error_headers
@@ -90,6 +91,46 @@ TRANSITIONS: Final[dict[State, tuple[State, ...]]] = {
     LINGERING: (CLOSED,),  # the client's time is up, or it is gone
     CLOSED: (),
 }
+
+
+class _Decoding:
+    """A compressed body on its way to become the request's body.
+
+    limit: of the decoded body, in bytes.
+    """
+
+    __slots__ = ("_decoder", "_hold", "_limit", "_memory", "_pieces", "exchange", "request")
+
+    def __init__(self, request: Request, exchange: ClientExchange, limit: int, memory: BodyMemory) -> None:
+        self.request = request
+        self.exchange = exchange
+        self._limit = limit
+        self._memory = memory
+        self._decoder = BodyDecoder(request.coding, request.body)
+        self._hold = Hold(memory)
+        self._pieces: list[bytes] = []
+
+    def step(self) -> bool:
+        """Decode one piece. Returns whether it was the last. Raises ApiError for a body that is damaged or too large.
+
+        The last one puts the decoded body into the request, as if it had come so.
+        """
+        piece = self._decoder.next_piece()
+        if piece:
+            size = self._hold.size
+            if size + len(piece) > self._limit:
+                raise ApiError(413, f"the decoded request body exceeds {self._limit} bytes")
+            self._memory.admit_request(size, len(piece))
+            self._hold.add(len(piece))
+            self._pieces.append(piece)
+        if not self._decoder.complete:
+            return False
+        request = self.request
+        request.body = b"".join(self._pieces)
+        request.hold = self._hold
+        request.coding = b""
+        del request.headers[b"content-encoding"]
+        return True
 
 
 class Handler(Protocol):
@@ -298,7 +339,26 @@ class ClientConnection:
     def _answer(self, request: Request) -> None:
         self._enter(ANSWERING)
         self._exchange = exchange = ClientExchange(self, self._transport, request)
-        self._handler.handle(request, exchange)
+        if request.coding and request.body:
+            limit = min(self._limits.max_body_bytes, self._memory.most_request_bytes)
+            self._decode(_Decoding(request, exchange, limit, self._memory))
+        else:
+            self._handler.handle(request, exchange)
+
+    def _decode(self, decoding: _Decoding) -> None:
+        """Decode a piece of a body, and the next one in the next turn of the event loop, where others have theirs."""
+        exchange = decoding.exchange
+        if self._exchange is not exchange:  # the client has left
+            return
+        try:
+            if not decoding.step():
+                asyncio.get_running_loop().call_soon(self._decode, decoding)
+                return
+        except ApiError as error:
+            self._handler.refused(error)
+            exchange.respond_error(error)
+            return
+        self._handler.handle(decoding.request, exchange)
 
     def finish(self, keep_alive: bool) -> None:
         """The answer is complete. keep_alive: whether the connection can be used again."""

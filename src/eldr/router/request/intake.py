@@ -122,8 +122,6 @@ def require_json(headers: Mapping[bytes, bytes]) -> None:
     """Raise ApiError 415 unless the body is said to be JSON that is not compressed."""
     if essence(headers.get(b"content-type", b"")) != JSON:
         raise ApiError(415, "Content-Type must be application/json")
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise ApiError(415, "Content-Encoding is not supported; send the body uncompressed")
 
 
 class Intake:
