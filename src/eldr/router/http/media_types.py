@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
 JSON: Final = b"application/json"
@@ -21,7 +22,12 @@ def essence(value: bytes) -> bytes:
     """Return the type and subtype in lower case, without parameters. Empty for a value that is not a media type."""
     if value == JSON:
         return JSON
-    found = MEDIA_TYPE.fullmatch(value) if len(value) <= MAX_BYTES else None
+    return _essence(value) if len(value) <= MAX_BYTES else b""
+
+
+@lru_cache(maxsize=64)  # workers and clients send the same few again and again
+def _essence(value: bytes) -> bytes:
+    found = MEDIA_TYPE.fullmatch(value)
     return b"" if found is None else found[1].lower()
 
 

@@ -11,7 +11,6 @@ from eldr.event_stream import BOM, Event, EventReader
 from eldr.router.http.client import Answer, ExchangeError
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
-from eldr.router.http.forwarding import content_type
 from eldr.router.http.media_types import EVENT_STREAM, essence
 from eldr.router.observe.counters import ITL_BOUNDS_S, Metrics
 from eldr.router.protocols.streams import StreamForm, usage_tokens
@@ -127,7 +126,7 @@ class DecodeAnswer(Answer):
     def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
         super().on_head(status, headers)
         check_status(status)
-        self._is_stream = status == 200 and essence(content_type(headers)) == EVENT_STREAM
+        self._is_stream = status == 200 and essence(headers.get(b"content-type", b"")) == EVENT_STREAM
         if status == 200 and self._wants_stream is (not self._is_stream):
             raise WrongAnswerError("a stream that was not requested" if self._is_stream else "not a stream")
 
