@@ -385,7 +385,15 @@ def json_elements(bytes text not None, Py_ssize_t start, Py_ssize_t end, Py_ssiz
     return found
 
 
-cdef bint last_value(bytes text, Py_ssize_t start, Py_ssize_t end, str name, Member *last) except -1:
+cdef inline bint is_named(bytes text, Member *member, bytes name) except -1:
+    """Whether a member has this name, which is ASCII. Names with escapes are rare."""
+    cdef Py_ssize_t size = member.name_end - member.name - 1
+    if member.escaped:
+        return string_at(text, member.name, member.name_end + 1, True) == name.decode()
+    return size == len(name) and memcmp(<const char *> text + member.name + 1, <const char *> name, size) == 0
+
+
+cdef bint last_value(bytes text, Py_ssize_t start, Py_ssize_t end, bytes name, Member *last) except -1:
     """Find the member of an object with this name: of duplicates, the last. Returns whether there is one."""
     cdef const uint8_t *data = text
     cdef Py_ssize_t at = first_in(data, start, end, b"{")
@@ -396,7 +404,7 @@ cdef bint last_value(bytes text, Py_ssize_t start, Py_ssize_t end, str name, Mem
         fault = json_member_at(data, at, end, True, &member)
         if fault:
             raise JsonTextError(fault, member.next)
-        if string_at(text, member.name, member.name_end + 1, member.escaped) == name:
+        if is_named(text, &member, name):
             last[0] = member
             found = True
         at = member.next
@@ -417,10 +425,10 @@ cdef bint known_parts(bytes text, Py_ssize_t start, Py_ssize_t end, frozenset kn
             raise JsonTextError(fault, each.next)
         if data[each.value] == b"{":
             if not in_content:
-                if last_value(text, each.value, each.value_end, "content", &member):
+                if last_value(text, each.value, each.value_end, b"content", &member):
                     if not known_parts(text, member.value, member.value_end, known, True):
                         return False
-            elif not last_value(text, each.value, each.value_end, "type", &member) or data[member.value] != b'"':
+            elif not last_value(text, each.value, each.value_end, b"type", &member) or data[member.value] != b'"':
                 return False
             else:
                 at, escaped = member.value, False
@@ -475,7 +483,7 @@ def json_chat_start(
             if not in_rest:
                 in_rest = True
                 for i in range(count):
-                    if is_role(data, members[i]) and text[members[i].value:members[i].value_end] in leading:
+                    if is_named(text, &members[i], b"role") and text[members[i].value:members[i].value_end] in leading:
                         in_rest = False
             room = message.value_end - message.value
             if in_rest:
@@ -495,7 +503,3 @@ def json_chat_start(
     finally:
         PyMem_Free(out)
     return b"".join(system), b"".join(rest)
-
-
-cdef inline bint is_role(const uint8_t *data, Member member) noexcept:
-    return member.name_end - member.name == 5 and memcmp(data + member.name + 1, b"role", 4) == 0

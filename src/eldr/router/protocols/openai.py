@@ -182,8 +182,8 @@ def model(body: JsonObject) -> str | None:
         raise ApiError(400, "model must be a string", param="model")
     try:
         name.encode()
-    except UnicodeEncodeError:  # a surrogate, which no model has in its name, and no error could repeat
-        raise ApiError(404, "The model does not exist: its name is no text.", param="model") from None
+    except UnicodeEncodeError:  # no log or trace could repeat it
+        raise ApiError(404, f"The model `{name}` does not exist.", param="model") from None
     return name
 
 
