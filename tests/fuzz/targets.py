@@ -361,18 +361,7 @@ def _file(data: bytes, kind: str) -> Path:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
-        http,
-        coding,
-        upstream,
-        sse,
-        events,
-        counts,
-        rows,
-        handoff,
-        body,
-        json_text,
-        urls,
-        calibration,
-        trace,
-    )  # fmt: skip
+        *(http, coding, upstream, sse, events, body, json_text, urls),
+        *(counts, rows, handoff, calibration, trace),
+    )
 }
