@@ -139,7 +139,7 @@ def read_body(endpoint: Endpoint, raw: bytes, members: frozenset[str], reserved:
     return body
 
 
-def read_object(raw: bytes, members: frozenset[str], reserved: Collection[str]) -> JsonObject:
+def read_object(raw: bytes, members: frozenset[str], reserved: frozenset[str]) -> JsonObject:
     """Return a client's body, in which the members named are of interest.
 
     reserved: fields that only the router may send, besides those that start with `eldr_`. Null is as good as nothing.
