@@ -11,11 +11,14 @@ from typing import Any
 import aiohttp
 import orjson
 
+from eldr.event_stream import EventReader
 from eldr.load.outcome import Outcome
 from eldr.load.request import Request
 
 REQUEST_TIMEOUT_S = 120.0
 ERROR_CHARS = 300
+# With return_token_ids, the first event holds the ids of the whole prompt.
+MAX_EVENT_BYTES = 64 * 1024 * 1024
 
 Heard = Callable[[Outcome], None]
 
@@ -122,22 +125,29 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome) -> st
 
     If a server does not return token ids, each event with text is counted as one token.
     """
-    async for line in response.content:
-        if not line.startswith(b"data:"):
-            continue
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            return None
-        try:
-            event = orjson.loads(data)
-            if "error" in event:
-                return f"error in the stream: {str(event['error'])[:ERROR_CHARS]}"
-            for choice in event["choices"]:
-                text, ids = choice["text"], choice.get("token_ids")
-                outcome.text += text
-                outcome.token_ids += ids or []
-                tokens = int(bool(text)) if ids is None else len(ids)
-                outcome.token_times_s += [time.monotonic()] * tokens
-        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            return f"unreadable event ({error!r}): {data[:ERROR_CHARS]!r}"
-    return "the stream ended before [DONE]"
+    reader = EventReader(MAX_EVENT_BYTES)
+    async for piece in response.content.iter_any():
+        for event in reader.feed(piece):
+            if event.data == b"[DONE]":
+                return None
+            wrong = _add_event(event.data, outcome) if event.data else None
+            if wrong is not None:
+                return wrong
+    unfinished = reader.unfinished  # the last blank line may be missing
+    return None if unfinished is not None and unfinished.data == b"[DONE]" else "the stream ended before [DONE]"
+
+
+def _add_event(data: bytes, outcome: Outcome) -> str | None:
+    try:
+        event = orjson.loads(data)
+        if event.get("error") is not None:
+            return f"error in the stream: {str(event['error'])[:ERROR_CHARS]}"
+        for choice in event["choices"]:
+            text, ids = choice["text"], choice.get("token_ids")
+            outcome.text += text
+            outcome.token_ids += ids or []
+            tokens = int(bool(text)) if ids is None else len(ids)
+            outcome.token_times_s += [time.monotonic()] * tokens
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        return f"unreadable event ({error!r}): {data[:ERROR_CHARS]!r}"
+    return None

@@ -108,7 +108,7 @@ class Router:
             quotas.adopt(self._keys.limits)
         protocol = VllmNixl()
         legs = Legs(fleet, pools, self._outcomes, protocol, metrics)
-        retries = Retries(config.retry, self._outcomes, metrics)
+        retries = Retries(config.retry, fleet, self._outcomes, metrics)
         tracing = None if observe.otel_endpoint is None else Tracing(observe.otel_endpoint, observe.otel_sampling)
         intake = Intake(config, fleet, admission, protocol, self.admin_key, tracing)
         self.services = Services(

@@ -27,7 +27,7 @@ ALL = {one.key: one for one in settings_of(RouterConfig)}
 LIVE = {
     "prefill", "decode", "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s", "worker_wait_s",
     "prefill_timeout_s", "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s",
-    "request_timeout_s", "drain_timeout_s", "grace_s", "log_level", "allowed_origins",
+    "stream_keepalive_s", "request_timeout_s", "drain_timeout_s", "grace_s", "log_level", "allowed_origins",
 }  # fmt: skip
 
 # A file with every key, none at its default. Files like it are in use: keys must not move or change their meaning.
@@ -80,6 +80,7 @@ prefill_timeout_s = 0.07
 decode_first_byte_timeout_s = 0.08
 decode_idle_timeout_s = 0.09
 decode_answer_timeout_s = 0.1
+stream_keepalive_s = 0.105
 request_timeout_s = 0.11
 health_timeout_s = 0.12
 retries = 0

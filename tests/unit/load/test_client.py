@@ -70,6 +70,15 @@ async def test_a_stream_is_put_together(serve: Callable[..., Any]) -> None:
     assert outcome.sent_s <= outcome.token_times_s[0] <= outcome.token_times_s[-1]
 
 
+async def test_other_lines_and_long_events_are_read(serve: Callable[..., Any]) -> None:
+    """As with return_token_ids and a long prompt, through a proxy that sends comments."""
+    long = {"choices": [{"text": "a", "token_ids": [97], "prompt_token_ids": [100_000] * 100_000}]}
+    lines = [": ping\r\n\r\n", f"id: 1\ndata: {json.dumps(long)}\r\n\r\n", "data:\n\n", *GOOD[1:-1], "data:[DONE]\n"]
+    (outcome,) = await load(await serve(streaming(lines)))
+    assert outcome.error is None
+    assert outcome.token_ids == [97, 206, 187, 33]
+
+
 async def test_what_is_asked(serve: Callable[..., Any]) -> None:
     seen = []
 

@@ -40,7 +40,7 @@ QUEUE_REFUSALS = ("full", "displaced", "timeout")
 COUNTS_ERRORS = ("missing", "unavailable", "malformed", "version", "inconsistent")
 FAILURES = ("refused", "failed", "status", "wrong_answer", "timeout", "broken_stream")
 EJECTIONS = ("consecutive", "rate", "trial")
-RETRIES = ("refused", "failed", "status", "wrong_answer", "timeout", "lease")
+RETRIES = ("refused", "failed", "status", "overloaded", "wrong_answer", "timeout", "lease")
 TIMEOUTS = ("connect", "prefill", "first_byte", "answer", "idle", "total")
 
 

@@ -198,6 +198,10 @@ class Timeouts:
     decode_answer_timeout_s: float = setting(
         600.0, "longest wait for a decode worker's answer that is not streamed", least=LEAST_S, live=True
     )
+    stream_keepalive_s: float = setting(
+        0.0, "how long a client that waits for a stream may hear nothing before it gets a comment; 0 sends none",
+        live=True, page="deploy.md#silent-streams",
+    )  # fmt: skip
     request_timeout_s: float = setting(
         3600.0, "longest time for a whole request, with queue and retries; clients can shorten it", least=LEAST_S,
         live=True, page="faults.md#deadlines",

@@ -60,7 +60,12 @@ class ApiError(Exception):
         error = {"type": MESSAGES_TYPES.get(self.status, "api_error"), "message": self.message}
         return orjson.dumps({"type": "error", "error": error})
 
+    @property
+    def type(self) -> str:
+        """Its name in the API."""
+        return TYPES.get(self.status) or TYPES[400 if self.status < 500 else 500]
+
     def body(self) -> bytes:
         """The error as JSON: {"error": {"message", "type", "param", "code"}}."""
-        error = {"message": self.message, "type": TYPES[self.status], "param": self.param, "code": self.status}
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.status}
         return orjson.dumps({"error": error})

@@ -57,6 +57,7 @@ class HandOff:
     counts_wire: the counts as the worker sent them. Once the hand-off is spent both are dropped, except that a
         recording keeps counts_wire.
     prompt_tokens: the worker's count of them. 0 if it did not say.
+    prefill_s: how long its prefill took, with the wait at the worker.
     source: the prefill worker.
     name: the worker's name for the request whose blocks these are.
     """
@@ -65,6 +66,7 @@ class HandOff:
         self._params = JsonObject(params.spliced(FOR_ROUTER), frozenset())
         self._spent = False
         received_s = time.monotonic()
+        self.prefill_s = received_s - sent_s
         self.source = source
         self.name = name
         self.prompt_tokens = prompt_tokens

@@ -13,7 +13,7 @@ from typing import Any, Final
 import orjson
 
 from eldr.event_stream import Event
-from eldr.router.http.errors import MESSAGES_TYPES, TYPES, ApiError
+from eldr.router.http.errors import MESSAGES_TYPES, ApiError
 from eldr.router.protocols.openai import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 
 # The start of an error whose event is too long to be kept whole.
@@ -113,7 +113,7 @@ class Responses(TypedForm):
         return 500 if fields.get("type") in ("error", "response.failed") else 0
 
     def error_event(self, error: ApiError) -> bytes:
-        body = {"type": "error", "code": TYPES[error.status], "message": error.message, "param": error.param}
+        body = {"type": "error", "code": error.type, "message": error.message, "param": error.param}
         return b"event: error\ndata: %b\n\n" % orjson.dumps(body)
 
 

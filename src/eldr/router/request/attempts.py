@@ -8,7 +8,7 @@ from collections.abc import Collection
 from eldr.router.config.endpoint import Role
 from eldr.router.config.groups import RetrySettings
 from eldr.router.fleet.outcomes import Outcomes
-from eldr.router.fleet.workers import Worker
+from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 from eldr.router.placement.admission import NoWorkerError
@@ -50,9 +50,10 @@ class RetryBudget:
 class Retries:
     """The retry state that all requests share."""
 
-    def __init__(self, config: RetrySettings, outcomes: Outcomes, metrics: Metrics) -> None:
+    def __init__(self, config: RetrySettings, fleet: Fleet, outcomes: Outcomes, metrics: Metrics) -> None:
         self.most = config.retries
         self.budget = RetryBudget(config.retry_ratio, config.retry_burst)
+        self.fleet = fleet
         self.outcomes = outcomes
         self.metrics = metrics
         self.throttle = Throttle()
@@ -104,6 +105,11 @@ class Attempts:
         if refusals == MOST_REFUSALS:
             raise NoWorkerError(worker.role)
 
+    def _has_untried(self, role: Role) -> bool:
+        """Whether an available worker of `role` has not failed the request yet."""
+        tried = self.tried(role)
+        return any(worker.url not in tried for worker in self._shared.fleet.available(role))
+
     def failed(self, failure: LegFailure) -> None:
         """Use one more attempt. If there is none left, raise what the client gets: ApiError or RelayedError."""
         shared, leg, reason = self._shared, failure.leg, failure.reason
@@ -112,7 +118,7 @@ class Attempts:
         if failure.source is not None and reason in PULL_FAILURES:
             self._avoid(failure.source)
         why_not = None
-        if self._repeated == shared.most:
+        if self._repeated == shared.most or (reason == "overloaded" and not self._has_untried(leg)):
             why_not = "tries"
         elif not shared.budget.take():
             why_not = "budget"

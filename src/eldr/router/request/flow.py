@@ -24,11 +24,15 @@ from eldr.router.request.intake import Job
 from eldr.router.request.legs import Leg, LegFailure, LegRefused, RelayedError
 from eldr.router.request.quotas import Charge
 from eldr.router.request.services import Services
+from eldr.router.request.verdict import worker_error
 
 log = logging.getLogger("eldr.router")
 
 # A request that runs whole has no lease. It waits at most this long for a decode worker with room.
 WHOLE_WAIT_S = 60.0
+# What keeps a silent stream alive (WHATWG HTML, section 9.2.7), and the head before it, as vLLM's.
+KEEP_ALIVE = b": keep-alive\n\n"
+STREAM_TYPE = b"text/event-stream; charset=utf-8"
 # A shorter wait in the queue does not count as a wait.
 NO_WAIT_S = 0.0005
 
@@ -42,7 +46,10 @@ class Flow:
         self._request = request
         self._id = intake.request_id(request)
         self._task: asyncio.Task[None] | None = None
+        self._form = FORMS[request.path]
         self._timer: asyncio.TimerHandle | None = None
+        self._silence: asyncio.TimerHandle | None = None  # only if the client gets comments
+        self._heard_s = request.received_s  # since then, the client has heard nothing
         self._leg: Leg | None = None  # the current decode leg, with its answer
         self._answer: DecodeAnswer | None = None
         self._charge: Charge | None = None  # None if the client has no name
@@ -71,10 +78,12 @@ class Flow:
     async def _run(self, job: Job) -> None:
         """Answer the request, and leave nothing of it behind."""
         self._wake_at(job, job.deadlines.first_byte_s)
+        if job.stream and self._services.config.timeouts.stream_keepalive_s:
+            self._on_silence()
         try:
             await self._respond(job)
         finally:
-            cast(asyncio.TimerHandle, self._timer).cancel()
+            self._cancel_timers()
             self._settle()
             if job.trace is not None:
                 job.trace.end(self._notes)
@@ -189,15 +198,16 @@ class Flow:
             await leg.connect()
             if handoff is not None and handoff.left_s(time.monotonic()) <= 0:
                 raise LegFailure("decode", "lease", "the lease ended before the request was sent")
-            form = FORMS[job.path]
-            times = TokenTimes(services.metrics, self._request.received_s, form.opening + job.wants_usage)
-            answer = DecodeAnswer(self._client, times, self._response_headers(), form, leg.first_event, job.stream)
+            times = TokenTimes(services.metrics, self._request.received_s, self._form.opening + job.wants_usage)
+            answer = DecodeAnswer(
+                self._client, times, self._response_headers(), self._form, leg.first_event, job.stream
+            )
             name = attempts.next_name("decode")
             leg.send(
                 name,
                 services.protocol.decode_body(job.endpoint, job.body, handoff, job.record, name),
                 answer,
-                timeouts.decode_first_byte_timeout_s if job.stream else timeouts.decode_answer_timeout_s,
+                self._answer_limit_s(job, handoff),
                 timeouts.decode_idle_timeout_s,
             )
             self._leg, self._answer = leg, answer
@@ -223,9 +233,24 @@ class Flow:
                 worker.observe_tpot(tpot_s)
         return answer
 
+    def _answer_limit_s(self, job: Job, handoff: HandOff | None) -> float:
+        """How long a decode worker may take to answer or, if the answer is streamed, to begin.
+
+        Whoever computes the prompt has the time of a prefill for it. That is the decode worker if the request runs
+        whole. It may also be for a hand-off, because a worker that has to refuse the pull computes the prompt itself.
+        It then gets the time that this prompt took before: a prefill's whole time would let each worker that is stuck
+        keep its requests for minutes.
+        """
+        timeouts = self._services.config.timeouts
+        limit_s = timeouts.decode_first_byte_timeout_s if job.stream else timeouts.decode_answer_timeout_s
+        return limit_s + (timeouts.prefill_timeout_s if handoff is None else handoff.prefill_s)
+
     # The answer.
 
     def _relay(self, answer: Answer, handoff: HandOff | None = None, *, record: bool = False) -> None:
+        if self._client.streaming:
+            self._respond_error(worker_error(answer))
+            return
         body = answer.body
         content_type, retry_after = answer_headers(answer.headers)
         if essence(content_type) == JSON:
@@ -240,7 +265,11 @@ class Flow:
         self._count(answer.status)
 
     def _respond_error(self, error: ApiError) -> None:
-        self._client.respond_error(error, self._response_headers())
+        if self._client.streaming:  # comments have been sent, so the status is settled
+            self._client.write(self._form.error_event(error))
+            self._client.break_stream()
+        else:
+            self._client.respond_error(error, self._response_headers())
         self._count(error.status)
 
     def _response_headers(self) -> bytes:
@@ -259,17 +288,49 @@ class Flow:
             self._notes["seconds"] = round(time.monotonic() - self._request.received_s, 6)
             log.debug("request", extra={"fields": {"id": self._id, "path": self._request.path.decode(), **self._notes}})
 
+    # Silence, while a streamed request waits and between tokens.
+
+    def _on_silence(self) -> None:
+        """Send a comment if the client has heard nothing for long enough, and look again when it could be due."""
+        every_s = self._services.config.timeouts.stream_keepalive_s
+        if not every_s:
+            return  # a reload has turned it off
+        answer, now_s = self._answer, time.monotonic()
+        begun = answer is not None and answer.begun
+        if answer is not None and begun:
+            self._heard_s = max(self._heard_s, answer.times.first_s, answer.times.last_s)
+        due_s = self._heard_s + every_s
+        if now_s >= due_s:
+            due_s = now_s + every_s
+            if not self._client.stalled and (answer is None or not begun or answer.between):
+                self._heard_s = now_s
+                self._comment()
+        self._silence = self._loop().call_later(due_s - now_s, self._on_silence)
+
+    def _comment(self) -> None:
+        if not self._client.streaming:
+            self._client.begin_stream(STREAM_TYPE, self._response_headers())
+        self._client.write(KEEP_ALIVE)
+
     # Ending early.
 
     def _wake_at(self, job: Job, deadline_s: float) -> None:
         """Set the request's only timer. Its legs are watched by the fleet's sweep."""
         left_s = max(0.0, deadline_s - time.monotonic())
-        # Not get_running_loop, which makes a system call.
-        self._timer = cast("asyncio.Task[None]", self._task).get_loop().call_later(left_s, self._on_deadline, job)
+        self._timer = self._loop().call_later(left_s, self._on_deadline, job)
+
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop. Unlike get_running_loop, this makes no system call."""
+        return cast("asyncio.Task[None]", self._task).get_loop()
+
+    def _cancel_timers(self) -> None:
+        cast(asyncio.TimerHandle, self._timer).cancel()
+        if self._silence is not None:
+            self._silence.cancel()
 
     def _on_deadline(self, job: Job) -> None:
         answer = self._answer
-        if answer is not None and answer.begun and time.monotonic() < job.deadlines.total_s:
+        if self._client.streaming and time.monotonic() < job.deadlines.total_s:
             self._wake_at(job, job.deadlines.total_s)
         elif answer is None or not answer.finished.done():
             self._services.metrics.timeouts["total"] += 1
@@ -300,7 +361,7 @@ class Flow:
             return
         self._services.metrics.disconnects += 1
         if self._timer is not None:
-            self._timer.cancel()
+            self._cancel_timers()
         if self._task is not None:
             self._task.cancel()
 

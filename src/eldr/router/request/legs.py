@@ -29,6 +29,8 @@ log = logging.getLogger("eldr.router")
 
 # Errors that another worker may not have. 501 is not among them, because it means that the request cannot be served.
 WORKERS_ERRORS = frozenset((500, 502, 503, 504))
+# The worker has too much to do. Another may have room, but this one is not at fault.
+OVERLOADED = 429
 
 
 class RelayedError(Exception):
@@ -203,6 +205,10 @@ class Leg:
             check_status(answer.status)
             if answer.status in WORKERS_ERRORS:
                 raise WorkerStatusError(f"status {answer.status}")
+            if answer.status == OVERLOADED:
+                raise LegFailure(
+                    self.worker.role, "overloaded", f"status {answer.status}", worker=self.worker, answer=answer
+                )
             if answer.status == 200:
                 return check_completion(answer, self._job.endpoint, self._shared.protocol, self.name, self._names())
         except ExchangeError as error:
@@ -247,10 +253,15 @@ class Leg:
         """Return the failure to raise, and count it against the worker.
 
         It is not counted if the worker whose blocks it was to pull is gone, because that pull would have failed
-        everywhere.
+        everywhere. Nor is it if a worker is late with a request that runs whole, because the prompt may be slow, and
+        its client would take out one worker after the other.
         """
         source = self._source
-        if source is None or (self._shared.fleet.has(source) and source.available):
+        if source is not None:
+            blamed = self._shared.fleet.has(source) and source.available
+        else:
+            blamed = self.worker.role == "prefill" or not error.timed_out
+        if blamed:
             self._shared.outcomes.failed(self.worker, error.reason)
         return LegFailure(self.worker.role, error.reason, error, worker=self.worker, source=source, answer=answer)
 

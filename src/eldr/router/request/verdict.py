@@ -13,6 +13,7 @@ from typing import ClassVar
 from eldr.event_stream import Event
 from eldr.kernels import JsonTextError
 from eldr.router.http.client import Answer, ExchangeError
+from eldr.router.http.errors import ApiError
 from eldr.router.http.heads import STATUS_LINES
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.json_object import ARRAY, JsonObject
@@ -53,6 +54,25 @@ def check_status(status: int) -> None:
     """Raise WrongAnswerError unless the status is 200 or an HTTP error. No other status answers a completion."""
     if status != 200 and (status < 400 or status not in STATUS_LINES):
         raise WrongAnswerError(f"status {status}")
+
+
+def worker_error(answer: Answer) -> ApiError:
+    """A worker's answer with an error status, for a client that can no longer get it as it is."""
+    message: object = None
+    param = None
+    try:
+        fields = answer.json()
+    except ExchangeError:
+        fields = None
+    if isinstance(fields, dict):
+        error = fields.get("error")
+        if isinstance(error, dict):
+            message, param = error.get("message"), error.get("param")
+        else:
+            message = error
+    if not isinstance(message, str) or not message:
+        message = f"the worker answered with status {answer.status}"
+    return ApiError(answer.status, message, param=param if isinstance(param, str) else None)
 
 
 def check_completion(
