@@ -51,6 +51,7 @@ class FakeWorker:
     behaviour: called instead of the normal answer for completion and chat requests while it is set.
     metrics: what /metrics says; 404 while it is None.
     others: path -> status, body and content type of further endpoints; each waits while `behaviour` is set, as above.
+    max_model_len: what /v1/models says of the model's length.
     counts: wire form of the expert counts in hand-offs; None leaves them out.
     """
 
@@ -65,6 +66,7 @@ class FakeWorker:
         self.role = role
         self.ssl_context = ssl_context
         self.model = model
+        self.max_model_len: int | None = None
         self.seen: list[Seen] = []
         self.behaviour: Behaviour | None = None
         self.healthy = True
@@ -153,7 +155,8 @@ class FakeWorker:
         elif self.api_key is not None and headers.get("authorization") != f"Bearer {self.api_key}":
             await reply(writer, 401, b'{"error":"Unauthorized"}')
         elif path == "/v1/models":
-            models = {"object": "list", "data": [{"id": self.model, "object": "model", "owned_by": "vllm"}]}
+            card = {"id": self.model, "object": "model", "owned_by": "vllm", "max_model_len": self.max_model_len}
+            models = {"object": "list", "data": [card]}
             await reply(writer, 200, json.dumps(models).encode())
         elif path == "/metrics" and self.metrics is not None:
             await reply(writer, 200, self.metrics.encode(), "content-type: text/plain\r\n")

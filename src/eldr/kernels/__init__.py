@@ -39,9 +39,11 @@ __all__ = [
     "encode_exposure",
     "encode_signature",
     "from_fractions",
+    "json_chat_start",
     "json_elements",
     "json_known_parts",
     "json_members",
+    "json_start",
     "move_towards",
     "own_frequencies",
     "placement_cost",
@@ -56,9 +58,11 @@ COMPILED = _chosen.__name__.endswith("._compiled")
 
 encode_exposure = _chosen.encode_exposure
 encode_signature = _chosen.encode_signature
+json_chat_start = _reader.json_chat_start
 json_elements = _reader.json_elements
 json_known_parts = _reader.json_known_parts
 json_members = _reader.json_members
+json_start = _reader.json_start
 move_towards = _chosen.move_towards
 own_frequencies = _chosen.own_frequencies
 placement_cost = _chosen.placement_cost

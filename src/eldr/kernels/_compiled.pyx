@@ -7,10 +7,12 @@ and a placement has eight arrays and takes 200 ns in all.
 """
 
 from cpython.long cimport PyLong_AsSsize_t
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.math cimport sqrtf
 from libc.stdint cimport UINT32_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp
 
 cimport numpy as cnp
 from numpy cimport NPY_FLOAT32, NPY_FLOAT64, NPY_INT64, NPY_UINT8, NPY_UINT16, NPY_UINT32
@@ -280,6 +282,7 @@ cdef extern from "json_text.h" nogil:
     enum:
         JSON_NO_VALUE
         JSON_EXTRA
+        JSON_SORTED
 
     struct Member "json_member":
         Py_ssize_t name
@@ -294,6 +297,9 @@ cdef extern from "json_text.h" nogil:
     int json_value(const uint8_t *text, Py_ssize_t *position, Py_ssize_t end)
     int json_string(const uint8_t *text, Py_ssize_t *position, Py_ssize_t end, bint *escaped)
     int json_member_at(const uint8_t *text, Py_ssize_t at, Py_ssize_t end, bint named, Member *found)
+    Py_ssize_t json_compact(const uint8_t *text, Py_ssize_t at, Py_ssize_t end, uint8_t *out, Py_ssize_t room)
+    int json_collect(const uint8_t *text, Py_ssize_t at, Py_ssize_t end, Member *found, int most)
+    Py_ssize_t json_sorted(const uint8_t *text, Member *members, int count, uint8_t *out, Py_ssize_t room)
 
 
 cdef inline const uint8_t *part_of(bytes text, Py_ssize_t start, Py_ssize_t end) except NULL:
@@ -324,6 +330,7 @@ def json_members(bytes text not None, Py_ssize_t start, Py_ssize_t end, frozense
     cdef Member member
     cdef str name
     cdef list found = []
+    cdef dict last = {}
     if at < 0:
         raise no_object(data, start, end)
     closed = at < end and data[at] == b"}"
@@ -336,13 +343,15 @@ def json_members(bytes text not None, Py_ssize_t start, Py_ssize_t end, frozense
         if name in wanted or (of_all and name.startswith(prefix)):
             if len(found) == MOST_MEMBERS:
                 raise JsonTextError(TOO_MANY_MEMBERS, at)
-            found.append((name, member.name, member.value, member.value_end, member.next))
+            each = (name, member.name, member.value, member.value_end, member.next)
+            found.append(each)
+            last[name] = each
         at = member.next
         closed = member.last
     start = json_space(data, at + 1, end)
     if start < end:
         raise JsonTextError(JSON_EXTRA, start)
-    return found, count, at
+    return found, last, count, at
 
 
 cdef object no_object(const uint8_t *data, Py_ssize_t start, Py_ssize_t end):
@@ -376,7 +385,15 @@ def json_elements(bytes text not None, Py_ssize_t start, Py_ssize_t end, Py_ssiz
     return found
 
 
-cdef bint last_value(bytes text, Py_ssize_t start, Py_ssize_t end, str name, Member *last) except -1:
+cdef inline bint is_named(bytes text, Member *member, bytes name) except -1:
+    """Whether a member has this name, which is ASCII. Names with escapes are rare."""
+    cdef Py_ssize_t size = member.name_end - member.name - 1
+    if member.escaped:
+        return string_at(text, member.name, member.name_end + 1, True) == name.decode()
+    return size == len(name) and memcmp(<const char *> text + member.name + 1, <const char *> name, size) == 0
+
+
+cdef bint last_value(bytes text, Py_ssize_t start, Py_ssize_t end, bytes name, Member *last) except -1:
     """Find the member of an object with this name: of duplicates, the last. Returns whether there is one."""
     cdef const uint8_t *data = text
     cdef Py_ssize_t at = first_in(data, start, end, b"{")
@@ -387,7 +404,7 @@ cdef bint last_value(bytes text, Py_ssize_t start, Py_ssize_t end, str name, Mem
         fault = json_member_at(data, at, end, True, &member)
         if fault:
             raise JsonTextError(fault, member.next)
-        if string_at(text, member.name, member.name_end + 1, member.escaped) == name:
+        if is_named(text, &member, name):
             last[0] = member
             found = True
         at = member.next
@@ -408,10 +425,10 @@ cdef bint known_parts(bytes text, Py_ssize_t start, Py_ssize_t end, frozenset kn
             raise JsonTextError(fault, each.next)
         if data[each.value] == b"{":
             if not in_content:
-                if last_value(text, each.value, each.value_end, "content", &member):
+                if last_value(text, each.value, each.value_end, b"content", &member):
                     if not known_parts(text, member.value, member.value_end, known, True):
                         return False
-            elif not last_value(text, each.value, each.value_end, "type", &member) or data[member.value] != b'"':
+            elif not last_value(text, each.value, each.value_end, b"type", &member) or data[member.value] != b'"':
                 return False
             else:
                 at, escaped = member.value, False
@@ -426,3 +443,63 @@ cdef bint known_parts(bytes text, Py_ssize_t start, Py_ssize_t end, frozenset kn
 def json_known_parts(bytes text not None, Py_ssize_t start, Py_ssize_t end, frozenset known not None):
     part_of(text, start, end)
     return known_parts(text, start, end, known, False)
+
+
+def json_start(bytes text not None, Py_ssize_t start, Py_ssize_t end, Py_ssize_t most):
+    cdef const uint8_t *data = part_of(text, start, end)
+    most = max(0, min(most, end - start))
+    cdef uint8_t *out = <uint8_t *> PyMem_Malloc(most + 1)
+    if out == NULL:
+        raise MemoryError
+    try:
+        return PyBytes_FromStringAndSize(<char *> out, json_compact(data, start, end, out, most))
+    finally:
+        PyMem_Free(out)
+
+
+def json_chat_start(
+    bytes text not None, Py_ssize_t start, Py_ssize_t end, frozenset leading not None, Py_ssize_t most
+):
+    cdef const uint8_t *data = part_of(text, start, end)
+    cdef Py_ssize_t at = first_in(data, start, end, b"["), size = 0, room
+    cdef bint in_rest = False, closed
+    cdef int fault, count, i
+    cdef Member message
+    cdef Member[JSON_SORTED] members
+    cdef list system = [], rest = []
+    cdef bytes piece
+    if at < 0:
+        raise JsonTextError(JSON_NO_VALUE, start)
+    closed = at < end and data[at] == b"]"
+    cdef uint8_t *out = <uint8_t *> PyMem_Malloc(end - start)
+    if out == NULL:
+        raise MemoryError
+    try:
+        while not closed and (size < most or not in_rest):
+            fault = json_member_at(data, at, end, False, &message)
+            if fault:
+                raise JsonTextError(fault, message.next)
+            count = json_collect(data, message.value, message.value_end, members, JSON_SORTED)
+            if not in_rest:
+                in_rest = True
+                for i in range(count):
+                    if is_named(text, &members[i], b"role") and text[members[i].value:members[i].value_end] in leading:
+                        in_rest = False
+            room = message.value_end - message.value
+            if in_rest:
+                room = min(room, most - size)
+            if count < 0:
+                room = json_compact(data, message.value, message.value_end, out, room)
+            else:
+                room = json_sorted(data, members, count, out, room)
+            piece = PyBytes_FromStringAndSize(<char *> out, room)
+            if in_rest:
+                rest.append(piece)
+                size += room
+            else:
+                system.append(piece)
+            at = message.next
+            closed = message.last
+    finally:
+        PyMem_Free(out)
+    return b"".join(system), b"".join(rest)

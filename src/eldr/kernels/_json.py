@@ -29,17 +29,20 @@ SCALAR = re.compile(
 )
 # Most of what is long is made of these: elements with commas behind them.
 ELEMENTS = re.compile(rb"(?:(?:%b)[ \t\n\r]*+,[ \t\n\r]*+)*+" % SCALAR.pattern)
+ESCAPE = re.compile(rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.)")
+# The members of an object that are sorted: json_text.h.
+SORTED = 32
 NO_VALUE, NO_NAME, NO_COLON, NO_COMMA = 1, 2, 3, 4
 UTF8, EXTRA, TOO_DEEP = (JSON_FAULTS.index(fault) for fault in ("Invalid UTF-8", "Extra data", JSON_FAULTS[10]))
 
 
 def json_members(
     text: bytes, start: int, end: int, wanted: frozenset[str], prefix: str
-) -> tuple[list[JsonMember], int, int]:
+) -> tuple[list[JsonMember], dict[str, JsonMember], int, int]:
     """Check that text[start:end] is a JSON object, and find the members whose names are wanted or begin with `prefix`.
 
     An empty prefix adds none. Names are compared without their escapes. Returns the members in their order, duplicates
-    included; how many members there are, wanted or not; and where the closing brace is.
+    included; the last one of each name; how many members there are, wanted or not; and where the closing brace is.
     Raises JsonTextError.
     """
     _check_utf8(text, start, end)
@@ -63,7 +66,7 @@ def json_members(
             found.append((name, at, value, value_end, following))
         at = following
     _no_more(text, at + 1, end)
-    return found, count, at
+    return found, {member[0]: member for member in found}, count, at
 
 
 def json_elements(text: bytes, start: int, end: int, most: int) -> list[tuple[int, int]]:
@@ -101,6 +104,79 @@ def json_known_parts(text: bytes, start: int, end: int, known: frozenset[str]) -
     return True
 
 
+def json_start(text: bytes, start: int, end: int, most: int) -> bytes:
+    """Return the first `most` bytes of the JSON text[start:end], written in one way.
+
+    That is without spaces, and with characters instead of their escapes.
+    """
+    return b"".join(_pieces(text, start, end))[: max(0, most)]
+
+
+def json_chat_start(text: bytes, start: int, end: int, leading: frozenset[bytes], most: int) -> tuple[bytes, bytes]:
+    """Return how the JSON array of messages text[start:end] begins, written in one way.
+
+    That is as for `json_start`, and with the members of each message sorted by their names. The first part has the
+    messages before the first one whose `role`, as it is written, is not in `leading`. The second has `most` bytes of
+    the others. Raises JsonTextError.
+    """
+    system: list[bytes] = []
+    rest: list[bytes] = []
+    for at, behind in json_elements(text, start, end, end):
+        members = _written_members(text, at, behind) if text[at] == ord("{") else None
+        whole = json_start(text, at, behind, behind) if members is None else b"".join(_sorted(text, members))
+        if not rest and any(text[a:b] == b'"role"' and text[c:d] in leading for a, b, c, d in members or ()):
+            system.append(whole)
+        else:
+            rest.append(whole)
+    return b"".join(system), b"".join(rest)[: max(0, most)]
+
+
+def _pieces(text: bytes, start: int, end: int) -> list[bytes]:
+    pieces: list[bytes] = []
+    while start < end:
+        match = NAME.match(text, start, end)
+        if match is None:
+            pieces.append(text[start : start + 1].strip())
+            start += 1
+        else:
+            pieces.append(ESCAPE.sub(_unescaped, match[0]))
+            start = match.end()
+    return pieces
+
+
+def _unescaped(match: re.Match[bytes]) -> bytes:
+    """The character that an escape writes; as it is if it must be escaped."""
+    escape = match[0]
+    if escape == rb"\/":
+        return b"/"
+    if len(escape) == 2:
+        return escape
+    character: str = json.loads(b'"%b"' % escape)
+    return escape if character < " " or character in '"\\' else character.encode("utf-8", "surrogatepass")
+
+
+def _written_members(text: bytes, start: int, end: int) -> list[tuple[int, int, int, int]] | None:
+    """Where names and values begin and end. None if there are too many."""
+    found: list[tuple[int, int, int, int]] = []
+    at = _space(text, start + 1, end)
+    closed = text[at : at + 1] == b"}"
+    while not closed:
+        if len(found) == SORTED:
+            return None
+        value = _name(text, at, end)
+        value_end = _value(text, value, end)
+        found.append((at, text.rindex(b'"', at, value) + 1, value, value_end))
+        at, closed = _behind(text, value_end, end, b"}")
+    return found
+
+
+def _sorted(text: bytes, members: list[tuple[int, int, int, int]]) -> list[bytes]:
+    pieces: list[bytes] = []
+    for name, name_end, value, value_end in sorted(members, key=lambda member: text[member[0] : member[1] - 1]):
+        pieces += [b"," if pieces else b"{", *_pieces(text, name, name_end), b":", *_pieces(text, value, value_end)]
+    return pieces
+
+
 def _objects(text: bytes, start: int, end: int) -> list[tuple[int, int]]:
     """The objects among the elements of a value, if it is an array."""
     if text[start] != ord("["):
@@ -110,8 +186,8 @@ def _objects(text: bytes, start: int, end: int) -> list[tuple[int, int]]:
 
 def _last(text: bytes, start: int, end: int, name: str) -> tuple[int, int] | None:
     """Where the value of a member is: of duplicates, the last."""
-    found, _, _ = json_members(text, start, end, frozenset((name,)), "")
-    return found[-1][2:4] if found else None
+    _, last, _, _ = json_members(text, start, end, frozenset((name,)), "")
+    return last[name][2:4] if name in last else None
 
 
 def _check_utf8(text: bytes, start: int, end: int) -> None:

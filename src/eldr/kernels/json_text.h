@@ -9,9 +9,15 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 /* The levels that a text may have: _types.JSON_DEPTH. A bit each says whether the level is an object. */
 #define JSON_DEPTH 65536
+
+/* The members of an object that json_sorted sorts. A message has a handful. */
+enum { JSON_SORTED = 32 };
 
 /* The indices of _types.JSON_FAULTS. */
 enum {
@@ -40,11 +46,21 @@ static inline ptrdiff_t json_space(const uint8_t *text, ptrdiff_t at, ptrdiff_t 
     return at;
 }
 
-/* Whether 32 bytes of a string have nothing to look at: ASCII without quotes, backslashes and control characters. */
-static inline int json_plain(const uint8_t *text) {
-    uint8_t odd = 0;
-    for (int i = 0; i < 32; i++) odd |= (text[i] == '"') | (text[i] == '\\') | (text[i] < 0x20) | (text[i] >> 7);
-    return !odd;
+/* Behind the bytes of a string that need no look: ASCII without quotes, backslashes and control characters. */
+static inline ptrdiff_t json_plain(const uint8_t *text, ptrdiff_t at, ptrdiff_t end) {
+#ifdef __SSE2__
+    const __m128i quote = _mm_set1_epi8('"'), backslash = _mm_set1_epi8('\\'), space = _mm_set1_epi8(' ');
+    for (; end - at >= 16; at += 16) {
+        const __m128i bytes = _mm_loadu_si128((const __m128i *)(text + at));
+        /* Bytes above 127 are below the space as well, since the comparison is signed. */
+        const __m128i odd = _mm_or_si128(_mm_or_si128(_mm_cmpeq_epi8(bytes, quote), _mm_cmpeq_epi8(bytes, backslash)),
+                                         _mm_cmplt_epi8(bytes, space));
+        const int mask = _mm_movemask_epi8(odd);
+        if (mask) return at + __builtin_ctz((unsigned)mask);
+    }
+#endif
+    while (at < end && text[at] >= 0x20 && text[at] < 0x80 && text[at] != '"' && text[at] != '\\') at++;
+    return at;
 }
 
 static inline int json_hex(uint8_t c) { return (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'f'); }
@@ -69,9 +85,7 @@ static inline int json_character(const uint8_t *text, ptrdiff_t left) {
 static int json_string(const uint8_t *text, ptrdiff_t *position, ptrdiff_t end, int *escaped) {
     ptrdiff_t at = *position + 1;
     for (;;) {
-        while (end - at >= 32 && json_plain(text + at)) at += 32;
-        while (at < end && text[at] >= 0x20 && text[at] < 0x80 && text[at] != '"' && text[at] != '\\') at++;
-        *position = at;
+        *position = at = json_plain(text, at, end);
         if (at >= end) return JSON_OPEN_STRING;
         const uint8_t c = text[at];
         if (c == '"') {
@@ -222,6 +236,121 @@ static int json_member_at(const uint8_t *text, ptrdiff_t at, ptrdiff_t end, int 
     if (text[found->next] != ',') return JSON_NO_COMMA;
     found->next = json_space(text, found->next + 1, end);
     return JSON_SOUND;
+}
+
+/* The number that four hexadecimal digits write. */
+static inline uint32_t json_unit(const uint8_t *digits) {
+    uint32_t unit = 0;
+    for (int i = 0; i < 4; i++) unit = unit << 4 | ((digits[i] & 15u) + (digits[i] > '9' ? 9u : 0u));
+    return unit;
+}
+
+/* The character that an escape \uXXXX writes, as UTF-8; as it is if it must be escaped. Sets what was read and written. */
+static inline void json_unescape(const uint8_t *text, ptrdiff_t left, uint8_t *out, ptrdiff_t *read, ptrdiff_t *written) {
+    uint32_t code = json_unit(text + 2);
+    *read = 6;
+    if (code < 0x20 || code == '"' || code == '\\') {
+        memcpy(out, text, 6);
+        *written = 6;
+        return;
+    }
+    if ((code & 0xFC00) == 0xD800 && left >= 12 && text[6] == '\\' && text[7] == 'u') {
+        const uint32_t low = json_unit(text + 8);
+        if ((low & 0xFC00) == 0xDC00) {
+            code = 0x10000 + ((code & 0x3FF) << 10 | (low & 0x3FF));
+            *read = 12;
+        }
+    }
+    const int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    static const uint8_t first[] = {0, 0xC0, 0xE0, 0xF0};
+    out[0] = (uint8_t)(first[more] | code >> (6 * more));
+    for (int i = 1; i <= more; i++) out[i] = (uint8_t)(0x80 | (code >> (6 * (more - i)) & 0x3F));
+    *written = more + 1;
+}
+
+/* Writes the first `room` bytes of a JSON text, without spaces, and with characters instead of their escapes. Returns how
+   many bytes were written. The text has been read before. */
+static ptrdiff_t json_compact(const uint8_t *text, ptrdiff_t at, ptrdiff_t end, uint8_t *out, ptrdiff_t room) {
+    ptrdiff_t size = 0;
+    int quoted = 0;
+    while (at < end && size < room) {
+        const uint8_t c = text[at];
+        if (c == '"') {
+            quoted = !quoted;
+        } else if (!quoted) {
+            at++;
+            if (c > ' ') out[size++] = c;
+            continue;
+        } else if (c == '\\') {
+            uint8_t character[6] = {c};
+            ptrdiff_t read = 2, written = 2;
+            if (end - at < 2) return size;
+            if (text[at + 1] == '/') {
+                character[0] = '/';
+                written = 1;
+            } else if (text[at + 1] == 'u' && end - at >= 6) {
+                json_unescape(text + at, end - at, character, &read, &written);
+            } else {
+                character[1] = text[at + 1];
+            }
+            if (written > room - size) written = room - size;
+            memcpy(out + size, character, (size_t)written);
+            at += read;
+            size += written;
+            continue;
+        } else {
+            ptrdiff_t plain = json_plain(text, at, end) - at;
+            if (plain > room - size) plain = room - size;
+            if (plain > 0) {
+                memcpy(out + size, text + at, (size_t)plain);
+                at += plain;
+                size += plain;
+                continue;
+            }
+        }
+        out[size++] = c;
+        at++;
+    }
+    return size;
+}
+
+/* The members of the object that begins at `at`. Returns how many there are; -1 if there are more than `most`, or if it
+   is no object. */
+static int json_collect(const uint8_t *text, ptrdiff_t at, ptrdiff_t end, struct json_member *found, int most) {
+    int count = 0;
+    if (at >= end || text[at] != '{') return -1;
+    at = json_space(text, at + 1, end);
+    if (at < end && text[at] == '}') return 0;
+    do {
+        if (count == most || json_member_at(text, at, end, 1, found + count)) return -1;
+        at = found[count].next;
+    } while (!found[count++].last);
+    return count;
+}
+
+/* Writes the first `room` bytes of an object as json_compact does, its members sorted by name. */
+static ptrdiff_t json_sorted(const uint8_t *text, struct json_member *members, int count, uint8_t *out, ptrdiff_t room) {
+    ptrdiff_t size = 0;
+    for (int i = 1; i < count; i++) {
+        const struct json_member one = members[i];
+        const ptrdiff_t length = one.name_end - one.name;
+        int k = i;
+        for (; k > 0; k--) {
+            const ptrdiff_t other = members[k - 1].name_end - members[k - 1].name;
+            const int order = memcmp(text + members[k - 1].name, text + one.name, (size_t)(other < length ? other : length));
+            if (order < 0 || (order == 0 && other <= length)) break;
+            members[k] = members[k - 1];
+        }
+        members[k] = one;
+    }
+    for (int i = 0; i < count && size < room; i++) {
+        out[size++] = i ? ',' : '{';
+        size += json_compact(text, members[i].name, members[i].name_end + 1, out + size, room - size);
+        if (size == room) break;
+        out[size++] = ':';
+        size += json_compact(text, members[i].value, members[i].value_end, out + size, room - size);
+    }
+    return size;
 }
 
 #endif

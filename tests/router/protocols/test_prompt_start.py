@@ -88,10 +88,10 @@ def test_the_way_it_is_written_does_not_matter(said: list[tuple[str, str]], prom
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(("a", "\\", "ä", "€", "😀", '"', "\n")), max_size=60).map("".join), st.integers(1, 20))
-def test_a_text_with_escapes_is_cut_where_it_would_be_without(prompt: str, window_bytes: int) -> None:
-    body = json.dumps({"prompt": prompt + "x" * 400}).encode()
-    expected = (prompt + "x" * 400).encode()[:window_bytes]
-    assert start(COMPLETIONS, body, window_bytes) == expected
+def test_a_text_is_cut_where_it_would_be_without_escapes(prompt: str, window_bytes: int) -> None:
+    text = prompt + "x" * 400
+    expected = json.dumps(text, ensure_ascii=False).encode()[: len('"') + window_bytes]
+    assert start(COMPLETIONS, {"prompt": text}, window_bytes) == expected
 
 
 @settings(max_examples=50, deadline=None)

@@ -126,11 +126,12 @@ def test_what_is_read_is_what_cpython_reads(
     if not isinstance(expected, list):
         assert found == expected
         return
-    spans, count, close = found
+    spans, last, count, close = found
     assert count == len(expected)
     assert data[close : close + 1] == b"}"
     assert data[close + 1 :].strip(b" \t\r\n") == b""
     chosen = [(name, value) for name, value in expected if name in wanted or (prefix and name.startswith(prefix))]
+    assert last == {span[0]: span for span in spans}
     read = [(name, json.loads(data[value:end])) for name, _, value, end, _ in spans]
     assert same(read, chosen)
     for name, start, value, end, following in spans:
@@ -218,7 +219,7 @@ def test_members_are_bounded(reader: ModuleType) -> None:
         return b"{" + b",".join([b'"a":1'] * count) + b"}"
 
     assert len(members(reader, text(JSON_MEMBERS), frozenset("a"))[0]) == JSON_MEMBERS
-    assert members(reader, text(5 * JSON_MEMBERS), frozenset("b"))[:2] == ([], 5 * JSON_MEMBERS)
+    assert members(reader, text(5 * JSON_MEMBERS), frozenset("b"))[:3] == ([], {}, 5 * JSON_MEMBERS)
     with pytest.raises(JsonTextError, match="a few names"):
         reader.json_members(text(JSON_MEMBERS + 1), 0, 6 * JSON_MEMBERS + 7, frozenset("a"), "")
 
@@ -236,3 +237,60 @@ def test_strings_of_any_length_end_at_their_quotes(reader: ModuleType, pieces: l
     (_, _, start, end, _), (_, _, other, other_end, _) = members(reader, data, frozenset("ab"))[0]
     assert json.loads(data[start:end]) == json.loads(data)["a"]
     assert data[other:other_end] == b"4"
+
+
+def in_one_way(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+words = st.text(st.characters(codec="utf-8"), max_size=20)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.recursive(words | st.floats() | st.integers(), lambda each: st.lists(each) | st.dictionaries(words, each)),
+    st.booleans(),
+    st.integers(0, 60),
+)
+@example('/"\\\n\x00\x7fä€😀' * 3, True, 60)
+@pytest.mark.parametrize("reader", BOTH)
+def test_the_start_of_a_text_is_written_in_one_way(reader: ModuleType, value: Any, ascii_only: bool, most: int) -> None:
+    data = json.dumps(value, ensure_ascii=ascii_only, indent=1).replace("/", rb"\/".decode()).encode()
+    start, whole = reader.json_start(data, 0, len(data), most), in_one_way(value)
+    assert start == whole[:most]
+
+
+said = st.lists(
+    words
+    | st.fixed_dictionaries(
+        {"role": st.sampled_from(("system", "user")), "content": words | st.lists(parts, max_size=2)},
+        optional={"name": words, "tool_calls": st.none()},
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(said, st.booleans(), st.sampled_from((0, 7, 40, 10_000)))
+@pytest.mark.parametrize("reader", BOTH)
+def test_the_start_of_a_conversation(reader: ModuleType, said: list[Any], ascii_only: bool, most: int) -> None:
+    data = json.dumps(said, ensure_ascii=ascii_only, indent=1).encode()
+    system, rest = reader.json_chat_start(data, 0, len(data), frozenset((b'"system"',)), most)
+    leading = 0
+    while leading < len(said) and isinstance(said[leading], dict) and said[leading]["role"] == "system":
+        leading += 1
+    written = [in_one_way(dict(sorted(m.items())) if isinstance(m, dict) else m).removesuffix(b"}") for m in said]
+    assert system == b"".join(written[:leading])
+    assert rest == b"".join(written[leading:])[:most]
+
+
+@pytest.mark.parametrize("reader", BOTH)
+def test_a_message_of_many_members_is_taken_as_it_is(reader: ModuleType) -> None:
+    for count in (32, 33):
+        message = {"role": "system", **{f"k{n:02}": n for n in reversed(range(count - 1))}}
+        data = json.dumps([message]).encode()
+        system, rest = reader.json_chat_start(data, 0, len(data), frozenset((b'"system"',)), 9999)
+        if count == 32:
+            assert (system, rest) == (in_one_way(dict(sorted(message.items())))[:-1], b"")
+        else:
+            assert (system, rest) == (b"", in_one_way(message))

@@ -47,8 +47,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        # They may repeat a client's words, in which a surrogate may stand on its own. No answer could have that.
+        self.message = message.encode("utf-8", "backslashreplace").decode()
+        self.param = None if param is None else param.encode("utf-8", "backslashreplace").decode()
         self.retry_after_s = retry_after_s
 
     def body_for(self, path: bytes) -> bytes:

@@ -22,7 +22,7 @@ class LegProtocol(ABC):
     answer_members: those of a worker's answer.
     """
 
-    reserved: ClassVar[tuple[str, ...]]
+    reserved: ClassVar[frozenset[str]]
     members: ClassVar[frozenset[str]]
     answer_members: ClassVar[frozenset[str]]
 

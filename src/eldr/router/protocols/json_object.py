@@ -16,6 +16,8 @@ Value = str | int | float | bool | bytes | None
 QUOTE: Final = ord('"')
 OBJECT: Final = ord("{")
 ARRAY: Final = ord("[")
+# Python reads no integer of more than 4,300 digits.
+MOST_DIGITS: Final = 4300
 SPACES: Final = b" \t\r\n"
 
 
@@ -32,12 +34,12 @@ class JsonObject:
     """
 
     def __init__(self, text: bytes, wanted: frozenset[str], prefix: str = "") -> None:
-        members, count, close = json_members(text, 0, len(text), wanted, prefix)
+        members, last, count, close = json_members(text, 0, len(text), wanted, prefix)
         self.text = text
         self.members: list[JsonMember] = members
+        self._last: dict[str, JsonMember] = last
         self._count = count
         self._close = close
-        self._last: dict[str, JsonMember] = {member[0]: member for member in members}
 
     def __contains__(self, name: str) -> bool:
         return name in self._last
@@ -103,6 +105,8 @@ def value_of(text: bytes) -> Value:
             return text[1:-1].decode("utf-8", "surrogatepass")
     elif first in (OBJECT, ARRAY):
         return text
+    elif text.isdigit() and len(text) < MOST_DIGITS:
+        return int(text)
     elif text == b"true":
         return True
     elif text == b"false":
@@ -111,7 +115,7 @@ def value_of(text: bytes) -> Value:
         return None
     try:
         value: str | int | float = json.loads(text)
-    except ValueError:  # Python reads no integer of more than 4,300 digits
+    except ValueError:  # an integer of more than MOST_DIGITS
         return math.copysign(math.inf, float(text))
     return value
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from typing import Any
 
 import orjson
@@ -20,6 +19,7 @@ MOST_TOKENS = 2**53
 
 COMMON = ("model", "priority", "request_id", "stream", "stream_options", "vllm_xargs")
 NOTHING = re.compile(rb'(?:null|""|\[[ \t\r\n]*\])\Z')
+LONG_BYTES = len(b"null")
 STREAM_OPTIONS = frozenset(("include_usage", "continuous_usage_stats"))
 
 
@@ -123,7 +123,7 @@ ENDPOINTS = {
 }
 
 
-def read_body(endpoint: Endpoint, raw: bytes, members: frozenset[str], reserved: Collection[str]) -> JsonObject:
+def read_body(endpoint: Endpoint, raw: bytes, members: frozenset[str], reserved: frozenset[str]) -> JsonObject:
     """Return the body of a request to `endpoint`.
 
     members: names that the leg protocol wants to know besides the endpoint's.
@@ -139,7 +139,7 @@ def read_body(endpoint: Endpoint, raw: bytes, members: frozenset[str], reserved:
     return body
 
 
-def read_object(raw: bytes, members: frozenset[str], reserved: Collection[str]) -> JsonObject:
+def read_object(raw: bytes, members: frozenset[str], reserved: frozenset[str]) -> JsonObject:
     """Return a client's body, in which the members named are of interest.
 
     reserved: fields that only the router may send, besides those that start with `eldr_`. Null is as good as nothing.
@@ -174,16 +174,17 @@ def _object_of(text: bytes, members: frozenset[str], prefix: str = "") -> JsonOb
         raise ApiError(400, f"the request body is not valid JSON: {error}") from None
 
 
-def _refuse_router_fields(body: JsonObject, reserved: Collection[str]) -> None:
+def _refuse_router_fields(body: JsonObject, reserved: frozenset[str]) -> None:
     text = body.text
     for name, _, value, end, _ in body.members:
-        if name == "vllm_xargs":
-            if text[value] == OBJECT:
-                extra = _object_of(text[value:end], frozenset(reserved), OWN)
-                for inner, _, _, _, _ in extra.members:
-                    _refuse(f"vllm_xargs.{inner}")
-        elif name.startswith(OWN) or (name in reserved and text[value:end] != b"null"):
+        if name.startswith(OWN):
             _refuse(name)
+        elif name in reserved:
+            if text[value:end] != b"null":
+                _refuse(name)
+        elif name == "vllm_xargs" and text[value] == OBJECT:
+            for inner, _, _, _, _ in _object_of(text[value:end], reserved, OWN).members:
+                _refuse(f"vllm_xargs.{inner}")
 
 
 def _refuse(name: str) -> None:
@@ -207,7 +208,12 @@ def _check_input(endpoint: Endpoint, body: JsonObject) -> None:
 def _is_given(body: JsonObject, name: str) -> bool:
     """Whether a member is there and not null, and no empty string or array."""
     span = body.span(name)
-    return span is not None and NOTHING.match(body.text, span[0], span[1]) is None
+    if span is None:
+        return False
+    start, end = span
+    if end - start > LONG_BYTES and body.text[start + 1] not in b" \t\r\n]":
+        return True
+    return NOTHING.match(body.text, start, end) is None
 
 
 def model(body: JsonObject) -> str | None:
@@ -219,8 +225,8 @@ def model(body: JsonObject) -> str | None:
         raise ApiError(400, "model must be a string", param="model")
     try:
         name.encode()
-    except UnicodeEncodeError:  # a surrogate, which no model has in its name, and no error could repeat
-        raise ApiError(404, "The model does not exist: its name is no text.", param="model") from None
+    except UnicodeEncodeError:  # no log or trace could repeat it
+        raise ApiError(404, f"The model `{name}` does not exist.", param="model") from None
     return name
 
 

@@ -169,7 +169,7 @@ def _is_messages_text(text: bytes, start: int, end: int) -> bool:
 class VllmNixl(LegProtocol):
     """The prefill worker keeps the blocks for the time of a lease, and the decode worker pulls them once."""
 
-    reserved: ClassVar[tuple[str, ...]] = TRANSFER_FIELDS
+    reserved: ClassVar[frozenset[str]] = frozenset(TRANSFER_FIELDS)
     members: ClassVar[frozenset[str]] = (
         frozenset((*TRANSFER_FIELDS, *NOT_FOR_PREFILL, *(name for name, _, _ in WHOLE))) - ENDPOINTS_OWN
     )
@@ -177,7 +177,6 @@ class VllmNixl(LegProtocol):
 
     def __init__(self) -> None:
         # A request id would be another leg's: the legs have theirs in a header.
-        self._transfers = frozenset(TRANSFER_FIELDS)
         self._not_for_decode = frozenset((*TRANSFER_FIELDS, "request_id"))
         self._not_for_prefill = {
             path: frozenset((*self._not_for_decode, *NOT_FOR_PREFILL, *RESPONSES_NOT_FOR_PREFILL, *endpoint.limits))
@@ -264,7 +263,7 @@ class VllmNixl(LegProtocol):
                 return answer
             raise
         nulls = b",".join(b'"%b":null' % name.encode() for name in TRANSFER_FIELDS if name in fields)
-        return fields.spliced(self._transfers, nulls)
+        return fields.spliced(self.reserved, nulls)
 
     def recorded(self, answer: bytes, handoff: HandOff | None) -> bytes:
         fields = JsonObject(answer, self.answer_members)
@@ -275,4 +274,4 @@ class VllmNixl(LegProtocol):
         else:
             counts = None if params is None else params.raw("eldr_counts")
         record = b'{"counts":%b,"decode_experts":%b}' % (counts or b"null", experts or b"null")
-        return fields.spliced(self._transfers, b'"kv_transfer_params":null,"eldr_record":%b' % record)
+        return fields.spliced(self.reserved, b'"kv_transfer_params":null,"eldr_record":%b' % record)

@@ -136,8 +136,7 @@ class Intake:
         self.tracing = tracing
         client_header = config.listen.client_header
         self._members = {
-            path: endpoint.members | protocol.members | frozenset(protocol.reserved)
-            for path, endpoint in openai.ENDPOINTS.items()
+            path: endpoint.members | protocol.members | protocol.reserved for path, endpoint in openai.ENDPOINTS.items()
         }
         self._client_header = None if client_header is None else client_header.lower().encode()
 
