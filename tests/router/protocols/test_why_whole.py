@@ -16,7 +16,7 @@ SAID: list[Any] = [{"role": "user", "content": "hello"}]
 def why(path: bytes, body: dict[str, Any]) -> str | None:
     protocol, endpoint = VllmNixl(), openai.ENDPOINTS[path]
     members = endpoint.members | protocol.members
-    return protocol.why_whole(endpoint, openai.read_body(endpoint, json.dumps(body).encode(), members, ()))
+    return protocol.why_whole(endpoint, openai.read_body(endpoint, json.dumps(body).encode(), members, frozenset()))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_an_image_is_found_however_it_is_written() -> None:
         rb' "content": [{"typ\u0065": "im\u0061ge"}]}]}]}'
     )
     protocol, endpoint = VllmNixl(), openai.ENDPOINTS[openai.MESSAGES]
-    body = openai.read_body(endpoint, raw, endpoint.members | protocol.members, ())
+    body = openai.read_body(endpoint, raw, endpoint.members | protocol.members, frozenset())
     assert protocol.why_whole(endpoint, body) == "multimodal"
 
 
@@ -101,7 +101,7 @@ def test_an_image_is_found_however_it_is_written() -> None:
 def test_the_name_of_a_leg_is_written_once(extra: dict[str, Any]) -> None:
     protocol, endpoint = VllmNixl(), openai.ENDPOINTS[openai.RESPONSES]
     raw = json.dumps({"input": "x", "store": True, "enable_response_messages": True, **extra}).encode()
-    body = openai.read_body(endpoint, raw, endpoint.members | protocol.members, ())
+    body = openai.read_body(endpoint, raw, endpoint.members | protocol.members, frozenset())
     for leg in ("mine", "mine-prefill-1", 'odd"name\\'):
         decode = protocol.decode_body(endpoint, body, None, False, leg)
         prefill = protocol.prefill_body(endpoint, body, False, leg)

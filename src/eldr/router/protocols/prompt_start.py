@@ -36,7 +36,7 @@ def prompt_start(endpoint: Endpoint, text: bytes, start: int, end: int, window_b
 
 def system_start(text: bytes, start: int, end: int) -> bytes:
     """Return a mark of the instructions at text[start:end], which stand outside of the conversation."""
-    return b"%d " % zlib.crc32(_canonical(text[start:end]))
+    return b"%d " % zlib.crc32(json_start(text, start, end, end - start))
 
 
 def chat_start(text: bytes, start: int, end: int, window_bytes: int) -> bytes:
