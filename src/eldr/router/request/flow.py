@@ -38,7 +38,11 @@ NO_WAIT_S = 0.0005
 
 
 class Flow:
-    """Answers one request for text. It also listens to the events of its client."""
+    """Answers one request for text. It also listens to the events of its client.
+
+    It has more attributes than a class should. They say where the request is, and each of the events that may come at
+    any time (a deadline, silence, the client, the end of the router) needs most of them.
+    """
 
     def __init__(self, services: Services, client: ClientExchange, request: Request) -> None:
         self._services = services
@@ -315,7 +319,7 @@ class Flow:
     # Ending early.
 
     def _wake_at(self, job: Job, deadline_s: float) -> None:
-        """Set the request's only timer. Its legs are watched by the fleet's sweep."""
+        """Set the timer for the request's deadlines. Its legs are watched by the fleet's sweep."""
         left_s = max(0.0, deadline_s - time.monotonic())
         self._timer = self._loop().call_later(left_s, self._on_deadline, job)
 
