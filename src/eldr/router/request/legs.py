@@ -12,7 +12,7 @@ from typing import Any
 from eldr.router.config.endpoint import Role
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet, Worker
-from eldr.router.http.client import Answer, ConnectError, ExchangeError, NoRoomError, WorkerConnection
+from eldr.router.http.client import Answer, ConnectError, ExchangeError, WorkerConnection
 from eldr.router.http.errors import ApiError
 from eldr.router.http.pool import WorkerPool
 from eldr.router.observe.counters import Metrics
@@ -203,10 +203,10 @@ class Leg:
                 raise WorkerStatusError(f"status {answer.status}")
             if answer.status == 200:
                 return check_completion(answer, self._shared.protocol, self.name, self._names())
-        except NoRoomError:
-            why = "the router has no memory left for the answer"
-            raise ApiError(503, why, retry_after_s=RETRY_AFTER_S) from None
         except ExchangeError as error:
+            if answer.no_room:
+                why = "the router has no memory left for the answer"
+                raise ApiError(503, why, retry_after_s=RETRY_AFTER_S) from None
             self._shared.metrics.timeouts[self._deadline()] += error.timed_out
             raise self.failed(error, answer if isinstance(error, WorkerStatusError) else None) from None
         self.succeeded()
