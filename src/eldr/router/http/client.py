@@ -71,12 +71,6 @@ class SilenceError(ExchangeError):
     timed_out: ClassVar[bool] = True
 
 
-class NoRoomError(ExchangeError):
-    """The router has no memory left for the answer. The worker is not to blame, and a retry would not help."""
-
-    reason: ClassVar[str] = "no_room"
-
-
 class Exchange(Protocol):
     """Receives one answer as it arrives: `on_head`, then `on_body` for each piece, then `on_done`.
 
@@ -105,11 +99,14 @@ class Answer:
 
     finished: resolves when it is complete or has failed.
     failure: why it failed. None if it did not.
+    no_room: whether it failed because the router has no memory left for it. The worker is not to blame then, and
+        another attempt would not help.
     """
 
     def __init__(self) -> None:
         self.begun = False
         self.failure: ExchangeError | None = None
+        self.no_room = False
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
@@ -132,7 +129,8 @@ class Answer:
             raise ExchangeError(f"the answer exceeds {MAX_ANSWER_BYTES} bytes")
         if self.memory is not None:
             if not self.memory.admits_answer(self._bytes, size):
-                raise NoRoomError("no memory is left for the answer")
+                self.no_room = True
+                raise ExchangeError("no memory is left for the answer")
             if self._hold is None:
                 self._hold = Hold(self.memory)
             self._hold.add(size)

@@ -6,6 +6,7 @@ whether it wants more.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import zlib
 from collections.abc import Callable
@@ -13,14 +14,15 @@ from typing import Any, Final
 
 from eldr.router.http.errors import ApiError
 
-zstd: Any
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
+
+def _zstd_module() -> Any:
     try:
-        from backports import zstd
+        return importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
     except ModuleNotFoundError:
-        zstd = None
+        return None
+
+
+zstd: Final[Any] = _zstd_module()
 
 # A piece of the decoded body. It takes about half a millisecond.
 PIECE_BYTES = 128 * 1024

@@ -12,7 +12,7 @@ from eldr.event_stream import Event
 from eldr.router.config.endpoint import Role
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet, Worker
-from eldr.router.http.client import Answer, ConnectError, ExchangeError, NoRoomError, WorkerConnection
+from eldr.router.http.client import Answer, ConnectError, ExchangeError, WorkerConnection
 from eldr.router.http.errors import ApiError
 from eldr.router.http.pool import WorkerPool
 from eldr.router.observe.counters import Metrics
@@ -221,9 +221,9 @@ class Leg:
             check_worker(self.worker, answer)
             if answer.status == 200:
                 return check_completion(answer, self._job.endpoint, self._shared.protocol, self.name, self._names())
-        except NoRoomError:
-            raise no_memory() from None
         except ExchangeError as error:
+            if answer.no_room:
+                raise no_memory() from None
             self._shared.metrics.timeouts[self._deadline()] += error.timed_out
             raise self.failed(error, answer if isinstance(error, WorkerStatusError) else None) from None
         self.succeeded()

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from eldr.kernels import NO_OBJECT, JsonTextError
 from eldr.router.fleet.workers import Worker
-from eldr.router.http.client import Answer, ConnectError, ExchangeError, NoRoomError
+from eldr.router.http.client import Answer, ConnectError, ExchangeError
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.forwarding import answer_headers, client_authorization, session_line
@@ -214,9 +214,9 @@ class PassThrough:
             await connection.finish(answer)
             check_worker(worker, answer)
             fields = _members(answer)
-        except NoRoomError:
-            raise no_memory() from None
         except ExchangeError as error:
+            if answer.no_room:
+                raise no_memory() from None
             services.metrics.timeouts["answer"] += error.timed_out
             own = answer if isinstance(error, WorkerStatusError) else None
             raise LegFailure("decode", error.reason, error, worker=worker, answer=own) from None
