@@ -200,7 +200,6 @@ def test_the_status_is_that_of_one_worker(fleet: Fleet, router: Router, path: st
     assert (routed, status) == (status, status), answer
     if status != 200:
         assert metric(fleet.prefill.url, "vllm:prompt_tokens_total") == computed
-        assert json.loads(answer)["error"]["code"] == json.loads(expected).get("error", {"code": 400})["code"]
 
 
 @pytest.mark.parametrize("raw", [b"", b"5", b"[]", b"null", b'"x"', b"{", b"\xff", b"{}", b"NaN"])
