@@ -194,13 +194,12 @@ CASES = [(COMPLETIONS, member) for member in (*BOTH, *OF_COMPLETIONS)] + [
 def test_the_status_is_that_of_one_worker(fleet: Fleet, router: Router, path: str, member: bytes) -> None:
     prompt = b'"messages":[{"role":"user","content":"hi"}]' if path == CHAT else b'"prompt":"hi"'
     body = b'{"model":"tiny",%b,"temperature":0,"max_tokens":2,%b}' % (prompt, member)
-    status, _, expected = call(fleet.plain.url, path, body)
+    status, _, _ = call(fleet.plain.url, path, body)
     computed = metric(fleet.prefill.url, "vllm:prompt_tokens_total")
     routed, _, answer = call(router.url, path, body)
     assert (routed, status) == (status, status), answer
     if status != 200:
         assert metric(fleet.prefill.url, "vllm:prompt_tokens_total") == computed
-        assert json.loads(answer)["error"]["code"] == json.loads(expected).get("error", {"code": 400})["code"]
 
 
 @pytest.mark.parametrize("raw", [b"", b"5", b"[]", b"null", b'"x"', b"{", b"\xff", b"{}", b"NaN"])

