@@ -195,8 +195,8 @@ class PassThrough:
         pool = services.legs.pools[worker]
         try:
             connection = await pool.connection()
-        except ConnectError as error:
-            raise LegRefused(worker, error) from None
+        except ConnectError as refusal:
+            raise LegRefused(worker, refusal) from None
         headers = b"%bx-request-id: %b\r\n" % (trace_lines(*trace_context(request)), name.encode())
         if self._endpoint.method == b"POST":
             headers += b"content-type: application/json\r\n"
