@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import aiohttp
 import pytest
+from playwright.async_api import async_playwright
 
 from eldr.router.config.settings import ConfigError, RouterConfig
 from tests.router.admin import KEY
-from tests.router.harness import ASK, Reply, Setup, bearer, on_uvloop, running
+from tests.router.api.test_page import FLAGS, browser_path
+from tests.router.fake_worker import reply
+from tests.router.harness import ASK, CHAT, Reply, Setup, bearer, on_uvloop, running
 from tests.router.wire import exchange
 
 APP = "https://app.example"
@@ -156,6 +160,44 @@ async def test_the_admin_address_allows_no_other_origin(admin: dict[str, Any]) -
             assert (answer.status, allowed(answer.headers)) == (200, None)
         async with session.options(url, headers={"origin": APP, "access-control-request-method": "GET"}) as answer:
             assert (answer.status, allowed(answer.headers)) == (401, None)
+
+
+# What a page gets for a request: the status and the text, or that it may read neither.
+FETCH = """async ([url, key, body]) => {
+    const headers = {"content-type": "application/json", ...(key ? {authorization: "Bearer " + key} : {})}
+    try {
+        const answer = await fetch(url + "/v1/chat/completions", {method: "POST", headers, body: JSON.stringify(body)})
+        return [answer.status, await answer.text(), answer.headers.get("x-request-id") !== null]
+    } catch (error) {
+        return [0, error.name, false]
+    }
+}"""
+
+
+@on_uvloop
+async def test_a_real_browser_lets_pages_of_allowed_origins_read_all_answers(key_file: Path) -> None:
+    async def page_of_another_origin(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reply(writer, 200, b"<title>app</title>", "content-type: text/html\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(page_of_another_origin, "127.0.0.1", 0)
+    app = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with async_playwright() as play:
+        browser = await play.chromium.launch(executable_path=browser_path(), args=FLAGS)
+        page = await browser.new_page()
+        await page.goto(app)
+        async with running(api_key_file=key_file, allowed_origins=[app]) as s:
+            status, text, named = await page.evaluate(FETCH, [s.url, "secret", {**CHAT, "stream": True}])
+            assert (status, named, "[DONE]" in text) == (200, True, True)
+            status, text, _ = await page.evaluate(FETCH, [s.url, "", CHAT])
+            assert (status, "an API key is required" in text) == (401, True)
+            status, text, named = await page.evaluate(FETCH, [s.url, "secret", {**CHAT, "model": "other"}])
+            assert (status, named, "does not exist" in text) == (404, True, True)
+        async with running(api_key_file=key_file, allowed_origins=[APP]) as s:
+            assert await page.evaluate(FETCH, [s.url, "secret", CHAT]) == [0, "TypeError", False]
+            assert s.prefill[0].generated == []
+        await browser.close()
+    server.close()
 
 
 def test_origins_are_kept_as_browsers_write_them() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from enum import Enum
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import httptools
 
@@ -382,7 +382,7 @@ def _path_and_query(url: bytes) -> tuple[bytes, bytes]:
     """The path of a request target, and its query with the question mark. The target may be an absolute URL."""
     if not url.startswith(b"/"):
         try:
-            parts = httptools.parse_url(url)
+            parts: Any = httptools.parse_url(url)  # its stubs leave out that path and query can be None
         except httptools.HttpParserInvalidURLError:
             raise ApiError(400, "the request target is malformed") from None
         return parts.path or b"/", b"" if parts.query is None else b"?" + parts.query

@@ -196,8 +196,8 @@ class PassThrough:
         pool = services.legs.pools[worker]
         try:
             connection = await pool.connection()
-        except ConnectError as error:
-            raise LegRefused(worker, error) from None
+        except ConnectError as refusal:
+            raise LegRefused(worker, refusal) from None
         context = trace_lines(*trace_context(request)) + session_line(request)
         headers = b"%bx-request-id: %b\r\n" % (context, name.encode())
         if self._endpoint.method == b"POST":
