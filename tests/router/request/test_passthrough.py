@@ -76,7 +76,7 @@ async def test_a_worker_without_the_endpoint_says_so_itself() -> None:
         (b'{"model": 3}', {}, 400),
         (b'{"model": "other"}', {}, 404),
         (b"{}", {"content-type": "text/plain"}, 415),
-        (b"{}", {"content-encoding": "gzip"}, 415),
+        (b"{}", {"content-encoding": "br"}, 415),
         (b" " * 2000, {}, 413),
     ],
 )

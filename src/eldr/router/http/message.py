@@ -255,8 +255,10 @@ class RequestReader:
         del self._parser, self._sink
 
     def _fail(self) -> None:
+        """Keep only what the answer to the unreadable request depends on."""
         self.stage = FAILED
-        self._message = IncomingMessage(0, self._memory)
+        message, self._message = self._message, IncomingMessage(0, self._memory)
+        self._message.path, self._message.answer_lines = message.path, message.answer_lines
 
     def _feed(self, data: bytes) -> None:
         self._fed_bytes += len(data)
