@@ -55,6 +55,14 @@ def test_all_other_bytes_are_those_of_the_text() -> None:
     assert whole.spliced(frozenset(("b",)), b'"b":3') == expected
 
 
+@pytest.mark.parametrize("size", [1, 65_000, 100_000])
+def test_long_texts_are_spliced_as_short_ones_are(size: int) -> None:
+    text = b'{"a":1,"x":"%b","b":2 , "a":3 }' % (b"x" * size)
+    whole = JsonObject(text, frozenset("ab"))
+    assert whole.spliced(frozenset("a")) == b'{"x":"%b","b":2 }' % (b"x" * size)
+    assert whole.spliced(frozenset("ab"), b'"c":4') == b'{"x":"%b","c":4}' % (b"x" * size)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.booleans())
 def test_values(value: Any, ascii_only: bool) -> None:

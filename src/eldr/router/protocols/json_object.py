@@ -18,6 +18,7 @@ OBJECT: Final = ord("{")
 ARRAY: Final = ord("[")
 # Python reads no integer of more than 4,300 digits.
 MOST_DIGITS: Final = 4300
+LONG_BYTES: Final = 65536
 SPACES: Final = b" \t\r\n"
 
 
@@ -67,34 +68,39 @@ class JsonObject:
         All other bytes are those of `text`, in their order.
         """
         text, close = self.text, self._close
-        pieces: list[bytes] = []
-        kept, at = self._count, 0
+        spans: list[tuple[int, int]] = []
+        left, at = self._count, 0
         ends_in_comma = False
         for name, start, _, _, following in self.members:
-            if name not in owned:
-                continue
-            kept -= 1
-            if following == close and kept and not added:
-                # The comma before goes with the last member. Between it and the name there is only space, or members
-                # that have just been taken out.
-                pieces.append(text[at:start].rstrip(SPACES))
-                while not pieces[-1]:
-                    pieces.pop()
-                    pieces[-1] = pieces[-1].rstrip(SPACES)
-                pieces[-1] = pieces[-1][:-1]
-            else:
-                pieces.append(text[at:start])
-            ends_in_comma = following == close
-            at = following
+            if name in owned:
+                spans.append((at, start))
+                left -= 1
+                ends_in_comma = following == close
+                at = following
         if not at and not added:
             return text
-        pieces.append(text[at:close])
+        spans.append((at, close))
+        if ends_in_comma and left and not added:
+            self._drop_comma(spans)
+        # A slice is a copy, which counts for what is long. A view takes longer to make, which counts for the rest.
+        source: bytes | memoryview = text if close < LONG_BYTES else memoryview(text)
+        pieces: list[bytes | memoryview] = [source[start:end] for start, end in spans]
         if added:
-            if kept and not ends_in_comma:
+            if left and not ends_in_comma:
                 pieces.append(b",")
             pieces.append(added)
         pieces.append(b"}")
         return b"".join(pieces)
+
+    def _drop_comma(self, spans: list[tuple[int, int]]) -> None:
+        """Take the last comma out of what is kept. Nothing but spaces is behind it."""
+        while True:
+            start, end = spans.pop()
+            while end > start and self.text[end - 1] in SPACES:
+                end -= 1
+            if end > start:
+                spans.append((start, end - 1))
+                return
 
 
 def value_of(text: bytes) -> Value:
