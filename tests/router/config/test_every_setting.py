@@ -102,7 +102,8 @@ log_level = "error"
 
 # Every flag, for the same reason.
 FLAGS = """
---prefill http://p:1 --decode http://d:1 --decode http://d:2 --policy rr --calibration c.npz --seed 3
+--prefill http://p:1 --decode http://d:1 --decode http://d:2 --policy rr --calibration c.npz
+--calibration m=d.npz --seed 3
 --decision-log l --host h --port 1 --max-inflight 2 --api-key-file a --tls-cert b --tls-key c --worker-ca d
 --worker-api-key-file e --admin-key-file f --admin-listen 127.0.0.1:1 --otel-endpoint http://o
 --otel-sampling 0.5 --log-level debug --tau 0.2 --no-two-nearest --refit-interval 1 --refit-window 2 --cost x
@@ -121,7 +122,7 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "eldr.toml").write_text(FILE)
     config = RouterConfig.load(tmp_path / "eldr.toml", {})
     files = {key: Path(written[key]) for key in written if key in (
-        "calibration", "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file",
+        "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file",
         "decision_log",
     )}  # fmt: skip
     cost = PRESETS[DEFAULT_PRESET]
@@ -130,6 +131,7 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
         "decode": ("http://d:1", "http://d:2"),
         "cost": cost,
         "worker_costs": {"http://d:2": cost},
+        "calibration": {"": Path("zones.npz")},
     }
     default = values(RouterConfig.of(**TWO))
     # There is one preset only.
@@ -142,7 +144,8 @@ def test_every_flag() -> None:
     arguments = parser.parse_args(FLAGS.split())
     assert given_flags(arguments, RouterConfig) == {
         "prefill": ["http://p:1"], "decode": ["http://d:1", "http://d:2"], "policy": "rr",
-        "calibration": Path("c.npz"), "seed": 3, "decision_log": Path("l"), "host": "h", "port": 1, "max_inflight": 2,
+        "calibration": [("", "c.npz"), ("m", "d.npz")],
+        "seed": 3, "decision_log": Path("l"), "host": "h", "port": 1, "max_inflight": 2,
         "api_key_file": Path("a"), "tls_cert": Path("b"), "tls_key": Path("c"), "worker_ca": Path("d"),
         "worker_api_key_file": Path("e"), "admin_key_file": Path("f"), "admin_listen": "127.0.0.1:1",
         "otel_endpoint": "http://o", "otel_sampling": 0.5, "log_level": "debug", "tau": 0.2, "two_nearest": False,
@@ -173,7 +176,7 @@ def test_the_page_lists_every_setting_with_its_default() -> None:
     for key, (flag, shown, live, _) in rows().items():
         assert flag.strip("`") == ALL[key].flag
         assert (live == "yes") == (key in LIVE)
-        if key not in TWO and default[key] is not None and key not in ("cost", "worker_costs"):
+        if key not in TWO and default[key] is not None and key not in ("cost", "worker_costs", "calibration"):
             text = shown.replace("`", '"')
             assert tomllib.loads(f"value = {text}")["value"] == default[key], key
 
@@ -202,6 +205,8 @@ def toml_value(value: object) -> str:
 def valid(one: Setting) -> st.SearchStrategy[Any]:
     if one.key in TWO:
         return st.lists(st.integers(1, 9).map(lambda port: f"http://w:{port}"), min_size=1, max_size=3, unique=True)
+    if one.key == "calibration":
+        return st.sampled_from(["c.npz", {"m": "c.npz", "": "d.npz"}])
     if one.key == "cost":
         return st.just(DEFAULT_PRESET)
     if one.choices:
@@ -221,6 +226,8 @@ def wrong(one: Setting) -> st.SearchStrategy[Any]:
         return st.sampled_from(["http://w:1", 1, [1], ["w:1"], ["http://w:1", "http://w:1"], ["http://w:0"], []])
     if one.key == "worker_costs":
         return st.text(max_size=9).map(lambda cost: {"http://d:1": cost})
+    if one.key == "calibration":
+        return st.sampled_from(["", 1, [], ["c.npz"], {"m": 1}, {"m": ""}, [("m", "")]])
     if one.key == "cost":
         return st.text(max_size=9)
     others = st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(), st.integers(), max_size=2)

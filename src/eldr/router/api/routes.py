@@ -6,7 +6,7 @@ import asyncio
 
 from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
-from eldr.router.api.models import ModelsFlow
+from eldr.router.api.models import LIST, ModelsFlow
 from eldr.router.config.endpoint import ROLES
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.errors import ApiError
@@ -22,6 +22,8 @@ from eldr.router.request.services import Services
 ADMIN_PATHS = frozenset((b"/ui", b"/admin/workers", b"/admin/drain"))
 # Paths that need no API key, because load balancers probe them.
 OPEN_PATHS = frozenset((b"/health", b"/ready"))
+# The name of a model follows.
+MODEL = LIST + b"/"
 # The Allow header of a 405, by the method of the endpoint.
 ALLOWED = {b"GET": b"GET, HEAD", b"POST": b"POST"}
 # How long clients that were cut off have to be told so.
@@ -48,7 +50,7 @@ class ClientApi:
         self._routes = {
             openai.COMPLETIONS: (b"POST", self._completion),
             openai.CHAT: (b"POST", self._completion),
-            b"/v1/models": (b"GET", self._models),
+            LIST: (b"GET", self._models),
             b"/health": (b"GET", self._health),
             b"/ready": (b"GET", self._ready),
             b"/metrics": (b"GET", self._metrics),
@@ -72,6 +74,8 @@ class ClientApi:
 
     def handle(self, request: Request, exchange: ClientExchange) -> None:
         route = self._routes.get(request.path)
+        if route is None and request.path.startswith(MODEL):
+            route = self._routes[LIST]
         try:
             if route is None and request.path in ADMIN_PATHS:
                 raise ApiError(404, f"{request.path.decode()} is only served at the address of --admin-listen")
@@ -122,9 +126,11 @@ class ClientApi:
             exchange.respond(200, b"{}")
             return
         missing = [role for role in ROLES if not fleet.any_available(role)]
-        exchange.respond_error(
-            ApiError(503, f"no {' and no '.join(missing)} worker is available" if missing else "stopping")
-        )
+        if missing:
+            why = f"no {' and no '.join(missing)} worker is available"
+        else:
+            why = "stopping" if fleet.ready else "no model has both a prefill and a decode worker"
+        exchange.respond_error(ApiError(503, why))
 
     def _metrics(self, request: Request, exchange: ClientExchange) -> None:
         accept = request.headers.get(b"accept", b"").decode("latin-1")

@@ -86,10 +86,14 @@ class Exchange(Protocol):
 
 
 class Answer:
-    """Collects a whole answer in memory. `finished` resolves when it is complete, or raises ExchangeError."""
+    """Collects a whole answer in memory. `finished` resolves when it is complete, or raises ExchangeError.
 
-    def __init__(self) -> None:
+    most_bytes: the largest body that is accepted.
+    """
+
+    def __init__(self, most_bytes: int = MAX_ANSWER_BYTES) -> None:
         self.begun = False
+        self._most_bytes = most_bytes
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
@@ -106,8 +110,8 @@ class Answer:
 
     def on_body(self, data: bytes, framed: bytes | None = None) -> None:
         self._bytes += len(data)
-        if self._bytes > MAX_ANSWER_BYTES:
-            raise ExchangeError(f"the answer exceeds {MAX_ANSWER_BYTES} bytes")
+        if self._bytes > self._most_bytes:
+            raise ExchangeError(f"the answer exceeds {self._most_bytes} bytes")
         self._pieces.append(data)
 
     def on_done(self) -> None:

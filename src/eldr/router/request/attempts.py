@@ -18,6 +18,8 @@ log = logging.getLogger("eldr.router")
 
 # How often one worker may refuse the same request. After each refusal it gets no requests until a probe succeeds.
 MOST_REFUSALS = 3
+# How many workers may turn out to have unloaded the model of one request.
+MOST_UNSERVED = 8
 # After these failures of a decode leg, the cause may be the pull, and so the prefill worker.
 PULL_FAILURES = ("status", "timeout")
 
@@ -66,6 +68,7 @@ class Attempts:
         self._id = request_id
         self._prefills = self._decodes = 0
         self._repeated = 0
+        self._unserved = 0
         # Most requests need neither.
         self._refusals: dict[str, int] = {}
         self._tried: dict[Role, set[str]] = {}
@@ -103,6 +106,16 @@ class Attempts:
         shared.outcomes.refused(worker, refused.reason)
         if refusals == MOST_REFUSALS:
             raise NoWorkerError(worker.role)
+
+    def unserved(self, worker: Worker) -> bool:
+        """Note a worker that no longer serves the request's model. Returns False if that happens again and again.
+
+        It refused the request before it cost anything, so another worker gets it without using up a retry.
+        """
+        self._avoid(worker)
+        self._unserved += 1
+        self._shared.metrics.retries[worker.role, "unserved"] += 1
+        return self._unserved < MOST_UNSERVED
 
     def failed(self, failure: LegFailure) -> None:
         """Use one more attempt. If there is none left, raise what the client gets: ApiError or RelayedError."""

@@ -8,13 +8,12 @@ from typing import Any
 
 from eldr.policies.base import DecodeRequest
 from eldr.router.config.settings import RouterConfig
-from eldr.router.fleet.workers import Fleet
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.errors import ApiError
 from eldr.router.http.forwarding import client_authorization, trace_context, trace_lines
 from eldr.router.http.message import Request
 from eldr.router.observe.tracing import RequestTrace, Tracing
-from eldr.router.placement.admission import PRIORITIES, Admission, Claim, NoWorkerError
+from eldr.router.placement.admission import PRIORITIES, Claim
 from eldr.router.protocols import openai
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
@@ -34,6 +33,7 @@ _decode_requests = itertools.count()
 class Job:
     """One completion or chat request after all checks. Its attributes are facts about the request, not its progress.
 
+    model: the model that it asks for. None if it names none.
     body: what the client sent, without its request_id. Empty once the answer streams.
     why_whole: why it cannot be handed off. None if it can.
     max_tokens: the client's limit. None if there is none.
@@ -52,6 +52,7 @@ class Job:
         *,
         request_id: str,
         path: bytes,
+        model: str | None,
         body: dict[str, Any],
         why_whole: str | None,
         record: bool,
@@ -65,6 +66,7 @@ class Job:
     ) -> None:
         self.request_id = request_id
         self.path = path
+        self.model = model
         self.body = body
         self.why_whole = why_whole
         self.record = record
@@ -102,15 +104,11 @@ class Intake:
     def __init__(
         self,
         config: RouterConfig,
-        fleet: Fleet,
-        admission: Admission,
         protocol: LegProtocol,
         admin_key: AdminKey,
         tracing: Tracing | None,
     ) -> None:
         self._timeouts = config.timeouts
-        self._fleet = fleet
-        self._admission = admission
         self._protocol = protocol
         self._admin_key = admin_key
         self.tracing = tracing
@@ -132,13 +130,13 @@ class Intake:
         record = self._wants_record(request, body)
         if record and why_whole is not None:
             raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
-        self._check_fleet(body.get("model"))
         label = headers.get(b"x-eldr-label")
         max_tokens = openai.max_tokens(request.path, body)
         trace = None if self.tracing is None else self.tracing.begin(request, request_id, body.get("model"))
         return Job(
             request_id=request_id,
             path=request.path,
+            model=body.get("model"),
             body=body,
             why_whole=why_whole,
             record=record,
@@ -178,14 +176,6 @@ class Intake:
         if body.get("stream"):
             raise ApiError(400, "recording needs stream: false", param="stream")
         return True
-
-    def _check_fleet(self, model: str | None) -> None:
-        if self._admission.patience_s("decode") <= 0:
-            raise NoWorkerError("decode")
-        if not self._fleet.any_available("decode"):
-            return  # unknown until a worker is back
-        if model and not self._fleet.serves(model):
-            raise ApiError(404, f"The model `{model}` does not exist.", param="model")
 
 
 def _visible(value: bytes, most_bytes: int) -> str | None:
