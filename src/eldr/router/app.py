@@ -202,6 +202,7 @@ class Router:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self.membership.close()
+        await self.services.lists.close()
         await self._lanes.close()
         for connection in list(clients.connections):
             connection.close()

@@ -107,6 +107,7 @@ class ModelGroup:
         self.left_s: dict[Role, float] = {"prefill": -math.inf, "decode": -math.inf}
         self.whole = Served(self)
         self.unlisted = Served(self)
+        self.name_members()
 
     @property
     def name(self) -> str:

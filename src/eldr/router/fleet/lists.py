@@ -33,21 +33,29 @@ class Looks:
 
     def __init__(self, read: Callable[[], Awaitable[None]]) -> None:
         self._read = read
-        self._began_s = float("-inf")
+        # When the last reading began, and when the last one that is over did.
+        self._began_s = self._read_s = float("-inf")
         self._task: asyncio.Task[None] | None = None
 
     async def since(self, begun_s: float) -> None:
         """Wait for a reading that began after the monotonic time `begun_s` and is over."""
-        while self._task is not None or self._began_s < begun_s:
+        while self._read_s < begun_s:
             if self._task is None:
                 self._task = asyncio.create_task(self._look())
             await asyncio.shield(self._task)
+
+    async def close(self) -> None:
+        """End the reading, if there is one. Whoever waits for it is cancelled."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _look(self) -> None:
         try:
             await asyncio.sleep(self._began_s + LOOK_EVERY_S - time.monotonic())
             self._began_s = time.monotonic()
             await self._read()
+            self._read_s = self._began_s
         finally:
             self._task = None
 
@@ -115,6 +123,10 @@ class ModelLists:
         if looks is None:
             looks = self._one[worker] = Looks(lambda: self._read_again(worker))
         await looks.since(time.monotonic())
+
+    async def close(self) -> None:
+        """End all readings."""
+        await asyncio.gather(self._all.close(), *(looks.close() for looks in self._one.values()))
 
     def fleet_changed(self, worker: Worker) -> None:
         """A listener of the fleet."""

@@ -230,7 +230,7 @@ class Fleet:
             self._names.note_cards(list(cards))
         changed = models != worker.models or bases != worker.bases
         worker.models, worker.bases = models, bases
-        if changed and worker.healthy and self.has(worker):
+        if changed and worker in self._group_of:
             self._join_group(worker)
             self._tell(worker)
 
