@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 
+from eldr.calibration import fit_calibration
 from eldr.cli.main import main
+from eldr.policies import PolicyError
+from eldr.router.app import policy_maker
 from eldr.router.config.endpoint import Role
+from eldr.router.config.settings import RouterConfig
 from tests.router.admin import ask_admin, until_state
-from tests.router.fake_worker import FakeWorker, Seen, counts_wire, reply
+from tests.router.fake_worker import EXPERTS, LAYERS, TOP_K, FakeWorker, Seen, counts_wire, reply
 from tests.router.harness import ASK, Setup, on_uvloop, running, until
+from tests.synthetic import make_trace
 
 ADAPTED = {**ASK, "model": "sql"}
 
@@ -325,6 +330,54 @@ async def test_names_of_one_model_on_different_workers_make_one_group() -> None:
             assert (await s.post({**ASK, "model": "mini"})).status == 200
         asked = [{seen.body["model"] for seen in worker.generated} for worker in s.decode]
         assert asked == [{"tiny"}, {"mini"}]
+
+
+def make_calibration(path: Path, layers: int, experts: int) -> Path:
+    trace = make_trace(requests=60, layers=layers, experts=experts, top_k=TOP_K, kinds=4)
+    fit_calibration(trace, 2).save(path)
+    return path
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@on_uvloop
+async def test_each_base_model_is_placed_with_its_own_calibration(tmp_path: Path, alone: bool) -> None:
+    files = {
+        "tiny": make_calibration(tmp_path / "tiny.npz", LAYERS, EXPERTS),
+        "alias of big": make_calibration(tmp_path / "big.npz", 3, 16),
+    }
+
+    def prepare(s: Setup) -> None:
+        two_models(s)
+        for worker in (*s.prefill[1:], *s.decode[2:]):
+            worker.aliases = ["alias of big"]
+
+    async with running(2, 4, "locality-band", prepare, calibration=files["tiny"] if alone else files) as s:
+        for model in ("tiny", "big"):
+            assert (await s.post({**ASK, "model": model})).status == 200
+        assert await s.metric("eldr_decisions_total", reason="locality") == (1 if alone else 2)
+        assert await s.metric("eldr_decisions_total", reason="wrong_geometry") == (1 if alone else 0)
+
+
+@on_uvloop
+async def test_a_model_without_a_calibration_is_placed_by_load_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"tiny": make_calibration(tmp_path / "tiny.npz", LAYERS, EXPERTS)}
+    log = tmp_path / "decisions.jsonl"
+    async with running(2, 4, "locality-band", two_models, calibration=files, decision_log=log) as s:
+        for model in ("tiny", "big"):
+            assert (await s.post({**ASK, "model": model})).status == 200
+        assert await s.metric("eldr_model_policy", model="tiny", policy="locality-band") == 1
+        assert await s.metric("eldr_model_policy", model="big", policy="jsq") == 1
+        assert await s.metric("eldr_policy_errors_total") == 0
+    assert "the requests for big are placed by jsq" in caplog.text
+    assert main(["decisions", str(log)]) == 0
+
+
+def test_a_policy_that_needs_a_calibration_is_refused_without_any() -> None:
+    config = RouterConfig.of(prefill=("http://p:1",), decode=("http://d:1",), policy="locality-band")
+    with pytest.raises(PolicyError, match="calibration"):
+        policy_maker(config)
 
 
 def test_decisions_for_several_models_are_repeated_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

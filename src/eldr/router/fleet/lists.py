@@ -101,7 +101,7 @@ class ModelLists:
         """Return who serves `model`, after another look at all workers if it is unknown. Raises ApiError."""
         fleet = self._fleet
         served = fleet.served(model)
-        if served is None and model:
+        if served is None and model and fleet.any_available("decode"):
             await self._all.since(time.monotonic())
             served = fleet.served(model)
         if served is not None:
