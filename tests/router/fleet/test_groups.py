@@ -153,6 +153,20 @@ def test_a_group_keeps_its_place_while_its_workers_are_replaced() -> None:
     assert len(fleet.groups) == 1
 
 
+def test_what_a_worker_lists_is_kept_until_it_is_in_service() -> None:
+    fleet = Fleet()
+    slow = fleet.add("http://d:1", "decode", 4)
+    fleet.set_models(slow, cards({"m1"}, {"x"}), 0.0)
+    join(fleet, "http://d:2", "decode", {"m2"})  # while it is still checked
+    fleet.set_healthy(slow, True)
+    served = fleet.served("x")
+    assert served is not None
+    assert (served.card, served.adapter) == ({"id": "x", "parent": "m1"}, True)
+    reloaded = {"id": "x", "parent": "m1", "root": "/elsewhere"}
+    fleet.set_models(slow, [*cards({"m1"}, set()), reloaded], 1.0)
+    assert served.card == reloaded
+
+
 def test_workers_that_list_nothing_may_serve_anything() -> None:
     fleet = Fleet()
     assert fleet.served("m1") is None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from eldr.router.config.endpoint import Role
@@ -46,6 +46,10 @@ class Served:
         self.decode: Urls | None = None
         self.requests = 0
         self.promised = 0
+
+    def set_card(self, card: dict[str, Any]) -> None:
+        self.card = card
+        self.adapter = bool(card.get("parent"))
 
     def promise(self) -> None:
         """One more request needs a decode worker."""
@@ -189,7 +193,7 @@ class Names:
 
     def __init__(self) -> None:
         self._named: dict[str, Served] = {}
-        # The last entry in /v1/models for each name that some worker lists.
+        # The last entry in /v1/models for each name that some worker lists, in a group or not.
         self._cards: dict[str, dict[str, Any]] = {}
 
     def get(self, name: str) -> Served | None:
@@ -199,12 +203,19 @@ class Names:
         return iter(self._named.values())
 
     def note_cards(self, cards: list[dict[str, Any]]) -> None:
-        """Keep the entries of one worker's list, for `refresh`."""
+        """Keep the entries of one worker's list."""
         for card in cards:
-            self._cards[card["id"]] = card
+            name = card["id"]
+            self._cards[name] = card
+            served = self._named.get(name)
+            if served is not None:
+                served.set_card(card)
 
-    def refresh(self, groups: list[ModelGroup]) -> None:
-        """Find out again who serves what, after workers came or went or changed what they list."""
+    def refresh(self, groups: list[ModelGroup], workers: Iterable[Worker]) -> None:
+        """Find out again who serves what, after workers came or went or changed what they list.
+
+        workers: all workers, also those that are in no group yet.
+        """
         group_of: dict[str, ModelGroup] = {}
         roles: tuple[Role, ...] = ("decode", "prefill")
         for role in roles:  # an adapter of two base models belongs to one of which decode workers have it
@@ -218,8 +229,7 @@ class Names:
             if served is None:
                 served = named[name] = Served(group, name)
             served.group = group
-            served.card = self._cards.get(name)
-            served.adapter = served.card is not None and bool(served.card.get("parent"))
+            served.set_card(self._cards[name])
         for name in [name for name, served in named.items() if name not in group_of and not served.requests]:
             del named[name]
         for name, served in named.items():
@@ -235,7 +245,8 @@ class Names:
             served.group.promised += served.promised
             if _is_narrow(served):
                 served.group.narrow[served] = None
-        self._cards = {name: card for name, card in self._cards.items() if name in group_of}
+        listed = {name for worker in workers for name in worker.models or ()}
+        self._cards = {name: card for name, card in self._cards.items() if name in listed}
 
 
 def _is_narrow(served: Served) -> bool:

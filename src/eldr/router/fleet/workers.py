@@ -123,7 +123,7 @@ class Fleet:
             yield
         finally:
             held, self._held = self._held, None
-            self._names.refresh(self.groups)
+            self._refresh_names()
             here = [worker for workers in self._workers.values() for worker in workers.values() if worker in held]
             for worker in (*held.difference(here), *here):
                 self._tell(worker)
@@ -272,7 +272,10 @@ class Fleet:
             if not any(group.members()) and len(self.groups) > 1 and group in self.groups:
                 self.groups.remove(group)
         if self._held is None:
-            self._names.refresh(self.groups)
+            self._refresh_names()
+
+    def _refresh_names(self) -> None:
+        self._names.refresh(self.groups, (w for workers in self._workers.values() for w in workers.values()))
 
     # Changes.
 
