@@ -282,6 +282,8 @@ def _metavar(one: Setting) -> str | None:
 
 def _pair(text: str, form: str) -> tuple[str, str]:
     name, _, value = text.rpartition("=")
+    if value and "=" not in text and form.startswith("["):  # the name may be left out
+        return "", value
     if not name or not value:
         raise argparse.ArgumentTypeError(f"{text!r}: expected {form}")
     return name, value

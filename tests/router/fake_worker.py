@@ -46,6 +46,9 @@ Behaviour = Callable[["FakeWorker", Seen, asyncio.StreamReader, asyncio.StreamWr
 class FakeWorker:
     """A worker on a port of its own.
 
+    model: the name of its base model. aliases: other names of it.
+    adapters: names of its LoRA adapters, which may be loaded and unloaded at any time.
+    list_answer: what /v1/models answers instead of its list while it is set: status, body.
     silent: takes requests and answers none, probes included.
     delay_s: how late every answer is, to probes as well.
     behaviour: called instead of the normal answer for completion and chat requests while it is set.
@@ -70,6 +73,9 @@ class FakeWorker:
         self.ssl_context = ssl_context
         self.model = model
         self.max_model_len: int | None = None
+        self.aliases: list[str] = []
+        self.adapters: list[str] = []
+        self.list_answer: tuple[int, bytes] | None = None
         self.seen: list[Seen] = []
         self.behaviour: Behaviour | None = None
         self.healthy = True
@@ -159,9 +165,7 @@ class FakeWorker:
         elif self.api_key is not None and headers.get("authorization") != f"Bearer {self.api_key}":
             await reply(writer, 401, b'{"error":"Unauthorized"}')
         elif path == "/v1/models":
-            card = {"id": self.model, "object": "model", "owned_by": "vllm", "max_model_len": self.max_model_len}
-            models = {"object": "list", "data": [card]}
-            await reply(writer, 200, json.dumps(models).encode())
+            await reply(writer, *(self.list_answer or (200, self.model_list())))
         elif path == "/metrics" and self.metrics is not None:
             await reply(writer, 200, self.metrics.encode(), "content-type: text/plain\r\n")
         elif path in GENERATES or (path in self.others and self.behaviour is not None):
@@ -172,6 +176,11 @@ class FakeWorker:
         else:
             await reply(writer, 404, b'{"detail":"Not Found"}')
         return True
+
+    def model_list(self) -> bytes:
+        cards = [_card(name, root=f"org/{self.model}", max_model_len=self.max_model_len) for name in (self.model, *self.aliases)]
+        cards += [_card(name, root=f"/adapters/{name}", parent=self.model) for name in self.adapters]
+        return json.dumps({"object": "list", "data": cards}).encode()
 
     async def _generate(self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.running += 1
@@ -194,6 +203,12 @@ class FakeWorker:
 
     async def answer(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
         body = seen.body
+        model = body.get("model")
+        if model and model not in (self.model, *self.aliases, *self.adapters):
+            message = f"The model `{model}` does not exist."
+            error = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
+            await reply(writer, 404, json.dumps({"error": error}).encode())
+            return
         chat = seen.path == CHAT
         limit = body.get("max_tokens", 16)
         if seen.path == RESPONSES:
@@ -337,6 +352,10 @@ class FakeWorker:
 
 def compact(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _card(name: str, root: str, **fields: object) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 1, "owned_by": "vllm", "root": root, "parent": None, **fields}
 
 
 def counts_wire(prompt_tokens: int, layers: int = LAYERS, experts: int = EXPERTS) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import uvloop
 
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import ShortestQueue
-from eldr.router.app import Router, build_policy
+from eldr.router.app import Router, policy_maker
 from eldr.router.config.settings import RouterConfig
 from eldr.router.request import answer
 from tests.router.fake_worker import FakeWorker
@@ -120,7 +120,7 @@ async def running(
 ) -> AsyncIterator[Setup]:
     """A started router with its fake workers; `prepare` may change the workers before the router probes them.
 
-    policy: an object, or the name of one that the settings make.
+    policy: an object for all models, or the name of one that the settings make.
     """
     prefills = [
         await FakeWorker("prefill", ssl_context=worker_tls, base_path=worker_path).start() for _ in range(prefill)
@@ -132,7 +132,8 @@ async def running(
         port=0,
         **{"health_interval_s": 0.1, **({"policy": policy} if isinstance(policy, str) else {}), **settings},
     )
-    router = Router(config, build_policy(config) if isinstance(policy, str) else policy or ShortestQueue())
+    given = None if isinstance(policy, str) else policy or ShortestQueue()
+    router = Router(config, policy_maker(config) if given is None else lambda group: given)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         setup = Setup(router, prefills, decodes, session)
         if prepare is not None:

@@ -35,6 +35,7 @@ class LogHeader:
     options: its options.
     calibration, calibration_sha256: the calibration file and its digest. None without one.
     made_by: the software versions that made the choices. The last bits of sums may differ between versions.
+    model: the base model whose requests the policy places. Empty if it is unknown.
     """
 
     policy: str
@@ -43,6 +44,7 @@ class LogHeader:
     calibration: str | None = None
     calibration_sha256: str | None = None
     made_by: Mapping[str, Any] = field(default_factory=lambda: software())
+    model: str = ""
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -54,6 +56,7 @@ class LogHeader:
             "calibration": self.calibration,
             "calibration_sha256": self.calibration_sha256,
             "made_by": dict(self.made_by),
+            "model": self.model,
         }
 
     @classmethod
@@ -62,8 +65,8 @@ class LogHeader:
         if wire["v"] != LOG_VERSION:
             raise ValueError(f"log version {wire['v']!r}; this eldr reads version {LOG_VERSION}")
         options = PolicyOptions.from_wire(wire["options"])
-        found = (wire[name] for name in ("calibration", "calibration_sha256", "made_by"))
-        return cls(wire["policy"], wire["seed"], options, *found)
+        found = {name: wire[name] for name in ("policy", "seed", "calibration", "calibration_sha256", "made_by")}
+        return cls(**found, options=options, model=wire.get("model", ""))  # 0.1.0 wrote no model
 
 
 def software() -> dict[str, Any]:

@@ -19,11 +19,14 @@ from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
 from eldr.router.api.routes import ClientApi
 from eldr.router.api.ui.state import UiState
+from eldr.router.config.groups import PlacementSettings
 from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port, read_key
 from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.discovery.dns import DnsSource
 from eldr.router.fleet.discovery.file import FileSource
 from eldr.router.fleet.discovery.static import StaticSource
+from eldr.router.fleet.groups import ModelGroup
+from eldr.router.fleet.lists import ModelLists
 from eldr.router.fleet.membership import Membership
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.sweep import sweep
@@ -40,8 +43,7 @@ from eldr.router.observe.counters import Metrics
 from eldr.router.observe.decision_log import DecisionLog, log_header
 from eldr.router.observe.tracing import Tracing
 from eldr.router.placement.admission import Admission
-from eldr.router.placement.decode import Placements
-from eldr.router.placement.prefill import PrefillRing
+from eldr.router.placement.lanes import Lanes, MakePolicy
 from eldr.router.placement.refits import ZoneRefits
 from eldr.router.protocols.vllm_nixl import VllmNixl
 from eldr.router.request.attempts import Retries
@@ -63,6 +65,7 @@ IDLE_LINGER_S = 5.0
 class Router:
     """A router. Call `start` inside an event loop, and `stop` in the same one.
 
+    make_policy: makes the policy of each group of workers.
     config_file: the file to watch, and a function that reads it again. None if there is no file.
     inherited: sockets that already listen, for clients and then for the admin API. Missing ones are opened.
 
@@ -72,7 +75,7 @@ class Router:
     def __init__(
         self,
         config: RouterConfig,
-        policy: Policy,
+        make_policy: MakePolicy,
         config_file: tuple[Path, Callable[[], RouterConfig]] | None = None,
         inherited: Sequence[socket.socket] = (),
     ) -> None:
@@ -87,21 +90,25 @@ class Router:
         self._decision_log: DecisionLog | None = None
         if observe.decision_log is not None:
             self._decision_log = DecisionLog(observe.decision_log)
-            self._decision_log.write(log_header(config.placement).to_wire())
-            policy = LoggedPolicy(policy, self._decision_log.write)
-        self._refits = _zone_refits(policy, config.placement.options, metrics)
+            make_policy = _logged(make_policy, config.placement, self._decision_log)
         self._keys = None if listen.api_key_file is None else ApiKeys(listen.api_key_file)
         self.admin_key = AdminKey(listen.admin_key_file)
         self._tls = (
             None if listen.tls_cert is None or listen.tls_key is None else ServerTls(listen.tls_cert, listen.tls_key)
         )
 
-        ring = PrefillRing(fleet)
-        placements = Placements(policy, fleet, metrics, config.placement.seed)
+        self._lanes = Lanes(
+            fleet,
+            make_policy,
+            lambda policy: _zone_refits(policy, config.placement.options, metrics),
+            metrics,
+            config.placement.seed,
+        )
         self._outcomes = Outcomes(fleet, metrics, config.ejection)
-        admission = Admission(fleet, config.queue)
+        lists = ModelLists(config.workers, fleet, pools)
+        admission = Admission(config.queue)
         # The queue comes last: the requests that it admits need the other parts up to date.
-        for part in (ring, placements, self._outcomes, admission):
+        for part in (self._lanes, self._outcomes, lists, admission):
             fleet.on_change(part.fleet_changed)
 
         quotas = Quotas()
@@ -109,22 +116,34 @@ class Router:
             quotas.adopt(self._keys.limits)
         protocol = VllmNixl()
         legs = Legs(fleet, pools, self._outcomes, protocol, metrics)
-        retries = Retries(config.retry, fleet, self._outcomes, metrics)
+        retries = Retries(config.retry, lists, self._outcomes, metrics)
         tracing = None if observe.otel_endpoint is None else Tracing(observe.otel_endpoint, observe.otel_sampling)
-        intake = Intake(config, fleet, admission, protocol, self.admin_key, tracing)
+        intake = Intake(config, fleet, protocol, self.admin_key, tracing)
         self.services = Services(
-            config, quotas, intake, admission, ring, placements, protocol, legs, retries, self._outcomes, fleet, metrics
+            config,
+            quotas,
+            intake,
+            lists,
+            admission,
+            self._lanes,
+            protocol,
+            legs,
+            retries,
+            self._outcomes,
+            fleet,
+            metrics,
         )
         self.membership = Membership(
             config.workers,
             fleet,
             pools,
+            lists,
             lambda worker: legs.leave(worker, int(retries.budget.left)),
             None if config.workers.worker_api_key_file is None else read_key(config.workers.worker_api_key_file),
             worker_context(config.workers.worker_ca),
             memory,
         )
-        collector = RouterCollector(metrics, fleet, admission, placements.picture, memory, self._decision_log, quotas)
+        collector = RouterCollector(metrics, fleet, admission, self._lanes, memory, self._decision_log, quotas)
         cors = Cors(listen.allowed_origins)
         self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector)
         self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services))
@@ -146,8 +165,6 @@ class Router:
                 loop.create_task(ConnectionWatch(self.clients.connections).run()),
                 loop.create_task(ConnectionWatch(self.admin.connections).run()),
             ]
-            if self._refits is not None:
-                self._background.append(loop.create_task(self._refits.run()))
             await self._listeners.open(self.clients, listen.host, listen.port)
             if listen.admin_listen is not None:
                 await self._listeners.open(self.admin, *host_and_port("admin_listen", listen.admin_listen))
@@ -211,6 +228,8 @@ class Router:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self.membership.close()
+        await self.services.lists.close()
+        await self._lanes.close()
         for connection in list(clients.connections):
             connection.close()
         while clients.connections and time.monotonic() < deadline_s:  # the last bytes are still being sent
@@ -285,11 +304,40 @@ def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Zo
     return ZoneRefits(policy, RefitSchedule(options.refit_interval_s, options.refit_window_s), metrics)
 
 
-def build_policy(config: RouterConfig) -> Policy:
-    """Make the configured policy, with its calibration if there is one. Raises EldrError."""
-    from eldr.calibration import load_calibration
-    from eldr.policies import make_policy
+def _logged(make_policy: MakePolicy, placement: PlacementSettings, decision_log: DecisionLog) -> MakePolicy:
+    """Make policies whose events are logged, each after a header of its own."""
+
+    def make(group: ModelGroup) -> Policy:
+        policy, write = make_policy(group), decision_log.run()
+        write(log_header(placement, policy.name, group.bases).to_wire())
+        return LoggedPolicy(policy, write)
+
+    return make
+
+
+def policy_maker(config: RouterConfig) -> MakePolicy:
+    """Return what makes the configured policy for each group of workers, with the calibration of its model.
+
+    Raises EldrError for a policy that cannot be made, or a calibration that cannot be read.
+    """
+    from eldr.calibration import Calibration, load_calibration
+    from eldr.policies import PolicyError, make_policy
 
     placement = config.placement
-    calibration = None if placement.calibration is None else load_calibration(placement.calibration)
-    return make_policy(placement.policy, placement.options, calibration=calibration, seed=placement.seed)
+    calibrations = {path: load_calibration(path) for path in placement.calibration.values()}
+
+    def make(calibration: Calibration | None) -> Policy:
+        return make_policy(placement.policy, placement.options, calibration=calibration, seed=placement.seed)
+
+    def make_for(group: ModelGroup) -> Policy:
+        path = placement.calibration_of(sorted(group.bases))
+        try:
+            return make(None if path is None else calibrations[path])
+        except PolicyError as error:
+            # A model that is placed by load is better than one that is not served.
+            log.error("the requests for %s are placed by jsq: %s", group.name or "a model", error)
+            return make_policy("jsq", seed=placement.seed)
+
+    for calibration in calibrations.values() or (None,):
+        make(calibration)
+    return make_for

@@ -107,7 +107,8 @@ log_level = "error"
 
 # Every flag, for the same reason.
 FLAGS = """
---prefill http://p:1 --decode http://d:1 --decode http://d:2 --policy rr --calibration c.npz --seed 3
+--prefill http://p:1 --decode http://d:1 --decode http://d:2 --policy rr --calibration c.npz
+--calibration m=d.npz --seed 3
 --decision-log l --host h --port 1 --max-inflight 2 --api-key-file a --tls-cert b --tls-key c --worker-ca d
 --worker-api-key-file e --admin-key-file f --admin-listen 127.0.0.1:1 --otel-endpoint http://o
 --otel-sampling 0.5 --log-level debug --tau 0.2 --no-two-nearest --refit-interval 1 --refit-window 2 --cost x
@@ -126,7 +127,7 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "eldr.toml").write_text(FILE)
     config = RouterConfig.load(tmp_path / "eldr.toml", {})
     files = {key: Path(written[key]) for key in written if key in (
-        "calibration", "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file",
+        "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file",
         "decision_log",
     )}  # fmt: skip
     cost = PRESETS[DEFAULT_PRESET]
@@ -136,6 +137,7 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
         "allowed_origins": ("https://app.example", "http://localhost:3000"),
         "cost": cost,
         "worker_costs": {"http://d:2": cost},
+        "calibration": {"": Path("zones.npz")},
     }
     default = values(RouterConfig.of(**TWO))
     # There is one preset only.
@@ -148,7 +150,8 @@ def test_every_flag() -> None:
     arguments = parser.parse_args(FLAGS.split())
     assert given_flags(arguments, RouterConfig) == {
         "prefill": ["http://p:1"], "decode": ["http://d:1", "http://d:2"], "policy": "rr",
-        "calibration": Path("c.npz"), "seed": 3, "decision_log": Path("l"), "host": "h", "port": 1, "max_inflight": 2,
+        "calibration": [("", "c.npz"), ("m", "d.npz")],
+        "seed": 3, "decision_log": Path("l"), "host": "h", "port": 1, "max_inflight": 2,
         "api_key_file": Path("a"), "tls_cert": Path("b"), "tls_key": Path("c"), "worker_ca": Path("d"),
         "worker_api_key_file": Path("e"), "admin_key_file": Path("f"), "admin_listen": "127.0.0.1:1",
         "otel_endpoint": "http://o", "otel_sampling": 0.5, "log_level": "debug", "tau": 0.2, "two_nearest": False,
@@ -166,7 +169,7 @@ def test_the_live_settings() -> None:
 
 
 # Settings whose default is not shown as a value of TOML.
-NOT_SHOWN = ("cost", "worker_costs", "allowed_origins")
+NOT_SHOWN = ("cost", "worker_costs", "allowed_origins", "calibration")
 
 
 def rows() -> dict[str, list[str]]:
@@ -214,6 +217,8 @@ def valid(one: Setting) -> st.SearchStrategy[Any]:
         return st.lists(st.integers(1, 9).map(lambda port: f"http://w:{port}"), min_size=1, max_size=3, unique=True)
     if one.key == "allowed_origins":
         return st.lists(st.sampled_from(["*", "https://a.example", "http://[::1]:3000", "app://x"]), unique=True)
+    if one.key == "calibration":
+        return st.sampled_from(["c.npz", {"m": "c.npz", "": "d.npz"}])
     if one.key == "cost":
         return st.just(DEFAULT_PRESET)
     if one.choices:
@@ -235,6 +240,8 @@ def wrong(one: Setting) -> st.SearchStrategy[Any]:
         return st.sampled_from(["*", 1, [1], ["null"], ["https://a.example/"], ["a.example"], ["https://a b"], [""]])
     if one.key == "worker_costs":
         return st.text(max_size=9).map(lambda cost: {"http://d:1": cost})
+    if one.key == "calibration":
+        return st.sampled_from(["", 1, [], ["c.npz"], {"m": 1}, {"m": ""}, [("m", "")]])
     if one.key == "cost":
         return st.text(max_size=9)
     others = st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(), st.integers(), max_size=2)

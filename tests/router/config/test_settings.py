@@ -72,7 +72,7 @@ def test_configuration_from_a_file_and_flags(tmp_path: Path) -> None:
     assert config.workers.decode == ("https://d0:8200", "http://[::1]:8201")
     assert (config.placement.policy, config.listen.port, config.workers.max_inflight) == ("p2c", 1, 7)
     assert config.placement.options.tau == 1
-    assert config.placement.calibration.name == "zones.npz"
+    assert config.placement.calibration[""].name == "zones.npz"
 
 
 @pytest.mark.parametrize(

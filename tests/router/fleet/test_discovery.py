@@ -31,7 +31,7 @@ async def test_workers_follow_the_configuration_file(tmp_path: Path, caplog: pyt
     file = tmp_path / "eldr.toml"
     file.write_text(toml(workers[:2]))
     load = partial(RouterConfig.load, file, {"port": 0})
-    router = Router(load(), Scripted(), (file, load))
+    router = Router(load(), lambda group: Scripted(), (file, load))
     await router.start()
     try:
 
@@ -117,7 +117,7 @@ async def test_workers_follow_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
         prefill=(prefill.url,), decode=(f"dns+http://d.local:{port}",), port=0, dns_interval_s=0.05,
         health_interval_s=0.1,
     )  # fmt: skip
-    router = Router(config, Scripted())
+    router = Router(config, lambda group: Scripted())
     await router.start()
     try:
 

@@ -57,13 +57,13 @@ async def test_a_list_that_changes_while_the_first_workers_are_probed() -> None:
     first = [Endpoint(stays, "prefill"), Endpoint(decode, "decode"), Endpoint(goes, "prefill")]
     second = [*first[:2], Endpoint(joins, "decode")]
     workers[0].delay_s = 0.3
-    router = Router(RouterConfig.of(prefill=[stays], decode=[decode], health_interval_s=0.1), Scripted())
+    router = Router(RouterConfig.of(prefill=[stays], decode=[decode], health_interval_s=0.1), lambda group: Scripted())
     membership, services = router.membership, router.services
     await membership.follow([Hasty(first, second)])
     await until(lambda: joins in services.fleet.eligible, "the new one is up")
     await until(lambda: goes not in services.fleet.workers("prefill"), "the other one has left")
     for n in range(50):
-        chosen = services.ring.choose(b"prompt %d" % n)
+        chosen = services.lanes.of(services.fleet.groups[0]).ring.choose(b"prompt %d" % n)
         assert chosen is not None
         assert chosen[0].url == stays
     await membership.close()
@@ -106,14 +106,11 @@ async def test_a_prefill_worker_that_joins_takes_its_share_of_the_ring(admin: di
             await new.stop()
 
 
-@pytest.mark.parametrize("settings", [{}, {"model": "tiny"}])
 @on_uvloop
-async def test_a_worker_with_another_model_gets_nothing_until_it_serves_the_right_one(
-    admin: dict[str, Any], settings: dict[str, Any]
-) -> None:
+async def test_a_worker_without_the_model_that_all_must_serve_gets_nothing(admin: dict[str, Any]) -> None:
     policy = Scripted()
     new = await FakeWorker("decode", model="another").start()
-    async with running(policy=policy, **admin, **settings) as s:
+    async with running(policy=policy, model="tiny", **admin) as s:
         try:
             await ask_admin(s, "POST", "/admin/workers", {"url": new.url, "role": "decode"})
             await until_state(s, "decode", new.url, "down")
@@ -121,6 +118,7 @@ async def test_a_worker_with_another_model_gets_nothing_until_it_serves_the_righ
             assert "tiny" in (await listed(s))["decode", new.url]["problem"]
             for _ in range(4):
                 assert (await s.post()).status == 200
+            assert (await s.post({**ASK, "model": "another"})).status == 404
             assert new.generated == []
             assert ("joined", new.url) not in policy.heard
             new.model = "tiny"
@@ -146,7 +144,7 @@ async def test_a_worker_that_is_not_there_yet_joins_when_it_comes(admin: dict[st
 @on_uvloop
 async def test_a_router_may_start_empty_and_be_filled(admin: dict[str, Any]) -> None:
     config = RouterConfig.of(port=0, health_interval_s=0.1, **admin)
-    router = Router(config, Scripted())
+    router = Router(config, lambda group: Scripted())
     prefill, decode = workers = [await FakeWorker(role).start() for role in ("prefill", "decode")]
     await router.start()
     try:

@@ -26,7 +26,8 @@ async def test_ranks_of_one_server_are_workers_of_their_own() -> None:
     prefill, decode = await FakeWorker("prefill").start(), await FakeWorker("decode").start()
     decode.metrics = said(engine=0) + said(engine=1)
     policy = Scripted()
-    router = Router(RouterConfig.of(prefill=(prefill.url,), decode=(decode.url + "#dp=2",), port=0), policy)
+    config = RouterConfig.of(prefill=(prefill.url,), decode=(decode.url + "#dp=2",), port=0)
+    router = Router(config, lambda group: policy)
     await router.start()
     try:
         assert policy.heard == [("joined", f"{decode.url}#rank=0"), ("joined", f"{decode.url}#rank=1")]
@@ -60,7 +61,8 @@ async def test_a_url_that_does_not_name_one_engine_is_refused_at_start(
     decode.metrics = "".join(said(engine=engine) for engine in range(engines))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    router = Router(RouterConfig.of(prefill=(prefill.url,), decode=(decode.url + suffix,), port=port), Scripted())
+    config = RouterConfig.of(prefill=(prefill.url,), decode=(decode.url + suffix,), port=port)
+    router = Router(config, lambda group: Scripted())
     try:
         with pytest.raises(EldrError, match=said_of_it):
             await router.start()

@@ -82,23 +82,3 @@ def test_listeners_hear_of_a_worker_that_left_while_they_were_to_be_told_togethe
         fleet.remove(leaves)
         raise RuntimeError("a probe")
     assert here == {"http://p:1": True, "http://p:2": False}
-
-
-def test_the_least_busy_worker_serves_the_model_and_is_not_avoided_if_others_are_there() -> None:
-    fleet = Fleet()
-    busy, idle, other = (fleet.add(f"http://d:{port}", "decode", 4) for port in (1, 2, 3))
-    for worker, models in ((busy, {"a"}), (idle, {"a"}), (other, {"b"})):
-        fleet.set_healthy(worker, True)
-        worker.models = frozenset(models)
-    fleet.started(busy)
-    assert fleet.least_busy("decode", "a") is idle
-    assert fleet.least_busy("decode", "a", [idle.url]) is busy
-    assert fleet.least_busy("decode", "a", [idle.url, busy.url]) is idle
-    assert fleet.least_busy("decode", "b") is other
-    assert fleet.least_busy("decode", "c") is None
-    assert {fleet.least_busy("decode", None) for _ in range(50)} == {idle, other}
-    idle.models = None  # unknown
-    assert fleet.least_busy("decode", "c") is idle
-    fleet.set_draining(idle, True)
-    assert fleet.least_busy("decode", "a") is busy
-    assert fleet.least_busy("prefill", None) is None

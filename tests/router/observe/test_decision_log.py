@@ -155,8 +155,9 @@ def test_what_does_not_fit_is_dropped_and_marked(tmp_path: Path) -> None:
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     log = DecisionLog(path, buffer_bytes=20_000)
+    write = log.run()
     for number in range(2000):
-        log.write(numbered(number))
+        write(numbered(number))
     assert log.dropped > 500
     read = bytearray()
 
@@ -169,7 +170,7 @@ def test_what_does_not_fit_is_dropped_and_marked(tmp_path: Path) -> None:
 
     wait_for(lambda: drain() >= 2000 - log.dropped)
     for number in range(2000, 2010):
-        log.write(numbered(number))
+        write(numbered(number))
     log.close()
     drain()
     os.close(reader)
@@ -189,13 +190,14 @@ def test_what_does_not_fit_is_dropped_and_marked(tmp_path: Path) -> None:
 def test_a_renamed_file_stays_whole_and_a_new_one_begins(tmp_path: Path) -> None:
     path = tmp_path / "log"
     log = DecisionLog(path)
+    write = log.run()
     for number in range(100):
-        log.write(numbered(number))
+        write(numbered(number))
     path.rename(tmp_path / "log.1")
     log.reopen()
     wait_for(path.exists)
     for number in range(100, 150):
-        log.write(numbered(number))
+        write(numbered(number))
     log.close()
     numbers = [line["number"] for part in ("log.1", "log") for line in lines_of(tmp_path / part)]
     assert numbers == list(range(150))
@@ -206,10 +208,11 @@ def test_a_file_that_cannot_be_reopened_is_kept(tmp_path: Path, caplog: pytest.L
     folder = tmp_path / "folder"
     folder.mkdir()
     log = DecisionLog(folder / "log")
+    write = log.run()
     folder.rename(tmp_path / "gone")
     log.reopen()
     wait_for(lambda: "the old file is kept" in caplog.text)
-    log.write(numbered(0))
+    write(numbered(0))
     log.close()
     assert [line["number"] for line in lines_of(tmp_path / "gone" / "log")] == [0]
 
@@ -218,7 +221,8 @@ def test_a_line_cut_off_by_a_crash_is_ended(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text('{"event":"log"}\n{"event":"sta')
     log = DecisionLog(path)
-    log.write(numbered(0))
+    write = log.run()
+    write(numbered(0))
     log.close()
     log.close()
     lines = path.read_text().splitlines()

@@ -76,7 +76,7 @@ async def test_a_role_that_stays_away_is_refused(role: Role) -> None:
         assert (first.status, first.error["message"]) == (503, f"no {role} worker is available")
         assert int(first.headers["retry-after"]) > 0
         # From then on at once: nothing is left to wait for.
-        assert s.router.services.admission.patience_s(role) <= 0
+        assert s.router.services.admission.patience_s(s.router.services.fleet.groups[0].whole, role) <= 0
         assert (await s.post()).status == 503
         assert s.router.services.admission.queued == s.router.services.admission.admitted == 0
 
@@ -159,21 +159,22 @@ async def test_an_unknown_model_is_told_from_an_absent_worker() -> None:
 
 def test_how_long_a_role_has_been_gone() -> None:
     fleet = Fleet()
-    assert fleet.gone_for_s("decode") == float("inf")
+    served = fleet.groups[0].whole
+    assert served.gone_for_s("decode") == float("inf")
     one, other = (fleet.add(f"http://d:{port}", "decode", 1) for port in (1, 2))
-    assert fleet.gone_for_s("decode") == float("inf")
+    assert served.gone_for_s("decode") == float("inf")
     fleet.set_healthy(one, True)
-    assert fleet.gone_for_s("decode") is None
-    assert fleet.gone_for_s("prefill") == float("inf")
+    assert served.gone_for_s("decode") is None
+    assert served.gone_for_s("prefill") == float("inf")
     fleet.set_healthy(other, True)
     fleet.set_draining(one, True)
-    assert fleet.gone_for_s("decode") is None
+    assert served.gone_for_s("decode") is None
     fleet.set_ejected(other, True)
-    first = fleet.gone_for_s("decode")
+    first = served.gone_for_s("decode")
     fleet.remove(other)
-    second = fleet.gone_for_s("decode")
+    second = served.gone_for_s("decode")
     assert first is not None
     assert second is not None
     assert 0 <= first <= second < 3600
     fleet.set_draining(one, False)
-    assert fleet.gone_for_s("decode") is None
+    assert served.gone_for_s("decode") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter, deque
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eldr.router.config.groups import QueueLimits
-from eldr.router.fleet.workers import Fleet
+from eldr.router.fleet.groups import Served
+from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.errors import ApiError
 from eldr.router.placement.admission import PRIORITIES, Admission, Claim, NoWorkerError
 from eldr.router.placement.fair_queue import MAX_COST, FairQueue, QueueFullError
@@ -115,11 +117,11 @@ def test_a_full_queue_gives_way_to_clients_with_less_than_their_share(clients: l
 # Admission.
 
 
-def fleet_of(slots: int) -> Fleet:
+def served_by(slots: int) -> Served:
+    """A model on one worker with so many slots."""
     fleet = Fleet()
-    if slots:
-        fleet.set_healthy(fleet.add("http://d:1", "decode", slots), True)
-    return fleet
+    fleet.set_healthy(fleet.add("http://d:1", "decode", slots), True)
+    return fleet.groups[0].whole
 
 
 async def settle() -> None:
@@ -129,12 +131,13 @@ async def settle() -> None:
 
 @on_uvloop
 async def test_higher_priorities_go_first_and_each_has_its_own_bound() -> None:
-    admission = Admission(fleet_of(1), QueueLimits(100, 2, 60.0, 0.0))
-    await admission.enter(Claim(b"", 1, 1))
+    admission = Admission(QueueLimits(100, 2, 60.0, 0.0))
+    served = served_by(1)
+    await admission.enter(Claim(b"", 1, 1), served)
     order, tasks = [], []
 
     async def wait(number: int, priority: int) -> None:
-        await admission.enter(Claim(b"c", priority, 1))
+        await admission.enter(Claim(b"c", priority, 1), served)
         order.append((PRIORITIES[priority], number))
 
     for number in range(3):
@@ -143,7 +146,7 @@ async def test_higher_priorities_go_first_and_each_has_its_own_bound() -> None:
             await settle()
     assert admission.queued_by_priority == {"high": 2, "normal": 2, "low": 2}
     for _ in range(6):
-        admission.leave()
+        admission.leave(served)
         await settle()
     assert order == [(name, number) for name in PRIORITIES for number in range(2)]
     refused = [task.exception() for task in tasks[-3:]]
@@ -154,36 +157,39 @@ async def test_higher_priorities_go_first_and_each_has_its_own_bound() -> None:
 
 @on_uvloop
 async def test_who_waits_too_long_is_told_so_and_holds_no_place() -> None:
-    admission = Admission(fleet_of(1), QueueLimits(100, 10, 0.05, 0.0))
-    await admission.enter(Claim(b"", 1, 1))
+    admission = Admission(QueueLimits(100, 10, 0.05, 0.0))
+    served = served_by(1)
+    await admission.enter(Claim(b"", 1, 1), served)
     with pytest.raises(ApiError) as caught:
-        await admission.enter(Claim(b"", 1, 1))
+        await admission.enter(Claim(b"", 1, 1), served)
     assert (caught.value.status, admission.queued, admission.admitted) == (503, 0, 1)
-    admission.leave()
-    await admission.enter(Claim(b"", 1, 1))
+    admission.leave(served)
+    await admission.enter(Claim(b"", 1, 1), served)
     assert admission.admitted == 1
 
 
 @on_uvloop
 async def test_the_newest_of_the_longest_gives_way() -> None:
-    admission = Admission(fleet_of(1), QueueLimits(100, 3, 60.0, 0.0))
-    await admission.enter(Claim(b"", 1, 1))
-    flood = [asyncio.create_task(admission.enter(Claim(b"flood", 1, 1))) for _ in range(3)]
+    admission = Admission(QueueLimits(100, 3, 60.0, 0.0))
+    served = served_by(1)
+    await admission.enter(Claim(b"", 1, 1), served)
+    flood = [asyncio.create_task(admission.enter(Claim(b"flood", 1, 1), served)) for _ in range(3)]
     await settle()
-    other = asyncio.create_task(admission.enter(Claim(b"other", 1, 1)))
+    other = asyncio.create_task(admission.enter(Claim(b"other", 1, 1), served))
     await settle()
     assert isinstance(flood[2].exception(), ApiError)
     assert (admission.queued, admission.refusals) == (3, {"displaced": 1})
     for _ in range(3):
-        admission.leave()
+        admission.leave(served)
         await settle()
     await asyncio.gather(other, *flood[:2])
 
 
 @on_uvloop
 async def test_no_more_streams_than_allowed_however_large_the_fleet() -> None:
-    admission = Admission(fleet_of(1000), QueueLimits(3, 10, 60.0, 0.0))
-    tasks = [asyncio.create_task(admission.enter(Claim(b"", 1, 1))) for _ in range(5)]
+    admission = Admission(QueueLimits(3, 10, 60.0, 0.0))
+    served = served_by(1000)
+    tasks = [asyncio.create_task(admission.enter(Claim(b"", 1, 1), served)) for _ in range(5)]
     await settle()
     assert (admission.admitted, admission.queued) == (3, 2)
     admission.set_limits(QueueLimits(5, 10, 60.0, 0.0))
@@ -211,16 +217,17 @@ def test_whatever_happens_every_request_ends_once_and_none_is_counted_twice(
         fleet = Fleet()
         worker = fleet.add("http://d:1", "decode", 2)
         fleet.set_healthy(worker, True)
-        admission = Admission(fleet, QueueLimits(100, 3, 60.0, worker_wait_s))
+        admission = Admission(QueueLimits(100, 3, 60.0, worker_wait_s))
+        served = fleet.groups[0].whole
         tasks, inside = [], 0
         for what, client, number in steps:
             if what == "enter":
-                tasks.append(asyncio.create_task(admission.enter(Claim(client, number, 1))))
+                tasks.append(asyncio.create_task(admission.enter(Claim(client, number, 1), served)))
             elif what == "leave":
                 await settle()
                 inside = admission.admitted
                 if inside:
-                    admission.leave()
+                    admission.leave(served)
             elif what == "cancel" and tasks:
                 tasks[number % len(tasks)].cancel()
             elif what == "slots":
@@ -299,7 +306,7 @@ async def test_an_unknown_priority_is_refused() -> None:
 @on_uvloop
 async def test_one_clients_flood_leaves_others_their_turn() -> None:
     async with running(max_inflight=1, client_header="X-Tenant") as s:
-        s.decode[0].token_gap_s = 0.01
+        s.decode[0].token_gap_s = 0.2  # until all of them have come
         done = []
 
         async def ask(tenant: str) -> None:
@@ -308,6 +315,7 @@ async def test_one_clients_flood_leaves_others_their_turn() -> None:
 
         flood = [asyncio.create_task(ask("flood")) for _ in range(20)]
         await until(lambda: s.router.services.admission.queued == 19, "they wait")
+        s.decode[0].token_gap_s = 0.01
         other = [asyncio.create_task(ask("other")) for _ in range(3)]
         await asyncio.gather(*flood, *other)
         assert max(place for place, tenant in enumerate(done) if tenant == "other") < 9
@@ -318,14 +326,15 @@ def test_admission_under_random_load_and_cancellation() -> None:
         fleet = Fleet()
         worker = fleet.add("http://d:1", "decode", 5)
         fleet.set_healthy(worker, True)
-        admission = Admission(fleet, QueueLimits(2**31, 2**31, 60.0, 0.0))
+        admission = Admission(QueueLimits(2**31, 2**31, 60.0, 0.0))
+        served = fleet.groups[0].whole
         rng = random.Random(0)
         inside, most = 0, 0
         entered = []
 
         async def request(n: int) -> None:
             nonlocal inside, most
-            await admission.enter(Claim(b"", 1, 1))
+            await admission.enter(Claim(b"", 1, 1), served)
             inside += 1
             most = max(most, inside)
             entered.append(n)
@@ -333,7 +342,7 @@ def test_admission_under_random_load_and_cancellation() -> None:
                 await asyncio.sleep(rng.random() / 1000)
             finally:
                 inside -= 1
-                admission.leave()
+                admission.leave(served)
 
         tasks = []
         for n in range(2000):
@@ -353,6 +362,157 @@ def test_admission_under_random_load_and_cancellation() -> None:
 def test_nobody_is_admitted_to_an_empty_fleet() -> None:
     async def run() -> None:
         with pytest.raises(NoWorkerError):
-            await Admission(Fleet(), QueueLimits(1, 1, 1.0, 60.0)).enter(Claim(b"", 1, 1))
+            await Admission(QueueLimits(1, 1, 1.0, 60.0)).enter(Claim(b"", 1, 1), Fleet().groups[0].whole)
 
     asyncio.run(run())
+
+
+# Names that only some workers serve.
+
+NAMES = {"base": "abc", "x": "ab", "y": "bc", "z": "c"}
+
+
+def fleet_with_adapters(slots: int) -> tuple[Fleet, dict[str, Worker]]:
+    """Three decode workers, of which each serves the base model and some adapters."""
+    fleet = Fleet()
+    workers = {url: fleet.add(url, "decode", slots) for url in "abc"}
+    for url, worker in workers.items():
+        cards = [{"id": name, "parent": None if name == "base" else "base"} for name in NAMES if url in NAMES[name]]
+        fleet.set_models(worker, cards, 0.0)
+        fleet.set_healthy(worker, True)
+    return fleet, workers
+
+
+class Asked:
+    """A request in the tests below, from its way into the queue to its end."""
+
+    def __init__(self, admission: Admission, name: str, served: Served, client: bytes) -> None:
+        self.name = name
+        self.served = served
+        self.task = asyncio.create_task(admission.enter(Claim(client, 1, 1), served))
+        self.worker: Worker | None = None
+
+    @property
+    def waits(self) -> bool:
+        return not self.task.done()
+
+
+def is_short(asked: list[Asked], free: dict[str, int]) -> bool:
+    """Whether some set of names has more admitted requests without a worker than free slots (Hall's theorem)."""
+    promised = Counter(each.name for each in asked if not each.waits and each.worker is None)
+    for size in range(1, len(NAMES) + 1):
+        for names in combinations(NAMES, size):
+            usable = {url for name in names for url in NAMES[name]}
+            if sum(promised[name] for name in names) > sum(free[url] for url in usable):
+                return True
+    return False
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["enter", "enter", "place", "fail", "end"]), st.sampled_from(sorted(NAMES)),
+                  st.integers(0, 50)), max_size=60,
+    ),
+    st.integers(1, 3),
+)  # fmt: skip
+def test_admitted_requests_always_find_a_slot_and_nobody_waits_who_could_start(
+    steps: list[tuple[str, str, int]], slots: int
+) -> None:
+    async def run() -> None:
+        fleet, workers = fleet_with_adapters(slots)
+        admission = Admission(QueueLimits(1000, 1000, 60.0, 0.0))
+        asked: list[Asked] = []
+
+        def free() -> dict[str, int]:
+            return {url: worker.max_inflight - worker.in_flight for url, worker in workers.items()}
+
+        def place(each: Asked, number: int) -> None:
+            usable = admission.usable(each.served)
+            eligible = [url for url in fleet.eligible if usable is None or url in usable]
+            assert eligible, "it was promised a slot"
+            assert set(eligible) <= set(NAMES[each.name])
+            each.worker = workers[eligible[number % len(eligible)]]
+            each.served.release()
+            fleet.started(each.worker)
+
+        def unplace(each: Asked) -> None:
+            assert each.worker is not None
+            fleet.finished(each.worker)
+            each.served.promise()
+            each.worker = None
+
+        for what, name, number in steps:
+            unplaced = [each for each in asked if not each.waits and each.worker is None]
+            placed = [each for each in asked if each.worker is not None]
+            if what == "enter":
+                served = fleet.served(name)
+                assert served is not None
+                asked.append(Asked(admission, name, served, b"%d" % (number % 3)))
+            elif what == "place" and unplaced:
+                place(unplaced[number % len(unplaced)], number)
+            elif what == "fail" and placed:
+                unplace(placed[number % len(placed)])
+                admission.changed()
+            elif what == "end" and placed:
+                each = placed[number % len(placed)]
+                unplace(each)
+                asked.remove(each)
+                admission.leave(each.served)
+            await settle()
+            assert not is_short(asked, free())
+            for each in (each for each in asked if each.waits):
+                could = Asked.__new__(Asked)
+                could.name, could.worker, could.task = each.name, None, unplaced_task()
+                assert is_short([*asked, could], free()), f"{each.name} waits and has room"
+            assert admission.queued == sum(each.waits for each in asked)
+        for _ in range(len(asked)):  # everybody gets a turn
+            for each in [each for each in asked if not each.waits]:
+                if each.worker is None:
+                    place(each, 0)
+                unplace(each)
+                asked.remove(each)
+                admission.leave(each.served)
+            await settle()
+        assert not asked
+        assert (admission.admitted, admission.queued, fleet.groups[0].promised) == (0, 0, 0)
+
+    def unplaced_task() -> asyncio.Task[None]:
+        return done
+
+    done: asyncio.Task[None]
+
+    async def with_done() -> None:
+        nonlocal done
+        done = asyncio.create_task(settle())
+        await done
+        await run()
+
+    asyncio.run(with_done())
+
+
+@on_uvloop
+async def test_a_flood_for_one_adapter_does_not_starve_others_on_its_worker() -> None:
+    fleet, workers = fleet_with_adapters(1)
+    admission = Admission(QueueLimits(1000, 1000, 60.0, 0.0))
+    order: list[str] = []
+
+    async def ask(name: str, client: bytes) -> None:
+        served = fleet.served(name)
+        assert served is not None
+        await admission.enter(Claim(client, 1, 10), served)
+        usable = admission.usable(served)
+        url = next(url for url in fleet.eligible if usable is None or url in usable)
+        served.release()
+        fleet.started(workers[url])
+        await asyncio.sleep(0)
+        fleet.finished(workers[url])
+        served.promise()
+        order.append(name + client.decode())
+        admission.leave(served)
+
+    flood = [asyncio.create_task(ask(name, b"1")) for _ in range(60) for name in ("base", "z")]
+    await asyncio.sleep(0)
+    others = [asyncio.create_task(ask("z", b"2")) for _ in range(4)]
+    await asyncio.gather(*flood, *others)
+    assert max(at for at, who in enumerate(order) if who == "z2") < 60

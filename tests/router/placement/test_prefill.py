@@ -12,7 +12,7 @@ from tests.router.prompts import chat, start
 
 def ring_of(workers: int) -> tuple[Fleet, PrefillRing]:
     fleet = Fleet()
-    ring = PrefillRing(fleet)
+    ring = PrefillRing(fleet.groups[0])
     fleet.on_change(ring.fleet_changed)
     for n in range(workers):
         fleet.set_healthy(fleet.add(f"http://p:{n}", "prefill", 2**31), True)

@@ -125,7 +125,7 @@ async def test_reload_takes_over_keys_and_what_can_change(tmp_path: Path, caplog
     lists = "".join(f"{w.role} = [{json.dumps(w.url)}]\n" for w in workers)
     file.write_text(lists + "max_inflight = 8\n")
     load = partial(RouterConfig.load, file, {"port": 0, "admin_key_file": key})
-    router = Router(load(), Scripted(), (file, load))
+    router = Router(load(), lambda group: Scripted(), (file, load))
     await router.start()
     try:
         key.write_text("new")

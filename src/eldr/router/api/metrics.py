@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from typing import Any
 
@@ -22,6 +22,7 @@ from eldr.router.http.media_types import accepts
 from eldr.router.observe.counters import Histogram, Metrics
 from eldr.router.observe.decision_log import DecisionLog
 from eldr.router.placement.admission import Admission
+from eldr.router.placement.lanes import Lanes
 from eldr.router.protocols import openai
 from eldr.router.request.quotas import KINDS, REQUESTS, TOKENS, Quotas
 
@@ -41,7 +42,7 @@ QUEUE_REFUSALS = ("full", "displaced", "timeout")
 COUNTS_ERRORS = ("missing", "unavailable", "malformed", "version", "inconsistent")
 FAILURES = ("refused", "failed", "status", "wrong_answer", "timeout", "broken_stream")
 EJECTIONS = ("consecutive", "rate", "trial")
-RETRIES = ("refused", "failed", "status", "overloaded", "wrong_answer", "timeout", "lease")
+RETRIES = ("refused", "failed", "status", "overloaded", "wrong_answer", "timeout", "lease", "unserved")
 TIMEOUTS = ("connect", "prefill", "first_byte", "answer", "idle", "total")
 
 
@@ -53,13 +54,13 @@ class RouterCollector(Collector):
         metrics: Metrics,
         fleet: Fleet,
         admission: Admission,
-        picture: Callable[[], Picture | None],
+        lanes: Lanes,
         memory: BodyMemory,
         decision_log: DecisionLog | None,
         quotas: Quotas,
     ) -> None:
         self._decision_log = decision_log
-        self._picture = picture
+        self._lanes = lanes
         self._memory = memory
         self._metrics = metrics
         self._fleet = fleet
@@ -144,6 +145,7 @@ class RouterCollector(Collector):
         no_room = {"request": memory.refused_requests, "answer": memory.refused_answers}
         yield _counter("eldr_bodies_refused", "Bodies that found no room in memory.", ("body",), no_room)
         yield GaugeMetricFamily("eldr_admitted", "Requests past the queue.", value=self._admission.admitted)
+        yield from self._model_families()
         yield from self._worker_families()
         yield from self._worker_faults()
 
@@ -163,6 +165,21 @@ class RouterCollector(Collector):
             yield GaugeMetricFamily(
                 "eldr_zone_refit_shift", "Mean cosine distance that the last refit moved zones.", value=m.refit_shift
             )
+
+    def _model_families(self) -> Iterator[Metric]:
+        workers = GaugeMetricFamily(
+            "eldr_model_workers", "Available workers that serve the model.", labels=("model", "role")
+        )
+        for served in self._fleet.listed():
+            for role in ROLES:
+                workers.add_metric((served.name, role), sum(worker.available for worker in served.workers(role)))
+        yield workers
+        policies = GaugeMetricFamily(
+            "eldr_model_policy", "The policy that places the model's requests.", labels=("model", "policy")
+        )
+        for lane in self._lanes:
+            policies.add_metric((lane.group.name, lane.placements.policy_name), 1)
+        yield policies
 
     def _worker_families(self) -> Iterator[Metric]:
         labels = ("role", "worker")
@@ -186,8 +203,9 @@ class RouterCollector(Collector):
         expected = GaugeMetricFamily(
             "eldr_expected_active_experts", "Distinct experts per layer, as expected of the next step.", labels=labels
         )
-        for url, experts in expected_active_experts(self._picture()).items():
-            expected.add_metric(("decode", url), experts)
+        for _, picture in self._lanes.pictures():
+            for url, experts in expected_active_experts(picture).items():
+                expected.add_metric(("decode", url), experts)
         for role in ROLES:
             for worker in self._fleet.workers(role).values():
                 key = (role, worker.url)
@@ -233,9 +251,9 @@ class ClientCollector(Collector):
         yield _counter("eldr_client_refusals", "Requests beyond the client's quota.", ("client", "limit"), refused)
 
 
-def expected_active_experts(picture: Picture | None) -> dict[str, float]:
+def expected_active_experts(picture: Picture) -> dict[str, float]:
     """Decode worker -> expected distinct experts of a step, averaged over layers. Empty if the policy expects none."""
-    if picture is None or picture.kind != "expected_union":
+    if picture.kind != "expected_union":
         return {}
     return {worker: sum(row) / len(row) for worker, row in picture.rows.items()}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
-from eldr.router.api.models import ModelsFlow
+from eldr.router.api.models import LIST, ModelsFlow
 from eldr.router.config.endpoint import ROLES
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.cors import Cors
@@ -27,6 +27,8 @@ AnyFlow = Flow | ModelsFlow | PassThrough
 ADMIN_PATHS = frozenset((b"/ui", b"/admin/workers", b"/admin/drain"))
 # Paths that need no API key, because load balancers probe them.
 OPEN_PATHS = frozenset((b"/health", b"/ready", b"/ping"))
+# The name of a model follows.
+MODEL = LIST + b"/"
 # The Allow header of a 405, by the method of the endpoint.
 ALLOWED = {b"GET": b"GET, HEAD", b"POST": b"POST"}
 # How long clients that were cut off have to be told so.
@@ -53,7 +55,7 @@ class ClientApi:
         self.closing = False
         self._routes: dict[bytes, tuple[bytes, Callable[[Request, ClientExchange], None]]] = {
             **dict.fromkeys(openai.ENDPOINTS, (b"POST", self._completion)),
-            b"/v1/models": (b"GET", self._models),
+            LIST: (b"GET", self._models),
             b"/health": (b"GET", self._health),
             b"/ready": (b"GET", self._ready),
             b"/ping": (b"GET", self._health),
@@ -89,6 +91,8 @@ class ClientApi:
             return
         if route is None and self._redirect(request, exchange):
             return
+        if route is None and request.path.startswith(MODEL):
+            route = self._routes[LIST]
         try:
             if route is None and request.path in ADMIN_PATHS:
                 raise ApiError(404, f"{request.path.decode()} is only served at the address of --admin-listen")
@@ -166,9 +170,11 @@ class ClientApi:
             exchange.respond(200, b"{}")
             return
         missing = [role for role in ROLES if not fleet.any_available(role)]
-        exchange.respond_error(
-            ApiError(503, f"no {' and no '.join(missing)} worker is available" if missing else "stopping")
-        )
+        if missing:
+            why = f"no {' and no '.join(missing)} worker is available"
+        else:
+            why = "stopping" if fleet.ready else "no model has both a prefill and a decode worker"
+        exchange.respond_error(ApiError(503, why))
 
     def _metrics(self, request: Request, exchange: ClientExchange) -> None:
         named = self._admin_key.is_in(request.headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,17 @@ def _origins(key: str, value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(origins))
 
 
+def _calibrations(key: str, value: Any) -> dict[str, Path]:
+    """Model -> file, with an empty name for a file that is given alone."""
+    if isinstance(value, str | Path):
+        value = {"": value}
+    if value and isinstance(value, list) and all(isinstance(pair, tuple) for pair in value):  # flags
+        value = dict(value)
+    if not isinstance(value, Mapping) or not all(isinstance(path, str | Path) and str(path) for path in value.values()):
+        raise SettingError(f"{key} is {value!r}, expected a file, or a table: model = file")
+    return {model: Path(path) for model, path in value.items()}
+
+
 @dataclass
 class WorkerSettings:
     """The workers, and how the router watches them."""
@@ -76,8 +88,9 @@ class WorkerSettings:
         page="fleet.md#where-workers-come-from",
     )  # fmt: skip
     model: str | None = setting(
-        None, "name of the model, which every worker must serve", live=True, shown="a name that all workers serve"
-    )
+        None, "a model name that every worker must serve; others get no requests", live=True,
+        shown="workers may serve different models", page="fleet.md#several-models",
+    )  # fmt: skip
     max_inflight: int = setting(
         256, "most requests at one decode worker (vLLM's `--max-num-seqs`); lower while requests wait inside it",
         least=1, flag=True, live=True, page="fleet.md#load-limits-per-worker",
@@ -117,12 +130,19 @@ class PlacementSettings:
         "jsq", f"how a decode worker is chosen: {', '.join(POLICY_NAMES)}", flag=True, metavar="NAME",
         page="policies.md",
     )  # fmt: skip
-    calibration: Path | None = setting(None, "file that `eldr fit` made; locality-band needs one", flag=True)
+    calibration: Mapping[str, Path] = setting(
+        {}, "file that `eldr fit` made, for one model or for all that have no other; locality-band needs one",
+        parse=_calibrations, flag=True, metavar="[MODEL=]FILE", page="fleet.md#several-models",
+    )  # fmt: skip
     seed: int = setting(0, "seed of random choices and ties", most=2**63 - 1, flag=True)
     prefix_window_bytes: int = setting(
         1024, "how much of a prompt decides its prefill worker", least=1, page="router.md#how-a-request-is-served"
     )
     options: PolicyOptions = group()
+
+    def calibration_of(self, models: Iterable[str]) -> Path | None:
+        """The calibration of a model with these names. None if there is none."""
+        return next((self.calibration[name] for name in (*models, "") if name in self.calibration), None)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from eldr.errors import EldrError
 from eldr.router.config.endpoint import Endpoint, Endpoints, Role, rank_of
 from eldr.router.config.groups import WorkerSettings
 from eldr.router.fleet.discovery.base import Source
+from eldr.router.fleet.lists import ModelLists
 from eldr.router.fleet.load_watch import LoadWatch
 from eldr.router.fleet.probe import HealthProbe
 from eldr.router.fleet.workers import Fleet, Worker
@@ -39,7 +40,7 @@ class _Member:
 
     load: watches the load of the engine.
     refusal: why it can never be used. Empty if it can.
-    fit: whether it was found to serve the right model since it came up.
+    fit: whether it was found fit for service since it came up.
     watching: the tasks of probe and load.
     leaving: the task that waits for its last request.
     """
@@ -56,9 +57,10 @@ class _Member:
 class Membership:
     """Lets workers join and leave the fleet, by hand or as sources say.
 
-    A new worker gets no request until a probe has found it alive and serving the right model. `pools` gains and loses
-    the connections of each worker.
+    A new worker gets no request until a probe has found it alive and fit for service. `pools` gains and loses the
+    connections of each worker.
 
+    lists: reads what the workers serve.
     went_down: called with a worker that stopped answering its probes.
     """
 
@@ -67,6 +69,7 @@ class Membership:
         config: WorkerSettings,
         fleet: Fleet,
         pools: dict[Worker, WorkerPool],
+        lists: ModelLists,
         went_down: Callable[[Worker], None],
         worker_key: bytes | None,
         ssl_context: ssl.SSLContext,
@@ -75,6 +78,7 @@ class Membership:
         self._config = config
         self._fleet = fleet
         self._pools = pools
+        self._lists = lists
         self._went_down = went_down
         self._worker_key = worker_key
         self._ssl_context = ssl_context
@@ -228,6 +232,7 @@ class Membership:
             self._fleet,
             worker,
             pool,
+            self._lists,
             interval_s=config.health_interval_s,
             timeout_s=config.health_timeout_s,
             changed=lambda: self._changed(member),
@@ -247,23 +252,17 @@ class Membership:
             self._went_down(member.worker)
 
     async def _check(self, member: _Member) -> None:
-        """Raise ExchangeError, which keeps the worker out of service, unless it serves the fleet's model."""
+        """Raise ExchangeError, which keeps the worker out of service, if its requests could not be served."""
         if not member.fit:  # a worker in service does not lose its place because of slow metrics
             engines = await member.load.look()
             member.refusal = _wrong_rank(member.worker.url, len(engines))
         if member.refusal:
             raise ExchangeError(member.refusal)
-        models = member.worker.models
-        wanted = self._config.model
-        if models is not None and wanted is not None and wanted not in models:
-            raise ExchangeError(f"it serves {_names(models)}, not {wanted}")
-        others = [
-            other.worker.models
-            for other in self._members.values()
-            if other is not member and other.fit and other.worker.models is not None
-        ]
-        if models is not None and others and not any(models & names for names in others):
-            raise ExchangeError(f"it serves {_names(models)}, the fleet serves {_names(others[0])}")
+        if member.worker.models is None and not member.fit and len(self._fleet.groups) > 1:
+            raise ExchangeError(
+                "it lists its models only to clients with a key, so that it is unknown which of the fleet's models "
+                "it serves; set worker_api_key_file"
+            )
         member.fit = True
 
     async def close(self) -> None:
@@ -285,7 +284,3 @@ def _wrong_rank(url: str, engines: int) -> str:
     if rank is not None and 0 < engines <= rank:
         return f"it has {engines} data-parallel engine{'s' if engines > 1 else ''}, and none of rank {rank}"
     return ""
-
-
-def _names(models: frozenset[str]) -> str:
-    return ", ".join(sorted(models)) or "no model"

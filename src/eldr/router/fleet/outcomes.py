@@ -10,6 +10,7 @@ from typing import get_args
 from eldr.router.config.endpoint import Role
 from eldr.router.config.groups import EjectionSettings
 from eldr.router.fleet.ejection import EjectionRules, Ejections, Standing
+from eldr.router.fleet.groups import ModelGroup
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.observe.counters import Metrics
 
@@ -56,7 +57,7 @@ class Outcomes:
         self._metrics.failures[worker.role, worker.url, reason] += 1
         if worker.draining:
             return  # it was cut off, or will leave anyway
-        why = self._ejections[worker.role].failed(worker.url, time.monotonic(), self._up(worker.role))
+        why = self._ejections[worker.role].failed(worker.url, time.monotonic(), self._up_beside(worker))
         if why is not None:
             self._metrics.ejections[worker.role, worker.url, why] += 1
             self._apply(worker)
@@ -91,20 +92,27 @@ class Outcomes:
         self._relieve(time.monotonic())
 
     def _relieve(self, now_s: float) -> None:
-        """End ejections that the rest of the fleet cannot afford."""
+        """End ejections that the other workers of the same model cannot make up for."""
         for role, ejections in self._ejections.items():
             if ejections.not_in:
                 workers = self._fleet.workers(role)
-                for url in ejections.relieve(now_s, self._up(role)):
-                    self._apply(workers[url])
-                    _report(logging.WARNING, "back in service: too few others are left", workers[url])
+                for group in self._fleet.groups:
+                    for url in ejections.relieve(now_s, _up(group, role)):
+                        self._apply(workers[url])
+                        _report(logging.WARNING, "back in service: too few others are left", workers[url])
 
-    def _up(self, role: Role) -> set[str]:
-        return {worker.url for worker in self._fleet.workers(role).values() if worker.up}
+    def _up_beside(self, worker: Worker) -> set[str]:
+        """The workers that answer their probes and share the load of `worker`: those of its group."""
+        group = self._fleet.group(worker)
+        return set() if group is None else _up(group, worker.role)
 
     def _apply(self, worker: Worker) -> None:
         standing = self._ejections[worker.role].standing(worker.url)
         self._fleet.set_ejected(worker, standing in (Standing.OUT, Standing.TRYING), standing is Standing.TRIAL)
+
+
+def _up(group: ModelGroup, role: Role) -> set[str]:
+    return {worker.url for worker in group.workers[role].values() if worker.up}
 
 
 def _report(level: int, what: str, worker: Worker, **fields: object) -> None:

@@ -1,4 +1,4 @@
-"""Probes the workers: whether they are alive, which models they serve, and how far off their clocks are."""
+"""Probes the workers: whether they are alive, which models they serve (lists.py), and how far off their clocks are."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from email.utils import parsedate_to_datetime
 
+from eldr.router.fleet.lists import ModelLists
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.client import Answer, ConnectError, ExchangeError, UpstreamError
 from eldr.router.http.pool import WorkerPool
@@ -17,7 +18,7 @@ log = logging.getLogger("eldr.router")
 
 # A worker that misses one probe may be busy. One that misses two is down. A refused connection means down at once.
 FAILURES_TO_DOWN = 2
-MODELS_EVERY_S = 30.0
+MODELS_EVERY_S = 10.0
 # Without jitter, routers that start together would probe together.
 JITTER = 0.2
 
@@ -34,6 +35,7 @@ class HealthProbe:
         fleet: Fleet,
         worker: Worker,
         pool: WorkerPool,
+        lists: ModelLists,
         *,
         interval_s: float,
         timeout_s: float,
@@ -43,6 +45,7 @@ class HealthProbe:
         self._fleet = fleet
         self._worker = worker
         self._pool = pool
+        self._lists = lists
         self._interval_s = interval_s
         self._timeout_s = timeout_s
         self._changed = changed
@@ -60,11 +63,9 @@ class HealthProbe:
         """Run one round: /health, and /v1/models if it is due."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._get(b"/health")
+                self._note_clock(await self._get_health())
                 if not self._worker.healthy or time.monotonic() - self._models_at_s > MODELS_EVERY_S:
-                    listed = await self._get(b"/v1/models", (200, 401, 403))
-                    self._worker.models = _model_names(listed)
-                    self._worker.max_model_len = _model_lengths(listed)
+                    self._note_clock(await self._lists.read(self._worker, self._timeout_s))
                     await self._check()
                     self._models_at_s = time.monotonic()
         except TimeoutError:
@@ -96,27 +97,17 @@ class HealthProbe:
             else:
                 log.warning("%s worker %s is down: %s", worker.role, worker.url, reason)
 
-    async def _get(self, path: bytes, expected: tuple[int, ...] = (200,)) -> Answer:
+    async def _get_health(self) -> Answer:
         connection = await self._pool.connection()
         answer = Answer()
-        connection.start(answer, self._pool.request(b"GET", path), self._timeout_s)
+        connection.start(answer, self._pool.request(b"GET", b"/health"), self._timeout_s)
         await connection.finish(answer)
-        if answer.status not in expected:
-            raise ExchangeError(f"{path.decode()} answered {answer.status}")
-        self._worker.clock_skew_s = _clock_skew_s(answer.headers.get(b"date"))
+        if answer.status != 200:
+            raise ExchangeError(f"/health answered {answer.status}")
         return answer
 
-
-def _model_names(answer: Answer) -> frozenset[str] | None:
-    """Return the names in an answer of /v1/models. None if the worker requires a client's own key to list them."""
-    if answer.status != 200:
-        return None
-    fields = answer.json()
-    data = fields.get("data") if isinstance(fields, dict) else None
-    if not isinstance(data, list):
-        raise ExchangeError("/v1/models has no list of models")
-    names = (model.get("id") for model in data if isinstance(model, dict))
-    return frozenset(name for name in names if isinstance(name, str))
+    def _note_clock(self, answer: Answer) -> None:
+        self._worker.clock_skew_s = _clock_skew_s(answer.headers.get(b"date"))
 
 
 def _model_lengths(answer: Answer) -> dict[str, int]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from eldr.errors import EldrError
 from eldr.router.config.endpoint import Role
+from eldr.router.fleet.groups import ModelGroup, Names, Served
 
 # Length of the moving average of a worker's time per output token, in streams.
 RECENT_STREAMS = 10
@@ -32,7 +33,11 @@ class Worker:
     problem: why it got no requests at the last check. Empty if nothing was wrong.
     ejected: whether it failed requests and gets nothing new for a while (router/fleet/ejection.py).
     on_trial: whether it was ejected and gets one request to prove itself.
-    models: the names that it serves. None while unknown.
+    free: how many more requests it may take, if it is a decode worker in a group.
+    gone_since_s: the monotonic time since when it has not been available. None while it is, -inf if it never was.
+    models: the names that it serves, of base models and adapters. None while unknown.
+    bases: the names among them that are of base models.
+    listed_s: the monotonic time at which it was asked for that list. -inf before the first answer.
     max_model_len: by name, how many tokens a prompt and its answer may have together. Empty while unknown.
     lease_until_s: the monotonic time until which decode workers may still pull blocks from it.
     load: the engine's last report: requests waiting in it, and the share of its KV cache in use. None while unknown.
@@ -51,8 +56,12 @@ class Worker:
     problem: str = ""
     ejected: bool = False
     on_trial: bool = False
+    free: int = 0
+    gone_since_s: float | None = -math.inf
     models: frozenset[str] | None = None
     max_model_len: dict[str, int] = field(default_factory=dict)
+    bases: frozenset[str] = frozenset()
+    listed_s: float = -math.inf
     lease_until_s: float = 0.0
     load: tuple[int, float] | None = None
     active_experts: float | None = None
@@ -84,17 +93,19 @@ class Worker:
 
 
 class Fleet:
-    """All workers, and the listeners to their changes.
+    """All workers, in groups by the model that they serve, and the listeners to their changes.
 
-    The view of eligible decode workers is updated with every change and never rebuilt.
+    A worker belongs to no group until it is first healthy.
+
+    groups: there is at least one. It has no workers at first.
     """
 
     def __init__(self) -> None:
         self._workers: dict[Role, dict[str, Worker]] = {"prefill": {}, "decode": {}}
-        self._eligible: dict[str, int] = {}
+        self.groups = [ModelGroup()]
+        self._group_of: dict[Worker, ModelGroup] = {}
+        self._names = Names()
         self._decode_slots = 0
-        # The monotonic time since when a role has had no available worker. None while it has one.
-        self._gone_since_s: dict[Role, float | None] = {"prefill": -math.inf, "decode": -math.inf}
         self._listeners: list[Callable[[Worker], None]] = []
         self._held: set[Worker] | None = None
 
@@ -114,6 +125,7 @@ class Fleet:
             yield
         finally:
             held, self._held = self._held, None
+            self._refresh_names()
             here = [worker for workers in self._workers.values() for worker in workers.values() if worker in held]
             for worker in (*held.difference(here), *here):
                 self._tell(worker)
@@ -140,8 +152,10 @@ class Fleet:
     def remove(self, worker: Worker) -> None:
         if self._workers[worker.role].pop(worker.url, None) is None:
             raise FleetError(f"{worker.role} worker {worker.url} is not in the fleet")
-        if worker.role == "decode":
-            self._eligible.pop(worker.url, None)
+        group = self._group_of.pop(worker, None)
+        if group is not None:
+            group.remove(worker)
+            self._regrouped(group)
         self._fleet_changed(worker)
 
     def has(self, worker: Worker) -> bool:
@@ -161,20 +175,12 @@ class Fleet:
 
     def any_available(self, role: Role) -> bool:
         """Whether any worker of `role` is available."""
-        return self._gone_since_s[role] is None
-
-    def gone_for_s(self, role: Role) -> float | None:
-        """How long no worker of `role` has been available. None if one is, infinite if none ever was."""
-        since_s = self._gone_since_s[role]
-        return None if since_s is None else time.monotonic() - since_s
+        return any(self.available(role))
 
     @property
     def eligible(self) -> Mapping[str, int]:
-        """Decode workers that may take a request now: URL -> requests in flight.
-
-        A live view that must not be modified.
-        """
-        return self._eligible
+        """Decode workers of all groups that may take a request now: URL -> requests in flight."""
+        return {url: load for group in self.groups for url, load in group.eligible.items()}
 
     @property
     def decode_slots(self) -> int:
@@ -183,41 +189,101 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Whether at least one prefill and one decode worker are available."""
-        return self.any_available("prefill") and self.any_available("decode")
+        """Whether some model has at least one prefill and one decode worker that are available."""
+        return any(group.ready for group in self.groups)
 
-    def serves(self, model: str) -> bool:
-        """Whether an available decode worker serves `model`, or may serve it because its models are unknown."""
-        for worker in self._workers["decode"].values():
-            if worker.available and (worker.models is None or model in worker.models):
-                return True
-        return False
+    # Models.
 
-    def least_busy(self, role: Role, model: str | None, avoided: Collection[str] = ()) -> Worker | None:
-        """An available worker with the fewest requests in flight, any of several. None if there is none.
+    def group(self, worker: Worker) -> ModelGroup | None:
+        """The group of a worker. None before it was first healthy, and after it has left the fleet."""
+        return self._group_of.get(worker)
 
-        model: which it must serve, or may serve because its models are unknown. None if any will do.
-        avoided: URLs of workers that are taken only if there is no other.
+    def served(self, model: str | None) -> Served | None:
+        """Who serves `model`. None if no decode worker does, or if it is not given and could be several models."""
+        if not model:
+            return self.groups[0].whole if len(self.groups) == 1 else None
+        served = self._names.get(model)
+        if served is not None and (served.decode is None or served.decode):
+            return served
+        for group in self.groups:
+            unlisted = group.unlisted
+            if unlisted.decode is None or unlisted.decode:
+                return unlisted
+        return None
+
+    def listed(self) -> Iterator[Served]:
+        """Every name that a worker lists."""
+        return self._names.listed()
+
+    def set_models(self, worker: Worker, cards: Sequence[dict[str, Any]] | None, asked_s: float) -> None:
+        """Note what a worker serves.
+
+        cards: the entries of its /v1/models, each with an id. None if it lists them only for clients.
+        asked_s: the monotonic time at which it was asked. An answer to an older question changes nothing.
         """
-        best: Worker | None = None
-        best_rank: tuple[bool, int, float] | None = None
-        for worker in self.available(role):
-            if not model or worker.models is None or model in worker.models:
-                rank = (worker.url in avoided, worker.in_flight, random.random())
-                if best_rank is None or rank < best_rank:
-                    best, best_rank = worker, rank
-        return best
+        if asked_s < worker.listed_s:
+            return
+        worker.listed_s = asked_s
+        models: frozenset[str] | None = None
+        bases: frozenset[str] = frozenset()
+        lengths: dict[str, int] = {}
+        if cards is not None:
+            models = frozenset(card["id"] for card in cards)
+            bases = frozenset(card["id"] for card in cards if not card.get("parent")) or models
+            lengths = {
+                card["id"]: most for card in cards if type(most := card.get("max_model_len")) is int and most > 0
+            }
+            self._names.note_cards(list(cards))
+        changed = (models, bases, lengths) != (worker.models, worker.bases, worker.max_model_len)
+        worker.models, worker.bases, worker.max_model_len = models, bases, lengths
+        if changed and worker in self._group_of:
+            self._join_group(worker)
+            self._tell(worker)
 
-    def max_model_len(self, model: str | None) -> int | None:
-        """How many tokens a prompt and its answer may have on the decode worker that takes most. None if unknown."""
-        most = 0
-        for worker in self._workers["decode"].values():
-            if model and worker.available and (worker.models is None or model in worker.models):
-                here = worker.max_model_len.get(model)
-                if here is None:
-                    return None
-                most = max(most, here)
-        return most or None
+    def _join_group(self, worker: Worker) -> None:
+        """Put a worker into the group of its base model. A worker with names of two groups makes them one."""
+        before = self._group_of.get(worker)
+        matching = [group for group in self.groups if group.shares_base(worker)] if worker.bases else []
+        if worker.models is None:
+            group = before or self.groups[0]
+        elif before in matching:
+            group = before
+        elif matching:
+            group = matching[0]
+        elif not self.groups[0].bases:
+            group = self.groups[0]
+        else:
+            group = ModelGroup()
+            self.groups.append(group)
+        moved = [member for other in matching if other is not group for member in other.members()]
+        for member in (*moved, worker):
+            self._move(member, group)
+        self._regrouped(*matching, group, *(() if before is None else (before,)))
+        for member in moved:
+            self._tell(member)
+
+    def _move(self, worker: Worker, group: ModelGroup) -> None:
+        before = self._group_of.get(worker)
+        if before is group:
+            return
+        if before is not None:
+            before.remove(worker)
+        self._group_of[worker] = group
+        group.add(worker)
+
+    def _regrouped(self, *groups: ModelGroup) -> None:
+        for group in groups:
+            group.name_members()
+            # The last group stays when its last worker leaves, with the policy's state, for workers that come back.
+            if not any(group.members()) and len(self.groups) > 1 and group in self.groups:
+                self.groups.remove(group)
+        if self._held is None:
+            self._refresh_names()
+
+    def _refresh_names(self) -> None:
+        self._names.refresh(self.groups, (w for workers in self._workers.values() for w in workers.values()))
+
+    # Changes.
 
     def started(self, worker: Worker) -> None:
         worker.in_flight += 1
@@ -229,6 +295,8 @@ class Fleet:
 
     def set_healthy(self, worker: Worker, healthy: bool) -> None:
         worker.healthy = healthy
+        if healthy and self.has(worker):
+            self._join_group(worker)
         self._changed(worker)
 
     def set_draining(self, worker: Worker, draining: bool) -> None:
@@ -253,17 +321,15 @@ class Fleet:
     def _fleet_changed(self, worker: Worker) -> None:
         # A worker on trial gets one request, no matter what it still runs from before.
         self._decode_slots = sum(1 if each.on_trial else each.max_inflight for each in self.available("decode"))
-        if any(self.available(worker.role)):
-            self._gone_since_s[worker.role] = None
-        elif self._gone_since_s[worker.role] is None:
-            self._gone_since_s[worker.role] = time.monotonic()
+        if worker.available:
+            worker.gone_since_s = None
+        elif worker.gone_since_s is None:
+            worker.gone_since_s = time.monotonic()
         self._refresh(worker)
         self._tell(worker)
 
     def _refresh(self, worker: Worker) -> None:
-        if worker.role != "decode" or not self.has(worker):
-            return
-        if worker.available and worker.in_flight < worker.max_inflight:
-            self._eligible[worker.url] = worker.in_flight
-        else:
-            self._eligible.pop(worker.url, None)
+        # Requests may outlive their worker's place in its group.
+        group = self._group_of.get(worker)
+        if group is not None:
+            group.refresh(worker)

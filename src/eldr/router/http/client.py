@@ -101,12 +101,15 @@ class Answer:
     failure: why it failed. None if it did not.
     no_room: whether it failed because the router has no memory left for it. The worker is not to blame then, and
         another attempt would not help.
+
+    most_bytes: the largest body that is accepted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = MAX_ANSWER_BYTES) -> None:
         self.begun = False
         self.failure: ExchangeError | None = None
         self.no_room = False
+        self._most_bytes = most_bytes
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
@@ -125,8 +128,8 @@ class Answer:
 
     def on_body(self, data: bytes, framed: bytes | None = None) -> None:
         size = len(data)
-        if self._bytes + size > MAX_ANSWER_BYTES:
-            raise ExchangeError(f"the answer exceeds {MAX_ANSWER_BYTES} bytes")
+        if self._bytes + size > self._most_bytes:
+            raise ExchangeError(f"the answer exceeds {self._most_bytes} bytes")
         if self.memory is not None:
             if not self.memory.admits_answer(self._bytes, size):
                 self.no_room = True

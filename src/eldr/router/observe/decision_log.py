@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,16 @@ from eldr.router.observe.line_file import LineFile
 BUFFER_BYTES = 16 * 2**20
 
 
-def log_header(placement: PlacementSettings) -> LogHeader:
-    """Return the header that allows the decisions of a router with this configuration to be repeated."""
-    path = placement.calibration
+def log_header(placement: PlacementSettings, policy: str, models: Iterable[str]) -> LogHeader:
+    """Return the header that allows the decisions of a router with this configuration to be repeated.
+
+    policy: the name of the policy. models: the names of the model whose requests it places.
+    """
+    models = sorted(models)
+    path = placement.calibration_of(models)
     return LogHeader(
-        policy=placement.policy,
+        policy=policy,
+        model=next(iter(models), ""),
         seed=placement.seed,
         options=placement.options,
         calibration=None if path is None else str(path),
@@ -36,12 +42,10 @@ def log_header(placement: PlacementSettings) -> LogHeader:
 
 
 class DecisionLog:
-    """Appends events to a file. Raises ConfigError if it cannot be opened."""
+    """Appends the events of policies to a file. Raises ConfigError if it cannot be opened."""
 
     def __init__(self, path: Path, buffer_bytes: int = BUFFER_BYTES) -> None:
-        # While one router replaces another, both append to the file.
-        self._run_name = os.urandom(4).hex()
-        self._gap = 0  # events dropped since the last one that was kept
+        self._gaps: dict[str, int] = {}  # by run, events dropped since the last one that was kept
         self._closed = False
         try:
             self._file = LineFile(path, buffer_bytes)
@@ -58,26 +62,33 @@ class DecisionLog:
         """Events that did not fit into the buffer."""
         return self._file.refused
 
-    def write(self, event: dict[str, Any]) -> None:
-        """Add an event, with its time and run. It never waits for the disk, and never raises because of it."""
-        line = self._line(event)
+    def run(self) -> Callable[[dict[str, Any]], None]:
+        """Return a function that adds an event of one policy, with its time and the name of its run.
+
+        Several policies write to one file: one for each model, and those of another router while it is replaced. The
+        function never waits for the disk, and never raises because of it.
+        """
+        name = os.urandom(4).hex()
+
+        def write(event: dict[str, Any]) -> None:
+            self._write(name, event)
+
+        return write
+
+    def _write(self, run: str, event: dict[str, Any]) -> None:
+        line = _line(run, event)
         if not self._file.has_room(line):
             self._file.refuse()
-            self._gap += 1
+            self._gaps[run] = self._gaps.get(run, 0) + 1
             return
-        if self._gap:
-            self._add_gap()
+        if self._gaps:
+            self._add_gap(run)
         self._file.add(line)
 
-    def _add_gap(self) -> None:
-        self._file.add(self._line({"event": "gap", "lines": self._gap}))
-        self._gap = 0
-
-    def _line(self, event: dict[str, Any]) -> bytes:
-        event["unix_s"] = time.time_ns() // 1_000_000 / 1000
-        event["run"] = self._run_name
-        # Make a copy of the right size, because orjson's buffer keeps the space that it grew into.
-        return b"%b\n" % orjson.dumps(event)
+    def _add_gap(self, run: str) -> None:
+        lines = self._gaps.pop(run, 0)
+        if lines:
+            self._file.add(_line(run, {"event": "gap", "lines": lines}))
 
     def reopen(self) -> None:
         """Continue in a new file at the path, after the old one was renamed."""
@@ -88,6 +99,13 @@ class DecisionLog:
         if self._closed:
             return
         self._closed = True
-        if self._gap:
-            self._add_gap()
+        for run in list(self._gaps):
+            self._add_gap(run)
         self._file.close()
+
+
+def _line(run: str, event: dict[str, Any]) -> bytes:
+    event["unix_s"] = time.time_ns() // 1_000_000 / 1000
+    event["run"] = run
+    # Make a copy of the right size, because orjson's buffer keeps the space that it grew into.
+    return b"%b\n" % orjson.dumps(event)

@@ -1,7 +1,8 @@
-"""Admission: requests wait here until the decode workers have room for them.
+"""Admission: requests wait here until the decode workers that serve their model have room for them.
 
-They wait before their prefill, because a hand-off's lease must not run out in a queue. Higher priorities go first.
-Within one priority clients take turns (`fair_queue`), and each client's requests go first come, first served.
+They wait before their prefill, because a hand-off's lease must not run out in a queue. Each name of a model is a line
+of its own, so that no request waits for workers that it cannot use. Higher priorities go first. Within one priority
+clients take turns (`fair_queue`), and each client's requests for a model go first come, first served.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import asyncio
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable
+from typing import cast
 
 from eldr.router.config.endpoint import Role
 from eldr.router.config.groups import QueueLimits
-from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.fleet.groups import Served, model_not_found
+from eldr.router.fleet.workers import Worker
 from eldr.router.http.errors import ApiError
 from eldr.router.placement.fair_queue import FairQueue, QueueFullError
+from eldr.router.placement.room import spare
 
 PRIORITIES = ("high", "normal", "low")
 RETRY_AFTER_S = 2
@@ -23,10 +28,11 @@ MAX_RETRY_AFTER_S = 60
 
 
 class NoWorkerError(ApiError):
-    """There is no worker of a role, and waiting longer is pointless."""
+    """There is no worker of a role, or none that serves `model`, and waiting longer is pointless."""
 
-    def __init__(self, role: Role) -> None:
-        super().__init__(503, f"no {role} worker is available", retry_after_s=RETRY_AFTER_S)
+    def __init__(self, role: Role, model: str = "") -> None:
+        serving = f" that serves `{model}`" if model else ""
+        super().__init__(503, f"no {role} worker{serving} is available", retry_after_s=RETRY_AFTER_S)
 
 
 class Claim:
@@ -51,12 +57,13 @@ class _Turn:
     over: resolves when it may start, or when `refusal` says why it may not.
     """
 
-    __slots__ = ("claim", "over", "refusal", "since_s", "timer")
+    __slots__ = ("claim", "over", "refusal", "served", "since_s", "timer")
 
-    def __init__(self, claim: Claim, timer: asyncio.TimerHandle | None = None) -> None:
+    def __init__(self, claim: Claim, served: Served, timer: asyncio.TimerHandle | None = None) -> None:
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.refusal: ApiError | None = None
         self.claim = claim
+        self.served = served
         self.since_s = time.monotonic()
         self.timer = timer
 
@@ -75,13 +82,13 @@ class _Turn:
 
 
 class Admission:
-    """Admits requests as long as the decode workers have free slots, and queues the others.
+    """Admits requests as long as the decode workers that serve their model have free slots, and queues the others.
 
+    admitted: requests past the queue. queued: requests in it.
     refusals: requests that got no turn, by reason: full, displaced (by a client with fewer waiting) or timeout.
     """
 
-    def __init__(self, fleet: Fleet, limits: QueueLimits) -> None:
-        self._fleet = fleet
+    def __init__(self, limits: QueueLimits) -> None:
         self._limits = limits
         self._queues: list[FairQueue[_Turn]] = [FairQueue(limits.max_queued) for _ in PRIORITIES]
         self._placing: list[asyncio.Future[None]] = []
@@ -102,37 +109,62 @@ class Admission:
             queue.limit = limits.max_queued
         self.changed()
 
-    async def enter(self, claim: Claim) -> None:
-        """Wait for a slot. A cancelled wait leaves the queue.
+    async def enter(self, claim: Claim, served: Served) -> None:
+        """Wait for a slot at a decode worker that serves `served`. A cancelled wait leaves the queue.
 
-        Raises NoWorkerError if there has been no decode worker for `worker_wait_s`, ApiError 429 if the queue is full,
-        and 503 if the wait was too long.
+        Raises NoWorkerError if there has been no such worker for `worker_wait_s`, ApiError 404 if none serves the model
+        any more, 429 if the queue is full, and 503 if the wait was too long.
         """
-        slots = self._slots()
-        if slots == 0 and not self._worker_may_return():
-            raise NoWorkerError("decode")
-        if not self.queued and self.admitted < slots:
-            self.admitted += 1
+        # What waits has no room, or it would not wait. So nobody is overtaken here who could start.
+        if self._has_room(served):
+            served.requests += 1
+            self._admit(served)
             return
-        turn = self._queue_up(claim)
+        error = self._pointless(served)
+        if error is not None:
+            raise error
+        served.requests += 1
+        try:
+            await self._wait(claim, served)
+        except BaseException:
+            served.requests -= 1
+            raise
+
+    async def _wait(self, claim: Claim, served: Served) -> None:
+        turn = self._queue_up(claim, served)
         try:
             await turn.over
         except asyncio.CancelledError:
             if turn.over.done() and not turn.over.cancelled() and turn.refusal is None:
-                self.leave()  # the slot arrived at the same moment
+                self._return(served)  # the slot arrived at the same moment
             else:
                 self._drop(turn, None)
             raise
         if turn.refusal is not None:
             raise turn.take_refusal()
 
-    def leave(self) -> None:
-        """Return the slot."""
+    def leave(self, served: Served) -> None:
+        """Return the slot that `enter` gave."""
+        served.requests -= 1
+        self._return(served)
+
+    def _admit(self, served: Served) -> None:
+        self.admitted += 1
+        served.promise()
+
+    def _return(self, served: Served) -> None:
         self.admitted -= 1
-        self.changed()
+        served.release()
+        self._start_waiting()
 
     def changed(self) -> None:
-        """Check the queue again, after a request ended or the fleet changed."""
+        """Check the queue again, after the fleet or the limits changed."""
+        for queue in self._queues:
+            self._refuse_pointless(queue)
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        """Admit what has room, after a request ended or the fleet changed."""
         if self._placing:
             placing, self._placing = self._placing, []
             for waiter in placing:
@@ -140,55 +172,117 @@ class Admission:
                     waiter.set_result(None)
         if not self.queued:
             return
-        slots = self._slots()
-        if slots == 0 and self._worker_may_return():
-            return
-        while self.queued and (slots == 0 or self.admitted < slots):
-            turn = self._pop()
-            if slots == 0:
-                turn.end(NoWorkerError("decode"))
-            elif not turn.over.done():
-                self._last_wait_s = time.monotonic() - turn.since_s
-                self.admitted += 1
-                turn.end(None)
+        for queue in self._queues:
+            while len(queue) and (turn := queue.pop(self._may_start())) is not None:
+                self.queued -= 1
+                if not turn.over.done():
+                    self._last_wait_s = time.monotonic() - turn.since_s
+                    self._admit(turn.served)
+                    turn.end(None)
 
     def fleet_changed(self, worker: Worker) -> None:
         """A listener of the fleet."""
         self.changed()
 
-    def patience_s(self, role: Role) -> float:
+    # Room.
+
+    def _has_room(self, served: Served) -> bool:
+        """Whether one more request for it can start. Every slot that is promised to another stays free for that one."""
+        if self.admitted >= self._limits.max_streams:
+            return False
+        group = served.group
+        if served.decode is None and not group.narrow:
+            return group.promised < group.free
+        workers = served.decode
+        found = _spare(served, 0)
+        return bool(found) if workers is None else not found.isdisjoint(workers)
+
+    def _may_start(self) -> Callable[[Hashable], bool]:
+        """Return a function that tells whether a line has room. It holds until the next request is admitted."""
+        known: dict[Hashable, bool] = {}
+
+        def may_start(line: Hashable) -> bool:
+            served = cast(Served, line)
+            key: Hashable = (served.group, served.decode)
+            if key not in known:
+                known[key] = self._has_room(served)
+            return known[key]
+
+        return may_start
+
+    def usable(self, served: Served) -> Collection[str] | None:
+        """Return the decode workers that an admitted request may take: those that serve it, and that others can spare.
+
+        None if it may take any of the group.
+        """
+        narrow = served.group.narrow
+        if not narrow or (len(narrow) == 1 and served in narrow):
+            return served.decode
+        found = _spare(served, 1)
+        if served.decode is not None:
+            found &= served.decode
+        # After limits have dropped, more may be promised than there is. Then whoever comes first takes what there is.
+        return found or served.decode
+
+    # Workers that are away.
+
+    def patience_s(self, served: Served, role: Role) -> float:
         """How much longer to wait for a worker of `role`. Infinite while one is available.
 
-        A worker that restarts is back within seconds. If a role stays away, its requests are refused at once.
+        A worker that restarts is back within seconds. If all of them stay away, requests are refused at once.
         """
-        gone_s = self._fleet.gone_for_s(role)
+        gone_s = served.gone_for_s(role)
         return math.inf if gone_s is None else self._limits.worker_wait_s - gone_s
 
-    def _worker_may_return(self) -> bool:
-        """Whether to keep the queue although there is no decode worker.
+    def _pointless(self, served: Served) -> ApiError | None:
+        """Why a request cannot wait for a decode worker. None if it can.
 
-        Schedules another check for when that time is over.
+        If the worker may return, schedules another check for when that time is over.
         """
-        # Workers without a single slot do not count.
-        left_s = min(self.patience_s("decode"), self._limits.worker_wait_s)
-        if left_s > 0 and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(left_s, self._look_again)
-        return left_s > 0
+        if served.decode is not None and not served.decode:
+            return model_not_found(served.name) if served.name else NoWorkerError("decode")
+        left_s = self.patience_s(served, "decode")
+        if left_s <= 0:
+            return NoWorkerError("decode", self._named(served, "decode"))
+        if left_s < math.inf:
+            self._look_in(left_s)
+        return None
+
+    def _named(self, served: Served, role: Role) -> str:
+        """The model to name in an error. Empty if no worker of that role is available for any model of its group."""
+        return served.name if served.group.whole.any_available(role) else ""
+
+    def _look_in(self, delay_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            if self._timer.when() <= loop.time() + delay_s:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_later(delay_s, self._look_again)
 
     def _look_again(self) -> None:
         self._timer = None
         self.changed()
 
-    async def until_changed(self, role: Role, limit_s: float = math.inf) -> bool:
+    def _refuse_pointless(self, queue: FairQueue[_Turn]) -> None:
+        """End the requests of a queue whose workers stay away."""
+        for line in list(queue.lines):
+            error = self._pointless(cast(Served, line))
+            if error is not None:
+                for turn in queue.take(line):
+                    self.queued -= 1
+                    turn.end(error)
+
+    async def until_changed(self, served: Served, role: Role, limit_s: float = math.inf) -> bool:
         """Wait, after admission, until a worker of `role` may have become eligible.
 
         Returns False after `limit_s` seconds.
 
         Raises NoWorkerError if there has been none for too long.
         """
-        patience_s = self.patience_s(role)
+        patience_s = self.patience_s(served, role)
         if patience_s <= 0:
-            raise NoWorkerError(role)
+            raise NoWorkerError(role, self._named(served, role))
         if limit_s <= 0:
             return False
         waiter = asyncio.get_running_loop().create_future()
@@ -200,13 +294,10 @@ class Admission:
             return patience_s <= limit_s
         return True
 
-    def _slots(self) -> int:
-        return min(self._fleet.decode_slots, self._limits.max_streams)
-
-    def _queue_up(self, claim: Claim) -> _Turn:
-        turn = _Turn(claim)
+    def _queue_up(self, claim: Claim, served: Served) -> _Turn:
+        turn = _Turn(claim, served)
         try:
-            displaced = self._queues[claim.priority].push(turn, claim.client, claim.cost)
+            displaced = self._queues[claim.priority].push(turn, claim.client, claim.cost, served)
         except QueueFullError:
             self.refusals["full"] += 1
             raise self._full() from None
@@ -218,22 +309,13 @@ class Admission:
         turn.timer = asyncio.get_running_loop().call_later(self._limits.queue_timeout_s, self._too_late, turn)
         return turn
 
-    def _pop(self) -> _Turn:
-        """Remove and return the next request to start. There must be one."""
-        self.queued -= 1
-        for queue in self._queues:
-            turn = queue.pop()
-            if turn is not None:
-                return turn
-        raise AssertionError("turns were counted that do not wait")
-
     def _too_late(self, turn: _Turn) -> None:
         self.refusals["timeout"] += 1
         wait_s = self._limits.queue_timeout_s
         self._drop(turn, ApiError(503, f"no decode worker had room within {wait_s:g} s", retry_after_s=self._after_s()))
 
     def _drop(self, turn: _Turn, refusal: ApiError | None) -> None:
-        self.queued -= self._queues[turn.claim.priority].remove(turn, turn.claim.client)
+        self.queued -= self._queues[turn.claim.priority].remove(turn, turn.claim.client, turn.served)
         turn.end(refusal)
 
     def _full(self) -> ApiError:
@@ -242,3 +324,16 @@ class Admission:
     def _after_s(self) -> int:
         """The Retry-After in seconds: how long the last request to get its turn has waited."""
         return min(max(1, math.ceil(self._last_wait_s)), MAX_RETRY_AFTER_S)
+
+
+def _spare(served: Served, placing: int) -> set[str]:
+    """The workers of its group that can take one more request. placing: requests for it not to reckon with."""
+    group = served.group
+    free = {url: group.workers["decode"][url].free for url in group.eligible}
+    needs: list[tuple[Collection[str], int]] = []
+    wide = group.promised
+    for each in group.narrow:
+        wide -= each.promised
+        needs.append((each.decode or (), each.promised - placing * (each is served)))
+    needs.append((free, wide - placing * (served not in group.narrow)))
+    return spare(needs, free)

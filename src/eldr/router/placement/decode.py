@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
 from eldr.policies.load import ShortestQueue
-from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.fleet.groups import ModelGroup, Served
+from eldr.router.fleet.workers import Worker
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 
@@ -39,11 +40,14 @@ class Placed(NamedTuple):
 class Placement:
     """One request on one decode worker, from the decision until the end of its `with` block."""
 
-    __slots__ = ("_owner", "_request", "decision", "worker")
+    __slots__ = ("_owner", "_request", "_served", "decision", "worker")
 
-    def __init__(self, owner: Placements, request: DecodeRequest, worker: Worker, decision: Decision) -> None:
+    def __init__(
+        self, owner: Placements, request: DecodeRequest, served: Served, worker: Worker, decision: Decision
+    ) -> None:
         self._owner = owner
         self._request = request
+        self._served = served
         self.worker = worker
         self.decision = decision
 
@@ -51,21 +55,25 @@ class Placement:
         return self
 
     def __exit__(self, kind: object, error: object, where: object) -> None:
-        """The request no longer runs there."""
+        """The request no longer runs there. It keeps a slot for another attempt until it leaves the admission."""
+        self._served.promise()
         self._owner.ended(self._request, self.worker)
 
 
 class Placements:
-    """Wraps the policy for the router. If the policy raises, join-shortest-queue places that request."""
+    """Wraps the policy of one group. If the policy raises, join-shortest-queue places that request.
 
-    def __init__(self, policy: Policy, fleet: Fleet, metrics: Metrics, seed: int) -> None:
+    recent: the latest decisions of all groups, for display.
+    """
+
+    def __init__(self, policy: Policy, group: ModelGroup, metrics: Metrics, seed: int, recent: deque[Placed]) -> None:
         self._policy = policy
-        self._fleet = fleet
+        self._group = group
         self._metrics = metrics
         self._fallback = ShortestQueue(seed)
         self._throttle = Throttle()
         self._joined: set[str] = set()
-        self.recent: deque[Placed] = deque(maxlen=KEPT)
+        self._recent = recent
 
     @property
     def policy_name(self) -> str:
@@ -83,7 +91,7 @@ class Placements:
         """A listener of the fleet. The policy learns of a worker when it is first up, and when it leaves."""
         if worker.role != "decode":
             return
-        if not self._fleet.has(worker):
+        if not self._group.has(worker):
             if worker.url in self._joined:
                 self._joined.discard(worker.url)
                 self._tell(self._policy.left, worker.url)
@@ -91,20 +99,26 @@ class Placements:
             self._joined.add(worker.url)
             self._tell(self._policy.joined, worker.url)
 
-    def place(self, request: DecodeRequest, excluded: Collection[str]) -> Placement | None:
+    def place(
+        self, request: DecodeRequest, served: Served, excluded: Collection[str], usable: Collection[str] | None
+    ) -> Placement | None:
         """Choose a worker for `request` and start it there. None if no worker is eligible.
 
-        Workers in `excluded` are chosen only if no other is eligible.
+        Workers in `excluded` are chosen only if no other is eligible, and workers that are not in `usable` never. None
+        stands for all.
         """
-        eligible: Mapping[str, int] = self._fleet.eligible
+        eligible: Mapping[str, int] = self._group.eligible
+        if usable is not None:
+            eligible = {url: load for url, load in eligible.items() if url in usable}
         if excluded:
             eligible = {url: load for url, load in eligible.items() if url not in excluded} or eligible
         if not eligible:
             return None
         decision = self._decide(request, eligible)
         self._metrics.decisions[self._policy.name, decision.reason] += 1
-        worker = self._fleet.workers("decode")[decision.worker]
-        self.recent.append(
+        worker = self._group.workers["decode"][decision.worker]
+        served.release()
+        self._recent.append(
             Placed(
                 time.time(),
                 request.request_id,
@@ -117,7 +131,7 @@ class Placements:
         )
         self._tell(self._policy.started, request, worker.url)
         request.forget_counts()
-        return Placement(self, request, worker, decision)
+        return Placement(self, request, served, worker, decision)
 
     def ended(self, request: DecodeRequest, worker: Worker) -> None:
         self._tell(self._policy.finished, request, worker.url)

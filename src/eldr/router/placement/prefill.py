@@ -13,7 +13,8 @@ import math
 import zlib
 from collections.abc import Collection
 
-from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.fleet.groups import ModelGroup
+from eldr.router.fleet.workers import Worker
 
 LOAD_FACTOR = 1.25
 # Points per worker on the ring. With eight workers, the largest share is then about 1.2 times the mean.
@@ -21,33 +22,37 @@ POINTS = 128
 
 
 class PrefillRing:
-    """The hash ring of prefill workers."""
+    """The hash ring of the prefill workers of one group."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(self, group: ModelGroup) -> None:
+        self._group = group
         self._urls: set[str] = set()
         self._points: list[int] = []
         self._workers: list[str] = []
 
     def fleet_changed(self, worker: Worker) -> None:
-        """A listener of the fleet. The ring includes all prefill workers in the fleet, available or not."""
-        if worker.role == "prefill" and self._fleet.has(worker) != (worker.url in self._urls):
+        """A listener of the fleet. The ring includes all prefill workers of the group, available or not."""
+        if worker.role == "prefill" and self._group.has(worker) != (worker.url in self._urls):
             self._rebuild()
 
     def _rebuild(self) -> None:
-        self._urls = set(self._fleet.workers("prefill"))
+        self._urls = set(self._group.workers["prefill"])
         ring = sorted((_point(f"{url}#{index}".encode()), url) for url in self._urls for index in range(POINTS))
         self._points = [point for point, _ in ring]
         self._workers = [url for _, url in ring]
 
-    def choose(self, start: bytes, excluded: Collection[str] = ()) -> tuple[Worker, bool] | None:
+    def choose(
+        self, start: bytes, excluded: Collection[str] = (), usable: Collection[str] | None = None
+    ) -> tuple[Worker, bool] | None:
         """Choose the worker for prompts with this start. None if no prefill worker is available.
 
         Returns the worker, and whether the request spilled there from a full one. Workers in `excluded` are chosen only
-        if there is no other.
+        if there is no other, and workers that are not in `usable` never. None stands for all.
         """
-        fleet = self._fleet.workers("prefill")
-        available = [worker for worker in fleet.values() if worker.available]
+        workers = self._group.workers["prefill"]
+        available = [worker for worker in workers.values() if worker.available]
+        if usable is not None:
+            available = [worker for worker in available if worker.url in usable]
         if not available:
             return None
         if excluded:
@@ -57,7 +62,7 @@ class PrefillRing:
         at = bisect.bisect(self._points, _key(start))
         first: str | None = None
         for step in range(len(self._workers)):
-            worker = fleet[self._workers[(at + step) % len(self._workers)]]
+            worker = workers[self._workers[(at + step) % len(self._workers)]]
             if worker not in available:
                 continue
             if first is None:

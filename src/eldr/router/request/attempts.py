@@ -7,8 +7,10 @@ from collections.abc import Collection
 
 from eldr.router.config.endpoint import Role
 from eldr.router.config.groups import RetrySettings
+from eldr.router.fleet.groups import Served
+from eldr.router.fleet.lists import ModelLists
 from eldr.router.fleet.outcomes import Outcomes
-from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.fleet.workers import Worker
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 from eldr.router.placement.admission import NoWorkerError
@@ -18,6 +20,10 @@ log = logging.getLogger("eldr.router")
 
 # How often one worker may refuse the same request. After each refusal it gets no requests until a probe succeeds.
 MOST_REFUSALS = 3
+# What vLLM says of a model that it does not serve.
+NO_MODEL = b"does not exist"
+# How many workers may turn out to have unloaded the model of one request.
+MOST_UNSERVED = 8
 # After these failures of a decode leg, the cause may be the pull, and so the prefill worker.
 PULL_FAILURES = ("status", "timeout")
 
@@ -50,23 +56,25 @@ class RetryBudget:
 class Retries:
     """The retry state that all requests share."""
 
-    def __init__(self, config: RetrySettings, fleet: Fleet, outcomes: Outcomes, metrics: Metrics) -> None:
+    def __init__(self, config: RetrySettings, lists: ModelLists, outcomes: Outcomes, metrics: Metrics) -> None:
         self.most = config.retries
         self.budget = RetryBudget(config.retry_ratio, config.retry_burst)
-        self.fleet = fleet
+        self.lists = lists
         self.outcomes = outcomes
         self.metrics = metrics
         self.throttle = Throttle()
 
 
 class Attempts:
-    """The attempts of one request."""
+    """The attempts of one request. served: who serves its model."""
 
-    def __init__(self, shared: Retries, request_id: str) -> None:
+    def __init__(self, shared: Retries, request_id: str, served: Served) -> None:
         self._shared = shared
         self._id = request_id
+        self._served = served
         self._prefills = self._decodes = 0
         self._repeated = 0
+        self._unserved = 0
         # Most requests need neither.
         self._refusals: dict[str, int] = {}
         self._tried: dict[Role, set[str]] = {}
@@ -106,9 +114,27 @@ class Attempts:
             raise NoWorkerError(worker.role)
 
     def _has_untried(self, role: Role) -> bool:
-        """Whether an available worker of `role` has not failed the request yet."""
+        """Whether an available worker of `role` that serves the request's model has not failed the request yet."""
         tried = self.tried(role)
-        return any(worker.url not in tried for worker in self._shared.fleet.available(role))
+        return any(worker.available and worker.url not in tried for worker in self._served.workers(role))
+
+    async def served_elsewhere(self, relayed: RelayedError) -> bool:
+        """Whether a worker answered 404 because it no longer serves the model, and others do. They get the request.
+
+        The worker refused it before it cost anything, so no retry is used up.
+        """
+        served, worker, answer = self._served, relayed.worker, relayed.answer
+        if answer.status != 404 or worker is None or not served.name or worker.models is None:
+            return False
+        if NO_MODEL not in answer.body:
+            return False
+        await self._shared.lists.look_at(worker)
+        if worker.models is None or served.name in worker.models or served.decode == frozenset():
+            return False
+        self._avoid(worker)
+        self._unserved += 1
+        self._shared.metrics.retries[worker.role, "unserved"] += 1
+        return self._unserved < MOST_UNSERVED
 
     def failed(self, failure: LegFailure) -> None:
         """Use one more attempt. If there is none left, raise what the client gets: ApiError or RelayedError."""

@@ -8,6 +8,7 @@ import time
 from typing import Any, cast
 
 from eldr.kernels import JsonTextError
+from eldr.router.fleet.groups import Served
 from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
@@ -116,17 +117,20 @@ class Flow:
         Raises ApiError or RelayedError.
         """
         services = self._services
-        attempts = Attempts(services.retries, self._id)
-        await self._admit(job)
+        served = services.fleet.served(job.model) or await services.lists.find(job.model)
+        attempts = Attempts(services.retries, self._id, served)
+        await self._admit(job, served)
         try:
             handoff: HandOff | None = None
             whole = self._runs_whole(job.why_whole)
             while True:
                 try:
                     if handoff is None and not whole:
-                        handoff = await self._prefill(job, attempts)
+                        whole = self._runs_whole("prefill_lacks_model" if served.prefill == frozenset() else None)
+                    if handoff is None and not whole:
+                        handoff = await self._prefill(job, served, attempts)
                         whole = self._runs_whole("no_handoff" if handoff is None else None)
-                    placement = await self._place(job, handoff, attempts)
+                    placement = await self._place(job, served, handoff, attempts)
                     answer = await self._decode(job, handoff, placement, attempts)
                     break
                 except LegRefused as refused:
@@ -134,16 +138,20 @@ class Flow:
                 except LegFailure as failure:
                     attempts.failed(failure)
                     handoff = None  # it is spent, or its lease has ended
+                except RelayedError as relayed:
+                    if not await attempts.served_elsewhere(relayed):
+                        raise
+                    handoff = None
         finally:
-            services.admission.leave()
+            services.admission.leave(served)
         if answer.begun:
             self._count(200)
         else:
             self._relay(answer, handoff, record=job.record)
 
-    async def _admit(self, job: Job) -> None:
+    async def _admit(self, job: Job, served: Served) -> None:
         entered_s = time.monotonic()
-        await self._services.admission.enter(job.claim)
+        await self._services.admission.enter(job.claim, served)
         waited_s = time.monotonic() - entered_s
         if job.trace is not None:
             job.trace.leg("queue", entered_s)
@@ -158,14 +166,17 @@ class Flow:
         self._notes["passthrough"] = why
         return True
 
-    async def _prefill(self, job: Job, attempts: Attempts) -> HandOff | None:
+    async def _prefill(self, job: Job, served: Served, attempts: Attempts) -> HandOff | None:
         """Return a hand-off, or None if the worker gives none.
 
         Raises NoWorkerError, LegRefused, LegFailure or RelayedError.
         """
         services, config = self._services, self._services.config
-        while (chosen := services.ring.choose(job.prompt_start, attempts.tried("prefill"))) is None:
-            await services.admission.until_changed("prefill")
+        start, lanes = job.prompt_start, services.lanes
+        if served.adapter:
+            start += served.name.encode()  # the same prompt has other KV blocks
+        while (chosen := lanes.of(served.group).ring.choose(start, attempts.tried("prefill"), served.prefill)) is None:
+            await services.admission.until_changed(served, "prefill")
         worker, spilled = chosen
         services.metrics.prefill_spills += spilled
         with Leg(services.legs, job, worker) as leg:
@@ -180,18 +191,21 @@ class Flow:
             self._charge.prompt_tokens = handoff.prompt_tokens
         return handoff
 
-    async def _place(self, job: Job, handoff: HandOff | None, attempts: Attempts) -> Placement:
+    async def _place(self, job: Job, served: Served, handoff: HandOff | None, attempts: Attempts) -> Placement:
         """Wait for a worker that is eligible before the lease ends.
 
         Raises LegFailure, or NoWorkerError if there is none.
         """
-        services = self._services
+        services, admission = self._services, self._services.admission
         request = job.decode_request(handoff)
-        while (placement := services.placements.place(request, attempts.tried("decode"))) is None:
+        while True:
+            placements = services.lanes.of(served.group).placements
+            placement = placements.place(request, served, attempts.tried("decode"), admission.usable(served))
+            if placement is not None:
+                return placement
             limit_s = WHOLE_WAIT_S if handoff is None else handoff.left_s(time.monotonic())
-            if not await services.admission.until_changed("decode", limit_s):
+            if not await admission.until_changed(served, "decode", limit_s):
                 raise LegFailure("decode", "lease", "no worker had room before the lease ended")
-        return placement
 
     async def _decode(
         self, job: Job, handoff: HandOff | None, placement: Placement, attempts: Attempts

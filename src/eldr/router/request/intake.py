@@ -17,7 +17,7 @@ from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
 from eldr.router.http.trace_context import trace_context, trace_lines
 from eldr.router.observe.tracing import RequestTrace, Tracing
-from eldr.router.placement.admission import PRIORITIES, Admission, Claim, NoWorkerError
+from eldr.router.placement.admission import PRIORITIES, Claim
 from eldr.router.protocols import openai
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
@@ -43,6 +43,7 @@ class Job:
     """One request for text after all checks. Its attributes are facts about the request, not its progress.
 
     endpoint: what the members of its body mean.
+    model: the model that it asks for. None if it names none.
     body: what the client sent. NO_BODY once the answer streams.
     prompt_start: by it, requests with a common start find the same prefill worker. Empty if it runs whole.
     why_whole: why it cannot be handed off. None if it can.
@@ -63,6 +64,7 @@ class Job:
         *,
         request_id: str,
         endpoint: Endpoint,
+        model: str | None,
         body: JsonObject,
         prompt_start: bytes,
         why_whole: str | None,
@@ -79,6 +81,7 @@ class Job:
         self.request_id = request_id
         self.endpoint = endpoint
         self.path = endpoint.path
+        self.model = model
         self.body = body
         self.prompt_start = prompt_start
         self.why_whole = why_whole
@@ -131,7 +134,6 @@ class Intake:
         self,
         config: RouterConfig,
         fleet: Fleet,
-        admission: Admission,
         protocol: LegProtocol,
         admin_key: AdminKey,
         tracing: Tracing | None,
@@ -139,7 +141,6 @@ class Intake:
         self._timeouts = config.timeouts
         self._placement = config.placement
         self._fleet = fleet
-        self._admission = admission
         self._protocol = protocol
         self._admin_key = admin_key
         self.tracing = tracing
@@ -163,10 +164,10 @@ class Intake:
         if record and why_whole is not None:
             raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
         model = openai.model(body)
-        self.check_fleet(model)
         start = b""
         if why_whole is None:
-            protocol.refuse_early(endpoint, body, self._fleet.max_model_len(model))
+            served = self._fleet.served(model)
+            protocol.refuse_early(endpoint, body, None if served is None else served.max_model_len)
             window_bytes = self._placement.prefix_window_bytes
             at, end = body.span(endpoint.input) or (0, 0)
             start = prompt_start(endpoint, body.text, at, end, window_bytes)
@@ -179,6 +180,7 @@ class Intake:
         return Job(
             request_id=request_id,
             endpoint=endpoint,
+            model=model,
             body=body,
             prompt_start=start,
             why_whole=why_whole,
@@ -221,15 +223,6 @@ class Intake:
         if openai.wants_stream(body) is not False:
             raise ApiError(400, "recording needs stream: false", param="stream")
         return True
-
-    def check_fleet(self, model: str | None) -> None:
-        """Raise ApiError 503 if no worker will answer soon, and 404 if none serves the model."""
-        if self._admission.patience_s("decode") <= 0:
-            raise NoWorkerError("decode")
-        if not self._fleet.any_available("decode"):
-            return  # unknown until a worker is back
-        if model and not self._fleet.serves(model):
-            raise ApiError(404, f"The model `{model}` does not exist.", param="model")
 
 
 def _visible(value: bytes, most_bytes: int) -> str | None:

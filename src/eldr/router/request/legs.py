@@ -36,11 +36,15 @@ OVERLOAD = "overloaded"
 
 
 class RelayedError(Exception):
-    """A worker answered with a status other than 200. The client gets that answer unchanged."""
+    """A worker answered with a status other than 200. The client gets that answer unchanged.
 
-    def __init__(self, answer: Answer) -> None:
+    worker: the worker, if its answer may be the client's fault. None if it is what is left of a failed leg.
+    """
+
+    def __init__(self, answer: Answer, worker: Worker | None = None) -> None:
         super().__init__(f"status {answer.status}")
         self.answer = answer
+        self.worker = worker
 
 
 class LegRefused(Exception):  # noqa: N818 - it can often be repaired
@@ -135,12 +139,13 @@ class Legs:
                 log.warning("expert counts of %s cannot be used: %s", handoff.source.url, handoff.counts_problem)
 
     def leave(self, worker: Worker, most: int) -> None:
-        """Move waiting legs away from a worker that does not answer its probes, if another worker is available.
+        """Move waiting legs away from a worker that does not answer its probes, if another of its group is available.
 
         Up to `most` legs that wait there for an answer are tried elsewhere. Streams that have begun stay until their
         own deadline, because the worker may only be slow.
         """
-        if self.fleet.any_available(worker.role):
+        group = self.fleet.group(worker)
+        if group is not None and group.whole.any_available(worker.role):
             moved = self.pools[worker].give_up_waiting("the worker does not answer its probes", most)
             if moved:
                 log.warning("%d waiting exchanges leave %s worker %s", moved, worker.role, worker.url)
@@ -227,7 +232,7 @@ class Leg:
             self._shared.metrics.timeouts[self._deadline()] += error.timed_out
             raise self.failed(error, answer if isinstance(error, WorkerStatusError) else None) from None
         self.succeeded()
-        raise RelayedError(answer)
+        raise RelayedError(answer, self.worker)
 
     def first_event(self, event: Event) -> None:
         """A stream has begun, so nothing is tried again. Raises WrongAnswerError if it does not belong to this leg."""

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
+from collections.abc import Collection
 from typing import Final, NamedTuple
 
 from eldr.kernels import NO_OBJECT, JsonTextError
+from eldr.router.fleet.groups import Served
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import Answer, ConnectError, ExchangeError
 from eldr.router.http.errors import ApiError
@@ -120,7 +123,6 @@ class PassThrough:
             self._model = openai.model(body)
             if self._endpoint.engine:
                 self._claim = self._services.intake.claim(self._request, body, 0)
-        self._services.intake.check_fleet(self._model)
 
     async def _run(self) -> None:
         """Give the client its one answer, if it stays for it."""
@@ -145,36 +147,51 @@ class PassThrough:
 
     async def _admitted(self) -> Answer:
         """Wait for a turn, if the endpoint needs one, and for the answer. Raises ApiError or RelayedError."""
+        services, admission = self._services, self._services.admission
+        served = services.fleet.served(self._model) or await services.lists.find(self._model)
         if self._claim is None:
-            return await self._answer()
-        admission = self._services.admission
-        await admission.enter(self._claim)
+            return await self._answer(served)
+        await admission.enter(self._claim, served)
         try:
-            return await self._answer()
+            return await self._answer(served)
         finally:
-            admission.leave()
+            admission.leave(served)
 
-    async def _answer(self) -> Answer:
+    async def _answer(self, served: Served) -> Answer:
         """Ask workers until one answers. Raises ApiError or RelayedError."""
         services = self._services
-        attempts = Attempts(services.retries, self._id)
+        attempts = Attempts(services.retries, self._id, served)
         while True:
-            worker = services.fleet.least_busy("decode", self._model, attempts.tried("decode"))
+            worker = self._choose(served, attempts.tried("decode"))
             if worker is None:
-                await services.admission.until_changed("decode")
-                services.intake.check_fleet(self._model)
+                await services.admission.until_changed(served, "decode")
                 continue
             try:
-                return await self._ask(worker, attempts.next_name("decode"))
+                answer = await self._ask(served, worker, attempts.next_name("decode"))
             except LegRefused as refused:
                 attempts.refused(refused)
             except LegFailure as failure:
                 attempts.failed(failure)
+            else:
+                if not await attempts.served_elsewhere(RelayedError(answer, worker)):
+                    return answer
 
-    async def _ask(self, worker: Worker, name: str) -> Answer:
+    def _choose(self, served: Served, tried: Collection[str]) -> Worker | None:
+        """A worker with the fewest requests in flight, any of several, and rather one that was not tried.
+
+        None if there is none that is available and, if it is to run the model, has room.
+        """
+        workers = [worker for worker in served.workers("decode") if worker.available]
+        if self._endpoint.engine:
+            usable = self._services.admission.usable(served)
+            workers = [worker for worker in workers if worker.free > 0 and (usable is None or worker.url in usable)]
+        return min(workers, key=lambda worker: (worker.url in tried, worker.in_flight, random.random()), default=None)
+
+    async def _ask(self, served: Served, worker: Worker, name: str) -> Answer:
         """Return the worker's answer. Raises LegRefused, LegFailure or ApiError."""
         services, engine = self._services, self._endpoint.engine
         if engine:
+            served.release()
             services.outcomes.began(worker)
             services.fleet.started(worker)
         try:
@@ -188,6 +205,7 @@ class PassThrough:
             raise
         finally:
             if engine:
+                served.promise()  # it keeps a slot for another attempt
                 services.fleet.finished(worker)
                 services.outcomes.ended(worker)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eldr.router.config.settings import RouterConfig
+from eldr.router.fleet.lists import ModelLists
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet
 from eldr.router.observe.counters import Metrics
 from eldr.router.placement.admission import Admission
-from eldr.router.placement.decode import Placements
-from eldr.router.placement.prefill import PrefillRing
+from eldr.router.placement.lanes import Lanes
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.request.attempts import Retries
 from eldr.router.request.intake import Intake
@@ -25,9 +25,9 @@ class Services:
     config: RouterConfig
     quotas: Quotas
     intake: Intake
+    lists: ModelLists
     admission: Admission
-    ring: PrefillRing
-    placements: Placements
+    lanes: Lanes
     protocol: LegProtocol
     legs: Legs
     retries: Retries

@@ -27,13 +27,13 @@ class UiState:
     def json(self) -> bytes:
         services = self._services
         metrics, admission, fleet = services.metrics, services.admission, services.fleet
-        picture = services.placements.picture()
-        expected = expected_active_experts(picture)
+        pictures = [picture for _, picture in services.lanes.pictures()]
+        expected = {url: value for picture in pictures for url, value in expected_active_experts(picture).items()}
         state: dict[str, Any] = {
             "unix_s": time.time(),
             "up_s": time.monotonic() - self._started_s,
             "version": eldr.__version__,
-            "policy": services.placements.policy_name,
+            "policy": services.config.placement.policy,
             "totals": _totals(metrics),
             "queue": {"admitted": admission.admitted, "queued": admission.queued, "slots": fleet.decode_slots},
             "histograms": {
@@ -44,10 +44,12 @@ class UiState:
             "workers": [
                 _worker(worker, expected.get(worker.url)) for role in ROLES for worker in fleet.workers(role).values()
             ],
-            "picture": None
-            if picture is None or not picture.rows
-            else {"kind": picture.kind, "most": picture.most, "rows": dict(picture.rows)},
-            "decisions": [placed._asdict() for placed in list(services.placements.recent)[: -DECISIONS - 1 : -1]],
+            "pictures": [
+                {"kind": picture.kind, "most": picture.most, "rows": dict(picture.rows)}
+                for picture in pictures
+                if picture.rows
+            ],
+            "decisions": [placed._asdict() for placed in list(services.lanes.recent)[: -DECISIONS - 1 : -1]],
             "reasons": [
                 {"policy": policy, "reason": reason, "count": count}
                 for (policy, reason), count in sorted(metrics.decisions.items(), key=lambda item: -item[1])

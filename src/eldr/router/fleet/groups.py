@@ -1,0 +1,263 @@
+"""Which workers serve which model: groups of workers with a base model in common, and the names that they serve.
+
+A worker of vLLM serves a base model under one or several names, and LoRA adapters of it. Workers that share the name of
+a base model form a group. Nothing is shared between groups: a hand-off, a prefix or a policy's state of one model means
+nothing to another. Within a group, adapters may be loaded on some workers only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from eldr.router.config.endpoint import Role
+from eldr.router.http.errors import ApiError
+
+if TYPE_CHECKING:
+    from eldr.router.fleet.workers import Worker
+
+Urls = frozenset[str]
+
+
+def model_not_found(model: str) -> ApiError:
+    """The error for a model that no worker serves, in vLLM's words."""
+    return ApiError(404, f"The model `{model}` does not exist.", param="model")
+
+
+class Served:
+    """A name that requests ask for, and the workers of its group that serve it. The fleet keeps it up to date.
+
+    name: empty for requests that name no model, or one that no worker lists.
+    adapter: whether it is a LoRA adapter, so that its KV blocks differ from those of its base model.
+    card: the model's entry in /v1/models. None if no worker lists it.
+    max_model_len: how many tokens a prompt and its answer may have together on the decode worker that takes most. None
+        while that is unknown for any.
+    prefill, decode: the URLs of the workers that serve it. None if the whole group does.
+    requests: its requests that wait or run.
+    promised: its admitted requests that run on no decode worker yet. A slot is kept free for each.
+    """
+
+    def __init__(self, group: ModelGroup, name: str = "") -> None:
+        self.group = group
+        self.name = name
+        self.adapter = False
+        self.card: dict[str, Any] | None = None
+        self.max_model_len: int | None = None
+        self.prefill: Urls | None = None
+        self.decode: Urls | None = None
+        self.requests = 0
+        self.promised = 0
+
+    def set_card(self, card: dict[str, Any]) -> None:
+        self.card = card
+        self.adapter = bool(card.get("parent"))
+
+    def promise(self) -> None:
+        """One more request needs a decode worker."""
+        self.promised += 1
+        self.group.promised += 1
+        if self.decode is not None:
+            self.group.narrow[self] = None
+
+    def release(self) -> None:
+        """One of these requests runs now, or has ended."""
+        self.promised -= 1
+        self.group.promised -= 1
+        if self.decode is not None and not self.promised:
+            self.group.narrow.pop(self, None)
+
+    def urls(self, role: Role) -> Urls | None:
+        return self.prefill if role == "prefill" else self.decode
+
+    def workers(self, role: Role) -> Iterator[Worker]:
+        """The workers of `role` that serve it, available or not."""
+        urls = self.urls(role)
+        return (worker for url, worker in self.group.workers[role].items() if urls is None or url in urls)
+
+    def any_available(self, role: Role) -> bool:
+        return any(worker.available for worker in self.workers(role))
+
+    def gone_for_s(self, role: Role) -> float | None:
+        """How long no worker of `role` that serves it has been available. None if one is, infinite if none ever was."""
+        since_s = self.group.left_s[role]
+        for worker in self.workers(role):
+            if worker.gone_since_s is None:
+                return None
+            since_s = max(since_s, worker.gone_since_s)
+        return time.monotonic() - since_s
+
+
+class ModelGroup:
+    """Workers with a base model in common.
+
+    bases: the names of that base model.
+    workers: role -> URL -> worker, in the order in which they came.
+    eligible: decode workers that may take a request now: URL -> requests in flight. It is updated with every change and
+        never rebuilt.
+    free: how many more requests the decode workers may run.
+    promised: admitted requests that run on no decode worker yet.
+    narrow: those names with promised requests that only some of the decode workers serve.
+    left_s: by role, the monotonic time at which an available worker last left. -inf before the first.
+    whole: for requests that name no model.
+    unlisted: for requests for names that no worker lists, which workers that list nothing may serve.
+    """
+
+    def __init__(self) -> None:
+        self.bases: frozenset[str] = frozenset()
+        self.workers: dict[Role, dict[str, Worker]] = {"prefill": {}, "decode": {}}
+        self.eligible: dict[str, int] = {}
+        self.free = 0
+        self.promised = 0
+        self.narrow: dict[Served, None] = {}
+        self.left_s: dict[Role, float] = {"prefill": -math.inf, "decode": -math.inf}
+        self.whole = Served(self)
+        self.unlisted = Served(self)
+        self.name_members()
+
+    @property
+    def name(self) -> str:
+        """The name of its base model, the first of several. Empty while unknown."""
+        return min(self.bases, default="")
+
+    @property
+    def ready(self) -> bool:
+        """Whether at least one prefill and one decode worker are available."""
+        return self.whole.any_available("prefill") and self.whole.any_available("decode")
+
+    def members(self) -> Iterator[Worker]:
+        for workers in self.workers.values():
+            yield from workers.values()
+
+    def has(self, worker: Worker) -> bool:
+        return self.workers[worker.role].get(worker.url) is worker
+
+    def shares_base(self, worker: Worker) -> bool:
+        """Whether `worker` serves the base model of this group's other workers."""
+        others = [other for other in self.members() if other is not worker]
+        if not others:
+            return not worker.bases.isdisjoint(self.bases)
+        return any(not worker.bases.isdisjoint(other.bases) for other in others)
+
+    def add(self, worker: Worker) -> None:
+        self.workers[worker.role][worker.url] = worker
+        self.refresh(worker)
+
+    def remove(self, worker: Worker) -> None:
+        del self.workers[worker.role][worker.url]
+        if worker.available:
+            self.left_s[worker.role] = time.monotonic()
+        elif worker.gone_since_s is not None:
+            self.left_s[worker.role] = max(self.left_s[worker.role], worker.gone_since_s)
+        self.eligible.pop(worker.url, None)
+        self.free -= worker.free
+        worker.free = 0
+
+    def refresh(self, worker: Worker) -> None:
+        """Note how many more requests one of its workers may take."""
+        if worker.role != "decode":
+            return
+        free = worker.max_inflight - worker.in_flight
+        if free > 0 and worker.available:
+            self.eligible[worker.url] = worker.in_flight
+            if worker.on_trial:  # one request, no matter what it still runs from before
+                free = 1
+        else:
+            self.eligible.pop(worker.url, None)
+            free = 0
+        self.free += free - worker.free
+        worker.free = free
+
+    def name_members(self) -> None:
+        """Bring `bases` and `unlisted` up to date. A group that has lost its last worker is remembered by its names."""
+        bases: set[str] = set()
+        for worker in self.members():
+            bases |= worker.bases
+        if bases:
+            self.bases = frozenset(bases)
+        self.unlisted.prefill = self._unlisted("prefill")
+        self.unlisted.decode = self._unlisted("decode")
+
+    def _unlisted(self, role: Role) -> Urls | None:
+        workers = self.workers[role]
+        urls = frozenset(url for url, worker in workers.items() if worker.models is None)
+        return None if urls and len(urls) == len(workers) else urls
+
+    def serving(self, role: Role, name: str) -> Urls | None:
+        """The URLs of the workers that serve `name`, or may serve it. None if all do."""
+        workers = self.workers[role]
+        urls = frozenset(url for url, worker in workers.items() if worker.models is None or name in worker.models)
+        return None if len(urls) == len(workers) else urls
+
+
+class Names:
+    """Every name that a worker lists, with the workers that serve it."""
+
+    def __init__(self) -> None:
+        self._named: dict[str, Served] = {}
+        # The last entry in /v1/models for each name that some worker lists, in a group or not.
+        self._cards: dict[str, dict[str, Any]] = {}
+
+    def get(self, name: str) -> Served | None:
+        return self._named.get(name)
+
+    def listed(self) -> Iterator[Served]:
+        return iter(self._named.values())
+
+    def note_cards(self, cards: list[dict[str, Any]]) -> None:
+        """Keep the entries of one worker's list."""
+        for card in cards:
+            name = card["id"]
+            self._cards[name] = card
+            served = self._named.get(name)
+            if served is not None:
+                served.set_card(card)
+
+    def refresh(self, groups: list[ModelGroup], workers: Iterable[Worker]) -> None:
+        """Find out again who serves what, after workers came or went or changed what they list.
+
+        workers: all workers, also those that are in no group yet.
+        """
+        group_of: dict[str, ModelGroup] = {}
+        roles: tuple[Role, ...] = ("decode", "prefill")
+        for role in roles:  # an adapter of two base models belongs to one of which decode workers have it
+            for group in groups:
+                for worker in group.workers[role].values():
+                    for name in worker.models or ():
+                        group_of.setdefault(name, group)
+        named = self._named
+        for name, group in group_of.items():
+            served = named.get(name)
+            if served is None:
+                served = named[name] = Served(group, name)
+            served.group = group
+            served.set_card(self._cards[name])
+        for name in [name for name, served in named.items() if name not in group_of and not served.requests]:
+            del named[name]
+        for name, served in named.items():
+            group = served.group
+            if name in group_of:
+                served.prefill, served.decode = group.serving("prefill", name), group.serving("decode", name)
+                served.max_model_len = _most_tokens(served)
+            else:  # no longer listed, but requests that asked for it still run
+                served.prefill, served.decode = group.unlisted.prefill, group.unlisted.decode
+        for group in groups:
+            group.promised = group.whole.promised + group.unlisted.promised
+            group.narrow = {group.unlisted: None} if _is_narrow(group.unlisted) else {}
+        for served in named.values():
+            served.group.promised += served.promised
+            if _is_narrow(served):
+                served.group.narrow[served] = None
+        listed = {name for worker in workers for name in worker.models or ()}
+        self._cards = {name: card for name, card in self._cards.items() if name in listed}
+
+
+def _most_tokens(served: Served) -> int | None:
+    lengths = [worker.max_model_len.get(served.name) for worker in served.workers("decode")]
+    known = [length for length in lengths if length is not None]
+    return max(known) if known and len(known) == len(lengths) else None
+
+
+def _is_narrow(served: Served) -> bool:
+    return served.decode is not None and served.promised > 0

@@ -1,0 +1,89 @@
+"""What each group of workers has of its own: the ring of its prefill workers, and a policy for its decode workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from eldr.policies.base import Picture, Policy
+from eldr.router.fleet.groups import ModelGroup
+from eldr.router.fleet.workers import Fleet, Worker
+from eldr.router.observe.counters import Metrics
+from eldr.router.placement.decode import KEPT, Placed, Placements
+from eldr.router.placement.prefill import PrefillRing
+from eldr.router.placement.refits import ZoneRefits
+
+# Makes the policy of a group.
+MakePolicy = Callable[[ModelGroup], Policy]
+MakeRefits = Callable[[Policy], ZoneRefits | None]
+
+
+class Lane:
+    """The ring and the placements of one group. refits: the task that refits its policy's zones. None if none does."""
+
+    def __init__(
+        self, group: ModelGroup, ring: PrefillRing, placements: Placements, refits: asyncio.Task[None] | None
+    ) -> None:
+        self.group = group
+        self.ring = ring
+        self.placements = placements
+        self.refits = refits
+
+
+class Lanes:
+    """Makes a lane for each group when its first worker comes, and drops it with the group.
+
+    recent: the latest decisions of all groups.
+    """
+
+    def __init__(
+        self, fleet: Fleet, make_policy: MakePolicy, make_refits: MakeRefits, metrics: Metrics, seed: int
+    ) -> None:
+        self._fleet = fleet
+        self._make_policy = make_policy
+        self._make_refits = make_refits
+        self._metrics = metrics
+        self._seed = seed
+        self._lanes: dict[ModelGroup, Lane] = {}
+        self.recent: deque[Placed] = deque(maxlen=KEPT)
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(self._lanes.values())
+
+    def of(self, group: ModelGroup) -> Lane:
+        """The lane of a group that has had workers."""
+        return self._lanes[group]
+
+    def fleet_changed(self, worker: Worker) -> None:
+        """A listener of the fleet."""
+        group = self._fleet.group(worker)
+        if group is not None and group not in self._lanes:
+            self._lanes[group] = self._make(group)
+        for lane in list(self._lanes.values()):
+            lane.ring.fleet_changed(worker)
+            lane.placements.fleet_changed(worker)
+            if lane.group not in self._fleet.groups:
+                del self._lanes[lane.group]
+                if lane.refits is not None:
+                    lane.refits.cancel()
+
+    def _make(self, group: ModelGroup) -> Lane:
+        policy = self._make_policy(group)
+        refits = self._make_refits(policy)
+        task = None if refits is None else asyncio.get_running_loop().create_task(refits.run())
+        placements = Placements(policy, group, self._metrics, self._seed, self.recent)
+        return Lane(group, PrefillRing(group), placements, task)
+
+    def pictures(self) -> Iterator[tuple[ModelGroup, Picture]]:
+        """Each policy's view of its state, for those that have one."""
+        for lane in self._lanes.values():
+            picture = lane.placements.picture()
+            if picture is not None:
+                yield lane.group, picture
+
+    async def close(self) -> None:
+        tasks = [lane.refits for lane in self._lanes.values() if lane.refits is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
