@@ -256,6 +256,7 @@ def body(data: bytes) -> None:
 OWNED = (
     *("stream", "stream_options", "min_tokens", "return_token_ids", "return_prompt_text", "request_id"),
     *("kv_transfer_params", "ec_transfer_params", "max_tokens", "max_completion_tokens"),
+    *("max_output_tokens", "store", "enable_response_messages"),
 )
 
 
