@@ -1,7 +1,7 @@
 """EldrConnector: vLLM's NIXL pull connector plus expert counts, recorded experts and an enforced lease.
 
-Select it with `"kv_connector": "EldrConnector", "kv_connector_module_path": "eldr.engines.vllm.connector"`; see
-docs/vllm.md. vLLM creates one object for an engine's scheduler and one for each of its workers.
+Select it with `"kv_connector": "EldrConnector"`; see docs/vllm.md. vLLM creates one object for an engine's scheduler and
+one for each of its workers.
 """
 
 from __future__ import annotations
