@@ -55,10 +55,11 @@ class EldrConnector(NixlPullConnector):
             return
         group = full_attention_group(kv_cache_config)
         self._group = group
+        speculation = vllm_config.speculative_config
         self._tracker = RequestTracker(
             group,
             kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size,
-            recordable=vllm_config.speculative_config is None,
+            draft_tokens=speculation.num_speculative_tokens if speculation is not None else 0,
         )
         self._lease_s = float(extra.get("kv_lease_duration", 30))
         self._margin_s = own["eldr_lease_margin_s"]
