@@ -24,6 +24,7 @@ from vllm.platforms import current_platform
 
 from eldr.engines.vllm.lease import PullGuard, deadline_unix_s, grant
 from eldr.engines.vllm.messages import StepPlan, StepResult
+from eldr.engines.vllm.plugin import register
 from eldr.engines.vllm.quiet import quiet_nixl
 from eldr.engines.vllm.scheduler import RequestTracker
 from eldr.engines.vllm.stats import EldrPromMetrics, EldrStats
@@ -160,3 +161,8 @@ class EldrConnector(NixlPullConnector):
     @classmethod
     def build_prom_metrics(cls, *args: Any, **kwargs: Any) -> KVConnectorPromMetrics:
         return EldrPromMetrics(*args, **kwargs)
+
+
+# Where the configuration has the path of this module and VLLM_PLUGINS leaves the plugin out. MultiConnector looks up the
+# name whenever statistics arrive.
+register()
