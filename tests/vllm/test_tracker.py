@@ -387,6 +387,43 @@ def test_blocks_beyond_the_hit_that_vllm_settled_on_are_emptied() -> None:
     assert not plan.loaded
 
 
+def test_drafts_that_turn_out_to_be_rejected_after_the_next_step_was_scheduled() -> None:
+    """With asynchronous scheduling, the generated tokens are at lower positions than the scheduler assumes."""
+    tracker = RequestTracker(group=0, block_size=4, draft_tokens=3)
+    tracker.arrived("decode", 6, None)
+    tracker.arrived("prefill", 2, None)
+
+    def step(**scheduled: tuple[int, int]) -> list[int] | None:
+        new = {"decode": [5, 6, 7, 8], "prefill": [9]}
+        fresh = [name for name, (computed, _) in scheduled.items() if computed == 0]
+        known = [name for name in scheduled if name not in fresh]
+        return tracker.plan(
+            SimpleNamespace(
+                total_num_scheduled_tokens=sum(tokens for _, tokens in scheduled.values()),
+                num_scheduled_tokens={name: tokens for name, (_, tokens) in scheduled.items()},
+                scheduled_spec_decode_tokens={name: [-1, -1, -1] for name in known},
+                scheduled_new_reqs=[
+                    SimpleNamespace(req_id=name, block_ids=(new[name],), num_computed_tokens=0) for name in fresh
+                ],
+                scheduled_cached_reqs=SimpleNamespace(
+                    req_ids=known,
+                    resumed_req_ids=set(),
+                    new_block_ids=[None for _ in known],
+                    num_computed_tokens=[scheduled[name][0] for name in known],
+                ),
+            )
+        ).decode_slots
+
+    assert step(decode=(0, 6)) == []
+    assert step(decode=(6, 4)) is None  # all tokens are generated ones
+    slots = step(decode=(10, 4), prefill=(0, 2))
+    assert slots is not None
+    prompt = {5 * 4, 5 * 4 + 1, 5 * 4 + 2, 5 * 4 + 3, 6 * 4, 6 * 4 + 1}
+    assert not prompt & set(slots)
+    for rejected in range(4):
+        assert {[5, 6, 7, 8][p // 4] * 4 + p % 4 for p in range(10 - rejected, 14 - rejected)} <= set(slots)
+
+
 def test_requests_that_ask_for_nothing_get_nothing() -> None:
     tracker = RequestTracker(group=0, block_size=4)
     tracker.arrived("plain", 5, None)
