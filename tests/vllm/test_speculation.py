@@ -125,7 +125,7 @@ def test_concurrent_prompts(case: Case) -> None:
     rng = np.random.default_rng(2)
     stem = text(rng, BLOCK_SIZE)
     prompts = [stem + text(rng, int(tail)) for tail in rng.integers(1, 80, 5)]
-    prompts += [prompts[0], stem + [1], text(rng, 50)]
+    prompts += [prompts[0], [*stem, 1], text(rng, 50)]
     for _ in range(2):
         for prompt, answer in zip(prompts, case.engine.prefill(*prompts), strict=True):
             check(case, prompt, answer)

@@ -1,8 +1,8 @@
 """RequestTracker and ExpertCounter under a small scheduler that does everything to blocks that vLLM's does.
 
 The scheduler shares prefix blocks, prefills in chunks, preempts, evicts, loads KV from elsewhere, fails loads, aborts
-requests in any state and may let tokens be drafted. It knows for every slot which token was computed there, so it knows what the counts of
-a prompt must be, and when there can be none.
+requests in any state and may let tokens be drafted. It knows for every slot which token was computed there, so it knows
+what the counts of a prompt must be, and when there can be none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """EldrConnector: vLLM's NIXL pull connector plus expert counts, recorded experts and an enforced lease.
 
-Select it with `"kv_connector": "EldrConnector"`; see docs/vllm.md. vLLM creates one object for an engine's scheduler and
-one for each of its workers.
+Select it with `"kv_connector": "EldrConnector"`; see docs/vllm.md. vLLM creates one object for an engine's scheduler
+and one for each of its workers.
 """
 
 from __future__ import annotations
@@ -163,6 +163,6 @@ class EldrConnector(NixlPullConnector):
         return EldrPromMetrics(*args, **kwargs)
 
 
-# Where the configuration has the path of this module and VLLM_PLUGINS leaves the plugin out. MultiConnector looks up the
+# For configurations with the path of this module, where VLLM_PLUGINS leaves the plugin out. MultiConnector looks up the
 # name whenever statistics arrive.
 register()

@@ -2,8 +2,8 @@
 
 vLLM keeps the layers of both in one table, in the order in which it makes them, and makes the served model first. A
 drafter's layers bear one of two marks: their number is not one of the model's, as in most MTP heads and in EAGLE and
-DFlash drafters, or their name begins differently: `draft_model.model.layers.0`, `mtp.layers.0`. vLLM 0.33 itself goes by
-these marks (`_get_head_sharded_draft_regions` in its nixl/base_worker.py).
+DFlash drafters, or their name begins differently: `draft_model.model.layers.0`, `mtp.layers.0`. vLLM 0.33 itself goes
+by both (`_get_head_sharded_draft_regions` in its nixl/base_worker.py, for drafters without MTP heads).
 """
 
 from __future__ import annotations
