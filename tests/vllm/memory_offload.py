@@ -62,10 +62,12 @@ class MemoryWorker(OffloadingWorker):
 class MemoryOffloadingSpec(CPUOffloadingSpec):
     """vLLM's CPU medium with another worker."""
 
+    _memory: MemoryWorker | None = None
+
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        if self._worker is None:
-            self._worker = MemoryWorker(kv_caches)
-        return self._worker
+        if self._memory is None:
+            self._memory = MemoryWorker(kv_caches)
+        return self._memory
 
 
 def _pairs(on_device: Any, offloaded: Any) -> list[tuple[int, int]]:

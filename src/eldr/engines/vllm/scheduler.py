@@ -139,7 +139,7 @@ class RequestTracker:
 
     def _advance(self, plan: StepPlan, step: Any, request_id: str, request: _Request, computed: int) -> int:
         """Plan the tokens of one request in this step. Returns how many of them are generated ones."""
-        end = computed + step.num_scheduled_tokens[request_id]
+        end: int = computed + step.num_scheduled_tokens[request_id]
         drafts = len(step.scheduled_spec_decode_tokens.get(request_id, ()))
         if drafts and computed < request.prompt_tokens:
             # vLLM fills up the step of a last prompt token, so that all requests of a step have equally many tokens.
