@@ -182,3 +182,18 @@ def test_hand_off_of_loaded_blocks(fleet: Fleet, model: Model) -> None:
     assert counts["unavailable"] == "kv_load"
     reply = complete(fleet.decode, prompt, 12, params)
     assert reply.tokens == model.reference.generate(prompt, 12)
+
+
+def test_decode_worker_that_loads_the_prompt_itself(fleet: Fleet, model: Model) -> None:
+    """Its other connector comes first. The prefill worker may then free the blocks before the lease ends."""
+    prompt = text(40, 3 * BLOCK_SIZE + 4)
+    expected = model.reference.generate(prompt, 12)
+    pulled, refused = "vllm:nixl_bytes_transferred_count", "vllm:eldr_refused_pulls_total"
+    assert complete(fleet.decode, prompt, 12, hand_off(fleet.prefill, prompt)[0]).tokens == expected
+    for i in range(2 * BLOCKS * BLOCK_SIZE // 300):
+        assert complete(fleet.decode, text(2000 + i, 300), 1).status == 200
+    before = metric(fleet.decode, pulled)
+    params, _ = hand_off(fleet.prefill, prompt)
+    assert complete(fleet.decode, prompt, 12, params).tokens == expected
+    assert metric(fleet.decode, pulled) == before
+    assert metric(fleet.decode, refused) == 0
