@@ -178,7 +178,10 @@ class FakeWorker:
         return True
 
     def model_list(self) -> bytes:
-        cards = [_card(name, root=f"org/{self.model}", max_model_len=self.max_model_len) for name in (self.model, *self.aliases)]
+        cards = [
+            _card(name, root=f"org/{self.model}", max_model_len=self.max_model_len)
+            for name in (self.model, *self.aliases)
+        ]
         cards += [_card(name, root=f"/adapters/{name}", parent=self.model) for name in self.adapters]
         return json.dumps({"object": "list", "data": cards}).encode()
 

@@ -30,6 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     makers = {
         "moe": lambda path: tiny_models.make_moe(path),
         "moe-6x24-top3": lambda path: tiny_models.make_moe(path, layers=6, experts=24, top_k=3, seed=1),
+        "moe-mtp": lambda path: tiny_models.make_moe_with_mtp_head(path),
         "gemma-like": lambda path: tiny_models.make_gemma(path),
         "gpt-oss-like": lambda path: tiny_models.make_gpt_oss(path),
     }

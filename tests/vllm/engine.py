@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,19 +117,23 @@ def running(
     policy: str = "recompute",
     connector: bool = True,
     extra_config: Mapping[str, Any] | None = None,
+    around: Callable[[dict[str, Any]], dict[str, Any]] = lambda own: own,
     **arguments: Any,
 ) -> Iterator[Engine]:
-    """An engine of the model, gone when the block ends. `arguments` are vLLM's."""
+    """An engine of the model, gone when the block ends. `arguments` are vLLM's.
+
+    around: makes the engine's kv_transfer_config out of the connector's.
+    """
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_ports(1)[0])
     if connector:
-        arguments["kv_transfer_config"] = {
+        own = {
             "kv_connector": "EldrConnector",
-            "kv_connector_module_path": "eldr.engines.vllm.connector",
             "kv_role": role,
             "kv_buffer_device": "cpu",
             "kv_load_failure_policy": policy,
             "kv_connector_extra_config": {"num_threads": 0, **(extra_config or {})},
         }
+        arguments["kv_transfer_config"] = around(own)
     defaults = {
         "dtype": "float32",
         "max_model_len": 1024,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from vllm.config import CompilationMode
 
+from eldr.engines.vllm import support
 from eldr.engines.vllm.support import UnsupportedError, check_engine, check_version, full_attention_group, options
 from tests.vllm import tiny_models
 from tests.vllm.engine import running
@@ -53,14 +54,32 @@ def test_compiled_models_on_cpu() -> None:
         check_engine(compiled)
 
 
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the connector warns of."""
+    found: list[str] = []
+    logger = SimpleNamespace(warning=lambda text, *values: found.append(text % values))
+    monkeypatch.setattr(support, "logger", logger)
+    return found
+
+
 @pytest.mark.parametrize("version", ["0.30.0", "0.31.2", "0.32.0", "0.32.1rc1+cpu"])
-def test_supported_versions(version: str) -> None:
+def test_verified_versions(version: str, warnings: list[str]) -> None:
     check_version(version)
+    assert not warnings
 
 
-@pytest.mark.parametrize("version", ["0.29.1", "0.33.0", "1.0.0", "0.9.2"])
-def test_unsupported_versions(version: str) -> None:
-    with pytest.raises(UnsupportedError, match=rf"vLLM {version} is not supported.*0\.30 to 0\.32"):
+@pytest.mark.parametrize("version", ["0.33.0", "0.33.1.dev3+g1234567", "1.0.0", "dev"])
+def test_versions_that_nobody_tried(version: str, warnings: list[str]) -> None:
+    check_version(version)
+    check_version(version)
+    [warning] = warnings
+    assert f"verified with vLLM 0.30 to 0.32, and not with this vLLM {version}." in warning
+
+
+@pytest.mark.parametrize("version", ["0.29.1", "0.9.2"])
+def test_versions_that_do_not_work(version: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"vLLM {version} is not supported.*Install vLLM 0\.30 to 0\.32"):
         check_version(version)
 
 

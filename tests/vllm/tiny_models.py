@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma4ForCausalLM,
@@ -17,6 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 VOCABULARY = 260
@@ -81,6 +84,34 @@ def make_gemma(path: Path, layers: int = 6, experts: int = 16, top_k: int = 4, s
         vocab_size_per_layer_input=VOCABULARY,
     )
     return _save(Gemma4ForCausalLM, config, path, seed)
+
+
+def make_moe_with_mtp_head(path: Path, layers: int = 3, experts: int = 16, top_k: int = 4, seed: int = 0) -> Path:
+    """Like Qwen3-Next with its MTP head, which is MoE as well, but without linear attention."""
+    config = Qwen3NextConfig(
+        **_common(layers),
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        layer_types=["full_attention"] * layers,
+        num_nextn_predict_layers=1,
+    )
+    _save(Qwen3NextForCausalLM, config, path, seed)
+    # transformers knows no MTP head: one of another model becomes this one's.
+    file = path / "model.safetensors"
+    weights = load_file(file)
+    generator = torch.Generator().manual_seed(seed)
+    head = {
+        name.replace("model.layers.0.", "mtp.layers.0."): weight + 0.02 * torch.randn(weight.shape, generator=generator)
+        for name, weight in weights.items()
+        if name.startswith("model.layers.0.")
+    }
+    norms = ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding")
+    head |= {f"mtp.{name}.weight": torch.zeros(config.hidden_size) for name in norms}
+    head["mtp.fc.weight"] = 0.1 * torch.randn((config.hidden_size, 2 * config.hidden_size), generator=generator)
+    save_file(weights | head, file, {"format": "pt"})
+    return path
 
 
 def make_dense(path: Path, layers: int = 2, seed: int = 0) -> Path:

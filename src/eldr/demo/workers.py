@@ -28,7 +28,6 @@ from eldr.lifeline import die_with
 Role = Literal["prefill", "decode", "plain"]
 
 CONNECTOR = "EldrConnector"
-CONNECTOR_MODULE = "eldr.engines.vllm.connector"
 LOG_TAIL_LINES = 25
 _KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
 # The last line of a traceback, after the prefix of vLLM's log lines.
@@ -110,7 +109,6 @@ class WorkerSpec:
     def _kv_transfer_config(self) -> dict[str, Any]:
         return {
             "kv_connector": CONNECTOR,
-            "kv_connector_module_path": CONNECTOR_MODULE,
             "kv_role": _KV_ROLES[self.role],
             "kv_buffer_device": "cpu",
             "kv_load_failure_policy": "recompute",

@@ -209,6 +209,8 @@ def toml_value(value: object) -> str:
         return '"' + "".join(f"\\U{ord(letter):08x}" for letter in value) + '"'
     if isinstance(value, list):
         return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{toml_value(name)} = {toml_value(item)}' for name, item in value.items())}}}"
     return repr(value)
 
 
@@ -284,6 +286,9 @@ def test_values_of_a_file_arrive_as_they_were_written(folder: Path, data: st.Dat
             assert value == PRESETS[DEFAULT_PRESET]
         elif key not in flat:
             assert value == default[key]
+        elif key == "calibration":
+            files = {"": flat[key]} if isinstance(flat[key], str) else flat[key]
+            assert value == {model: Path(file) for model, file in files.items()}
         else:
             assert value == (Path(flat[key]) if isinstance(value, Path) else flat[key])
 

@@ -1,7 +1,7 @@
 """EldrConnector: vLLM's NIXL pull connector plus expert counts, recorded experts and an enforced lease.
 
-Select it with `"kv_connector": "EldrConnector", "kv_connector_module_path": "eldr.engines.vllm.connector"`; see
-docs/vllm.md. vLLM creates one object for an engine's scheduler and one for each of its workers.
+Select it with `"kv_connector": "EldrConnector"`; see docs/vllm.md. vLLM creates one object for an engine's scheduler
+and one for each of its workers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vllm.platforms import current_platform
 
 from eldr.engines.vllm.lease import PullGuard, deadline_unix_s, grant
 from eldr.engines.vllm.messages import StepPlan, StepResult
+from eldr.engines.vllm.plugin import register
 from eldr.engines.vllm.quiet import quiet_nixl
 from eldr.engines.vllm.scheduler import RequestTracker
 from eldr.engines.vllm.stats import EldrPromMetrics, EldrStats
@@ -55,10 +56,11 @@ class EldrConnector(NixlPullConnector):
             return
         group = full_attention_group(kv_cache_config)
         self._group = group
+        speculation = vllm_config.speculative_config
         self._tracker = RequestTracker(
             group,
             kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size,
-            recordable=vllm_config.speculative_config is None,
+            draft_tokens=speculation.num_speculative_tokens if speculation is not None else 0,
         )
         self._lease_s = float(extra.get("kv_lease_duration", 30))
         self._margin_s = own["eldr_lease_margin_s"]
@@ -159,3 +161,8 @@ class EldrConnector(NixlPullConnector):
     @classmethod
     def build_prom_metrics(cls, *args: Any, **kwargs: Any) -> KVConnectorPromMetrics:
         return EldrPromMetrics(*args, **kwargs)
+
+
+# For configurations with the path of this module, where VLLM_PLUGINS leaves the plugin out. MultiConnector looks up the
+# name whenever statistics arrive.
+register()

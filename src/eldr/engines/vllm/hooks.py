@@ -6,6 +6,7 @@ parallelism. This one adds the KV slots, and finds the layers without access to 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
 from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 
 from eldr.engines.vllm.support import UnsupportedError
+from eldr.engines.vllm.target import of_target
+
+# A child of vLLM's own logger, which writes to the worker's log.
+logger = logging.getLogger("vllm.eldr")
 
 
 class ExpertCapture(RoutedExpertsCapturer):
@@ -59,19 +64,22 @@ class ExpertCapture(RoutedExpertsCapturer):
 
 
 def _moe_layers(config: VllmConfig) -> list[Any]:
-    # Layers after the model's own belong to a drafter.
-    model_layers = config.model_config.get_total_num_hidden_layers()
-    found = [
-        layer
-        for layer in config.compilation_config.static_forward_context.values()
-        if isinstance(layer, MoERunner | RoutedExpertsCaptureSource) and layer.layer_id < model_layers
-    ]
+    found = {
+        name: layer
+        for name, layer in config.compilation_config.static_forward_context.items()
+        if isinstance(layer, MoERunner | RoutedExpertsCaptureSource)
+    }
+    if config.speculative_config is not None:
+        counted = of_target(found, config.model_config.get_total_num_hidden_layers())
+        if drafters := [name for name in found if name not in counted]:
+            logger.info("eldr leaves out the MoE layers of the drafter: %s", ", ".join(drafters))
+        found = {name: found[name] for name in counted}
     if not found:
         raise UnsupportedError(
             f"no mixture-of-experts layer of {config.model_config.model} uses vLLM's fused MoE, "
             "so expert choices cannot be captured"
         )
-    return sorted(found, key=lambda layer: int(layer.layer_id))
+    return sorted(found.values(), key=lambda layer: int(layer.layer_id))
 
 
 def _geometry(config: VllmConfig, sources: list[Any]) -> tuple[int, int]:

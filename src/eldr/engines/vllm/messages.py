@@ -44,7 +44,10 @@ class StepPlan:
     taken: blocks from the pool that the step computes into.
     loaded: blocks that a KV load fills.
     ended: prompts whose last token is computed in this step.
-    decode_slots: slots of the generated tokens among the step's tokens. None if all tokens are generated ones.
+    decode_slots: slots of the generated tokens among the step's tokens, drafts included, and slots of generated tokens
+        that the step does not write to. None if all tokens are generated ones.
+    padding: slots of tokens that are neither of the prompt nor generated.
+    drafted: blocks with drafts, from the first step in which there are some.
     recorded: generated tokens of recorded requests.
     deadlines_unix_s: for each pull that starts in this step, until when the prefill worker holds its blocks. None if
         the worker did not say.
@@ -55,6 +58,8 @@ class StepPlan:
     loaded: list[int] = field(default_factory=list)
     ended: list[EndedPrefill] = field(default_factory=list)
     decode_slots: list[int] | None = field(default_factory=list)
+    padding: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
     recorded: list[RecordedSpan] = field(default_factory=list)
     deadlines_unix_s: dict[str, float | None] = field(default_factory=dict)
 

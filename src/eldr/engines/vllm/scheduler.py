@@ -24,6 +24,7 @@ class _Request:
     local_hit_tokens: int = 0
     counts: dict[str, Any] | None = None
     rows: dict[int, NDArray[np.integer[Any]]] = field(default_factory=dict)  # position -> [L, k]
+    marked_blocks: int = 0  # the first so many blocks need not be named in StepPlan.drafted again
 
 
 class RequestTracker:
@@ -31,13 +32,14 @@ class RequestTracker:
 
     group: the index of the full-attention KV cache group.
     block_size: tokens per block of that group.
-    recordable: whether generated tokens can be attributed to positions. Not the case with speculative decoding.
+    draft_tokens: the most tokens that are drafted for a request in a step (speculative decoding). If there are any,
+        generated tokens cannot be attributed to positions.
     """
 
-    def __init__(self, group: int, block_size: int, *, recordable: bool = True) -> None:
+    def __init__(self, group: int, block_size: int, *, draft_tokens: int = 0) -> None:
         self._group = group
         self._block_size = block_size
-        self._recordable = recordable
+        self._draft_tokens = draft_tokens
         self._geometry: Geometry | None = None  # known after the first result
         self._requests: dict[str, _Request] = {}
         self._plan = StepPlan()
@@ -70,11 +72,11 @@ class RequestTracker:
         self._answered.clear()
         plan, self._plan = self._plan, StepPlan()
         plan.tokens = step.total_num_scheduled_tokens
-        decode_slots: list[int] = []
+        generated = 0
         for new in step.scheduled_new_reqs:
             if request := self._requests.get(new.req_id):
                 self._place(plan, request, new.block_ids[self._group], new.num_computed_tokens)
-                decode_slots += self._advance(plan, step, new.req_id, request, new.num_computed_tokens)
+                generated += self._advance(plan, step, new.req_id, request, new.num_computed_tokens)
         cached = step.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             request = self._requests.get(request_id)
@@ -86,8 +88,9 @@ class RequestTracker:
             elif new_blocks:
                 request.blocks += new_blocks[self._group]
                 plan.taken += new_blocks[self._group]
-            decode_slots += self._advance(plan, step, request_id, request, computed)
-        plan.decode_slots = None if decode_slots and len(decode_slots) == plan.tokens else decode_slots
+            generated += self._advance(plan, step, request_id, request, computed)
+        if generated and generated == plan.tokens:
+            plan.decode_slots = None
         return plan
 
     def received(self, result: StepResult) -> None:
@@ -128,40 +131,64 @@ class RequestTracker:
     def _place(self, plan: StepPlan, request: _Request, blocks: Sequence[int], computed: int) -> None:
         """The request starts with `computed` tokens in `blocks`: first local hits, then loaded tokens, then none."""
         request.blocks = list(blocks)
+        request.marked_blocks = 0
         hits = min(request.local_hit_tokens, computed) // self._block_size
         held = -(-computed // self._block_size)
         plan.loaded += request.blocks[hits:held]
         plan.taken += request.blocks[held:]
 
-    def _advance(self, plan: StepPlan, step: Any, request_id: str, request: _Request, computed: int) -> list[int]:
-        """Plan the tokens of one request in this step. Returns the slots of the generated ones."""
-        end = computed + step.num_scheduled_tokens[request_id]
+    def _advance(self, plan: StepPlan, step: Any, request_id: str, request: _Request, computed: int) -> int:
+        """Plan the tokens of one request in this step. Returns how many of them are generated ones."""
+        end: int = computed + step.num_scheduled_tokens[request_id]
+        drafts = len(step.scheduled_spec_decode_tokens.get(request_id, ()))
+        if drafts and computed < request.prompt_tokens:
+            # vLLM fills up the step of a last prompt token, so that all requests of a step have equally many tokens.
+            plan.padding += self._slots(request, end - drafts, end)
+            end -= drafts
+        elif drafts:
+            # Those that are rejected are computed again, so they are counted twice.
+            last = -(-end // self._block_size)
+            plan.drafted += request.blocks[max(computed // self._block_size, request.marked_blocks) : last]
+            request.marked_blocks = max(last, request.marked_blocks)
         if request.counted and computed < request.prompt_tokens <= end:
             plan.ended.append(EndedPrefill(request_id, list(request.blocks), request.prompt_tokens))
         first = max(computed, request.prompt_tokens)
-        slots = [
-            request.blocks[position // self._block_size] * self._block_size + position % self._block_size
-            for position in range(first, end)
-        ]
-        if slots and request.recorded and self._recordable:
-            plan.recorded.append(RecordedSpan(request_id, first, slots))
-        return slots
+        if first >= end:
+            return 0
+        if request.recorded and not self._draft_tokens:
+            plan.recorded.append(RecordedSpan(request_id, first, self._slots(request, first, end)))
+        assert plan.decode_slots is not None
+        # Asynchronous scheduling takes the drafts of the step before for accepted. The tokens' true positions are lower
+        # by the number of those that are rejected.
+        plan.decode_slots += self._slots(request, max(first - self._draft_tokens, request.prompt_tokens), end)
+        return end - first
+
+    def _slots(self, request: _Request, first: int, end: int) -> list[int]:
+        size = self._block_size
+        return [request.blocks[position // size] * size + position % size for position in range(first, end)]
 
     def _fill(self, request: _Request, generated_tokens: int, answer: dict[str, Any]) -> None:
-        answer["eldr_counts"] = request.counts or encode_unavailable("not_counted")
+        _put(answer, "eldr_counts", request.counts or encode_unavailable("not_counted"))
         if not request.recorded:
             return
         # The last generated token is never an input, so no forward pass chose experts for it.
         positions = range(request.prompt_tokens, request.prompt_tokens + generated_tokens - 1)
-        if not self._recordable or self._geometry is None:
-            answer["eldr_decode_experts"] = encode_unavailable("speculative_decoding")
+        if self._draft_tokens or self._geometry is None:
+            _put(answer, "eldr_decode_experts", encode_unavailable("speculative_decoding"))
             return
         rows = np.full((len(positions), self._geometry.layers, self._geometry.top_k), -1, dtype=np.int32)
         for i, position in enumerate(positions):
             if position in request.rows:
                 rows[i] = request.rows[position]
         complete = bool((rows >= 0).all())
-        answer["eldr_decode_experts"] = encode_rows(rows) if complete else encode_unavailable("incomplete")
+        _put(answer, "eldr_decode_experts", encode_rows(rows) if complete else encode_unavailable("incomplete"))
+
+
+def _put(answer: dict[str, Any], key: str, value: dict[str, Any]) -> None:
+    """Set `key` inside the value that is there already: MultiConnector may have copied it into another answer."""
+    held = answer.setdefault(key, {})
+    held.clear()
+    held.update(value)
 
 
 def _encode(packed: NDArray[np.int32], prompt_tokens: int, geometry: Geometry) -> dict[str, Any]:

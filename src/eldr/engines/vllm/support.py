@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from functools import cache
 from typing import Any
 
 import vllm
@@ -11,7 +14,11 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, is_full_attention_spec
 
 from eldr.errors import EldrError
 
-FIRST_VERSION, LAST_VERSION = (0, 30), (0, 32)
+# Older ones are known not to work. Newer ones than the last may work: they were not tried.
+FIRST_VERSION, LAST_VERIFIED_VERSION = (0, 30), (0, 32)
+
+# A child of vLLM's own logger, which writes to the worker's log.
+logger = logging.getLogger("vllm.eldr")
 
 
 class UnsupportedError(EldrError):
@@ -43,15 +50,25 @@ def check_engine(config: VllmConfig, version: str = vllm.__version__) -> None:
         raise UnsupportedError("on CPU the compiled model hides the routing: add --enforce-eager")
 
 
+@cache
 def check_version(version: str) -> None:
-    """Raise UnsupportedError unless `version` is a vLLM release that the connector was written for."""
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if not FIRST_VERSION <= (major, minor) <= LAST_VERSION:
-        first, last = (".".join(map(str, v)) for v in (FIRST_VERSION, LAST_VERSION))
+    """Raise UnsupportedError if the connector cannot work with vLLM `version`. Warn, once, if nobody has tried."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    found = (int(numbers[1]), int(numbers[2])) if numbers else None
+    if found is not None and FIRST_VERSION <= found <= LAST_VERIFIED_VERSION:
+        return
+    first, last = (".".join(map(str, v)) for v in (FIRST_VERSION, LAST_VERIFIED_VERSION))
+    if found is not None and found < FIRST_VERSION:
         raise UnsupportedError(
-            f"vLLM {version} is not supported: this eldr works with vLLM {first} to {last}. "
-            "Install one of those, or an eldr made for your vLLM"
+            f"vLLM {version} is not supported: it lacks what this eldr builds on. Install vLLM {first} to {last}"
         )
+    logger.warning(
+        "eldr is verified with vLLM %s to %s, and not with this vLLM %s. It may fail to start or leave prompts without "
+        "expert counts. Compare answers and counts with those of a verified version before you rely on them",
+        first,
+        last,
+        version,
+    )
 
 
 def full_attention_group(kv_cache: KVCacheConfig) -> int:

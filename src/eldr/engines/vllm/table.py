@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+# So few tokens that a block never comes to hold as many as it should.
+_NEVER = -(2**30)
+
 
 def row_dtype(block_size: int) -> torch.dtype:
     """The smallest dtype for a row. A token picks an expert at most once, so no count exceeds the block size."""
@@ -64,6 +67,12 @@ class BlockTable:
         cells = cells.reshape(-1)
         self._rows.view(-1).index_add_(0, cells, self._one.expand(cells.numel()))
         self._tokens.index_add_(0, block, torch.ones_like(block, dtype=torch.int32))
+
+    def distrust(self, blocks: Sequence[int]) -> None:
+        """Report sums with `blocks` as incomplete until the blocks are taken again."""
+        if blocks:
+            index = torch.tensor(blocks, dtype=torch.int64).to(self._rows.device, non_blocking=True)
+            self._tokens.index_fill_(0, index, _NEVER)
 
     def sum(self, blocks: Sequence[int], tokens: int) -> torch.Tensor:
         """Sum the counts of the first `tokens` tokens of the sequence in `blocks`, packed for `unpack_sum`.

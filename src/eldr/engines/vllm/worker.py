@@ -41,7 +41,10 @@ class ExpertCounter:
         if not plan.tokens:
             return
         slots, experts = self._capture.slots[: plan.tokens], self._capture.device_buffer[: plan.tokens]
+        if plan.padding:
+            slots = torch.where(tokens_at(slots, plan.padding), -1, slots)
         self._table.add(slots, experts)
+        self._table.distrust(plan.drafted)
         if plan.decode_slots is None or plan.decode_slots:
             chosen = None if plan.decode_slots is None else tokens_at(slots, plan.decode_slots)
             self._distinct.append(HostCopy(distinct_experts(experts, self._geometry.experts, chosen)))
