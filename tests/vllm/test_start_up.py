@@ -22,7 +22,6 @@ def config(**parallel: Any) -> SimpleNamespace:
         "use_ubatching": False,
     }
     return SimpleNamespace(
-        model_config=SimpleNamespace(model="m", get_num_experts=lambda: 8),
         parallel_config=SimpleNamespace(**settings | parallel),
         compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
     )

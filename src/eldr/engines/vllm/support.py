@@ -21,12 +21,7 @@ class UnsupportedError(EldrError):
 def check_engine(config: VllmConfig, version: str = vllm.__version__) -> None:
     """Raise UnsupportedError unless the connector can count exactly in an engine with this configuration."""
     check_version(version)
-    model, parallel = config.model_config, config.parallel_config
-    if not model.get_num_experts():
-        raise UnsupportedError(
-            f"the model {model.model} has no mixture-of-experts layers, so there are no experts to count. "
-            'Serve it with vLLM\'s own "kv_connector": "NixlConnector"'
-        )
+    parallel = config.parallel_config
     for setting, value in (
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
