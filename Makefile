@@ -54,6 +54,9 @@ test-fast: $(DEV)/.installed  ## the tests that need no vLLM
 test-matrix: $(VLLM_OLD)/.test-installed  ## the connector's tests on vLLM 0.30
 	$(VLLM_OLD)/bin/python -m pytest tests/vllm
 
+test-architectures: $(VLLM)/.test-installed  ## the counts of every MoE architecture that vLLM runs on the CPU
+	ELDR_ARCHITECTURES=all $(VLLM)/bin/python -m pytest tests/vllm/test_architectures.py
+
 test-compiled: $(COMPILED)/.compiled  ## the router's tests on a compiled router
 	$(COMPILED)/bin/python -m pytest tests/router
 
