@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +36,27 @@ class Architecture:
     dtype: str = "float32"
     biased: bool = True
     native_rope: bool = False
-    without: tuple[str, ...] = field(default=())
+
+    def make_config(self, path: Path) -> Any:
+        """Write the configuration and a tokenizer to `path`, and return the former."""
+        config = getattr(transformers, self.config)(**{**COMMON, **self.settings})
+        config.architectures = [self.registered]
+        config.save_pretrained(path)
+        save_tokenizer(path)
+        return config
 
     def make(self, path: Path) -> Any:
         """Write the model and a tokenizer to `path`, and return the transformers model."""
-        settings = {key: value for key, value in COMMON.items() if key not in self.without}
-        config = getattr(transformers, self.config)(**{**settings, **self.settings})
+        config = self.make_config(path)
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config).to(torch.float32)
         with torch.no_grad():
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 if self.biased and name.endswith(("e_score_correction_bias", "expert_bias")):
                     tensor.copy_(torch.randn(tensor.shape) / 20)
+                elif name.endswith(".gate.weight") and not tensor.any():
+                    tensor.copy_(torch.randn(tensor.shape) / 10)
         model.save_pretrained(path)
-        save_tokenizer(path)
         if self.registered:
             written = json.loads((path / "config.json").read_text())
             (path / "config.json").write_text(json.dumps(written | {"architectures": [self.registered]}))
@@ -161,7 +168,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     # Linear attention in every second layer. vLLM has its CPU kernel in bfloat16 alone.
     "Qwen3-Next": Architecture("Qwen3NextConfig", _ROUTED | _GATED_DELTA, (4, 16, 4), hybrid=True, dtype="bfloat16"),
-    "Qwen3.5": Architecture("Qwen3_5MoeTextConfig", _ROUTED | _GATED_DELTA, (4, 16, 4), hybrid=True, dtype="bfloat16"),
     "Granite 4 (hybrid)": Architecture(
         "GraniteMoeHybridConfig",
         _LOCAL
@@ -212,16 +218,31 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "Phi-3.5-MoE": Architecture(
         "PhimoeConfig",
-        {"num_local_experts": 16, "num_experts_per_tok": 2},
+        {"num_local_experts": 16, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
         (4, 16, 2),
         registered="PhiMoEForCausalLM",
     ),
-    # These three have no implementation in vLLM, which runs that of transformers with its own experts.
+    # These have no implementation in vLLM, which runs that of transformers with its own experts.
     "dots.llm1": Architecture(
         "Dots1Config", _DEEPSEEK | {"n_shared_experts": 1, "first_k_dense_replace": 1}, (3, 32, 4)
     ),
     "Hunyuan": Architecture("HunYuanMoEV1Config", {"num_experts": 16, "moe_topk": 4}, (4, 16, 4)),
     "FlexOlmo": Architecture("FlexOlmoConfig", {"num_experts": 16, "num_experts_per_tok": 4}, (4, 16, 4)),
+    "AFMoE": Architecture(
+        "AfmoeConfig",
+        _ROUTED
+        | {
+            "num_dense_layers": 1,
+            "num_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "sliding_window": SLIDING_WINDOW,
+            "score_func": "sigmoid",
+            "route_norm": True,
+        },
+        (3, 16, 4),
+    ),
+    "Mellum": Architecture("MellumConfig", _ROUTED, (4, 16, 4)),
     "Solar Open": Architecture("SolarOpenConfig", _DEEPSEEK | {"n_shared_experts": 1}, (4, 32, 4)),
 }
 # One for each difficulty. The others run with ELDR_ARCHITECTURES=all.
@@ -233,4 +254,45 @@ ESSENTIAL = (
     "Qwen2-MoE",
     "Qwen3-MoE (wide)",
     "dots.llm1",
+)
+# Models that vLLM makes on the CPU, but cannot run there: it lacks Mamba-1, and sigmoid routing without groups.
+NOT_RUN: Mapping[str, Architecture] = {
+    "Jamba": Architecture(
+        "JambaConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+        },
+        (2, 8, 2),
+        registered="JambaForCausalLM",
+    ),
+    "MiniMax-M2": Architecture(
+        "MiniMaxM2Config",
+        _LOCAL | {"scoring_func": "sigmoid", "use_routing_bias": True, "rotary_dim": 32},
+        (4, 16, 4),
+        registered="MiniMaxM2ForCausalLM",
+    ),
+    "Laguna": Architecture("LagunaConfig", _ROUTED, (3, 16, 4), registered="LagunaForCausalLM"),
+}
+LONGCAT = Architecture(
+    "LongcatFlashConfig",
+    _LATENT
+    | {
+        "num_layers": 2,
+        "ffn_hidden_size": 128,
+        "expert_ffn_hidden_size": 64,
+        "moe_intermediate_size": 64,
+        "moe_topk": 4,
+        "n_routed_experts": 16,
+        "zero_expert_num": 8,
+        "zero_expert_type": "identity",
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+    },
+    (2, 16, 4),
+    registered="LongcatFlashForCausalLM",
 )

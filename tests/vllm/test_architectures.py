@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +15,18 @@ import vllm
 from numpy.typing import NDArray
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
-from tests.vllm.architectures import ARCHITECTURES, ESSENTIAL, Architecture
+from eldr.engines.vllm.support import UnsupportedError
+from tests.vllm.architectures import ARCHITECTURES, ESSENTIAL, LONGCAT, NOT_RUN, Architecture
 from tests.vllm.engine import running
 from tests.vllm.routing import GateReference, HookedReference
 
 STEP_TOKENS = 96
-NAMES = ARCHITECTURES if os.environ.get("ELDR_ARCHITECTURES") == "all" else ESSENTIAL
+EVERY = os.environ.get("ELDR_ARCHITECTURES") == "all"
 
 
 @pytest.fixture
 def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Architecture:
-    found = ARCHITECTURES[request.param]
+    found = {**ARCHITECTURES, **NOT_RUN, "LongCat": LONGCAT}[request.param]
     if not vllm.__version__.startswith("0.32."):
         pytest.skip("the models are made for vLLM 0.32")
     if not hasattr(transformers, found.config):
@@ -73,7 +76,7 @@ def check_shape(architecture: Architecture, routing: NDArray[np.int64]) -> None:
     assert len({row.tobytes() for row in counts(routing, experts)}) == layers, "the layers do not differ"
 
 
-@pytest.mark.parametrize("architecture", NAMES, indirect=True)
+@pytest.mark.parametrize("architecture", ARCHITECTURES if EVERY else ESSENTIAL, indirect=True)
 def test_counts(architecture: Architecture, tmp_path: Path) -> None:
     model = architecture.make(tmp_path)
     if architecture.dtype == "float32":
@@ -127,3 +130,26 @@ def against_gates(architecture: Architecture, path: Path) -> None:
         routing = reference.routing([*prompt, *answer.tokens[:-1]])
         np.testing.assert_array_equal(answer.counts, counts(routing[: len(prompt)], experts))
         assert answer.decode_sets() == sets(routing[len(prompt) :])
+
+
+@pytest.mark.parametrize("architecture", NOT_RUN if EVERY else [], indirect=True)
+def test_layers_are_found(architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a forward pass, which vLLM's CPU kernels cannot compute."""
+    architecture.make_config(tmp_path)
+    log, said = logging.Logger("test", logging.INFO), StringIO()  # vLLM sets the level of its own
+    log.addHandler(logging.StreamHandler(said))
+    monkeypatch.setattr("eldr.engines.vllm.worker.logger", log)
+    with running(tmp_path, load_format="dummy"):
+        pass
+    layers, experts, top_k = architecture.shape
+    assert f"eldr counts {layers} MoE layers x {experts} experts, top-{top_k}" in said.getvalue()
+
+
+@pytest.mark.parametrize("architecture", ["LongCat"], indirect=True)
+def test_zero_computation_experts_fail_at_start(architecture: Architecture, tmp_path: Path) -> None:
+    architecture.make_config(tmp_path)
+    with (
+        pytest.raises(UnsupportedError, match=r"zero-computation experts.*NixlConnector"),
+        running(tmp_path, load_format="dummy"),
+    ):
+        pass

@@ -19,9 +19,11 @@ from tests.vllm.engine import running
 from tests.vllm.models import Models
 
 
-def config(*, fast_prefill: bool = False) -> SimpleNamespace:
+def config(*, fast_prefill: bool = False, diffusion: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
-        model_config=SimpleNamespace(model="m", get_num_experts=lambda: 8, get_num_experts_per_tok=lambda: 2),
+        model_config=SimpleNamespace(
+            model="m", get_num_experts=lambda: 8, get_num_experts_per_tok=lambda: 2, is_diffusion=diffusion
+        ),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=fast_prefill),
     )
 
@@ -62,6 +64,11 @@ def test_shared_experts_among_the_chosen_ones() -> None:
 def test_prompt_tokens_that_skip_layers() -> None:
     with pytest.raises(UnsupportedError, match=r"--kv-sharing-fast-prefill.*drop it"):
         common_shape(config(fast_prefill=True), {"layers.0.experts": layer(0)})
+
+
+def test_tokens_that_are_computed_several_times() -> None:
+    with pytest.raises(UnsupportedError, match=r"diffusion.*NixlConnector"):
+        common_shape(config(diffusion=True), {"layers.0.experts": layer(0)})
 
 
 def test_layers_of_different_shapes_fail_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,12 @@ def test_a_cache_without_full_attention() -> None:
         full_attention_group(cache)
 
 
+def test_prefixes_that_are_computed_again() -> None:
+    spec = SimpleNamespace(prefix_replay_tokens=128)
+    with pytest.raises(UnsupportedError, match="start vLLM with --no-swa-bounded-replay"):
+        full_attention_group(SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)]))
+
+
 @pytest.mark.parametrize("value", [-1, "2", True, None])
 def test_options_must_be_numbers(value: object) -> None:
     with pytest.raises(UnsupportedError, match="eldr_lease_margin_s"):

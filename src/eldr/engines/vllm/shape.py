@@ -31,6 +31,11 @@ def common_shape(config: VllmConfig, layers: Mapping[str, Any]) -> tuple[int, in
             f"the model {model} has no mixture-of-experts layers that use vLLM's fused MoE, so there are no expert "
             f"choices to count. {WITHOUT_COUNTS}"
         )
+    if getattr(config.model_config, "is_diffusion", False):  # vLLM 0.30 has no such models
+        raise UnsupportedError(
+            f"the model {model} generates by diffusion: it computes each token several times, with other experts each "
+            f"time. {WITHOUT_COUNTS}"
+        )
     if config.cache_config.kv_sharing_fast_prefill:
         raise UnsupportedError(
             "--kv-sharing-fast-prefill skips the last layers for most prompt tokens, whose experts would be missing "
