@@ -53,6 +53,16 @@ class Engine:
         self.llm = llm
         self._ids = 0
 
+    @property
+    def prefix_caching(self) -> bool:
+        """vLLM leaves it out for some models on the CPU."""
+        return bool(self.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per KV block. vLLM chooses its own for some models."""
+        return int(self.llm.llm_engine.vllm_config.cache_config.block_size)
+
     def submit(self, tokens: Sequence[int], params: Mapping[str, Any] | None, max_tokens: int = 1) -> str:
         sampling = SamplingParams(
             max_tokens=max_tokens,

@@ -23,7 +23,6 @@ def config(**parallel: Any) -> SimpleNamespace:
         "use_ubatching": False,
     }
     return SimpleNamespace(
-        model_config=SimpleNamespace(model="m", get_num_experts=lambda: 8),
         parallel_config=SimpleNamespace(**settings | parallel),
         compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
     )
@@ -105,6 +104,12 @@ def test_a_cache_without_full_attention() -> None:
     cache = SimpleNamespace(kv_cache_groups=[])
     with pytest.raises(UnsupportedError, match="no full-attention layer"):
         full_attention_group(cache)
+
+
+def test_prefixes_that_are_computed_again() -> None:
+    spec = SimpleNamespace(prefix_replay_tokens=128)
+    with pytest.raises(UnsupportedError, match="start vLLM with --no-swa-bounded-replay"):
+        full_attention_group(SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)]))
 
 
 @pytest.mark.parametrize("value", [-1, "2", True, None])

@@ -65,6 +65,9 @@ class Capture:
         self.slots = torch.full((STEP_TOKENS,), -1)
         self.device_buffer = torch.zeros((STEP_TOKENS, LAYERS, TOP_K), dtype=torch.int32)
 
+    def complete(self, tokens: int) -> bool:
+        return tokens <= STEP_TOKENS
+
 
 class Simulation:
     def __init__(self, rng: random.Random, draft_tokens: int = 0) -> None:

@@ -122,8 +122,13 @@ def make_dense(path: Path, layers: int = 2, seed: int = 0) -> Path:
 def _save(model_class: Any, config: Any, path: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     model_class(config).to(torch.float32).save_pretrained(path)
-    _tokenizer().save_pretrained(path)
+    save_tokenizer(path)
     return path
+
+
+def save_tokenizer(path: Path) -> None:
+    """Write the byte-level tokenizer to the folder of a model."""
+    _tokenizer().save_pretrained(path)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

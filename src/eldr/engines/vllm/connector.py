@@ -124,6 +124,12 @@ class EldrConnector(NixlPullConnector):
         device = next(iter(kv_caches.values())).device
         self._counter = make_counter(self._vllm_config, self._kv_cache_config, size, device)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Called once per step, before its forward pass."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._counter is not None:
+            self._counter.begin_step()
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
         self._guard.admit(metadata.reqs_to_recv, self._plan().deadlines_unix_s)

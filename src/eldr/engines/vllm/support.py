@@ -28,12 +28,7 @@ class UnsupportedError(EldrError):
 def check_engine(config: VllmConfig, version: str = vllm.__version__) -> None:
     """Raise UnsupportedError unless the connector can count exactly in an engine with this configuration."""
     check_version(version)
-    model, parallel = config.model_config, config.parallel_config
-    if not model.get_num_experts():
-        raise UnsupportedError(
-            f"the model {model.model} has no mixture-of-experts layers, so there are no experts to count. "
-            'Serve it with vLLM\'s own "kv_connector": "NixlConnector"'
-        )
+    parallel = config.parallel_config
     for setting, value in (
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
@@ -72,7 +67,16 @@ def check_version(version: str) -> None:
 
 
 def full_attention_group(kv_cache: KVCacheConfig) -> int:
-    """Index of the KV cache group whose blocks keep every token. Sliding-window groups free theirs."""
+    """Index of the KV cache group whose blocks keep every token. Sliding-window groups free theirs.
+
+    Raises UnsupportedError if there is none, or if a prefix found in the cache is partly computed again.
+    """
+    # DeepSeek-V4.1 on vLLM 0.32. Earlier versions have no such attribute.
+    if any(getattr(group.kv_cache_spec, "prefix_replay_tokens", 0) for group in kv_cache.kv_cache_groups):
+        raise UnsupportedError(
+            "--swa-bounded-replay computes the end of a cached prefix again, and runs the last layers on the end of a "
+            "prompt alone, so the counts would be wrong: start vLLM with --no-swa-bounded-replay"
+        )
     for index, group in enumerate(kv_cache.kv_cache_groups):
         if is_full_attention_spec(group.kv_cache_spec):
             return index

@@ -30,6 +30,11 @@ class ExpertCounter:
         self._geometry = Geometry(capture.layers, capture.experts, capture.top_k)
         self._distinct: deque[HostCopy] = deque()
         self._result: StepResult | None = None
+        self._warned = False
+
+    def begin_step(self) -> None:
+        """A forward pass is about to start."""
+        self._capture.begin_step()
 
     def count(self, plan: StepPlan) -> None:
         """Count the step that just ran, or that is queued to run before this on the device."""
@@ -43,9 +48,14 @@ class ExpertCounter:
         slots, experts = self._capture.slots[: plan.tokens], self._capture.device_buffer[: plan.tokens]
         if plan.padding:
             slots = torch.where(tokens_at(slots, plan.padding), -1, slots)
-        self._table.add(slots, experts)
+        complete = self._capture.complete(plan.tokens)
+        if complete:
+            self._table.add(slots, experts)
+        else:  # the blocks stay short of tokens, and the recorded slots are not found
+            self._warn_of_gaps()
+            slots = torch.full_like(slots, -1)
         self._table.distrust(plan.drafted)
-        if plan.decode_slots is None or plan.decode_slots:
+        if complete and (plan.decode_slots is None or plan.decode_slots):
             chosen = None if plan.decode_slots is None else tokens_at(slots, plan.decode_slots)
             self._distinct.append(HostCopy(distinct_experts(experts, self._geometry.experts, chosen)))
         if plan.ended or plan.recorded:
@@ -56,6 +66,14 @@ class ExpertCounter:
                     span.request_id: RecordedRows(span.first_position, HostCopy(experts_at(slots, experts, span.slots)))
                     for span in plan.recorded
                 },
+            )
+
+    def _warn_of_gaps(self) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "eldr has no counts for some prompts: the model took some of their tokens around a MoE layer, or ran "
+                "the layer several times"
             )
 
     def take_result(self) -> StepResult | None:
