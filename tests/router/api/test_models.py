@@ -85,7 +85,10 @@ async def test_one_model_can_be_asked_for(name: str) -> None:
                 assert (found.status, (await found.json())["id"]) == (200, name)
                 assert found.headers["x-request-id"] == "abc"
         answer = await s.get("/v1/models/absent")
-        assert (answer.status, answer.error["message"]) == (404, "The model `absent` does not exist.")
+        assert (answer.status, answer.error["message"]) == (
+            404,
+            "The model `absent` does not exist. Valid aliases: tiny.",
+        )
         assert (await s.post({}, "/v1/models/tiny")).status == 405
 
 

@@ -83,7 +83,8 @@ async def test_clients_who_ask_for_nonsense_do_not_flood_the_workers() -> None:
         answers = await asyncio.gather(*(s.post({**ASK, "model": f"nonsense {n}"}) for n in range(40)))
         assert {answer.status for answer in answers} == {404}
         assert answers[7].error == {
-            "message": "The model `nonsense 7` does not exist.", "type": "NotFoundError", "param": "model", "code": 404,
+            "message": "The model `nonsense 7` does not exist. Valid aliases: tiny.",
+            "type": "NotFoundError", "param": "model", "code": 404,
         }  # fmt: skip
         # One look for those that came first, and one for those that came while it was under way.
         assert all(w.asked("/v1/models") - b <= 2 for w, b in zip((*s.prefill, *s.decode), before, strict=True))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from eldr.router.config.endpoint import Role
@@ -21,9 +22,15 @@ if TYPE_CHECKING:
 Urls = frozenset[str]
 
 
-def model_not_found(model: str) -> ApiError:
-    """The error for a model that no worker serves, in vLLM's words."""
-    return ApiError(404, f"The model `{model}` does not exist.", param="model")
+# So many models are named to a client that asks for another.
+MOST_NAMED = 20
+
+
+def model_not_found(model: str, bases: Iterable[str] = ()) -> ApiError:
+    """The error for a model that no worker serves, in vLLM's words. bases: the names of base models that exist."""
+    named = ", ".join(islice(bases, MOST_NAMED))
+    aliases = f" Valid aliases: {named}." if named else ""
+    return ApiError(404, f"The model `{model}` does not exist.{aliases}", param="model")
 
 
 class Served:

@@ -109,7 +109,7 @@ class ModelLists:
         if not fleet.any_available("decode"):
             return fleet.groups[0].whole  # unknown until a worker is back
         if model:
-            raise model_not_found(model)
+            raise model_not_found(model, sorted(name for group in fleet.groups for name in group.bases))
         names = ", ".join(sorted(group.name for group in fleet.groups if group.name))
         raise ApiError(400, f"model must be given: this router serves {names}", param="model")
 

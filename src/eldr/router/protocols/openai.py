@@ -201,7 +201,9 @@ def _check_input(endpoint: Endpoint, body: JsonObject) -> None:
             return
     elif not endpoint.messages and _is_given(body, "prompt_embeds"):
         return
-    what = "a non-empty array" if endpoint.messages else "given and not be empty"
+    if not endpoint.messages:  # in vLLM's words
+        raise ApiError(400, "Either prompt or prompt_embeds must be provided and non-empty.", param=endpoint.input)
+    what = "text or a non-empty array" if endpoint.texts else "a non-empty array"
     raise ApiError(400, f"{endpoint.input} must be {what}", param=endpoint.input)
 
 
