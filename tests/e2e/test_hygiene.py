@@ -48,7 +48,7 @@ def test_recording_needs_the_admin_key(router: Router) -> None:
         ("/v1/completions", b"{", 400),
         ("/v1/completions", b"[]", 400),
         ("/v1/completions", {**ASK, "model": "another"}, 404),
-        ("/v1/embeddings", ASK, 404),
+        ("/v1/nothing", ASK, 404),
         ("/", None, 404),
     ],
 )

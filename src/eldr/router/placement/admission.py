@@ -120,9 +120,8 @@ class Admission:
             served.requests += 1
             self._admit(served)
             return
-        error = self._pointless(served)
-        if error is not None:
-            raise error
+        if self._is_pointless(served):
+            raise self._why_pointless(served)
         served.requests += 1
         try:
             await self._wait(claim, served)
@@ -234,19 +233,23 @@ class Admission:
         gone_s = served.gone_for_s(role)
         return math.inf if gone_s is None else self._limits.worker_wait_s - gone_s
 
-    def _pointless(self, served: Served) -> ApiError | None:
-        """Why a request cannot wait for a decode worker. None if it can.
+    def _is_pointless(self, served: Served) -> bool:
+        """Whether a request need not wait for a decode worker.
 
         If the worker may return, schedules another check for when that time is over.
         """
-        if served.decode is not None and not served.decode:
-            return model_not_found(served.name) if served.name else NoWorkerError("decode")
+        if _is_gone(served):
+            return True
         left_s = self.patience_s(served, "decode")
-        if left_s <= 0:
-            return NoWorkerError("decode", self._named(served, "decode"))
-        if left_s < math.inf:
+        if 0 < left_s < math.inf:
             self._look_in(left_s)
-        return None
+        return left_s <= 0
+
+    def _why_pointless(self, served: Served) -> ApiError:
+        """A new error for each request: raised, it knows the frames that it passed."""
+        if _is_gone(served) and served.name:
+            return model_not_found(served.name)
+        return NoWorkerError("decode", self._named(served, "decode"))
 
     def _named(self, served: Served, role: Role) -> str:
         """The model to name in an error. Empty if no worker of that role is available for any model of its group."""
@@ -267,11 +270,11 @@ class Admission:
     def _refuse_pointless(self, queue: FairQueue[_Turn]) -> None:
         """End the requests of a queue whose workers stay away."""
         for line in list(queue.lines):
-            error = self._pointless(cast(Served, line))
-            if error is not None:
+            served = cast(Served, line)
+            if self._is_pointless(served):
                 for turn in queue.take(line):
                     self.queued -= 1
-                    turn.end(error)
+                    turn.end(self._why_pointless(served))
 
     async def until_changed(self, served: Served, role: Role, limit_s: float = math.inf) -> bool:
         """Wait, after admission, until a worker of `role` may have become eligible.
@@ -324,6 +327,11 @@ class Admission:
     def _after_s(self) -> int:
         """The Retry-After in seconds: how long the last request to get its turn has waited."""
         return min(max(1, math.ceil(self._last_wait_s)), MAX_RETRY_AFTER_S)
+
+
+def _is_gone(served: Served) -> bool:
+    """Whether no decode worker serves it any more."""
+    return served.decode is not None and not served.decode
 
 
 def _spare(served: Served, placing: int) -> set[str]:
