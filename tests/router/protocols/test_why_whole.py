@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from eldr.router.http.errors import ApiError
 from eldr.router.protocols import openai
 from eldr.router.protocols.vllm_nixl import VllmNixl
 
+OFTEN = b",".join([b'"type":"message"'] * 2000)
 SAID: list[Any] = [{"role": "user", "content": "hello"}]
 
 
@@ -54,6 +56,26 @@ def why(path: bytes, body: dict[str, Any]) -> str | None:
 )
 def test_responses(body: dict[str, Any], reason: str | None) -> None:
     assert why(openai.RESPONSES, body) == reason
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (openai.RESPONSES, b'{"input":[{%b}]}' % OFTEN),
+        (openai.RESPONSES, b'{"input":[{"type":"function_call_output","output":[{%b}]}]}' % OFTEN),
+        (openai.RESPONSES, b'{"input":"x","tools":[{%b}]}' % OFTEN),
+        (
+            openai.MESSAGES,
+            b'{"messages":[{"content":"tool_result",%b}]}' % OFTEN.replace(b"type", b"content"),
+        ),
+    ],
+)
+def test_names_that_are_repeated_without_end_are_refused(path: bytes, body: bytes) -> None:
+    protocol, endpoint = VllmNixl(), openai.ENDPOINTS[path]
+    read = openai.read_body(endpoint, body, endpoint.members | protocol.members, frozenset())
+    with pytest.raises(ApiError) as refused:
+        protocol.why_whole(endpoint, read)
+    assert refused.value.status == 400
 
 
 def blocks(*content: Any) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def read_object(raw: bytes, members: frozenset[str], reserved: frozenset[str]) -
         text = utf8(raw)
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the request body is not valid JSON: it is not {error.encoding}") from None
-    body = _object_of(text, members, OWN)
+    body = object_of(text, members, OWN)
     _refuse_router_fields(body, reserved)
     return body
 
@@ -165,7 +165,8 @@ def json_object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _object_of(text: bytes, members: frozenset[str], prefix: str = "") -> JsonObject:
+def object_of(text: bytes, members: frozenset[str], prefix: str = "") -> JsonObject:
+    """Return a client's body, or an object in it, in which the members named are of interest. Raises ApiError 400."""
     try:
         return JsonObject(text, members, prefix)
     except JsonTextError as error:
@@ -183,7 +184,7 @@ def _refuse_router_fields(body: JsonObject, reserved: frozenset[str]) -> None:
             if text[value:end] != b"null":
                 _refuse(name)
         elif name == "vllm_xargs" and text[value] == OBJECT:
-            for inner, _, _, _, _ in _object_of(text[value:end], reserved, OWN).members:
+            for inner, _, _, _, _ in object_of(text[value:end], reserved, OWN).members:
                 _refuse(f"vllm_xargs.{inner}")
 
 
@@ -245,7 +246,7 @@ def max_tokens(endpoint: Endpoint, body: JsonObject) -> int | None:
 def stream_options(body: JsonObject) -> JsonObject | None:
     """What a client wants of a stream. None if it does not say. Raises ApiError 400."""
     raw = body.raw("stream_options")
-    return _object_of(raw, STREAM_OPTIONS) if raw is not None and raw[0] == OBJECT else None
+    return object_of(raw, STREAM_OPTIONS) if raw is not None and raw[0] == OBJECT else None
 
 
 def wants_usage(body: JsonObject) -> bool:

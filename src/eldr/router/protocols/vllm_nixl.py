@@ -17,7 +17,7 @@ from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
 from eldr.router.protocols.json_object import ARRAY, OBJECT, QUOTE, JsonObject, Value, inner_object
 from eldr.router.protocols.lenient import is_true, whole_number
-from eldr.router.protocols.openai import ENDPOINTS, MESSAGES, RESPONSES, Endpoint
+from eldr.router.protocols.openai import ENDPOINTS, MESSAGES, RESPONSES, Endpoint, object_of
 from eldr.router.protocols.vllm_refusals import PROMPT_IN_ANSWER, refuse_early
 
 # Fields that name hosts, blocks or caches of other workers. Only the router may send them.
@@ -121,11 +121,11 @@ def _type_of(body: JsonObject) -> Value:
 
 
 def _objects(text: bytes, start: int, end: int, wanted: frozenset[str]) -> list[JsonObject]:
-    """The objects of an array. What is none is left out, because a worker refuses it."""
+    """The objects of an array. What is none is left out, because a worker refuses it. Raises ApiError 400."""
     found: list[JsonObject] = []
     for at, behind in json_elements(text, start, end, end):
         if text[at] == OBJECT:
-            found.append(JsonObject(text[at:behind], wanted))
+            found.append(object_of(text[at:behind], wanted))
     return found
 
 
