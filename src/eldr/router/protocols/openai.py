@@ -20,6 +20,8 @@ MOST_TOKENS = 2**53
 COMMON = ("model", "priority", "request_id", "stream", "stream_options", "vllm_xargs")
 NOTHING = re.compile(rb'(?:null|""|\[[ \t\r\n]*\])\Z')
 LONG_BYTES = len(b"null")
+# The numbers of prompt tokens in a usage: one of all, or those read from the cache, written to it, and neither.
+PROMPT_USAGE = frozenset(("prompt_tokens", "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
 STREAM_OPTIONS = frozenset(("include_usage", "continuous_usage_stats"))
 
 
@@ -241,6 +243,16 @@ def max_tokens(endpoint: Endpoint, body: JsonObject) -> int | None:
             limit = whole_number(value)
             return limit if limit is not None and 0 <= limit <= MOST_TOKENS else None
     return None
+
+
+def prompt_tokens(usage: JsonObject) -> int:
+    """How many tokens a prompt had, by a `usage` in which PROMPT_USAGE was looked for. 0 if it states none."""
+    tokens = 0
+    for name in PROMPT_USAGE:
+        stated = usage.get(name)
+        if type(stated) is int and stated > 0:
+            tokens += stated
+    return tokens
 
 
 def stream_options(body: JsonObject) -> JsonObject | None:

@@ -17,7 +17,15 @@ from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
 from eldr.router.protocols.json_object import ARRAY, OBJECT, QUOTE, JsonObject, Value, inner_object
 from eldr.router.protocols.lenient import is_true, whole_number
-from eldr.router.protocols.openai import ENDPOINTS, MESSAGES, RESPONSES, Endpoint, object_of
+from eldr.router.protocols.openai import (
+    ENDPOINTS,
+    MESSAGES,
+    PROMPT_USAGE,
+    RESPONSES,
+    Endpoint,
+    object_of,
+    prompt_tokens,
+)
 from eldr.router.protocols.vllm_refusals import PROMPT_IN_ANSWER, refuse_early
 
 # Fields that name hosts, blocks or caches of other workers. Only the router may send them.
@@ -87,8 +95,6 @@ WHOLE: tuple[WhyWhole, ...] = (
 ENDPOINTS_OWN = frozenset(("prompt_embeds", "suffix", "return_prompt_text", "truncation", "previous_input_messages"))
 HANDOFF = frozenset(("do_remote_prefill", "remote_request_id", "eldr_counts", "eldr_lease", "eldr_record"))
 RECORD = frozenset(("eldr_counts", "eldr_decode_experts"))
-# The numbers of prompt tokens: one of all, or those read from the cache, written to it, and neither.
-USAGE = frozenset(("prompt_tokens", "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
 TYPE = frozenset(("type",))
 CONTENT = frozenset(("content",))
 ITEM = frozenset(("type", "output"))
@@ -218,13 +224,8 @@ class VllmNixl(LegProtocol):
         params = inner_object(answer.raw("kv_transfer_params"), HANDOFF)
         if params is None or params.raw("do_remote_prefill") != b"true":
             return None
-        usage = inner_object(answer.raw("usage"), USAGE)
-        tokens = 0
-        if usage is not None:
-            for name in USAGE:
-                value = usage.get(name)
-                if type(value) is int:
-                    tokens += value
+        usage = inner_object(answer.raw("usage"), PROMPT_USAGE)
+        tokens = 0 if usage is None else prompt_tokens(usage)
         return HandOff(params, source, params.get("remote_request_id"), tokens, sent_s)
 
     def decode_body(
