@@ -49,7 +49,6 @@ def why(path: bytes, body: dict[str, Any]) -> str | None:
         ({"input": "x", "tools": [{"name": "f"}]}, "builtin_tools"),
         ({"input": "x", "truncation": "disabled"}, None),
         ({"input": "x", "truncation": "auto"}, "truncate_to_context"),
-        ({"input": "x", "truncation": None}, "truncate_to_context"),
         ({"input": "x", "previous_input_messages": []}, "previous_input_messages"),
         ({"input": "x", "max_output_tokens": 3, "store": True, "stream": True}, None),
     ],

@@ -212,6 +212,8 @@ async def test_what_cannot_be_handed_off_runs_whole(path: str) -> None:
     [
         ({"previous_response_id": "resp_x"}, 404, "previous_response_id"),
         ({"background": True}, 400, "background"),
+        ({"background": None}, 400, "background"),
+        ({"truncation": None, "stream": True}, 400, "truncation"),
         ({"input": None}, 400, "input"),
         ({"input": []}, 400, "input"),
         ({"input": 5}, 400, "input"),
@@ -230,7 +232,12 @@ async def test_responses_that_no_worker_could_give_are_refused_before_a_prefill(
         answer = await s.post({**ASKS[RESPONSES], **body}, RESPONSES)
         assert (answer.status, answer.error["param"]) == (status, param)
         assert s.prefill[0].generated == s.decode[0].generated == []
-        for fine in ({"previous_response_id": None, "background": False}, {"input": ""}, {"min_tokens": 9}):
+        for fine in (
+            {"previous_response_id": None, "background": False},
+            {"background": "false", "truncation": "auto"},
+            {"input": ""},
+            {"min_tokens": 9},
+        ):
             assert (await s.post({**ASKS[RESPONSES], **fine}, RESPONSES)).status == 200
 
 

@@ -40,6 +40,7 @@ class Endpoint:
     output: the member of an answer that shows that it is one, an array.
     system: the member with the instructions that many prompts share, besides those among the messages. Empty if none.
     state: members that refer to what one worker stores, with the status of their refusal.
+    never_null: members that may be left out, but not null.
     choices: whether the body is one of vLLM's own, whose members about sampling and streams other APIs do not have.
     members: all members that matter: the above, those that matter for every endpoint, and those that matter here alone.
     """
@@ -57,6 +58,7 @@ class Endpoint:
         output: str = "choices",
         system: str = "",
         state: tuple[tuple[str, int], ...] = (),
+        never_null: tuple[str, ...] = (),
     ) -> None:
         self.path = path
         self.input = input
@@ -67,6 +69,7 @@ class Endpoint:
         self.output = output
         self.system = system
         self.state = state
+        self.never_null = never_null
         self.choices = output == "choices"
         names = (*COMMON, input, *limits, *others, *(name for name, _ in state))
         self.members = frozenset((*names, system) if system else names)
@@ -109,6 +112,9 @@ ENDPOINTS = {
             output="output",
             system="instructions",
             state=(("background", 400), ("previous_response_id", 404)),
+            # vLLM 0.32 reads these nulls and fails at its answer, which has them again. If that is a stream, its
+            # connection breaks, and the worker would be blamed.
+            never_null=("background", "truncation"),
         ),
         Endpoint(
             MESSAGES,
@@ -129,14 +135,18 @@ def read_body(endpoint: Endpoint, raw: bytes, members: frozenset[str], reserved:
     """Return the body of a request to `endpoint`.
 
     members: names that the leg protocol wants to know besides the endpoint's.
-    Raises ApiError 400 like `read_object`, and for a body without a prompt. Raises 400 or 404 for one that needs what a
-    worker stored.
+    Raises ApiError 400 like `read_object`, and for a body without a prompt or with a null that no worker answers.
+    Raises 400 or 404 for one that needs what a worker stored.
     """
     body = read_object(raw, members, reserved)
     _check_input(endpoint, body)
+    for name in endpoint.never_null:
+        if name in body and body.get(name) is None:
+            raise ApiError(400, f"{name} must not be null", param=name)
     for name, status in endpoint.state:
         # A worker may store a response, but the next request reaches another one.
-        if name in body and body.get(name) not in (None, False):
+        value = body.get(name)
+        if value is not None and boolean(value) is not False:
             raise ApiError(status, f"{name} needs a stored response, but responses are not stored", param=name)
     return body
 
