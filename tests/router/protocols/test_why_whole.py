@@ -11,6 +11,8 @@ from eldr.router.http.errors import ApiError
 from eldr.router.protocols import openai
 from eldr.router.protocols.vllm_nixl import VllmNixl
 
+# These mean something for completions, and nothing for other APIs.
+OTHERS = {"n": 2, "best_of": 2, "use_beam_search": True, "echo": True, "prompt_logprobs": 1, "suffix": "x"}
 OFTEN = b",".join([b'"type":"message"'] * 2000)
 SAID: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -51,6 +53,8 @@ def why(path: bytes, body: dict[str, Any]) -> str | None:
         ({"input": "x", "truncation": "auto"}, "truncate_to_context"),
         ({"input": "x", "previous_input_messages": []}, "previous_input_messages"),
         ({"input": "x", "max_output_tokens": 3, "store": True, "stream": True}, None),
+        ({"input": "x", "top_logprobs": -1}, "all_logprobs"),
+        ({"input": "x", **OTHERS}, None),
     ],
 )
 def test_responses(body: dict[str, Any], reason: str | None) -> None:
@@ -102,6 +106,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "data": ""}}
         (blocks({"type": "text", "text": "x"}, IMAGE), "multimodal"),
         (blocks({"type": "document", "source": {}}), "multimodal"),
         ({"messages": SAID, "tools": [{"name": "f", "input_schema": {}}], "system": "x"}, None),
+        ({"messages": SAID, "top_logprobs": -1, "truncation": "auto", **OTHERS}, None),
     ],
 )
 def test_messages(body: dict[str, Any], reason: str | None) -> None:

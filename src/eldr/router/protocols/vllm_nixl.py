@@ -87,12 +87,15 @@ WHOLE: tuple[WhyWhole, ...] = (
     # These two mean something for completions alone.
     ("prompt_embeds", "prompt_embeds", _is_given),
     ("suffix", "suffix", _is_given),
-    # And these for responses.
+)
+# The same for responses. In messages, vLLM ignores all of these members.
+RESPONSES_WHOLE: tuple[WhyWhole, ...] = (
+    ("top_logprobs", "all_logprobs", _is_minus_one),
     ("truncation", "truncate_to_context", _truncates),
     ("previous_input_messages", "previous_input_messages", _is_given),
 )
 # Members that one endpoint alone knows are looked for only there.
-ENDPOINTS_OWN = frozenset(("prompt_embeds", "suffix", "return_prompt_text", "truncation", "previous_input_messages"))
+ENDPOINTS_OWN = frozenset(("prompt_embeds", "suffix", "return_prompt_text"))
 HANDOFF = frozenset(("do_remote_prefill", "remote_request_id", "eldr_counts", "eldr_lease", "eldr_record"))
 RECORD = frozenset(("eldr_counts", "eldr_decode_experts"))
 TYPE = frozenset(("type",))
@@ -195,7 +198,8 @@ class VllmNixl(LegProtocol):
         }
 
     def why_whole(self, endpoint: Endpoint, body: JsonObject) -> str | None:
-        for name, label, keeps_whole in WHOLE:
+        rules = WHOLE if endpoint.choices else RESPONSES_WHOLE if endpoint.path == RESPONSES else ()
+        for name, label, keeps_whole in rules:
             if name in body and keeps_whole(body.get(name)):
                 return label
         if endpoint.path == RESPONSES and not _are_clients_tools(body):
