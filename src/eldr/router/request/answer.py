@@ -202,6 +202,11 @@ class DecodeAnswer(Answer):
         self.times.stated = usage_tokens(latest) or usage_tokens(event.data)
 
     @property
+    def opened(self) -> bool:
+        """Whether what opens a stream has arrived, and nothing else."""
+        return not self.begun and len(self._opening) > 0
+
+    @property
     def complete(self) -> bool:
         """Whether all events of a stream were forwarded."""
         return self._ended
