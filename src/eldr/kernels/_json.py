@@ -123,6 +123,8 @@ def json_chat_start(text: bytes, start: int, end: int, leading: frozenset[bytes]
     rest: list[bytes] = []
     for at, behind in json_elements(text, start, end, end):
         members = _written_members(text, at, behind) if text[at] == ord("{") else None
+        if members is not None and len(members) > SORTED:
+            members = None
         whole = json_start(text, at, behind, behind) if members is None else b"".join(_sorted(text, members))
         if not rest and any(text[a:b] == b'"role"' and text[c:d] in leading for a, b, c, d in members or ()):
             system.append(whole)
@@ -155,14 +157,12 @@ def _unescaped(match: re.Match[bytes]) -> bytes:
     return escape if character < " " or character in '"\\' else character.encode("utf-8", "surrogatepass")
 
 
-def _written_members(text: bytes, start: int, end: int) -> list[tuple[int, int, int, int]] | None:
-    """Where names and values begin and end. None if there are too many."""
+def _written_members(text: bytes, start: int, end: int) -> list[tuple[int, int, int, int]]:
+    """Where the names and values of an object begin and end."""
     found: list[tuple[int, int, int, int]] = []
     at = _space(text, start + 1, end)
     closed = text[at : at + 1] == b"}"
     while not closed:
-        if len(found) == SORTED:
-            return None
         value = _name(text, at, end)
         value_end = _value(text, value, end)
         found.append((at, text.rindex(b'"', at, value) + 1, value, value_end))
@@ -186,8 +186,11 @@ def _objects(text: bytes, start: int, end: int) -> list[tuple[int, int]]:
 
 def _last(text: bytes, start: int, end: int, name: str) -> tuple[int, int] | None:
     """Where the value of a member is: of duplicates, the last."""
-    _, last, _, _ = json_members(text, start, end, frozenset((name,)), "")
-    return last[name][2:4] if name in last else None
+    found = None
+    for at, name_end, value, value_end in _written_members(text, start, end):
+        if json.loads(text[at:name_end]) == name:
+            found = value, value_end
+    return found
 
 
 def _check_utf8(text: bytes, start: int, end: int) -> None:

@@ -32,6 +32,13 @@ OPENAI: list[Case] = [
     (b"data: [DONE]", True, True, 0),
     (b"data:  [DONE]", False, True, 0),
 ]
+# What vLLM 0.32 makes of an error of the chat stream that it converts.
+WRAPPED = (
+    b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"2 validation errors for '
+    b"ChatCompletionStreamResponse\\nmodel\\n  Field required [type=missing, input_value={'error': {'message': "
+    b"'Gr...am': None, 'code': %d}}, input_type=dict]\\n    For further information visit https://errors.pydantic.dev"
+    b'/2.14/v/missing"}}'
+)
 MESSAGES: list[Case] = [
     (b'event: message_start\ndata: {"type":"message_start","message":{"id":"chatcmpl-1"}}', False, False, 0),
     (b'event: content_block_start\ndata: {"index":0,"type":"content_block_start"}', False, False, 0),
@@ -40,6 +47,8 @@ MESSAGES: list[Case] = [
     (b'event: message_stop\ndata: {"type":"message_stop"}', True, False, 0),
     (b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"died"}}', True, False, 500),
     (b'event: error\ndata: {"type":"error","error":{"type":"invalid_request_error","message":"x"}}', True, False, 400),
+    (WRAPPED % 400, True, False, 400),
+    (WRAPPED % 500, True, False, 500),
     (b"data: [DONE]", False, False, 0),
 ]
 RESPONSES: list[Case] = [

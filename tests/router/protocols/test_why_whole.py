@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
+from eldr.router.http.errors import ApiError
 from eldr.router.protocols import openai
 from eldr.router.protocols.vllm_nixl import VllmNixl
 
+# These mean something for completions, and nothing for other APIs.
+OTHERS = {"n": 2, "best_of": 2, "use_beam_search": True, "echo": True, "prompt_logprobs": 1, "suffix": "x"}
+OFTEN = b",".join([b'"type":"message"'] * 2000)
 SAID: list[Any] = [{"role": "user", "content": "hello"}]
 
 
@@ -47,13 +51,34 @@ def why(path: bytes, body: dict[str, Any]) -> str | None:
         ({"input": "x", "tools": [{"name": "f"}]}, "builtin_tools"),
         ({"input": "x", "truncation": "disabled"}, None),
         ({"input": "x", "truncation": "auto"}, "truncate_to_context"),
-        ({"input": "x", "truncation": None}, "truncate_to_context"),
         ({"input": "x", "previous_input_messages": []}, "previous_input_messages"),
         ({"input": "x", "max_output_tokens": 3, "store": True, "stream": True}, None),
+        ({"input": "x", "top_logprobs": -1}, "all_logprobs"),
+        ({"input": "x", **OTHERS}, None),
     ],
 )
 def test_responses(body: dict[str, Any], reason: str | None) -> None:
     assert why(openai.RESPONSES, body) == reason
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (openai.RESPONSES, b'{"input":[{%b}]}' % OFTEN),
+        (openai.RESPONSES, b'{"input":[{"type":"function_call_output","output":[{%b}]}]}' % OFTEN),
+        (openai.RESPONSES, b'{"input":"x","tools":[{%b}]}' % OFTEN),
+        (
+            openai.MESSAGES,
+            b'{"messages":[{"content":"tool_result",%b}]}' % OFTEN.replace(b"type", b"content"),
+        ),
+    ],
+)
+def test_names_that_are_repeated_without_end_are_refused(path: bytes, body: bytes) -> None:
+    protocol, endpoint = VllmNixl(), openai.ENDPOINTS[path]
+    read = openai.read_body(endpoint, body, endpoint.members | protocol.members, frozenset())
+    with pytest.raises(ApiError) as refused:
+        protocol.why_whole(endpoint, read)
+    assert refused.value.status == 400
 
 
 def blocks(*content: Any) -> dict[str, Any]:
@@ -81,6 +106,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "data": ""}}
         (blocks({"type": "text", "text": "x"}, IMAGE), "multimodal"),
         (blocks({"type": "document", "source": {}}), "multimodal"),
         ({"messages": SAID, "tools": [{"name": "f", "input_schema": {}}], "system": "x"}, None),
+        ({"messages": SAID, "top_logprobs": -1, "truncation": "auto", **OTHERS}, None),
     ],
 )
 def test_messages(body: dict[str, Any], reason: str | None) -> None:

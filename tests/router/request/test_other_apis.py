@@ -155,6 +155,27 @@ async def test_a_worker_that_fails_before_the_first_token_is_replaced(path: str,
         assert len(s.decode[0].generated) > 0
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@on_uvloop
+async def test_nobody_is_blamed_for_a_response_that_vllm_refuses_too_late(whole: bool) -> None:
+    """As for a bad `logit_bias`, which is found behind the opening. A prefill worker would have refused it before."""
+
+    async def refusing(worker: FakeWorker, seen: Seen, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await begin_stream(writer)
+        for event in worker.events(seen, ["a"], chat=False)[:2]:
+            await chunk(writer, event)
+        writer.transport.abort()
+
+    async with running(decode=2, eject_share=0) as s:
+        for worker in s.decode:
+            worker.behaviour = refusing
+        body = {**ASKS[RESPONSES], "stream": True, "truncation": "auto" if whole else "disabled"}
+        assert (await s.post(body, RESPONSES)).status == 502
+        legs = len(s.decode[0].generated) + len(s.decode[1].generated)
+        assert legs == 3
+        assert await s.metric("eldr_worker_failures_total", role="decode") == (0 if whole else legs)
+
+
 @pytest.mark.parametrize("path", ASKS)
 @on_uvloop
 async def test_an_error_behind_the_opening_of_a_stream_is_repaired(path: str) -> None:
@@ -212,6 +233,8 @@ async def test_what_cannot_be_handed_off_runs_whole(path: str) -> None:
     [
         ({"previous_response_id": "resp_x"}, 404, "previous_response_id"),
         ({"background": True}, 400, "background"),
+        ({"background": None}, 400, "background"),
+        ({"truncation": None, "stream": True}, 400, "truncation"),
         ({"input": None}, 400, "input"),
         ({"input": []}, 400, "input"),
         ({"input": 5}, 400, "input"),
@@ -230,7 +253,12 @@ async def test_responses_that_no_worker_could_give_are_refused_before_a_prefill(
         answer = await s.post({**ASKS[RESPONSES], **body}, RESPONSES)
         assert (answer.status, answer.error["param"]) == (status, param)
         assert s.prefill[0].generated == s.decode[0].generated == []
-        for fine in ({"previous_response_id": None, "background": False}, {"input": ""}, {"min_tokens": 9}):
+        for fine in (
+            {"previous_response_id": None, "background": False},
+            {"background": "false", "truncation": "auto"},
+            {"input": ""},
+            {"min_tokens": 9},
+        ):
             assert (await s.post({**ASKS[RESPONSES], **fine}, RESPONSES)).status == 200
 
 

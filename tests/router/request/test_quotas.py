@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from eldr.router.api.keys import ApiKeys
 from eldr.router.config.settings import ConfigError
 from eldr.router.request.quotas import Bucket, duration
-from tests.router.fake_worker import FakeWorker, Seen
+from tests.router.fake_worker import FakeWorker, Seen, reply
 from tests.router.harness import ASK, CHAT, Reply, bearer, on_uvloop, running, until
 
 ADMIN = "the-admin-key"
@@ -181,6 +182,22 @@ async def test_a_client_that_leaves_pays_for_what_it_got(tmp_path: Path) -> None
         await until(lambda: s.router.running == 0, "it has left")
         used = await s.metric("eldr_client_tokens_total", ADMIN, client="alice")
         assert PROMPT_TOKENS + 10 <= used < PROMPT_TOKENS + 50
+
+
+@on_uvloop
+async def test_tokens_of_a_prompt_in_the_cache_cost_as_much(tmp_path: Path) -> None:
+    """Anthropic's input_tokens are those that were not read from the cache. A decode worker has pulled all others."""
+
+    async def pulled(worker: FakeWorker, seen: Seen, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        usage = {"input_tokens": 1, "cache_read_input_tokens": 99, "output_tokens": 7}
+        answer = {"id": f"chatcmpl-{seen.headers['x-request-id']}", "content": [], "usage": usage}
+        await reply(writer, 200, json.dumps(answer).encode())
+
+    async with running(**limited(tmp_path, "tokens_per_day=1000")) as s:
+        s.decode[0].behaviour = pulled
+        answer = await s.post({**CHAT, "max_tokens": 9}, "/v1/messages", ALICE)
+        assert answer.status == 200, answer.body
+        assert await s.metric("eldr_client_tokens_total", ADMIN, client="alice") == 107
 
 
 @on_uvloop

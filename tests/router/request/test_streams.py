@@ -66,6 +66,19 @@ async def test_what_has_no_data_is_not_the_first_event(first: bytes) -> None:
 
 
 @on_uvloop
+async def test_an_error_in_the_first_piece_is_found_before_the_end() -> None:
+    """A worker that was slow to be read sends its first token, its error and its end at once."""
+    async with running(decode=2, policy=Scripted()) as s:
+        s.decode[0].behaviour = sending(
+            lambda worker, seen: [token(worker, seen) + ENGINE_DIED + b"data: [DONE]\n\n"],
+        )
+        answer, whole = await posted(s)
+        assert (answer.status, whole) == (200, True)
+        assert "".join(event["choices"][0]["text"] for event in answer.events[:-1]) == "abcd"
+        assert await s.metric("eldr_retries_total", leg="decode", reason="wrong_answer") == 1
+
+
+@on_uvloop
 async def test_comments_do_not_end_the_wait_for_the_first_event() -> None:
     async def pings(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await begin_stream(writer)

@@ -196,6 +196,8 @@ def test_names_of_messages_may_have_escapes_and_duplicates(reader: ModuleType) -
         (rb'[{"content":[{"type":"image"}],"content":"x"}]', True),
         (rb'[{"content":[{"type":"image","typ\u0065":"te\u0078t"}]}]', True),
         (rb'[{"content":[{"type":"text"},{"text":"x"}]}]', False),
+        (b'[{%b"content":[{"type":"image"}]}]' % (b'"content":"x",' * 2000), False),
+        (b'[{"content":[{%b"type":"image"}]}]' % (b'"type":"text",' * 2000), False),
     ):
         assert reader.json_known_parts(data, 0, len(data), known) is expected
 

@@ -28,7 +28,10 @@ class LegProtocol(ABC):
 
     @abstractmethod
     def why_whole(self, endpoint: Endpoint, body: JsonObject) -> str | None:
-        """Why this request must run whole on one worker, as a metric label. None if its prefill can be handed off."""
+        """Why this request must run whole on one worker, as a metric label. None if its prefill can be handed off.
+
+        Raises ApiError 400 for a body that cannot be judged.
+        """
 
     @abstractmethod
     def refuse_early(self, endpoint: Endpoint, body: JsonObject, max_model_len: int | None) -> None:

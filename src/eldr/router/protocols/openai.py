@@ -20,6 +20,8 @@ MOST_TOKENS = 2**53
 COMMON = ("model", "priority", "request_id", "stream", "stream_options", "vllm_xargs")
 NOTHING = re.compile(rb'(?:null|""|\[[ \t\r\n]*\])\Z')
 LONG_BYTES = len(b"null")
+# The numbers of prompt tokens in a usage: one of all, or those read from the cache, written to it, and neither.
+PROMPT_USAGE = frozenset(("prompt_tokens", "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
 STREAM_OPTIONS = frozenset(("include_usage", "continuous_usage_stats"))
 
 
@@ -38,6 +40,7 @@ class Endpoint:
     output: the member of an answer that shows that it is one, an array.
     system: the member with the instructions that many prompts share, besides those among the messages. Empty if none.
     state: members that refer to what one worker stores, with the status of their refusal.
+    never_null: members that may be left out, but not null.
     choices: whether the body is one of vLLM's own, whose members about sampling and streams other APIs do not have.
     members: all members that matter: the above, those that matter for every endpoint, and those that matter here alone.
     """
@@ -55,6 +58,7 @@ class Endpoint:
         output: str = "choices",
         system: str = "",
         state: tuple[tuple[str, int], ...] = (),
+        never_null: tuple[str, ...] = (),
     ) -> None:
         self.path = path
         self.input = input
@@ -65,6 +69,7 @@ class Endpoint:
         self.output = output
         self.system = system
         self.state = state
+        self.never_null = never_null
         self.choices = output == "choices"
         names = (*COMMON, input, *limits, *others, *(name for name, _ in state))
         self.members = frozenset((*names, system) if system else names)
@@ -107,6 +112,9 @@ ENDPOINTS = {
             output="output",
             system="instructions",
             state=(("background", 400), ("previous_response_id", 404)),
+            # vLLM 0.32 reads these nulls and fails at its answer, which has them again. If that is a stream, its
+            # connection breaks, and the worker would be blamed.
+            never_null=("background", "truncation"),
         ),
         Endpoint(
             MESSAGES,
@@ -127,14 +135,18 @@ def read_body(endpoint: Endpoint, raw: bytes, members: frozenset[str], reserved:
     """Return the body of a request to `endpoint`.
 
     members: names that the leg protocol wants to know besides the endpoint's.
-    Raises ApiError 400 like `read_object`, and for a body without a prompt. Raises 400 or 404 for one that needs what a
-    worker stored.
+    Raises ApiError 400 like `read_object`, and for a body without a prompt or with a null that no worker answers.
+    Raises 400 or 404 for one that needs what a worker stored.
     """
     body = read_object(raw, members, reserved)
     _check_input(endpoint, body)
+    for name in endpoint.never_null:
+        if name in body and body.get(name) is None:
+            raise ApiError(400, f"{name} must not be null", param=name)
     for name, status in endpoint.state:
         # A worker may store a response, but the next request reaches another one.
-        if name in body and body.get(name) not in (None, False):
+        value = body.get(name)
+        if value is not None and boolean(value) is not False:
             raise ApiError(status, f"{name} needs a stored response, but responses are not stored", param=name)
     return body
 
@@ -149,7 +161,7 @@ def read_object(raw: bytes, members: frozenset[str], reserved: frozenset[str]) -
         text = utf8(raw)
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the request body is not valid JSON: it is not {error.encoding}") from None
-    body = _object_of(text, members, OWN)
+    body = object_of(text, members, OWN)
     _refuse_router_fields(body, reserved)
     return body
 
@@ -165,7 +177,8 @@ def json_object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _object_of(text: bytes, members: frozenset[str], prefix: str = "") -> JsonObject:
+def object_of(text: bytes, members: frozenset[str], prefix: str = "") -> JsonObject:
+    """Return a client's body, or an object in it, in which the members named are of interest. Raises ApiError 400."""
     try:
         return JsonObject(text, members, prefix)
     except JsonTextError as error:
@@ -183,7 +196,7 @@ def _refuse_router_fields(body: JsonObject, reserved: frozenset[str]) -> None:
             if text[value:end] != b"null":
                 _refuse(name)
         elif name == "vllm_xargs" and text[value] == OBJECT:
-            for inner, _, _, _, _ in _object_of(text[value:end], reserved, OWN).members:
+            for inner, _, _, _, _ in object_of(text[value:end], reserved, OWN).members:
                 _refuse(f"vllm_xargs.{inner}")
 
 
@@ -242,10 +255,20 @@ def max_tokens(endpoint: Endpoint, body: JsonObject) -> int | None:
     return None
 
 
+def prompt_tokens(usage: JsonObject) -> int:
+    """How many tokens a prompt had, by a `usage` in which PROMPT_USAGE was looked for. 0 if it states none."""
+    tokens = 0
+    for name in PROMPT_USAGE:
+        stated = usage.get(name)
+        if type(stated) is int and stated > 0:
+            tokens += stated
+    return tokens
+
+
 def stream_options(body: JsonObject) -> JsonObject | None:
     """What a client wants of a stream. None if it does not say. Raises ApiError 400."""
     raw = body.raw("stream_options")
-    return _object_of(raw, STREAM_OPTIONS) if raw is not None and raw[0] == OBJECT else None
+    return object_of(raw, STREAM_OPTIONS) if raw is not None and raw[0] == OBJECT else None
 
 
 def wants_usage(body: JsonObject) -> bool:

@@ -21,6 +21,9 @@ ERROR_START: Final = re.compile(rb'\s*\{\s*"error"\s*:\s*[{"]')
 USAGE: Final = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})')
 # The statuses of the errors of the messages API that are not the server's.
 MESSAGES_STATUSES: Final = {name: status for status, name in MESSAGES_TYPES.items()}
+# vLLM makes a stream of messages from one of chat. It cannot read an error of the latter, and sends an internal_error,
+# whose message shows the end of what it could not read, and there the status.
+WRAPPED_STATUS: Final = re.compile(r"'code': (4\d\d)\}\}, input_type=dict")
 RESPONSES_OPENING: Final = frozenset((b"response.created", b"response.queued", b"response.in_progress"))
 
 
@@ -96,7 +99,10 @@ class Messages(TypedForm):
         error = fields.get("error")
         if fields.get("type") != "error":
             return 0
-        return MESSAGES_STATUSES.get(str(error.get("type")), 500) if isinstance(error, dict) else 500
+        if not isinstance(error, dict):
+            return 500
+        wrapped = WRAPPED_STATUS.search(str(error.get("message")))
+        return int(wrapped[1]) if wrapped else MESSAGES_STATUSES.get(str(error.get("type")), 500)
 
     def error_event(self, error: ApiError) -> bytes:
         return b"event: error\ndata: %b\n\n" % error.messages_body()

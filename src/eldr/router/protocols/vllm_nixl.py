@@ -17,7 +17,15 @@ from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
 from eldr.router.protocols.json_object import ARRAY, OBJECT, QUOTE, JsonObject, Value, inner_object
 from eldr.router.protocols.lenient import is_true, whole_number
-from eldr.router.protocols.openai import ENDPOINTS, MESSAGES, RESPONSES, Endpoint
+from eldr.router.protocols.openai import (
+    ENDPOINTS,
+    MESSAGES,
+    PROMPT_USAGE,
+    RESPONSES,
+    Endpoint,
+    object_of,
+    prompt_tokens,
+)
 from eldr.router.protocols.vllm_refusals import PROMPT_IN_ANSWER, refuse_early
 
 # Fields that name hosts, blocks or caches of other workers. Only the router may send them.
@@ -79,16 +87,17 @@ WHOLE: tuple[WhyWhole, ...] = (
     # These two mean something for completions alone.
     ("prompt_embeds", "prompt_embeds", _is_given),
     ("suffix", "suffix", _is_given),
-    # And these for responses.
+)
+# The same for responses. In messages, vLLM ignores all of these members.
+RESPONSES_WHOLE: tuple[WhyWhole, ...] = (
+    ("top_logprobs", "all_logprobs", _is_minus_one),
     ("truncation", "truncate_to_context", _truncates),
     ("previous_input_messages", "previous_input_messages", _is_given),
 )
 # Members that one endpoint alone knows are looked for only there.
-ENDPOINTS_OWN = frozenset(("prompt_embeds", "suffix", "return_prompt_text", "truncation", "previous_input_messages"))
+ENDPOINTS_OWN = frozenset(("prompt_embeds", "suffix", "return_prompt_text"))
 HANDOFF = frozenset(("do_remote_prefill", "remote_request_id", "eldr_counts", "eldr_lease", "eldr_record"))
 RECORD = frozenset(("eldr_counts", "eldr_decode_experts"))
-# The numbers of prompt tokens: one of all, or those read from the cache, written to it, and neither.
-USAGE = frozenset(("prompt_tokens", "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
 TYPE = frozenset(("type",))
 CONTENT = frozenset(("content",))
 ITEM = frozenset(("type", "output"))
@@ -121,11 +130,11 @@ def _type_of(body: JsonObject) -> Value:
 
 
 def _objects(text: bytes, start: int, end: int, wanted: frozenset[str]) -> list[JsonObject]:
-    """The objects of an array. What is none is left out, because a worker refuses it."""
+    """The objects of an array. What is none is left out, because a worker refuses it. Raises ApiError 400."""
     found: list[JsonObject] = []
     for at, behind in json_elements(text, start, end, end):
         if text[at] == OBJECT:
-            found.append(JsonObject(text[at:behind], wanted))
+            found.append(object_of(text[at:behind], wanted))
     return found
 
 
@@ -189,7 +198,8 @@ class VllmNixl(LegProtocol):
         }
 
     def why_whole(self, endpoint: Endpoint, body: JsonObject) -> str | None:
-        for name, label, keeps_whole in WHOLE:
+        rules = WHOLE if endpoint.choices else RESPONSES_WHOLE if endpoint.path == RESPONSES else ()
+        for name, label, keeps_whole in rules:
             if name in body and keeps_whole(body.get(name)):
                 return label
         if endpoint.path == RESPONSES and not _are_clients_tools(body):
@@ -218,13 +228,8 @@ class VllmNixl(LegProtocol):
         params = inner_object(answer.raw("kv_transfer_params"), HANDOFF)
         if params is None or params.raw("do_remote_prefill") != b"true":
             return None
-        usage = inner_object(answer.raw("usage"), USAGE)
-        tokens = 0
-        if usage is not None:
-            for name in USAGE:
-                value = usage.get(name)
-                if type(value) is int:
-                    tokens += value
+        usage = inner_object(answer.raw("usage"), PROMPT_USAGE)
+        tokens = 0 if usage is None else prompt_tokens(usage)
         return HandOff(params, source, params.get("remote_request_id"), tokens, sent_s)
 
     def decode_body(

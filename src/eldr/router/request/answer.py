@@ -155,9 +155,10 @@ class DecodeAnswer(Answer):
             return
         first = events[0] if events else overlong
         assert first is not None
-        # An error may come behind what opened the stream.
-        if len(events) > 1 and self._form.error_status(events[-1].data, events[-1].whole) >= 500:
-            raise WrongAnswerError("status 200 with an error")
+        # An error may come behind what opened the stream, and its end behind the error.
+        for event in events[1:]:
+            if self._form.error_status(event.data, event.whole) >= 500:
+                raise WrongAnswerError("status 200 with an error")
         self._first_event(first)
         self.begun = True
         self.times.begin()
@@ -199,6 +200,11 @@ class DecodeAnswer(Answer):
             self.broken = ExchangeError("the worker reported an error within the stream")
         self._refused = 0 < status < 500
         self.times.stated = usage_tokens(latest) or usage_tokens(event.data)
+
+    @property
+    def opened(self) -> bool:
+        """Whether what opens a stream has arrived, and nothing else."""
+        return not self.begun and len(self._opening) > 0
 
     @property
     def complete(self) -> bool:

@@ -22,6 +22,7 @@ from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
 from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.streams import FORMS
+from eldr.router.request.answer import DecodeAnswer
 from eldr.router.request.intake import NO_BODY, Job
 from eldr.router.request.verdict import Names, WorkerStatusError, check_completion, check_first_event, check_status
 
@@ -267,20 +268,29 @@ class Leg:
         self._shared.outcomes.succeeded(self.worker)
 
     def failed(self, error: ExchangeError, answer: Answer | None = None) -> LegFailure:
-        """Return the failure to raise, and count it against the worker.
+        """Return the failure to raise, and count it against the worker if that is to blame.
 
-        It is not counted if the worker whose blocks it was to pull is gone, because that pull would have failed
-        everywhere. Nor is it if a worker is late with a request that runs whole, because the prompt may be slow, and
-        its client would take out one worker after the other.
+        answer: the worker's own, for the client.
+        """
+        if self._is_to_blame(error):
+            self._shared.outcomes.failed(self.worker, error.reason)
+        return LegFailure(self.worker.role, error.reason, error, worker=self.worker, source=self._source, answer=answer)
+
+    def _is_to_blame(self, error: ExchangeError) -> bool:
+        """Whether the worker is to blame for a failure.
+
+        It is not if the worker whose blocks it was to pull is gone, because that pull would have failed everywhere.
+
+        Of a request that runs whole, the client may be the cause, and would take out one worker after the other. Its
+        prompt may be slow. And vLLM opens a stream of /v1/responses before it has read all that the client wants, and
+        then closes the connection if it refuses that. A worker that is broken fails its probes as well.
         """
         source = self._source
         if source is not None:
-            blamed = self._shared.fleet.has(source) and source.available
-        else:
-            blamed = self.worker.role == "prefill" or not error.timed_out
-        if blamed:
-            self._shared.outcomes.failed(self.worker, error.reason)
-        return LegFailure(self.worker.role, error.reason, error, worker=self.worker, source=source, answer=answer)
+            return self._shared.fleet.has(source) and source.available
+        if self.worker.role == "prefill":
+            return True
+        return not error.timed_out and not (isinstance(self._answer, DecodeAnswer) and self._answer.opened)
 
     def broke(self, error: ExchangeError) -> None:
         """The worker failed in the middle of a stream."""

@@ -18,6 +18,7 @@ import orjson
 from eldr.router.http.errors import ApiError
 from eldr.router.http.message import Request
 from eldr.router.protocols.json_object import JsonObject, inner_object
+from eldr.router.protocols.openai import PROMPT_USAGE, prompt_tokens
 
 # What each limit counts, and over how many seconds.
 REQUESTS: Final = "requests"
@@ -29,10 +30,9 @@ LIMITS: Final[dict[str, tuple[str, float]]] = {
     "tokens_per_day": (TOKENS, 86400.0),
 }
 KINDS: Final = (REQUESTS, TOKENS)
-# The names of the numbers of tokens in a usage, by API.
-PROMPT_USAGE: Final = ("prompt_tokens", "input_tokens")
+# The names of the number of generated tokens in a usage, by API.
 GENERATED_USAGE: Final = ("completion_tokens", "output_tokens")
-USAGE: Final = frozenset((*PROMPT_USAGE, *GENERATED_USAGE))
+USAGE: Final = PROMPT_USAGE.union(GENERATED_USAGE)
 
 
 class QuotaError(ApiError):
@@ -150,10 +150,7 @@ class Charge:
         usage = inner_object(answer.raw("usage"), USAGE)
         if usage is None:
             return
-        for name in PROMPT_USAGE:
-            prompt = usage.get(name)
-            if type(prompt) is int and prompt >= 0:
-                self.prompt_tokens = prompt
+        self.prompt_tokens = prompt_tokens(usage) or self.prompt_tokens
         for name in GENERATED_USAGE:
             generated = usage.get(name)
             if type(generated) is int and generated >= 0:
