@@ -319,6 +319,34 @@ async def test_a_worker_of_another_model_joins_as_a_model_of_its_own(admin: dict
 
 
 @on_uvloop
+async def test_a_request_outlives_all_workers_of_its_model(admin: dict[str, Any]) -> None:
+    async def held(worker: FakeWorker, seen: Seen, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(3600)
+
+    new = [await FakeWorker(role, model="big").start() for role in ("prefill", "decode")]
+    async with running(2, 2, prepare=two_models, worker_wait_s=30.0, **admin) as s:
+        try:
+            s.prefill[1].behaviour = held
+            asked = asyncio.create_task(s.post({**ASK, "model": "big"}))
+            await until(lambda: s.prefill[1].generated, "its prefill runs")
+            for worker in (s.decode[1], s.prefill[1]):
+                await ask_admin(s, "DELETE", "/admin/workers", {"url": worker.url})
+                await until_state(s, "decode", worker.url, "gone")
+                await until_state(s, "prefill", worker.url, "gone")
+            assert len(s.router.services.fleet.groups) == 1
+            await asyncio.sleep(0.1)
+            assert not asked.done()
+            for worker in new:
+                await ask_admin(s, "POST", "/admin/workers", {"url": worker.url, "role": worker.role})
+            assert (await asked).status == 200
+            assert [len(worker.generated) for worker in new] == [1, 1]
+            assert await s.metric("eldr_admitted") == await s.metric("eldr_inflight") == 0
+        finally:
+            for worker in new:
+                await worker.stop()
+
+
+@on_uvloop
 async def test_names_of_one_model_on_different_workers_make_one_group() -> None:
     def alias(s: Setup) -> None:
         s.prefill[0].aliases = ["mini"]

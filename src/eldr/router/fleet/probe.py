@@ -110,17 +110,6 @@ class HealthProbe:
         self._worker.clock_skew_s = _clock_skew_s(answer.headers.get(b"date"))
 
 
-def _model_lengths(answer: Answer) -> dict[str, int]:
-    """Return the `max_model_len` of each model in an answer of /v1/models that was read before."""
-    lengths: dict[str, int] = {}
-    if answer.status == 200:
-        for model in answer.json()["data"]:  # type: ignore[index]
-            length = model.get("max_model_len") if isinstance(model, dict) else None
-            if type(length) is int and length > 0 and isinstance(model.get("id"), str):
-                lengths[model["id"]] = length
-    return lengths
-
-
 def _clock_skew_s(date: bytes | None) -> float | None:
     """Return a Date header minus our clock. Dates are cut to whole seconds, so half a second is added."""
     if date is None:
