@@ -211,6 +211,10 @@ class Fleet:
                 return unlisted
         return None
 
+    def any_served(self) -> Served:
+        """The workers of a model that has available decode workers. Of any model if none has."""
+        return next((group.whole for group in self.groups if group.whole.any_available("decode")), self.groups[0].whole)
+
     def listed(self) -> Iterator[Served]:
         """Every name that a worker lists."""
         return self._names.listed()
