@@ -99,7 +99,7 @@ class HealthProbe:
 
     async def _get_health(self) -> Answer:
         connection = await self._pool.connection()
-        answer = Answer()
+        answer = Answer(ours=True)
         connection.start(answer, self._pool.request(b"GET", b"/health"), self._timeout_s)
         await connection.finish(answer)
         if answer.status != 200:
