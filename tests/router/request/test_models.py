@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -401,6 +402,24 @@ async def test_a_model_without_a_calibration_is_placed_by_load_and_that_is_said(
         assert await s.metric("eldr_policy_errors_total") == 0
     assert "the requests for big are placed by jsq" in caplog.text
     assert main(["decisions", str(log)]) == 0
+
+
+@on_uvloop
+async def test_a_model_joins_although_its_calibration_was_replaced(tmp_path: Path, admin: dict[str, Any]) -> None:
+    file = make_calibration(tmp_path / "all.npz", LAYERS, EXPERTS)
+    used = hashlib.sha256(file.read_bytes()).hexdigest()
+    path = tmp_path / "decisions.jsonl"
+    new = [await FakeWorker(role, model="big").start() for role in ("prefill", "decode")]
+    async with running(policy="locality-band", calibration=file, decision_log=path, **admin) as s:
+        file.unlink()
+        for worker in new:
+            await ask_admin(s, "POST", "/admin/workers", {"url": worker.url, "role": worker.role})
+            await until_state(s, worker.role, worker.url, "up")
+        assert (await s.post({**ASK, "model": "big"})).status == 200
+    for worker in new:
+        await worker.stop()
+    headers = [line for line in map(json.loads, path.read_text().splitlines()) if line["event"] == "log"]
+    assert [(header["model"], header["calibration_sha256"]) for header in headers] == [("tiny", used), ("big", used)]
 
 
 def test_a_policy_that_needs_a_calibration_is_refused_without_any() -> None:
