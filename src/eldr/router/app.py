@@ -40,7 +40,7 @@ from eldr.router.http.pool import WorkerPool
 from eldr.router.http.server import ClientConnection
 from eldr.router.http.tls import ServerTls, worker_context
 from eldr.router.observe.counters import Metrics
-from eldr.router.observe.decision_log import DecisionLog, log_header
+from eldr.router.observe.decision_log import DecisionLog, calibration_digests, log_header
 from eldr.router.observe.tracing import Tracing
 from eldr.router.placement.admission import Admission
 from eldr.router.placement.lanes import Lanes, MakePolicy
@@ -306,10 +306,11 @@ def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Zo
 
 def _logged(make_policy: MakePolicy, placement: PlacementSettings, decision_log: DecisionLog) -> MakePolicy:
     """Make policies whose events are logged, each after a header of its own."""
+    digests = calibration_digests(placement)
 
     def make(group: ModelGroup) -> Policy:
         policy, write = make_policy(group), decision_log.run()
-        write(log_header(placement, policy.name, group.bases).to_wire())
+        write(log_header(placement, digests, policy.name, group.bases).to_wire())
         return LoggedPolicy(policy, write)
 
     return make

@@ -161,6 +161,19 @@ async def test_workers_that_leave_and_fall_are_shown_as_such(tmp_path: Path) -> 
 
 
 @on_uvloop
+async def test_each_worker_has_the_name_of_its_model_if_there_are_several(tmp_path: Path) -> None:
+    def two_models(s: Setup) -> None:
+        s.prefill[1].model = s.decode[1].model = HOSTILE
+
+    async with shown(tmp_path, prefill=2, decode=2, prepare=two_models) as (s, page):
+        for worker in (*s.prefill, *s.decode):
+            await expect(row(page, worker).locator(".model")).to_have_text(worker.model)
+    async with shown(tmp_path) as (s, page):
+        await expect(row(page, s.decode[0]).locator(".state")).to_have_text("up")
+        await expect(row(page, s.decode[0]).locator(".model")).to_have_text("")
+
+
+@on_uvloop
 async def test_the_heat_map_holds_what_the_policy_expects(tmp_path: Path) -> None:
     async with shown(tmp_path, policy=ExpectedUnion(), decode=2) as (s, page):
         for worker in s.prefill:

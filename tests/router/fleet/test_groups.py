@@ -37,7 +37,7 @@ def join(
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["join", "leave", "list", "down", "up", "start", "finish"]),
+        st.sampled_from(["join", "join", "join", "list", "list", "leave", "down", "up", "start", "finish"]),
         st.integers(0, 5),
         st.none() | st.sets(st.sampled_from(BASES), min_size=1, max_size=2),
         st.sets(st.sampled_from(ADAPTERS)),
@@ -88,6 +88,8 @@ def check(fleet: Fleet, workers: list[Worker]) -> None:
         decode = group.workers["decode"].values()
         assert group.eligible == {w.url: w.in_flight for w in decode if w.available and w.in_flight < 4}
         assert group.free == sum(4 - load for load in group.eligible.values())
+    for group in groups:
+        assert connected([worker.bases for worker in group.members() if worker.models is not None])
     # Workers with a base model in common are together.
     in_service = [worker for worker in workers if worker.available]
     for one in in_service:
@@ -109,6 +111,46 @@ def check(fleet: Fleet, workers: list[Worker]) -> None:
         else:  # adapters of two base models may have the same name, which stands for one of them
             own = {worker.url for worker in in_service if fleet.group(worker) is served.group}
             assert listing & own <= {worker.url for worker in served.workers("decode")}
+
+
+def connected(sets: list[frozenset[str]]) -> bool:
+    """Whether one can get from each set to each other over elements in common."""
+    reached = set(sets[0]) if sets else set()
+    for _ in sets:
+        for names in sets:
+            if reached & names:
+                reached |= names
+    return all(names <= reached for names in sets)
+
+
+def test_groups_that_one_worker_made_one_part_again() -> None:
+    for leaves in (False, True):
+        fleet = Fleet()
+        ones = [join(fleet, f"http://{role}:1", role, {"m1"}) for role in ROLES]
+        others = [join(fleet, f"http://{role}:2", role, {"m2"}) for role in ROLES]
+        between = join(fleet, "http://between", "decode", {"m1", "m2"})
+        assert len(fleet.groups) == 1
+        assert fleet.served(None) is not None
+        served = fleet.served("m2")
+        assert served is not None
+        served.requests += 1
+        served.promise()
+        told: list[Worker] = []
+        fleet.on_change(told.append)
+        if leaves:
+            fleet.remove(between)
+        else:
+            fleet.set_models(between, cards({"m1"}, set()), 1.0)
+        assert fleet.served(None) is None  # nobody knows which one is meant
+        groups = [{fleet.group(worker) for worker in workers} for workers in (ones, others)]
+        assert [len(found) for found in groups] == [1, 1]
+        assert groups[0] != groups[1]
+        (group,) = groups[1]
+        assert fleet.served("m2") is served
+        assert served.group is group
+        assert group is not None
+        assert (group.bases, group.free, group.promised) == ({"m2"}, 4, 1)
+        assert {*others, between} <= set(told)
 
 
 def test_an_older_answer_does_not_undo_a_newer_one() -> None:

@@ -63,7 +63,9 @@ async def test_a_list_that_changes_while_the_first_workers_are_probed() -> None:
     await until(lambda: joins in services.fleet.eligible, "the new one is up")
     await until(lambda: goes not in services.fleet.workers("prefill"), "the other one has left")
     for n in range(50):
-        chosen = services.lanes.of(services.fleet.groups[0]).ring.choose(b"prompt %d" % n)
+        lane = services.lanes.of(services.fleet.groups[0])
+        assert lane is not None
+        chosen = lane.ring.choose(b"prompt %d" % n)
         assert chosen is not None
         assert chosen[0].url == stays
     await membership.close()

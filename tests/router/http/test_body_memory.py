@@ -11,8 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from eldr.router.config.endpoint import Endpoint
 from eldr.router.config.groups import ClientLimits
-from eldr.router.http.body_memory import SMALL_ANSWER_BYTES, SMALL_REQUEST_BYTES, BodyMemory
+from eldr.router.http.body_memory import SMALL_ANSWER_BYTES, SMALL_REQUEST_BYTES, BodyMemory, Hold
 from eldr.router.http.client import Answer
 from eldr.router.http.pool import WorkerPool
 from eldr.router.http.server import ClientConnection, State
@@ -257,6 +258,32 @@ async def test_an_answer_without_room_is_no_fault_of_its_worker() -> None:
         s.decode[0].behaviour = None
         assert (await s.post()).status == 200
         assert await held_bytes(s) == 0
+
+
+@on_uvloop
+async def test_what_the_router_itself_asks_of_workers_always_finds_room() -> None:
+    def long_lists(s: Setup) -> None:
+        for worker in (*s.prefill, *s.decode):
+            worker.adapters = [f"adapter-{number}" for number in range(4000)]
+            worker.metrics = "# HELP padding\n" * 40_000
+
+    limits = ClientLimits(max_bodies_bytes=4 * MIB)
+    async with running(1, 1, prepare=long_lists, max_bodies_bytes=limits.max_bodies_bytes) as s:
+        assert all(len(worker.model_list()) > SMALL_ANSWER_BYTES for worker in s.decode)
+        memory = s.router.services.legs.pools[next(iter(s.router.services.fleet.workers("decode").values()))].memory
+        hold = Hold(memory)
+        hold.add(limits.max_bodies_bytes - SMALL_REQUEST_BYTES)
+        assert (await s.get("/v1/models/adapter-3999")).status == 200
+        assert (await s.get("/v1/models/other")).status == 404  # after another look
+        s.decode[0].adapters.append("new")
+        assert (await s.post({**ASK, "model": "new"})).status == 200
+        joins = await FakeWorker("decode").start()
+        joins.adapters, joins.metrics = s.decode[0].adapters, s.decode[0].metrics
+        s.router.membership.join(Endpoint(joins.url, "decode"), "admin")
+        await until(lambda: s.router.services.fleet.workers("decode")[joins.url].healthy, "it is up")
+        await joins.stop()
+        assert memory.refused_answers == 0
+        del hold
 
 
 @on_uvloop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +320,34 @@ async def test_a_worker_of_another_model_joins_as_a_model_of_its_own(admin: dict
 
 
 @on_uvloop
+async def test_a_request_outlives_all_workers_of_its_model(admin: dict[str, Any]) -> None:
+    async def held(worker: FakeWorker, seen: Seen, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(3600)
+
+    new = [await FakeWorker(role, model="big").start() for role in ("prefill", "decode")]
+    async with running(2, 2, prepare=two_models, worker_wait_s=30.0, **admin) as s:
+        try:
+            s.prefill[1].behaviour = held
+            asked = asyncio.create_task(s.post({**ASK, "model": "big"}))
+            await until(lambda: s.prefill[1].generated, "its prefill runs")
+            for worker in (s.decode[1], s.prefill[1]):
+                await ask_admin(s, "DELETE", "/admin/workers", {"url": worker.url})
+                await until_state(s, "decode", worker.url, "gone")
+                await until_state(s, "prefill", worker.url, "gone")
+            assert len(s.router.services.fleet.groups) == 1
+            await asyncio.sleep(0.1)
+            assert not asked.done()
+            for worker in new:
+                await ask_admin(s, "POST", "/admin/workers", {"url": worker.url, "role": worker.role})
+            assert (await asked).status == 200
+            assert [len(worker.generated) for worker in new] == [1, 1]
+            assert await s.metric("eldr_admitted") == await s.metric("eldr_inflight") == 0
+        finally:
+            for worker in new:
+                await worker.stop()
+
+
+@on_uvloop
 async def test_names_of_one_model_on_different_workers_make_one_group() -> None:
     def alias(s: Setup) -> None:
         s.prefill[0].aliases = ["mini"]
@@ -373,6 +402,24 @@ async def test_a_model_without_a_calibration_is_placed_by_load_and_that_is_said(
         assert await s.metric("eldr_policy_errors_total") == 0
     assert "the requests for big are placed by jsq" in caplog.text
     assert main(["decisions", str(log)]) == 0
+
+
+@on_uvloop
+async def test_a_model_joins_although_its_calibration_was_replaced(tmp_path: Path, admin: dict[str, Any]) -> None:
+    file = make_calibration(tmp_path / "all.npz", LAYERS, EXPERTS)
+    used = hashlib.sha256(file.read_bytes()).hexdigest()
+    path = tmp_path / "decisions.jsonl"
+    new = [await FakeWorker(role, model="big").start() for role in ("prefill", "decode")]
+    async with running(policy="locality-band", calibration=file, decision_log=path, **admin) as s:
+        file.unlink()
+        for worker in new:
+            await ask_admin(s, "POST", "/admin/workers", {"url": worker.url, "role": worker.role})
+            await until_state(s, worker.role, worker.url, "up")
+        assert (await s.post({**ASK, "model": "big"})).status == 200
+    for worker in new:
+        await worker.stop()
+    headers = [line for line in map(json.loads, path.read_text().splitlines()) if line["event"] == "log"]
+    assert [(header["model"], header["calibration_sha256"]) for header in headers] == [("tiny", used), ("big", used)]
 
 
 def test_a_policy_that_needs_a_calibration_is_refused_without_any() -> None:

@@ -116,7 +116,7 @@ async def test_keys_hold_here_too(tmp_path: Path) -> None:
 async def test_another_worker_is_asked_if_one_fails(path: str, answer: tuple[int, bytes, str]) -> None:
     async with running(decode=2, prepare=serving(path), eject_share=0) as s:
         s.decode[0].others[path] = answer
-        for _ in range(8):
+        for _ in range(40):
             assert (await s.post(BODY, path)).body == ANSWER
         failed = s.decode[0].asked(path)
         assert failed > 0
@@ -153,6 +153,63 @@ async def test_other_answers_are_passed_on_as_they_are(answer: tuple[int, bytes,
         got = await s.post(BODY, COMPUTES)
         assert (got.status, got.body) == answer[:2]
         assert s.decode[0].asked(COMPUTES) == 1
+
+
+@on_uvloop
+async def test_bytes_come_with_the_header_that_tells_their_shapes(tmp_path: Path) -> None:
+    # As vLLM 0.32 sends embeddings with "encoding_format": "bytes".
+    shapes = (
+        '{"id": "embd-1", "created": 1, "model": "tiny", "data": [{"index": 0, "embed_dtype": "float32", '
+        '"endianness": "native", "start": 0, "end": 4, "shape": [1]}], "usage": {"prompt_tokens": 7, '
+        '"total_tokens": 7, "completion_tokens": 0}}'
+    )
+    kind = f"application/octet-stream\r\nmetadata: {shapes}"
+    (tmp_path / "keys").write_text("secret alice tokens_per_day=1000\n")
+    async with running(
+        prepare=serving(COMPUTES, answer=(200, b"\x00\x00\x80?", kind)), api_key_file=tmp_path / "keys"
+    ) as s:
+        got = await s.post(BODY, COMPUTES, bearer("secret"))
+        assert (got.body, got.headers["content-type"]) == (b"\x00\x00\x80?", "application/octet-stream")
+        assert got.headers["metadata"] == shapes
+        assert s.router.services.quotas.clients["alice"].used["tokens"] == 7
+        for worker in s.decode:
+            worker.others[COMPUTES] = (200, ANSWER, f"application/json\r\nmetadata: {shapes}")
+        assert "metadata" not in (await s.post(BODY, COMPUTES, bearer("secret"))).headers
+        s.decode[0].others[COMPUTES] = (200, b"1", "application/octet-stream\r\nmetadata: {")
+        assert (await s.post(BODY, COMPUTES, bearer("secret"))).status == 200
+
+
+@on_uvloop
+async def test_a_late_answer_is_not_blamed_on_the_worker() -> None:
+    async def held(worker: FakeWorker, seen: Seen, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(3600)
+
+    limits = {"decode_answer_timeout_s": 0.1, "eject_failures": 1, "retries": 0}
+    async with running(decode=4, prepare=serving(COMPUTES), **limits) as s:
+        for worker in s.decode:
+            worker.behaviour = held
+        for _ in range(4):
+            assert (await s.post(BODY, COMPUTES)).status == 504
+        assert await s.metric("eldr_timeouts_total", leg="answer") == 4
+        assert await s.metric("eldr_worker_failures_total") == await s.metric("eldr_ejections_total") == 0
+
+
+@on_uvloop
+async def test_the_version_belongs_to_no_model() -> None:
+    def two_models(s: Setup) -> None:
+        s.prefill[1].model = s.decode[1].model = "big"
+        serving("/version", "/tokenizer_info")(s)
+
+    async with running(2, 2, prepare=two_models, worker_wait_s=0.0) as s:
+        assert (await s.get("/version")).body == ANSWER
+        assert (await s.get("/tokenizer_info")).status == 400
+        await s.decode[0].stop()
+        decode = s.router.services.fleet.workers("decode")
+        await until(lambda: not decode[s.decode[0].url].healthy, "it is found out")
+        assert (await s.get("/version")).body == ANSWER
+        await s.decode[1].stop()
+        await until(lambda: not decode[s.decode[1].url].healthy, "it is found out")
+        assert (await s.get("/version")).status == 503
 
 
 @on_uvloop

@@ -57,7 +57,6 @@ class ModelsFlow:
         if self._task is not None:
             self._task.cancel()
             self._task = None  # the task keeps its cancellation, which knows this flow: no cycle
-            self._task = None  # the task keeps its cancellation, which knows this flow: no cycle
 
     def on_client_stalled(self) -> None:
         pass

@@ -147,6 +147,26 @@ class ModelGroup:
             return not worker.bases.isdisjoint(self.bases)
         return any(not worker.bases.isdisjoint(other.bases) for other in others)
 
+    def parts(self) -> list[list[Worker]]:
+        """Its workers, apart if no name of a base model connects them any more. The largest part comes first.
+
+        Workers that list nothing belong to the first.
+        """
+        parts: list[tuple[frozenset[str], list[Worker]]] = []
+        silent: list[Worker] = []
+        for worker in self.members():
+            if worker.models is None:
+                silent.append(worker)
+                continue
+            names, workers = worker.bases, [worker]
+            for part in [part for part in parts if not part[0].isdisjoint(worker.bases)]:
+                names, workers = names | part[0], part[1] + workers
+                parts.remove(part)
+            parts.append((names, workers))
+        found = sorted((workers for _, workers in parts), key=len, reverse=True) or [[]]
+        found[0] += silent
+        return found
+
     def add(self, worker: Worker) -> None:
         self.workers[worker.role][worker.url] = worker
         self.refresh(worker)

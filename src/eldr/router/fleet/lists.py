@@ -90,7 +90,7 @@ class ModelLists:
         """
         pool = self._pools[worker]
         connection = await pool.connection()
-        answer = Answer(MAX_LIST_BYTES)
+        answer = Answer(MAX_LIST_BYTES, ours=True)
         connection.start(answer, pool.request(b"GET", MODELS, client_authorization=authorization), timeout_s)
         await connection.finish(answer)
         return answer

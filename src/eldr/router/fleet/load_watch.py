@@ -138,7 +138,7 @@ class LoadWatch:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 connection = await self._pool.connection()
-                answer = Answer()
+                answer = Answer(ours=True)
                 connection.start(answer, self._pool.request(b"GET", b"/metrics"), TIMEOUT_S)
                 await connection.finish(answer)
         except (UpstreamError, TimeoutError):

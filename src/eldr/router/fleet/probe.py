@@ -99,7 +99,7 @@ class HealthProbe:
 
     async def _get_health(self) -> Answer:
         connection = await self._pool.connection()
-        answer = Answer()
+        answer = Answer(ours=True)
         connection.start(answer, self._pool.request(b"GET", b"/health"), self._timeout_s)
         await connection.finish(answer)
         if answer.status != 200:
@@ -108,17 +108,6 @@ class HealthProbe:
 
     def _note_clock(self, answer: Answer) -> None:
         self._worker.clock_skew_s = _clock_skew_s(answer.headers.get(b"date"))
-
-
-def _model_lengths(answer: Answer) -> dict[str, int]:
-    """Return the `max_model_len` of each model in an answer of /v1/models that was read before."""
-    lengths: dict[str, int] = {}
-    if answer.status == 200:
-        for model in answer.json()["data"]:  # type: ignore[index]
-            length = model.get("max_model_len") if isinstance(model, dict) else None
-            if type(length) is int and length > 0 and isinstance(model.get("id"), str):
-                lengths[model["id"]] = length
-    return lengths
 
 
 def _clock_skew_s(date: bytes | None) -> float | None:

@@ -153,10 +153,13 @@ class Fleet:
         if self._workers[worker.role].pop(worker.url, None) is None:
             raise FleetError(f"{worker.role} worker {worker.url} is not in the fleet")
         group = self._group_of.pop(worker, None)
+        moved: list[Worker] = []
         if group is not None:
             group.remove(worker)
-            self._regrouped(group)
+            moved = self._regrouped(group)
         self._fleet_changed(worker)
+        for member in moved:
+            self._tell(member)
 
     def has(self, worker: Worker) -> bool:
         """Whether this worker object is in the fleet.
@@ -211,6 +214,10 @@ class Fleet:
                 return unlisted
         return None
 
+    def any_served(self) -> Served:
+        """The workers of a model that has available decode workers. Of any model if none has."""
+        return next((group.whole for group in self.groups if group.whole.any_available("decode")), self.groups[0].whole)
+
     def listed(self) -> Iterator[Served]:
         """Every name that a worker lists."""
         return self._names.listed()
@@ -241,7 +248,10 @@ class Fleet:
             self._tell(worker)
 
     def _join_group(self, worker: Worker) -> None:
-        """Put a worker into the group of its base model. A worker with names of two groups makes them one."""
+        """Put a worker into the group of its base model.
+
+        A worker with names of two groups makes them one, until they have no name in common any more.
+        """
         before = self._group_of.get(worker)
         matching = [group for group in self.groups if group.shares_base(worker)] if worker.bases else []
         if worker.models is None:
@@ -258,7 +268,7 @@ class Fleet:
         moved = [member for other in matching if other is not group for member in other.members()]
         for member in (*moved, worker):
             self._move(member, group)
-        self._regrouped(*matching, group, *(() if before is None else (before,)))
+        moved += self._regrouped(*matching, group, *(() if before is None else (before,)))
         for member in moved:
             self._tell(member)
 
@@ -271,14 +281,24 @@ class Fleet:
         self._group_of[worker] = group
         group.add(worker)
 
-    def _regrouped(self, *groups: ModelGroup) -> None:
+    def _regrouped(self, *groups: ModelGroup) -> list[Worker]:
+        """Bring these groups and all names up to date. Returns the workers that are in a new group now."""
+        moved: list[Worker] = []
         for group in groups:
+            for part in group.parts()[1:]:
+                new = ModelGroup()
+                self.groups.append(new)
+                for worker in part:
+                    self._move(worker, new)
+                new.name_members()
+                moved += part
             group.name_members()
             # The last group stays when its last worker leaves, with the policy's state, for workers that come back.
             if not any(group.members()) and len(self.groups) > 1 and group in self.groups:
                 self.groups.remove(group)
         if self._held is None:
             self._refresh_names()
+        return moved
 
     def _refresh_names(self) -> None:
         self._names.refresh(self.groups, (w for workers in self._workers.values() for w in workers.values()))

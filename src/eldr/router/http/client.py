@@ -103,13 +103,16 @@ class Answer:
         another attempt would not help.
 
     most_bytes: the largest body that is accepted.
+    ours: whether the router asked for itself. It then always finds room, because a worker that cannot be probed would
+        be taken out of service.
     """
 
-    def __init__(self, most_bytes: int = MAX_ANSWER_BYTES) -> None:
+    def __init__(self, most_bytes: int = MAX_ANSWER_BYTES, ours: bool = False) -> None:
         self.begun = False
         self.failure: ExchangeError | None = None
         self.no_room = False
         self._most_bytes = most_bytes
+        self._ours = ours
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
@@ -131,7 +134,7 @@ class Answer:
         if self._bytes + size > self._most_bytes:
             raise ExchangeError(f"the answer exceeds {self._most_bytes} bytes")
         if self.memory is not None:
-            if not self.memory.admits_answer(self._bytes, size):
+            if not self._ours and not self.memory.admits_answer(self._bytes, size):
                 self.no_room = True
                 raise ExchangeError("no memory is left for the answer")
             if self._hold is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,18 @@ from eldr.router.observe.line_file import LineFile
 BUFFER_BYTES = 16 * 2**20
 
 
-def log_header(placement: PlacementSettings, policy: str, models: Iterable[str]) -> LogHeader:
+def calibration_digests(placement: PlacementSettings) -> dict[Path, str]:
+    """The digests of the calibrations. Take them at the start, when the files are read: they may be replaced later."""
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in placement.calibration.values()}
+
+
+def log_header(
+    placement: PlacementSettings, digests: Mapping[Path, str], policy: str, models: Iterable[str]
+) -> LogHeader:
     """Return the header that allows the decisions of a router with this configuration to be repeated.
 
-    policy: the name of the policy. models: the names of the model whose requests it places.
+    digests: of the calibrations. policy: the name of the policy. models: the names of the model whose requests it
+    places.
     """
     models = sorted(models)
     path = placement.calibration_of(models)
@@ -37,7 +45,7 @@ def log_header(placement: PlacementSettings, policy: str, models: Iterable[str])
         seed=placement.seed,
         options=placement.options,
         calibration=None if path is None else str(path),
-        calibration_sha256=None if path is None else hashlib.sha256(path.read_bytes()).hexdigest(),
+        calibration_sha256=None if path is None else digests[path],
     )
 
 

@@ -16,15 +16,16 @@ from typing import cast
 
 from eldr.router.config.endpoint import Role
 from eldr.router.config.groups import QueueLimits
-from eldr.router.fleet.groups import Served, model_not_found
+from eldr.router.fleet.groups import Served, Urls, model_not_found
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.errors import ApiError
 from eldr.router.placement.fair_queue import FairQueue, QueueFullError
-from eldr.router.placement.room import spare
+from eldr.router.placement.room import Need, spare
 
 PRIORITIES = ("high", "normal", "low")
 RETRY_AFTER_S = 2
 MAX_RETRY_AFTER_S = 60
+NOWHERE: Urls = frozenset()
 
 
 class NoWorkerError(ApiError):
@@ -338,10 +339,11 @@ def _spare(served: Served, placing: int) -> set[str]:
     """The workers of its group that can take one more request. placing: requests for it not to reckon with."""
     group = served.group
     free = {url: group.workers["decode"][url].free for url in group.eligible}
-    needs: list[tuple[Collection[str], int]] = []
+    narrow: dict[Urls, int] = {}  # a thousand adapters are on a few combinations of workers
     wide = group.promised
     for each in group.narrow:
         wide -= each.promised
-        needs.append((each.decode or (), each.promised - placing * (each is served)))
-    needs.append((free, wide - placing * (served not in group.narrow)))
+        workers = each.decode or NOWHERE
+        narrow[workers] = narrow.get(workers, 0) + each.promised - placing * (each is served)
+    needs: list[Need] = [*narrow.items(), (free, wide - placing * (served not in group.narrow))]
     return spare(needs, free)

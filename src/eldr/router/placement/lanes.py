@@ -51,9 +51,9 @@ class Lanes:
     def __iter__(self) -> Iterator[Lane]:
         return iter(self._lanes.values())
 
-    def of(self, group: ModelGroup) -> Lane:
-        """The lane of a group that has had workers."""
-        return self._lanes[group]
+    def of(self, group: ModelGroup) -> Lane | None:
+        """The lane of a group. None if its last worker has left, while a request may still wait for another."""
+        return self._lanes.get(group)
 
     def fleet_changed(self, worker: Worker) -> None:
         """A listener of the fleet."""

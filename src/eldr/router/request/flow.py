@@ -175,7 +175,11 @@ class Flow:
         start, lanes = job.prompt_start, services.lanes
         if served.adapter:
             start += served.name.encode()  # the same prompt has other KV blocks
-        while (chosen := lanes.of(served.group).ring.choose(start, attempts.tried("prefill"), served.prefill)) is None:
+        while True:
+            lane = lanes.of(served.group)
+            chosen = None if lane is None else lane.ring.choose(start, attempts.tried("prefill"), served.prefill)
+            if chosen is not None:
+                break
             await services.admission.until_changed(served, "prefill")
         worker, spilled = chosen
         services.metrics.prefill_spills += spilled
@@ -199,10 +203,12 @@ class Flow:
         services, admission = self._services, self._services.admission
         request = job.decode_request(handoff)
         while True:
-            placements = services.lanes.of(served.group).placements
-            placement = placements.place(request, served, attempts.tried("decode"), admission.usable(served))
-            if placement is not None:
-                return placement
+            lane = services.lanes.of(served.group)
+            if lane is not None:
+                tried, usable = attempts.tried("decode"), admission.usable(served)
+                placement = lane.placements.place(request, served, tried, usable)
+                if placement is not None:
+                    return placement
             limit_s = WHOLE_WAIT_S if handoff is None else handoff.left_s(time.monotonic())
             if not await admission.until_changed(served, "decode", limit_s):
                 raise LegFailure("decode", "lease", "no worker had room before the lease ended")

@@ -18,10 +18,10 @@ from typing import Final, NamedTuple
 from eldr.kernels import NO_OBJECT, JsonTextError
 from eldr.router.fleet.groups import Served
 from eldr.router.fleet.workers import Worker
-from eldr.router.http.client import Answer, ConnectError, ExchangeError
+from eldr.router.http.client import Answer, ConnectError, ExchangeError, SilenceError
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
-from eldr.router.http.forwarding import answer_headers, client_authorization, session_line
+from eldr.router.http.forwarding import PRINTABLE, answer_headers, client_authorization, session_line
 from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
 from eldr.router.http.trace_context import trace_context, trace_lines
@@ -40,25 +40,29 @@ log = logging.getLogger("eldr.router")
 
 # The longest wait for an answer that needs no engine. A tokenizer reads some MB a second.
 NO_ENGINE_TIMEOUT_S: Final = 60.0
-# vLLM sends embeddings so if they are asked for as bytes.
 ANSWER_MEMBERS: Final = frozenset(("error", "usage"))
+# vLLM sends embeddings so if they are asked for as bytes. A header tells their shapes, in the JSON that the body would
+# be otherwise (build_pooling_bytes_streaming_response in vllm/entrypoints/pooling/utils.py).
 BYTES_TYPE: Final = b"application/octet-stream"
+BYTES_HEADER: Final = b"metadata"
 
 
 class Endpoint(NamedTuple):
-    """method: the one that it is asked with. engine: whether it runs the model."""
+    """method: the one that it is asked with. engine: whether it runs the model. model: whether it is about a model."""
 
     method: bytes
     engine: bool
+    model: bool
 
 
-_DESCRIBES: Final = Endpoint(b"GET", False)
-_TOKENIZES: Final = Endpoint(b"POST", False)
-_COMPUTES: Final = Endpoint(b"POST", True)
+_IS_VERSION: Final = Endpoint(b"GET", False, False)
+_DESCRIBES: Final = Endpoint(b"GET", False, True)
+_TOKENIZES: Final = Endpoint(b"POST", False, True)
+_COMPUTES: Final = Endpoint(b"POST", True, True)
 
 # Those of vLLM 0.32 that answer from the request alone, so that any worker may be asked.
 ENDPOINTS: Final[dict[bytes, Endpoint]] = {
-    b"/version": _DESCRIBES,
+    b"/version": _IS_VERSION,
     b"/tokenizer_info": _DESCRIBES,
     b"/tokenize": _TOKENIZES,
     b"/detokenize": _TOKENIZES,
@@ -148,7 +152,10 @@ class PassThrough:
     async def _admitted(self) -> Answer:
         """Wait for a turn, if the endpoint needs one, and for the answer. Raises ApiError or RelayedError."""
         services, admission = self._services, self._services.admission
-        served = services.fleet.served(self._model) or await services.lists.find(self._model)
+        if self._endpoint.model:
+            served = services.fleet.served(self._model) or await services.lists.find(self._model)
+        else:
+            served = services.fleet.any_served()
         if self._claim is None:
             return await self._answer(served)
         await admission.enter(self._claim, served)
@@ -200,7 +207,8 @@ class PassThrough:
                 services.outcomes.succeeded(worker)
             return answer
         except LegFailure as failure:
-            if engine and failure.reason != OVERLOAD:
+            # A late answer is not blamed on the worker, as for a completion that runs whole: the input may be slow.
+            if engine and failure.reason not in (OVERLOAD, SilenceError.reason):
                 services.outcomes.failed(worker, failure.reason)
             raise
         finally:
@@ -245,8 +253,11 @@ class PassThrough:
     # The answer.
 
     def _relay(self, answer: Answer) -> None:
-        content_type, retry_after = answer_headers(answer.headers)
-        self._client.respond(answer.status, answer.body, content_type, self._id_line() + retry_after)
+        content_type, lines = answer_headers(answer.headers)
+        shapes = answer.headers.get(BYTES_HEADER)
+        if shapes is not None and content_type == BYTES_TYPE and PRINTABLE.fullmatch(shapes) is not None:
+            lines += b"%b: %b\r\n" % (BYTES_HEADER, shapes)
+        self._client.respond(answer.status, answer.body, content_type, self._id_line() + lines)
         self._count(answer.status)
 
     def _respond_error(self, error: ApiError) -> None:
@@ -296,7 +307,10 @@ def _members(answer: Answer) -> JsonObject:
         return intake.NO_BODY
     kind = essence(answer.headers.get(b"content-type", JSON))
     if kind == BYTES_TYPE:
-        return intake.NO_BODY
+        try:
+            return JsonObject(answer.headers.get(BYTES_HEADER, b""), ANSWER_MEMBERS)
+        except JsonTextError:
+            return intake.NO_BODY
     if kind != JSON:
         raise WrongAnswerError(f"status 200 with {kind.decode('latin-1')}")
     try:

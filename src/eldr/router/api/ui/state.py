@@ -10,6 +10,7 @@ import orjson
 import eldr
 from eldr.router.api.metrics import expected_active_experts
 from eldr.router.config.endpoint import ROLES
+from eldr.router.fleet.groups import ModelGroup
 from eldr.router.fleet.workers import Worker
 from eldr.router.observe.counters import Histogram, Metrics
 from eldr.router.request.services import Services
@@ -42,7 +43,9 @@ class UiState:
                 "itl": _histogram(metrics.itl),
             },
             "workers": [
-                _worker(worker, expected.get(worker.url)) for role in ROLES for worker in fleet.workers(role).values()
+                _worker(worker, fleet.group(worker), expected.get(worker.url))
+                for role in ROLES
+                for worker in fleet.workers(role).values()
             ],
             "pictures": [
                 {"kind": picture.kind, "most": picture.most, "rows": dict(picture.rows)}
@@ -75,10 +78,11 @@ def _histogram(histogram: Histogram) -> dict[str, Any]:
     return {"bounds": histogram.bounds, "counts": histogram.counts}
 
 
-def _worker(worker: Worker, expected_experts: float | None) -> dict[str, Any]:
+def _worker(worker: Worker, group: ModelGroup | None, expected_experts: float | None) -> dict[str, Any]:
     return {
         "url": worker.url,
         "role": worker.role,
+        "model": "" if group is None else group.name,
         "state": worker.state,
         "problem": worker.problem,
         "in_flight": worker.in_flight,
