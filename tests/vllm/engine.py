@@ -79,9 +79,7 @@ class Engine:
         )
         self._ids += 1
         request_id = f"r{self._ids}"
-        self.llm.llm_engine.add_request(
-            request_id, {"prompt_token_ids": list(tokens)}, sampling, lora_request=adapter
-        )
+        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": list(tokens)}, sampling, lora_request=adapter)
         return request_id
 
     def steps(self, answers: dict[str, Answer]) -> Iterator[dict[str, int]]:
