@@ -42,7 +42,7 @@ def make_adapter(base: Path, adapter: Path, merged: Path, seed: int) -> None:
     """Write a random adapter of the model at `base`, and the model that the two make together."""
     weights = load_file(base / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
-    parts = {}
+    parts: dict[str, Any] = {}
     for name in [name for name in weights if name.removesuffix(".weight").endswith(tuple(CHANGED.values()))]:
         outputs, inputs = weights[name].shape
         down = 0.3 * torch.randn((RANK, inputs), generator=generator)
