@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+from vllm.lora.request import LoRARequest
 
 from eldr.counts import decode_counts
 from eldr.demo.ports import free_ports
@@ -63,7 +64,13 @@ class Engine:
         """Tokens per KV block. vLLM chooses its own for some models."""
         return int(self.llm.llm_engine.vllm_config.cache_config.block_size)
 
-    def submit(self, tokens: Sequence[int], params: Mapping[str, Any] | None, max_tokens: int = 1) -> str:
+    def submit(
+        self,
+        tokens: Sequence[int],
+        params: Mapping[str, Any] | None,
+        max_tokens: int = 1,
+        adapter: LoRARequest | None = None,
+    ) -> str:
         sampling = SamplingParams(
             max_tokens=max_tokens,
             temperature=0,
@@ -72,7 +79,7 @@ class Engine:
         )
         self._ids += 1
         request_id = f"r{self._ids}"
-        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": list(tokens)}, sampling)
+        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": list(tokens)}, sampling, lora_request=adapter)
         return request_id
 
     def steps(self, answers: dict[str, Answer]) -> Iterator[dict[str, int]]:
@@ -93,18 +100,23 @@ class Engine:
                 yield grown
 
     def run(
-        self, prompts: Sequence[Sequence[int]], params: Mapping[str, Any] | None, max_tokens: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Mapping[str, Any] | None,
+        max_tokens: int = 1,
+        adapters: Sequence[LoRARequest | None] | None = None,
     ) -> list[Answer]:
-        """All `prompts` at once."""
+        """All `prompts` at once, each for its adapter."""
         answers: dict[str, Answer] = {}
-        ids = [self.submit(prompt, params, max_tokens) for prompt in prompts]
+        of = adapters or [None] * len(prompts)
+        ids = [self.submit(prompt, params, max_tokens, adapter) for prompt, adapter in zip(prompts, of, strict=True)]
         for _ in self.steps(answers):
             pass
         return [answers[request_id] for request_id in ids]
 
-    def prefill(self, *prompts: Sequence[int]) -> list[Answer]:
+    def prefill(self, *prompts: Sequence[int], adapters: Sequence[LoRARequest | None] | None = None) -> list[Answer]:
         """As a prefill worker gets them. The hand-offs are left to expire."""
-        return self.run(prompts, PREFILL)
+        return self.run(prompts, PREFILL, adapters=adapters)
 
     def record(self, *prompts: Sequence[int], max_tokens: int) -> list[Answer]:
         return self.run(prompts, RECORD, max_tokens)

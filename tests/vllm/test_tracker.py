@@ -449,6 +449,13 @@ def test_a_hand_off_without_a_result_says_so() -> None:
     assert answer == {"do_remote_prefill": True, "eldr_counts": {"v": 2, "unavailable": "not_counted"}}
 
 
+def test_a_recording_without_a_result_says_so() -> None:
+    tracker = RequestTracker(group=0, block_size=4)
+    tracker.arrived("r", 5, {"eldr_record": True})
+    nothing = {"v": 2, "unavailable": "not_counted"}
+    assert tracker.finished("r", 2, None) == {"eldr_counts": nothing, "eldr_decode_experts": nothing}
+
+
 @pytest.mark.parametrize("value", ["true", 1, None, {}])
 def test_only_true_asks_for_a_recording(value: object) -> None:
     tracker = RequestTracker(group=0, block_size=4)

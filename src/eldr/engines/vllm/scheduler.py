@@ -174,7 +174,8 @@ class RequestTracker:
         # The last generated token is never an input, so no forward pass chose experts for it.
         positions = range(request.prompt_tokens, request.prompt_tokens + generated_tokens - 1)
         if self._draft_tokens or self._geometry is None:
-            _put(answer, "eldr_decode_experts", encode_unavailable("speculative_decoding"))
+            reason = "speculative_decoding" if self._draft_tokens else "not_counted"
+            _put(answer, "eldr_decode_experts", encode_unavailable(reason))
             return
         rows = np.full((len(positions), self._geometry.layers, self._geometry.top_k), -1, dtype=np.int32)
         for i, position in enumerate(positions):
