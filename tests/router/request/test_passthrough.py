@@ -184,7 +184,7 @@ async def test_a_late_answer_is_not_blamed_on_the_worker() -> None:
     async def held(worker: FakeWorker, seen: Seen, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(3600)
 
-    limits = {"decode_answer_timeout_s": 0.1, "eject_failures": 1, "retries": 0}
+    limits: dict[str, Any] = {"decode_answer_timeout_s": 0.1, "eject_failures": 1, "retries": 0}
     async with running(decode=4, prepare=serving(COMPUTES), **limits) as s:
         for worker in s.decode:
             worker.behaviour = held
