@@ -461,21 +461,19 @@ def json_chat_start(
     bytes text not None, Py_ssize_t start, Py_ssize_t end, frozenset leading not None, Py_ssize_t most
 ):
     cdef const uint8_t *data = part_of(text, start, end)
-    cdef Py_ssize_t at = first_in(data, start, end, b"["), size = 0, room
+    cdef Py_ssize_t at = first_in(data, start, end, b"["), system = 0, rest = 0, room
     cdef bint in_rest = False, closed
     cdef int fault, count, i
     cdef Member message
     cdef Member[JSON_SORTED] members
-    cdef list system = [], rest = []
-    cdef bytes piece
     if at < 0:
         raise JsonTextError(JSON_NO_VALUE, start)
     closed = at < end and data[at] == b"]"
-    cdef uint8_t *out = <uint8_t *> PyMem_Malloc(end - start)
+    cdef uint8_t *out = <uint8_t *> PyMem_Malloc(end - start)  # no message is written longer than it stands there
     if out == NULL:
         raise MemoryError
     try:
-        while not closed and (size < most or not in_rest):
+        while not closed and (rest < most or not in_rest):
             fault = json_member_at(data, at, end, False, &message)
             if fault:
                 raise JsonTextError(fault, message.next)
@@ -487,19 +485,17 @@ def json_chat_start(
                         in_rest = False
             room = message.value_end - message.value
             if in_rest:
-                room = min(room, most - size)
+                room = min(room, most - rest)
             if count < 0:
-                room = json_compact(data, message.value, message.value_end, out, room)
+                room = json_compact(data, message.value, message.value_end, out + system + rest, room)
             else:
-                room = json_sorted(data, members, count, out, room)
-            piece = PyBytes_FromStringAndSize(<char *> out, room)
+                room = json_sorted(data, members, count, out + system + rest, room)
             if in_rest:
-                rest.append(piece)
-                size += room
+                rest += room
             else:
-                system.append(piece)
+                system += room
             at = message.next
             closed = message.last
+        return out[:system], out[system:system + rest]
     finally:
         PyMem_Free(out)
-    return b"".join(system), b"".join(rest)

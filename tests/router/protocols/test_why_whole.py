@@ -113,6 +113,27 @@ def test_messages(body: dict[str, Any], reason: str | None) -> None:
     assert why(openai.MESSAGES, body) == reason
 
 
+MANY = 20_000
+OUTPUT = {"type": "function_call_output", "output": [{"type": "input_text"}] * 9}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "reason"),
+    [
+        (openai.RESPONSES, {"input": [{}] * MANY}, "input_item"),
+        (openai.RESPONSES, {"input": [1] * MANY}, "input_item"),
+        (openai.RESPONSES, {"input": [OUTPUT] * (MANY // 10)}, "multimodal"),
+        (openai.RESPONSES, {"input": [OUTPUT] * (MANY // 20)}, None),
+        (openai.RESPONSES, {"input": "x", "tools": [{"type": "function"}] * MANY}, "builtin_tools"),
+        (openai.MESSAGES, {"messages": [{"content": "tool_result"}] * MANY}, "multimodal"),
+        (openai.MESSAGES, {"messages": [{"content": "x"}] * MANY}, None),
+    ],
+)
+def test_what_would_take_long_to_look_at_runs_whole(path: bytes, body: dict[str, Any], reason: str | None) -> None:
+    """A body of empty objects alone has millions of them, and the router does nothing else meanwhile."""
+    assert why(path, body) == reason
+
+
 def test_an_image_is_found_however_it_is_written() -> None:
     raw = (
         rb'{"messages": [{"role": "user", "content": "no"}, {"role": "user", "\u0063ontent": [{"type": "tool_result",'

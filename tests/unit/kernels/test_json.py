@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from types import ModuleType
 from typing import Any
 
@@ -296,3 +297,15 @@ def test_a_message_of_many_members_is_taken_as_it_is(reader: ModuleType) -> None
             assert (system, rest) == (in_one_way(dict(sorted(message.items())))[:-1], b"")
         else:
             assert (system, rest) == (b"", in_one_way(message))
+
+
+@needs_compiler
+def test_the_start_of_many_messages_takes_no_memory_for_each() -> None:
+    data = b"[%b{}]" % (b"{}," * 200_000)
+    tracemalloc.start()
+    try:
+        eldr.kernels.json_chat_start(data, 0, len(data), frozenset(), 100)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2 * len(data)

@@ -51,6 +51,10 @@ TEXT_ITEMS = frozenset((None, "message", "function_call", "custom_tool_call", "r
 # Tools that the client calls itself. For others vLLM may generate again and again, each time with the hand-off.
 CLIENTS_TOOLS = frozenset(("function", "custom", "namespace"))
 
+# The elements of arrays that are looked at here, one by one. Each takes microseconds, and a body can have millions.
+# A request with more of them runs whole, which is always right.
+MOST_ELEMENTS = 16384
+
 WhyWhole = tuple[str, str, Callable[[Value], bool]]
 
 
@@ -129,45 +133,64 @@ def _type_of(body: JsonObject) -> Value:
     return kind if kind is None or isinstance(kind, str) else b""
 
 
-def _objects(text: bytes, start: int, end: int, wanted: frozenset[str]) -> list[JsonObject]:
-    """The objects of an array. What is none is left out, because a worker refuses it. Raises ApiError 400."""
-    found: list[JsonObject] = []
-    for at, behind in json_elements(text, start, end, end):
-        if text[at] == OBJECT:
-            found.append(object_of(text[at:behind], wanted))
-    return found
+class _Arrays:
+    """Looks into the arrays of one body, and at no more than MOST_ELEMENTS of their elements in all."""
+
+    def __init__(self) -> None:
+        self._left = MOST_ELEMENTS
+
+    def objects(self, text: bytes, start: int, end: int, wanted: frozenset[str]) -> list[JsonObject] | None:
+        """The objects of an array. What is none is left out, because a worker refuses it.
+
+        None if there are too many elements. Raises ApiError 400.
+        """
+        elements = json_elements(text, start, end, self._left + 1)
+        self._left -= len(elements)
+        if self._left < 0:
+            return None
+        return [object_of(text[at:behind], wanted) for at, behind in elements if text[at] == OBJECT]
 
 
 def _are_clients_tools(body: JsonObject) -> bool:
     span = body.span("tools")
     if span is None or body.text[span[0]] != ARRAY:
         return True
-    return all(_type_of(tool) in CLIENTS_TOOLS for tool in _objects(body.text, span[0], span[1], TYPE))
+    tools = _Arrays().objects(body.text, span[0], span[1], TYPE)
+    return tools is not None and all(_type_of(tool) in CLIENTS_TOOLS for tool in tools)
 
 
 def _why_response_whole(body: JsonObject, start: int, end: int) -> str | None:
-    text = body.text
+    text, arrays = body.text, _Arrays()
     if not json_known_parts(text, start, end, TEXT_PARTS):
         return "multimodal"
-    for item in _objects(text, start, end, ITEM):
+    items = arrays.objects(text, start, end, ITEM)
+    if items is None:
+        return "input_item"
+    for item in items:
         kind = _type_of(item)
         if kind not in TEXT_ITEMS:
             return "input_item"
         output = item.span("output")
         if kind in OUTPUT_ITEMS and output is not None and item.text[output[0]] == ARRAY:
-            for part in _objects(item.text, output[0], output[1], TYPE):
+            parts = arrays.objects(item.text, output[0], output[1], TYPE)
+            if parts is None:
+                return "multimodal"
+            for part in parts:
                 if _type_of(part) not in TEXT_PARTS:
                     return "multimodal"
     return None
 
 
 def _is_messages_text(text: bytes, start: int, end: int) -> bool:
-    """Whether no message has an image, not even in the result of a tool."""
+    """Whether no message has an image, not even in the result of a tool. False if that would take long to find out."""
     if not json_known_parts(text, start, end, MESSAGES_PARTS):
         return False
     if b"tool_result" not in text and b"\\u" not in text:
         return True
-    for message in _objects(text, start, end, CONTENT):
+    messages = _Arrays().objects(text, start, end, CONTENT)
+    if messages is None:
+        return False
+    for message in messages:
         start, end = message.span("content") or (0, 0)
         # A result is to its parts as a message is to its own.
         if message.text[start] == ARRAY and not json_known_parts(message.text, start, end, MESSAGES_PARTS):
