@@ -1,4 +1,4 @@
-"""One router in front of two base models and their LoRA adapters, which are loaded and unloaded while it runs."""
+"""One router in front of several models: two that generate, LoRA adapters that come and go, and one for embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eldr.demo.workers import Role, WorkerProcess
 from tests.e2e.dense_model import RANK, write_adapter, write_dense_model
 from tests.e2e.real_fleet import MODEL, Fleet, Router, StartRouter, call, metric, new_worker
 
-DENSE = "dense"
+DENSE, EMBEDDER = "dense", "embedder"
 TEXT = "def area(width, height):\n    return width * height\n\ndef volume(width, height, depth):\n    return "
 SAID = [{"role": "user", "content": "What is 2 + 2?"}]
 NIXL = {
@@ -29,10 +29,16 @@ NIXL = {
 
 @dataclass
 class Dense:
-    """Workers of the dense model. Both serve the adapter `always` from the start, and can load `sometimes`."""
+    """Workers of the dense model, for generation and for embeddings.
+
+    prefill, decode: both serve the adapter `always` from the start, and can load `sometimes`.
+    embedder: serves the model for embeddings alone.
+    folder: has the model and the adapters.
+    """
 
     prefill: WorkerProcess
     decode: WorkerProcess
+    embedder: WorkerProcess
     folder: Path
 
     def load(self, worker: WorkerProcess, adapter: str) -> None:
@@ -60,13 +66,15 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dense]:
             replace(spec, served_name=DENSE, extra_env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}),
         )
 
-    prefill, decode = workers = worker("prefill"), worker("decode")
+    pooling = new_worker(folder / DENSE, folder, "plain", 0, ("--runner", "pooling", "--convert", "embed")).spec
+    embedder = WorkerProcess(replace(pooling, served_name=EMBEDDER))
+    prefill, decode, _ = workers = worker("prefill"), worker("decode"), embedder
     try:
         for started in workers:
             started.start()
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda started: started.wait_ready(300), workers))
-        yield Dense(prefill, decode, folder)
+        yield Dense(prefill, decode, embedder, folder)
     finally:
         for started in workers:
             started.stop()
@@ -75,7 +83,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dense]:
 @pytest.fixture(scope="module")
 def both(fleet: Fleet, dense: Dense, start_router: StartRouter) -> Iterator[Router]:
     prefill = [fleet.prefill.url, dense.prefill.url]
-    decode = [*(worker.url for worker in fleet.decode), dense.decode.url]
+    decode = [*(worker.url for worker in fleet.decode), dense.decode.url, dense.embedder.url]
     with start_router("--policy", "expected-union", prefill=prefill, decode=decode) as running:
         yield running
 
@@ -122,7 +130,29 @@ def test_a_request_must_name_one_of_several_models(both: Router) -> None:
 
 
 def test_models_are_listed_together(both: Router) -> None:
-    assert names(both.url) == {MODEL, DENSE, "always"}
+    assert names(both.url) == {MODEL, DENSE, "always", EMBEDDER}
+
+
+@pytest.mark.parametrize(
+    ("path", "question"),
+    [
+        ("/v1/embeddings", {"input": ["hello", "world"]}),
+        ("/v1/embeddings", {"input": [68, 69], "encoding_format": "base64"}),
+        ("/score", {"text_1": "a", "text_2": "b"}),
+        ("/tokenize", {"prompt": "hello"}),
+    ],
+)
+def test_embeddings_need_no_prefill_worker(both: Router, dense: Dense, path: str, question: dict[str, Any]) -> None:
+    ask = {"model": EMBEDDER, **question}
+    answers = []
+    for url in (both.url, dense.embedder.url):
+        status, _, raw = call(url, path, ask)
+        fields = json.loads(raw)
+        answers.append((status, {key: fields[key] for key in fields if key not in ("id", "created")}))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 200
+    other = call(both.url, path, {**ask, "model": MODEL})[0]
+    assert other == (200 if path == "/tokenize" else 404), "a model that generates has no embeddings"
 
 
 def test_an_adapter_comes_and_goes(both: Router, dense: Dense) -> None:

@@ -15,17 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import vllm
 from safetensors.torch import load_file, save_file
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as moe_method
 
 from tests.vllm.engine import BLOCK_SIZE, Engine, running
 from tests.vllm.models import Model, Models
-
-pytestmark = pytest.mark.skipif(
-    vllm.__version__.startswith("0.30."), reason="vLLM 0.30 does not say which layers adapters may change"
-)
 
 RANK = 8
 CHANGED = {"q_proj": "self_attn.q_proj", "v_proj": "self_attn.v_proj", "gate": "mlp.gate"}
