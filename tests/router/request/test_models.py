@@ -15,7 +15,7 @@ from eldr.calibration import fit_calibration
 from eldr.cli.main import main
 from eldr.policies import PolicyError
 from eldr.router.app import policy_maker
-from eldr.router.config.endpoint import Role
+from eldr.router.config.endpoint import ROLES, Role
 from eldr.router.config.settings import RouterConfig
 from tests.router.admin import ask_admin, until_state
 from tests.router.fake_worker import EXPERTS, LAYERS, TOP_K, FakeWorker, Seen, counts_wire, reply
@@ -409,12 +409,12 @@ async def test_a_model_joins_although_its_calibration_was_replaced(tmp_path: Pat
     file = make_calibration(tmp_path / "all.npz", LAYERS, EXPERTS)
     used = hashlib.sha256(file.read_bytes()).hexdigest()
     path = tmp_path / "decisions.jsonl"
-    new = [await FakeWorker(role, model="big").start() for role in ("prefill", "decode")]
+    new = [await FakeWorker(role, model="big").start() for role in ROLES]
     async with running(policy="locality-band", calibration=file, decision_log=path, **admin) as s:
         file.unlink()
-        for worker in new:
-            await ask_admin(s, "POST", "/admin/workers", {"url": worker.url, "role": worker.role})
-            await until_state(s, worker.role, worker.url, "up")
+        for role, worker in zip(ROLES, new, strict=True):
+            await ask_admin(s, "POST", "/admin/workers", {"url": worker.url, "role": role})
+            await until_state(s, role, worker.url, "up")
         assert (await s.post({**ASK, "model": "big"})).status == 200
     for worker in new:
         await worker.stop()

@@ -286,6 +286,7 @@ class PassThrough:
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
+            self._task = None  # it keeps its cancellation, which knows the frames that hold the body: no cycle
 
     def on_client_gone(self) -> None:
         self._services.metrics.disconnects += 1
