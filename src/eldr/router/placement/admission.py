@@ -123,7 +123,10 @@ class Admission:
             return
         error = self._pointless(served)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it knows this frame: no cycle
         served.requests += 1
         try:
             await self._wait(claim, served)
