@@ -15,6 +15,7 @@ from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.message import Request
 from eldr.router.http.pool import WorkerPool
 from eldr.router.http.server import ClientConnection, State
+from eldr.router.http.turns import Turns
 
 LIMITS = ClientLimits(
     max_body_bytes=10_000,
@@ -160,7 +161,7 @@ def feed(pieces: list[bytes], stalls: frozenset[int] = frozenset()) -> tuple[lis
 
     async def run() -> tuple[list[Said], list[int], list[bytes]]:
         handler, transport = Recorder(), MemoryTransport(stalls)
-        connection = transport.protocol = ClientConnection(handler, LIMITS, BodyMemory(LIMITS))
+        connection = transport.protocol = ClientConnection(handler, LIMITS, BodyMemory(LIMITS), Turns())
         connection.connection_made(transport)
         for piece in pieces:
             if not transport.closed:

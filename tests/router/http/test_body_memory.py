@@ -17,6 +17,7 @@ from eldr.router.http.body_memory import SMALL_ANSWER_BYTES, SMALL_REQUEST_BYTES
 from eldr.router.http.client import Answer
 from eldr.router.http.pool import WorkerPool
 from eldr.router.http.server import ClientConnection, State
+from eldr.router.http.turns import Turns
 from tests.router.fake_worker import FakeWorker, Seen, begin_stream, chunk, reply
 from tests.router.harness import ASK, Setup, on_uvloop, running, until
 from tests.router.memory import RUNNER, Holding, UnreadTransport
@@ -30,7 +31,7 @@ class Peer:
 
     def __init__(self, memory: BodyMemory, limits: ClientLimits) -> None:
         self.handler, self.transport = Holding(), UnreadTransport()
-        self.connection = self.transport.protocol = ClientConnection(self.handler, limits, memory)
+        self.connection = self.transport.protocol = ClientConnection(self.handler, limits, memory, Turns())
         self.connection.connection_made(self.transport)
         self.left = 0  # of the body being sent
         self.arrived = 0

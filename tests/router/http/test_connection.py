@@ -16,6 +16,7 @@ from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.message import Request
 from eldr.router.http.server import TRANSITIONS, ClientConnection, State
+from eldr.router.http.turns import Turns
 from tests.router.memory import LIMITS, RUNNER, MemoryTransport, Recorder, Said, split
 from tests.router.wire import GET, wire_requests
 
@@ -52,7 +53,7 @@ class Driven:
 
     def __init__(self, handler: Deferring | None = None) -> None:
         self.handler, self.transport = handler or Deferring(), MemoryTransport()
-        self.connection = ClientConnection(self.handler, LIMITS, BodyMemory(LIMITS))
+        self.connection = ClientConnection(self.handler, LIMITS, BodyMemory(LIMITS), Turns())
         self.connection.connection_made(self.transport)
         self.lost = False
 
@@ -259,7 +260,7 @@ def talk(pieces: list[bytes], later: bool, stalls: frozenset[int]) -> tuple[list
 
     async def run() -> tuple[list[Said], bytes, bool]:
         handler, transport = Echo(later), MemoryTransport(stalls)
-        connection = transport.protocol = ClientConnection(handler, LIMITS, BodyMemory(LIMITS))
+        connection = transport.protocol = ClientConnection(handler, LIMITS, BodyMemory(LIMITS), Turns())
         connection.connection_made(transport)
         for piece in pieces:
             while not (transport.reading or transport.closed):

@@ -11,6 +11,7 @@ import pytest
 from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.limits import ConnectionWatch
 from eldr.router.http.server import ClientConnection, State
+from eldr.router.http.turns import Turns
 from tests.router.fake_worker import FakeWorker, Seen, begin_stream, chunk
 from tests.router.harness import ASK, on_uvloop, running, until
 from tests.router.memory import LIMITS, Holding, MemoryTransport, Recorder
@@ -24,7 +25,7 @@ class Connected:
 
     def __init__(self, handler: Recorder | None = None, transport: MemoryTransport | None = None) -> None:
         self.handler, self.transport = handler or Recorder(), transport or MemoryTransport()
-        self.connection = ClientConnection(self.handler, LIMITS, BodyMemory(LIMITS))
+        self.connection = ClientConnection(self.handler, LIMITS, BodyMemory(LIMITS), Turns())
         self.connection.connection_made(self.transport)
 
     def send(self, data: bytes) -> None:
@@ -171,7 +172,7 @@ async def test_framing_may_not_outweigh_the_body() -> None:
 async def test_more_connections_than_allowed_are_turned_away() -> None:
     async with running(max_connections=2) as s:
         held = [await s.session.get(s.url + "/health") for _ in range(1)]  # one kept connection
-        one = ClientConnection(s.router.clients, LIMITS, BodyMemory(LIMITS))
+        one = ClientConnection(s.router.clients, LIMITS, BodyMemory(LIMITS), Turns())
         one.connection_made(MemoryTransport())
         raw = await exchange(s, b"")
         assert status_of(raw) == 503

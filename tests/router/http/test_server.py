@@ -16,6 +16,7 @@ from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.message import MAX_HEAD_BYTES, Request
 from eldr.router.http.server import MAX_PIPELINED, WRITE_HIGH_BYTES, ClientConnection
+from eldr.router.http.turns import Turns
 from tests.router.harness import ASK, CHAT, on_uvloop, running, until
 from tests.router.memory import LIMITS, Holding, MemoryTransport, Recorder, UnreadTransport, feed, split
 from tests.router.wire import BODY, GET, POST, answers_in, exchange, post, status_of, wire_requests
@@ -231,7 +232,7 @@ async def test_what_waits_for_a_client_that_does_not_read_is_little() -> None:
 
     requests, most, stalls = 200, 0, 0
     handler, transport = Verbose(), UnreadTransport()
-    connection = transport.protocol = ClientConnection(handler, LIMITS, BodyMemory(LIMITS))
+    connection = transport.protocol = ClientConnection(handler, LIMITS, BodyMemory(LIMITS), Turns())
     connection.connection_made(transport)
     connection.data_received(GET * requests + b"\0")
     while not handler.errors:
@@ -263,7 +264,7 @@ async def test_what_follows_a_running_request_and_is_malformed_is_refused_after_
 async def test_a_flood_of_pipelined_requests_is_not_read_ahead() -> None:
     handler, transport = Holding(), MemoryTransport()
     held = handler.held
-    connection = ClientConnection(handler, LIMITS, BodyMemory(LIMITS))
+    connection = ClientConnection(handler, LIMITS, BodyMemory(LIMITS), Turns())
     connection.connection_made(transport)
     connection.data_received(GET)
     assert transport.reading

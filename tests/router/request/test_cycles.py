@@ -16,7 +16,7 @@ import pytest
 
 from tests.router.certificates import certificate
 from tests.router.fake_worker import FakeWorker, Seen, begin_stream, chunk, reply
-from tests.router.harness import ASK, Setup, on_uvloop, ours, running, until
+from tests.router.harness import ASK, Setup, bearer, on_uvloop, ours, running, until
 from tests.router.wire import BODY, POST, exchange, post
 
 
@@ -183,6 +183,21 @@ async def test_a_request_without_a_worker_leaves_no_cycle() -> None:
     async with running(worker_wait_s=0.1) as s, no_cycles(s):
         await s.decode[0].stop()
         assert {(await s.post()).status for _ in range(3)} <= {502, 503}
+        await asyncio.sleep(0.1)
+        assert (await s.post()).status == 503  # at once
+
+
+@pytest.mark.usefixtures("collector")
+@on_uvloop
+async def test_a_request_beyond_its_quota_leaves_no_cycle(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("secret alice requests_per_day=1\n")
+    async with running(api_key_file=tmp_path / "keys") as s:
+        for _ in range(3):
+            gc.collect()
+            gc.garbage.clear()  # of the start
+            last = (await s.post(headers=bearer("secret"))).status
+        gc.collect()
+        assert (last, ours(gc.garbage)) == (429, [])
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/models"])

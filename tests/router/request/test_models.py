@@ -347,6 +347,34 @@ async def test_a_request_outlives_all_workers_of_its_model(admin: dict[str, Any]
                 await worker.stop()
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings"])
+@on_uvloop
+async def test_who_waits_without_any_worker_gets_one_of_its_own_model(path: str, admin: dict[str, Any]) -> None:
+    def prepare(s: Setup) -> None:
+        two_models(s)
+        for worker in s.decode:
+            worker.others = {"/v1/embeddings": (200, b"{}", "application/json")}
+
+    async with running(2, 2, prepare=prepare, worker_wait_s=30.0, **admin) as s:
+        everybody = [(role, worker) for role in ROLES for worker in (s.prefill if role == "prefill" else s.decode)]
+        for role, worker in everybody:
+            await ask_admin(s, "DELETE", "/admin/workers", {"url": worker.url})
+            await until_state(s, role, worker.url, "gone")
+        asked = asyncio.create_task(s.post({**ASK, "model": "big"}, path))
+        nobodys = asyncio.create_task(s.post({**ASK, "model": "nobody's"}, path))
+        await until(lambda: s.router.services.admission.queued == 2, "they wait")
+        assert (await s.get("/v1/models")).status == 503  # the next look is a second away
+        for role, worker in everybody[2:]:  # both decode workers, that of the other model first
+            await ask_admin(s, "POST", "/admin/workers", {"url": worker.url, "role": role})
+        await until_state(s, "decode", s.decode[1].url, "up")
+        await ask_admin(s, "POST", "/admin/workers", {"url": s.prefill[1].url, "role": "prefill"})
+        assert (await asked).status == 200
+        assert s.decode[1].asked(path) == 1
+        assert (await nobodys).status == 404
+        assert s.decode[0].asked(path) == 0
+        assert await s.metric("eldr_admitted") == await s.metric("eldr_inflight") == 0
+
+
 @on_uvloop
 async def test_names_of_one_model_on_different_workers_make_one_group() -> None:
     def alias(s: Setup) -> None:
@@ -409,10 +437,10 @@ async def test_a_model_joins_although_its_calibration_was_replaced(tmp_path: Pat
     file = make_calibration(tmp_path / "all.npz", LAYERS, EXPERTS)
     used = hashlib.sha256(file.read_bytes()).hexdigest()
     path = tmp_path / "decisions.jsonl"
-    new = {role: await FakeWorker(role, model="big").start() for role in ROLES}
+    new = [await FakeWorker(role, model="big").start() for role in ROLES]
     async with running(policy="locality-band", calibration=file, decision_log=path, **admin) as s:
         file.unlink()
-        for role, worker in new.items():
+        for role, worker in zip(ROLES, new, strict=True):
             await ask_admin(s, "POST", "/admin/workers", {"url": worker.url, "role": role})
             await until_state(s, role, worker.url, "up")
         assert (await s.post({**ASK, "model": "big"})).status == 200

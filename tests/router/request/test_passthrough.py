@@ -184,8 +184,9 @@ async def test_a_late_answer_is_not_blamed_on_the_worker() -> None:
     async def held(worker: FakeWorker, seen: Seen, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(3600)
 
-    limits: dict[str, Any] = {"decode_answer_timeout_s": 0.1, "eject_failures": 1, "retries": 0}
-    async with running(decode=4, prepare=serving(COMPUTES), **limits) as s:
+    async with running(
+        decode=4, prepare=serving(COMPUTES), decode_answer_timeout_s=0.1, eject_failures=1, retries=0
+    ) as s:
         for worker in s.decode:
             worker.behaviour = held
         for _ in range(4):
@@ -313,6 +314,33 @@ async def test_a_router_that_stops_says_so() -> None:
         await until(lambda: s.decode[0].asked(COMPUTES) == 1, "it is asked")
         await s.router.stop(0)
         assert (await asked).status == 503
+
+
+@pytest.mark.parametrize("path", [COMPUTES, TOKENIZES])
+@pytest.mark.usefixtures("collector")
+@on_uvloop
+async def test_no_cycle_is_left_by_clients_that_leave(path: str) -> None:
+    async def held(worker: FakeWorker, seen: Seen, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(3600)
+
+    async with running(prepare=serving(path), max_inflight=2) as s:
+        s.decode[0].behaviour = held
+
+        async def come_and_go(count: int) -> None:
+            asked = [asyncio.create_task(s.post(BODY, path)) for _ in range(count)]
+            await until(lambda: s.router.running == count, "they are there")
+            await until(lambda: s.decode[0].running >= 2, "some are asked")
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+            await until(lambda: not s.router.connections, "their connections are closed")
+
+        await come_and_go(3)  # if the endpoint has a queue, one of them waits there
+        gc.collect()
+        gc.garbage.clear()  # of the start
+        await come_and_go(4)
+        gc.collect()
+        assert ours(gc.garbage) == []
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from eldr.router.config.settings import ConfigError
 from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.server import ClientConnection, Handler
 from eldr.router.http.tls import HANDSHAKE_TIMEOUT_S, ServerTls
+from eldr.router.http.turns import Turns
 
 BACKLOG = 4096
 
@@ -28,6 +29,7 @@ class Listeners:
     ) -> None:
         self._limits = limits
         self._memory = memory
+        self._decoding_turns = Turns()
         self._tls = tls
         self._inherited = list(inherited)
         self._servers: list[asyncio.Server] = []
@@ -40,7 +42,7 @@ class Listeners:
             where = {"sock": self._inherited[len(self._servers)]}
         try:
             server = await asyncio.get_running_loop().create_server(
-                lambda: cast(Any, ClientConnection(handler, self._limits, self._memory)),
+                lambda: cast(Any, ClientConnection(handler, self._limits, self._memory, self._decoding_turns)),
                 **where,
                 backlog=BACKLOG,
                 ssl=None if tls is None else tls.context,

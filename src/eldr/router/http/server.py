@@ -11,6 +11,7 @@ import socket
 import time
 from collections import deque
 from enum import Enum
+from functools import partial
 from typing import Final, Protocol, cast
 
 from eldr.router.config.groups import ClientLimits
@@ -21,6 +22,7 @@ from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.heads import answer_head, error_headers
 from eldr.router.http.keepalive import keep_alive
 from eldr.router.http.message import AWAITED, FAILED, HEAD, Request, RequestReader
+from eldr.router.http.turns import Turns
 
 # How many requests may wait behind the one being answered. One read could hold thousands, all parsed in one go.
 MAX_PIPELINED = 256
@@ -160,10 +162,11 @@ class ClientConnection:
     _transport: asyncio.Transport
     _reader: RequestReader
 
-    def __init__(self, handler: Handler, limits: ClientLimits, memory: BodyMemory) -> None:
+    def __init__(self, handler: Handler, limits: ClientLimits, memory: BodyMemory, decoding_turns: Turns) -> None:
         self._handler = handler
         self._limits = limits
         self._memory = memory
+        self._decoding_turns = decoding_turns
         self._unsent = Hold(memory)  # what waits for a client that does not read
         self._exchange: ClientExchange | None = None
         # Requests in their order. After them comes at most one error, which answers unreadable input.
@@ -341,24 +344,26 @@ class ClientConnection:
         self._exchange = exchange = ClientExchange(self, self._transport, request)
         if request.coding and request.body:
             limit = min(self._limits.max_body_bytes, self._memory.most_request_bytes)
-            self._decode(_Decoding(request, exchange, limit, self._memory))
+            decoding = _Decoding(request, exchange, limit, self._memory)
+            if self._decode(decoding):
+                self._decoding_turns.add(partial(self._decode, decoding))
         else:
             self._handler.handle(request, exchange)
 
-    def _decode(self, decoding: _Decoding) -> None:
-        """Decode a piece of a body, and the next one in the next turn of the event loop, where others have theirs."""
+    def _decode(self, decoding: _Decoding) -> bool:
+        """Decode a piece of a body, and answer the request after the last one. Returns whether there are more."""
         exchange = decoding.exchange
         if self._exchange is not exchange:  # the client has left
-            return
+            return False
         try:
             if not decoding.step():
-                asyncio.get_running_loop().call_soon(self._decode, decoding)
-                return
+                return True
         except ApiError as error:
             self._handler.refused(error)
             exchange.respond_error(error)
-            return
+            return False
         self._handler.handle(decoding.request, exchange)
+        return False
 
     def finish(self, keep_alive: bool) -> None:
         """The answer is complete. keep_alive: whether the connection can be used again."""

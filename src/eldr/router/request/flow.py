@@ -24,7 +24,7 @@ from eldr.router.request.attempts import Attempts
 from eldr.router.request.intake import Job
 from eldr.router.request.legs import Leg, LegFailure, LegRefused, RelayedError
 from eldr.router.request.quotas import Charge
-from eldr.router.request.services import Services
+from eldr.router.request.services import Services, admit
 from eldr.router.request.verdict import worker_error
 
 log = logging.getLogger("eldr.router")
@@ -117,9 +117,8 @@ class Flow:
         Raises ApiError or RelayedError.
         """
         services = self._services
-        served = services.fleet.served(job.model) or await services.lists.find(job.model)
+        served = await self._admit(job)
         attempts = Attempts(services.retries, self._id, served)
-        await self._admit(job, served)
         try:
             handoff: HandOff | None = None
             whole = self._runs_whole(job.why_whole)
@@ -149,14 +148,16 @@ class Flow:
         else:
             self._relay(answer, handoff, record=job.record)
 
-    async def _admit(self, job: Job, served: Served) -> None:
+    async def _admit(self, job: Job) -> Served:
+        """Wait for a turn. Returns who serves the model. Raises ApiError."""
         entered_s = time.monotonic()
-        await self._services.admission.enter(job.claim, served)
+        served = await admit(self._services, job.claim, job.model)
         waited_s = time.monotonic() - entered_s
         if job.trace is not None:
             job.trace.leg("queue", entered_s)
         if waited_s > NO_WAIT_S:
             self._services.metrics.queue.observe(waited_s)
+        return served
 
     def _runs_whole(self, why: str | None) -> bool:
         """Whether there is a reason to prefill and decode on the same decode worker."""

@@ -33,7 +33,7 @@ from eldr.router.request.attempts import Attempts
 from eldr.router.request.deadlines import Deadlines
 from eldr.router.request.legs import OVERLOAD, LegFailure, LegRefused, RelayedError, check_worker, no_memory
 from eldr.router.request.quotas import Charge
-from eldr.router.request.services import Services
+from eldr.router.request.services import Services, admit
 from eldr.router.request.verdict import WorkerStatusError, WrongAnswerError
 
 log = logging.getLogger("eldr.router")
@@ -151,18 +151,16 @@ class PassThrough:
 
     async def _admitted(self) -> Answer:
         """Wait for a turn, if the endpoint needs one, and for the answer. Raises ApiError or RelayedError."""
-        services, admission = self._services, self._services.admission
+        services = self._services
+        if self._claim is not None:
+            served = await admit(services, self._claim, self._model)
+            try:
+                return await self._answer(served)
+            finally:
+                services.admission.leave(served)
         if self._endpoint.model:
-            served = services.fleet.served(self._model) or await services.lists.find(self._model)
-        else:
-            served = services.fleet.any_served()
-        if self._claim is None:
-            return await self._answer(served)
-        await admission.enter(self._claim, served)
-        try:
-            return await self._answer(served)
-        finally:
-            admission.leave(served)
+            return await self._answer(services.fleet.served(self._model) or await services.lists.find(self._model))
+        return await self._answer(services.fleet.any_served())
 
     async def _answer(self, served: Served) -> Answer:
         """Ask workers until one answers. Raises ApiError or RelayedError."""
@@ -286,6 +284,7 @@ class PassThrough:
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
+            self._task = None  # it keeps its cancellation, which knows the frames that hold the body: no cycle
 
     def on_client_gone(self) -> None:
         self._services.metrics.disconnects += 1

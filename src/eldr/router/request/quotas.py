@@ -202,7 +202,10 @@ class Quotas:
         if quota.limits:
             request.answer_lines += quota.header_lines(now_s)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it knows this frame, which knows the body: no cycle
         return Charge(quota, prompt_tokens)
 
 
