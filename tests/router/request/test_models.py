@@ -444,7 +444,7 @@ async def test_a_model_joins_although_its_calibration_was_replaced(tmp_path: Pat
             await ask_admin(s, "POST", "/admin/workers", {"url": worker.url, "role": role})
             await until_state(s, role, worker.url, "up")
         assert (await s.post({**ASK, "model": "big"})).status == 200
-    for worker in new.values():
+    for worker in new:
         await worker.stop()
     headers = [line for line in map(json.loads, path.read_text().splitlines()) if line["event"] == "log"]
     assert [(header["model"], header["calibration_sha256"]) for header in headers] == [("tiny", used), ("big", used)]
