@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.vllm.tiny_models import BOS, EOS, PAD, SLIDING_WINDOW, VOCABULARY, save_tokenizer
+from tests.vllm.tiny_models import SLIDING_WINDOW, common, save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,7 @@ class Architecture:
         return model.eval()
 
 
-COMMON: Mapping[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "pad_token_id": PAD,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.1,
-}
+COMMON: Mapping[str, Any] = common(4)
 # The only sizes that vLLM's CPU kernel for multi-head latent attention has: 512 + 64.
 _LATENT = {
     "q_lora_rank": 64,

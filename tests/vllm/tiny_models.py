@@ -28,7 +28,8 @@ SLIDING_WINDOW = 32
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
 
-def _common(layers: int) -> dict[str, Any]:
+def common(layers: int) -> dict[str, Any]:
+    """The configuration that all tiny models share."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": 128,
@@ -50,7 +51,7 @@ def _common(layers: int) -> dict[str, Any]:
 def make_moe(path: Path, layers: int = 4, experts: int = 32, top_k: int = 4, seed: int = 0) -> Path:
     """Like Qwen3-MoE: every layer full attention and MoE."""
     config = Qwen3MoeConfig(
-        **_common(layers),
+        **common(layers),
         num_experts=experts,
         num_experts_per_tok=top_k,
         moe_intermediate_size=64,
@@ -64,7 +65,7 @@ def make_moe(path: Path, layers: int = 4, experts: int = 32, top_k: int = 4, see
 def make_gpt_oss(path: Path, layers: int = 4, experts: int = 16, top_k: int = 4, seed: int = 0) -> Path:
     """Like GPT-OSS: sliding-window and full attention by turns, and attention sinks."""
     config = GptOssConfig(
-        **_common(layers), num_local_experts=experts, num_experts_per_tok=top_k, sliding_window=SLIDING_WINDOW
+        **common(layers), num_local_experts=experts, num_experts_per_tok=top_k, sliding_window=SLIDING_WINDOW
     )
     return _save(GptOssForCausalLM, config, path, seed)
 
@@ -72,7 +73,7 @@ def make_gpt_oss(path: Path, layers: int = 4, experts: int = 16, top_k: int = 4,
 def make_gemma(path: Path, layers: int = 6, experts: int = 16, top_k: int = 4, seed: int = 0) -> Path:
     """Like Gemma 4: every third layer full attention, with larger heads than the sliding-window ones."""
     config = Gemma4TextConfig(
-        **_common(layers),
+        **common(layers),
         num_experts=experts,
         top_k_experts=top_k,
         enable_moe_block=True,
@@ -89,7 +90,7 @@ def make_gemma(path: Path, layers: int = 6, experts: int = 16, top_k: int = 4, s
 def make_moe_with_mtp_head(path: Path, layers: int = 3, experts: int = 16, top_k: int = 4, seed: int = 0) -> Path:
     """Like Qwen3-Next with its MTP head, which is MoE as well, but without linear attention."""
     config = Qwen3NextConfig(
-        **_common(layers),
+        **common(layers),
         num_experts=experts,
         num_experts_per_tok=top_k,
         moe_intermediate_size=64,
@@ -116,7 +117,7 @@ def make_moe_with_mtp_head(path: Path, layers: int = 3, experts: int = 16, top_k
 
 def make_dense(path: Path, layers: int = 2, seed: int = 0) -> Path:
     """Like Qwen3: no experts at all."""
-    return _save(Qwen3ForCausalLM, Qwen3Config(**_common(layers)), path, seed)
+    return _save(Qwen3ForCausalLM, Qwen3Config(**common(layers)), path, seed)
 
 
 def _save(model_class: Any, config: Any, path: Path, seed: int) -> Path:
