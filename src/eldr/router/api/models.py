@@ -36,7 +36,7 @@ class ModelsFlow:
         self._services = services
         self._exchange = exchange
         self._request = request
-        self._headers = b"x-request-id: %b\r\n" % intake.request_id(request).encode()
+        self._headers = intake.id_line(intake.request_id(request))
         name = request.path[len(LIST) + 1 :]
         self._model = unquote(name.decode("latin-1")) if name else None
         self._task: asyncio.Task[None] | None = None

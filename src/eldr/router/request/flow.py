@@ -225,7 +225,7 @@ class Flow:
                 raise LegFailure("decode", "lease", "the lease ended before the request was sent")
             times = TokenTimes(services.metrics, self._request.received_s, self._form.opening + job.wants_usage)
             answer = DecodeAnswer(
-                self._client, times, self._response_headers(), self._form, leg.first_event, job.stream
+                self._client, times, intake.id_line(self._id), self._form, leg.first_event, job.stream
             )
             name = attempts.next_name("decode")
             leg.send(
@@ -286,7 +286,7 @@ class Flow:
                 log.warning("request %s: a worker's answer is not JSON", self._id)
                 self._respond_error(ApiError(502, "the worker's answer is not valid JSON"))
                 return
-        self._client.respond(answer.status, body, content_type, self._response_headers() + retry_after)
+        self._client.respond(answer.status, body, content_type, intake.id_line(self._id) + retry_after)
         self._count(answer.status)
 
     def _respond_error(self, error: ApiError) -> None:
@@ -294,11 +294,8 @@ class Flow:
             self._client.write(self._form.error_event(error))
             self._client.break_stream()
         else:
-            self._client.respond_error(error, self._response_headers())
+            self._client.respond_error(error, intake.id_line(self._id))
         self._count(error.status)
-
-    def _response_headers(self) -> bytes:
-        return b"x-request-id: %b\r\n" % self._id.encode()
 
     def _settle(self) -> None:
         if self._charge is not None:
@@ -334,7 +331,7 @@ class Flow:
 
     def _comment(self) -> None:
         if not self._client.streaming:
-            self._client.begin_stream(STREAM_TYPE, self._response_headers())
+            self._client.begin_stream(STREAM_TYPE, intake.id_line(self._id))
         self._client.write(KEEP_ALIVE)
 
     # Ending early.

@@ -121,7 +121,12 @@ def request_id(request: Request) -> str:
     return (_visible(chosen, MAX_ID_BYTES) if chosen else None) or f"{random.getrandbits(128):032x}"
 
 
-def require_json(headers: Mapping[bytes, bytes]) -> None:
+def id_line(request_id: str) -> bytes:
+    """The header line of a request's id, towards workers and clients."""
+    return b"x-request-id: %b\r\n" % request_id.encode()
+
+
+def _require_json(headers: Mapping[bytes, bytes]) -> None:
     """Raise ApiError 415 unless the body is said to be JSON that is not compressed."""
     if essence(headers.get(b"content-type", b"")) != JSON:
         raise ApiError(415, "Content-Type must be application/json")
@@ -148,12 +153,18 @@ class Intake:
         self._members = {
             path: endpoint.members | protocol.members | protocol.reserved for path, endpoint in openai.ENDPOINTS.items()
         }
+        self._plain_members = frozenset(("model", "priority", "vllm_xargs")) | protocol.reserved
         self._client_header = None if client_header is None else client_header.lower().encode()
+
+    def read(self, request: Request) -> JsonObject:
+        """Return the body of a request that goes to one worker as it is. Raises ApiError."""
+        _require_json(request.headers)
+        return openai.read_object(request.body, self._plain_members, self._protocol.reserved)
 
     def take(self, request: Request, request_id: str) -> Job:
         """Return the job of a request. Raises ApiError."""
         headers = request.headers
-        require_json(headers)
+        _require_json(headers)
         protocol, endpoint = self._protocol, openai.ENDPOINTS[request.path]
         body = openai.read_body(endpoint, request.body, self._members[request.path], protocol.reserved)
         in_body = body.get("request_id")

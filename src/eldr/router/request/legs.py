@@ -23,7 +23,7 @@ from eldr.router.protocols.handoff import HandOff
 from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.streams import FORMS
 from eldr.router.request.answer import DecodeAnswer
-from eldr.router.request.intake import NO_BODY, Job
+from eldr.router.request.intake import NO_BODY, Job, id_line
 from eldr.router.request.verdict import Names, WorkerStatusError, check_completion, check_first_event, check_status
 
 log = logging.getLogger("eldr.router")
@@ -208,7 +208,7 @@ class Leg:
         self.name = name
         self._answer = answer
         self._sent_s = time.monotonic()
-        headers = b"%bx-request-id: %b\r\n" % (job.leg_headers, name.encode())
+        headers = job.leg_headers + id_line(name)
         request = self._shared.pools[self.worker].request(b"POST", job.path, headers, body, job.authorization)
         connection.start(answer, request, limit_s, idle_limit_s)
 

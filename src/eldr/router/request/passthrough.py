@@ -120,10 +120,7 @@ class PassThrough:
     def _check(self) -> None:
         """Raises ApiError."""
         if self._endpoint.method == b"POST":
-            intake.require_json(self._request.headers)
-            reserved = self._services.protocol.reserved
-            members = frozenset(("model", "priority", "vllm_xargs", *reserved))
-            body = openai.read_object(self._request.body, members, reserved)
+            body = self._services.intake.read(self._request)
             self._model = openai.model(body)
             if self._endpoint.engine:
                 self._claim = self._services.intake.claim(self._request, body, 0)
@@ -159,7 +156,7 @@ class PassThrough:
             finally:
                 services.admission.leave(served)
         if self._endpoint.model:
-            return await self._answer(services.fleet.served(self._model) or await services.lists.find(self._model))
+            return await self._answer(await services.lists.find(self._model))
         return await self._answer(services.fleet.any_served())
 
     async def _answer(self, served: Served) -> Answer:
@@ -222,8 +219,7 @@ class PassThrough:
             connection = await pool.connection()
         except ConnectError as refusal:
             raise LegRefused(worker, refusal) from None
-        context = trace_lines(*trace_context(request)) + session_line(request)
-        headers = b"%bx-request-id: %b\r\n" % (context, name.encode())
+        headers = trace_lines(*trace_context(request)) + session_line(request) + intake.id_line(name)
         if self._endpoint.method == b"POST":
             headers += b"content-type: application/json\r\n"
         message = pool.request(
@@ -255,15 +251,12 @@ class PassThrough:
         shapes = answer.headers.get(BYTES_HEADER)
         if shapes is not None and content_type == BYTES_TYPE and PRINTABLE.fullmatch(shapes) is not None:
             lines += b"%b: %b\r\n" % (BYTES_HEADER, shapes)
-        self._client.respond(answer.status, answer.body, content_type, self._id_line() + lines)
+        self._client.respond(answer.status, answer.body, content_type, intake.id_line(self._id) + lines)
         self._count(answer.status)
 
     def _respond_error(self, error: ApiError) -> None:
-        self._client.respond_error(error, self._id_line())
+        self._client.respond_error(error, intake.id_line(self._id))
         self._count(error.status)
-
-    def _id_line(self) -> bytes:
-        return b"x-request-id: %b\r\n" % self._id.encode()
 
     def _settle(self) -> None:
         if self._charge is not None:
