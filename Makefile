@@ -18,9 +18,8 @@ VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 COMPILED := .envs/compiled
 # An installation for development compiles these alone.
-KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx src/eldr/kernels/loops.h \
-	src/eldr/kernels/json_text.h
-SOURCES := $(KERNELS) build_backend/compiled_modules.txt $(shell find src/eldr -name '*.py' -o -name '*.html')
+KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx \
+	$(addprefix src/eldr/kernels/,loops.h json_text.h words.h)
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
 .PHONY: help demo test test-fast browser check format settings fuzz test-matrix test-architectures test-compiled dist bench bench-router bench-faults soak evaluate docs clean

@@ -25,7 +25,7 @@ def kernels() -> list[Extension]:
     extension = Extension(
         "eldr.kernels._compiled",
         ["src/eldr/kernels/_compiled.pyx"],
-        depends=["src/eldr/kernels/loops.h", "src/eldr/kernels/json_text.h"],
+        depends=[f"src/eldr/kernels/{name}.h" for name in ("loops", "json_text", "words")],
         include_dirs=["src/eldr/kernels", numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         extra_compile_args=["-O3", "-g0", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],

@@ -11,11 +11,11 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.math cimport sqrtf
-from libc.stdint cimport UINT32_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport UINT32_MAX, int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp
 
 cimport numpy as cnp
-from numpy cimport NPY_FLOAT32, NPY_FLOAT64, NPY_INT64, NPY_UINT8, NPY_UINT16, NPY_UINT32
+from numpy cimport NPY_FLOAT32, NPY_FLOAT64, NPY_INT8, NPY_INT64, NPY_UINT8, NPY_UINT16, NPY_UINT32
 
 from json import loads
 
@@ -499,3 +499,167 @@ def json_chat_start(
         return out[:system], out[system:system + rest]
     finally:
         PyMem_Free(out)
+
+
+cdef extern from "words.h" nogil:
+    enum:
+        WORD_BUCKETS
+        WORD_PIECES
+        WORD_NEAR_BYTES
+
+    struct WordCounts "word_counts":
+        Py_ssize_t words
+
+    void words_of_text(const uint8_t *text, Py_ssize_t size, WordCounts *into)
+    void words_of_tokens(const uint8_t *text, Py_ssize_t size, WordCounts *into)
+    void words_taken(WordCounts *seen, uint16_t *buckets, uint16_t *counts)
+    Py_ssize_t word_unescaped(const uint8_t *text, Py_ssize_t at, Py_ssize_t end, uint8_t *out)
+    float words_latent(const uint16_t *buckets, const uint16_t *counts, Py_ssize_t words, const float *weight,
+                       const int8_t *table, const float *scale, Py_ssize_t rank, float *out)
+    void words_scores(const float *mean, const float *latent, const float *map, Py_ssize_t rank, Py_ssize_t size,
+                      float *out)
+
+
+# One text is counted at a time: nothing here lets another thread run.
+cdef WordCounts seen
+
+
+cdef tuple taken():
+    cdef cnp.npy_intp size = seen.words
+    buckets = cnp.PyArray_EMPTY(1, &size, NPY_UINT16, 0)
+    counts = cnp.PyArray_EMPTY(1, &size, NPY_UINT16, 0)
+    words_taken(&seen, <uint16_t *> cnp.PyArray_DATA(buckets), <uint16_t *> cnp.PyArray_DATA(counts))
+    return buckets, counts
+
+
+def text_words(bytes text not None):
+    words_of_text(text, len(text), &seen)
+    return taken()
+
+
+def token_words(bytes text not None, Py_ssize_t start, Py_ssize_t end):
+    words_of_tokens(part_of(text, start, end) + start, end - start, &seen)
+    return taken()
+
+
+def words_to_latent(object buckets, object counts, object weight, object table, object scale, object latent):
+    cdef Py_ssize_t words = size_of(buckets), rank = size_of(latent)
+    return words_latent(
+        <const uint16_t *> readable(buckets, "buckets", NPY_UINT16, words),
+        <const uint16_t *> readable(counts, "counts", NPY_UINT16, words),
+        words,
+        <const float *> readable(weight, "weight", NPY_FLOAT32, WORD_BUCKETS),
+        <const int8_t *> readable(table, "table", NPY_INT8, WORD_BUCKETS * rank),
+        <const float *> readable(scale, "scale", NPY_FLOAT32, rank),
+        rank,
+        <float *> writable(latent, "latent", NPY_FLOAT32, rank),
+    )
+
+
+def latent_to_scores(object mean, object latent, object up, object scores):
+    cdef Py_ssize_t size = size_of(mean), rank = size_of(latent)
+    words_scores(
+        <const float *> readable(mean, "mean", NPY_FLOAT32, size),
+        <const float *> readable(latent, "latent", NPY_FLOAT32, rank),
+        <const float *> readable(up, "up", NPY_FLOAT32, rank * size),
+        rank,
+        size,
+        <float *> writable(scores, "scores", NPY_FLOAT32, size),
+    )
+
+
+cdef struct Pieces:
+    # Where the texts of a prompt stand: a ring of the last ones.
+    Py_ssize_t[WORD_PIECES] start
+    Py_ssize_t[WORD_PIECES] end
+    Py_ssize_t count
+
+
+cdef void add_piece(Pieces *pieces, Member *string) noexcept:
+    cdef Py_ssize_t at = pieces.count % WORD_PIECES
+    pieces.start[at] = string.value + 1
+    pieces.end[at] = string.value_end - 1
+    pieces.count += 1
+
+
+cdef bint add_texts(bytes text, Member *value, frozenset leading, int level, Pieces *pieces) except -1:
+    """Add the texts of a prompt. level: 0 for all of it, 1 for its messages or prompts, 2 for the parts of a message."""
+    cdef const uint8_t *data = text
+    cdef Py_ssize_t at
+    cdef bint in_front = True
+    cdef int fault
+    cdef Member each, member
+    if data[value.value] == b'"':
+        add_piece(pieces, value)
+        return True
+    at = first_in(data, value.value, value.value_end, b"[")
+    if at < 0 or at >= value.value_end or data[at] == b"]":
+        return True
+    while True:
+        fault = json_member_at(data, at, value.value_end, False, &each)
+        if fault:
+            raise JsonTextError(fault, each.next)
+        if data[each.value] == b'"':
+            add_piece(pieces, &each)
+        elif data[each.value] == b"{":
+            if level == 0:
+                in_front = (
+                    in_front
+                    and last_value(text, each.value, each.value_end, b"role", &member)
+                    and text[member.value:member.value_end] in leading
+                )
+                if not in_front and last_value(text, each.value, each.value_end, b"content", &member):
+                    add_texts(text, &member, leading, 1, pieces)
+            elif last_value(text, each.value, each.value_end, b"text", &member) and data[member.value] == b'"':
+                add_piece(pieces, &member)
+        if each.last:
+            return True
+        at = each.next
+
+
+def json_texts(bytes text not None, Py_ssize_t start, Py_ssize_t end, frozenset leading not None, Py_ssize_t most):
+    cdef const uint8_t *data = part_of(text, start, end)
+    cdef Pieces pieces
+    cdef Member whole
+    cdef Py_ssize_t first, left, at, size = 0
+    cdef uint8_t *out
+    pieces.count = 0
+    whole.value, whole.value_end = json_space(data, start, end), end
+    if whole.value == end:
+        raise JsonTextError(JSON_NO_VALUE, start)
+    add_texts(text, &whole, leading, 0, &pieces)
+    first, left = pieces.count, max(0, most)
+    while first > 0 and first > pieces.count - WORD_PIECES and left > 0:
+        first -= 1
+        at = first % WORD_PIECES
+        if pieces.end[at] - pieces.start[at] > left:
+            pieces.start[at] = behind_cut(data, pieces.end[at] - left, pieces.end[at])
+            left = 0
+        else:
+            left -= pieces.end[at] - pieces.start[at] + 1
+    out = <uint8_t *> PyMem_Malloc(max(0, most) + 1)
+    if out == NULL:
+        raise MemoryError
+    try:
+        while first < pieces.count:
+            at = first % WORD_PIECES
+            size += word_unescaped(data, pieces.start[at], pieces.end[at], out + size)
+            first += 1
+            if first < pieces.count:
+                out[size] = b"\n"
+                size += 1
+        return out[:size]
+    finally:
+        PyMem_Free(out)
+
+
+cdef Py_ssize_t behind_cut(const uint8_t *data, Py_ssize_t at, Py_ssize_t end) noexcept:
+    """Where a string that is cut before `at` begins again: behind a space that is near, else at a character."""
+    cdef Py_ssize_t near = at
+    while near < end and near < at + WORD_NEAR_BYTES:
+        near += 1
+        if data[near - 1] == b" ":
+            return near
+    while at < end and data[at] & 0xC0 == 0x80:
+        at += 1
+    return at

@@ -45,6 +45,13 @@ class PlacementWeights(NamedTuple):
     guard_share: float
 
 
+# The buckets of the words of a text: 16 bits of their hashes.
+WORD_BUCKETS = 65536
+# Of a prompt in more pieces than this, the last ones are looked at.
+WORD_PIECES = 1024
+# Behind a cut, so many bytes are searched for a space.
+WORD_NEAR_BYTES = 64
+
 # The levels of arrays and objects that a JSON text may have. What reads requests reads far fewer (CPython's json 1,000
 # to 10,000 by its version, and some 30,000 with the usual stack since 3.14), so nothing is refused that a worker takes.
 JSON_DEPTH = 65536
