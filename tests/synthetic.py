@@ -50,6 +50,12 @@ def make_trace(
     )
 
 
+def packed(texts: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Prompts in the form of a trace: `prompt_text` and `prompt_text_offsets`."""
+    ends = [sum(map(len, texts[:count])) for count in range(len(texts) + 1)]
+    return np.frombuffer(b"".join(texts), dtype=np.uint8), np.array(ends, dtype=np.int64)
+
+
 def make_calibration(
     zones: int = 4,
     layers: int = 3,

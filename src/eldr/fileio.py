@@ -125,14 +125,28 @@ def read_npz(
 
 def parse_meta(text: str, expected_format: str) -> dict[str, Any]:
     """Parse the JSON object in a file's `meta` array. Raises NpzError unless its "format" is `expected_format`."""
-    try:
-        meta = json.loads(text)
-    except (ValueError, RecursionError):
-        raise NpzError("meta is not JSON") from None
+    meta = _parse(text)
     found = meta.get("format") if isinstance(meta, dict) else None
     if not isinstance(meta, dict) or found != expected_format:
         raise NpzError(f"not an {expected_format} file (its format: {repr(found)[:60]})")
     return meta
+
+
+def format_of(path: Path) -> str:
+    """The format that a file states in its `meta` array. Empty if it states none.
+
+    Raises NpzError with the reason if the file is not valid, or OSError if it cannot be opened.
+    """
+    meta = _parse(str(read_npz(path, {"meta": ArraySpec(("U",), 0)}, lambda _: None)["meta"]))
+    found = meta.get("format") if isinstance(meta, dict) else None
+    return found if isinstance(found, str) else ""
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise NpzError("meta is not JSON") from None
 
 
 def _members(archive: zipfile.ZipFile, specs: Mapping[str, ArraySpec]) -> dict[str, zipfile.ZipInfo]:

@@ -33,6 +33,8 @@ SPECS: Mapping[str, ArraySpec] = {
     "arrival_s": ArraySpec(("f8",), 1, optional=True),
     "prefill_gate_prob": ArraySpec(("f4",), 3, optional=True),
     "prefill_gate_logit": ArraySpec(("f4",), 3, optional=True),
+    "prompt_text": ArraySpec(("u1",), 1, optional=True),
+    "prompt_text_offsets": ArraySpec(("i8",), 1, optional=True),
 }
 OPTIONAL_FLOATS = ("arrival_s", "prefill_gate_prob", "prefill_gate_logit")
 
@@ -65,6 +67,9 @@ class Trace:
     arrival_s: float64 [N], seconds since the start of the recording.
     prefill_gate_prob, prefill_gate_logit: float32 [N, L, E], the MoE router's softmax probability and logit for each
         expert, summed over the prompt's tokens. Workers do not report them. They serve to compare kinds of signatures.
+    prompt_text: uint8, the texts of the prompts, concatenated. It should be UTF-8, but any bytes are allowed.
+    prompt_text_offsets: int64 [N + 1]. Request i has the bytes prompt_text_offsets[i]:prompt_text_offsets[i + 1]. There
+        are either both of these arrays or neither.
     sha256: the digest of the file that the trace was read from. None if it was not read from a file.
     """
 
@@ -77,12 +82,26 @@ class Trace:
     arrival_s: NDArray[np.float64] | None = None
     prefill_gate_prob: NDArray[np.float32] | None = None
     prefill_gate_logit: NDArray[np.float32] | None = None
+    prompt_text: NDArray[np.uint8] | None = None
+    prompt_text_offsets: NDArray[np.int64] | None = None
     sha256: str | None = field(default=None, compare=False)
 
     @property
     def requests(self) -> int:
         """N, the number of requests."""
         return len(self.prompt_tokens)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the texts of the prompts were kept."""
+        return self.prompt_text is not None
+
+    def prompt(self, request: int) -> bytes:
+        """The text of a request's prompt. Raises TraceError if the trace has no prompts."""
+        text, offsets = self.prompt_text, self.prompt_text_offsets
+        if text is None or offsets is None:
+            raise TraceError("the trace has no prompts; record it with --keep-prompts")
+        return text[offsets[request] : offsets[request + 1]].tobytes()
 
     def decode_profile(self, request: int) -> NDArray[np.float32]:
         """Share of a request's decode rows that activate each expert, float32 [L, E]. All zero without decode rows."""
@@ -169,7 +188,10 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
         "arrival_s": (requests,),
         "prefill_gate_prob": (requests, layers, experts),
         "prefill_gate_logit": (requests, layers, experts),
+        "prompt_text_offsets": (requests + 1,),
     }
+    if ("prompt_text" in shapes) != ("prompt_text_offsets" in shapes):
+        raise NpzError("of prompt_text and prompt_text_offsets it has only one")
     for name, shape in expected.items():
         if shapes.get(name, shape) != shape:
             raise NpzError(f"array {name} has shape {shapes[name]}, expected {shape}")
@@ -194,6 +216,8 @@ def _check(trace: Trace) -> None:
         raise NpzError(f"meta says (layers, experts, top_k) = {declared}, the arrays say {found}")
     _check_prompts(trace)
     _check_decode(trace)
+    if trace.prompt_text is not None and trace.prompt_text_offsets is not None:
+        _check_offsets("prompt_text_offsets", trace.prompt_text_offsets, len(trace.prompt_text))
     for name in OPTIONAL_FLOATS:
         values = getattr(trace, name)
         if values is None:
@@ -222,9 +246,7 @@ def _check_prompts(trace: Trace) -> None:
 
 
 def _check_decode(trace: Trace) -> None:
-    offsets = trace.decode_offsets
-    if offsets[0] != 0 or offsets[-1] != len(trace.decode_experts) or (offsets[1:] < offsets[:-1]).any():
-        raise NpzError(f"decode_offsets do not rise from 0 to {len(trace.decode_experts)}")
+    _check_offsets("decode_offsets", trace.decode_offsets, len(trace.decode_experts))
     for start in range(0, len(trace.decode_experts), ROWS_AT_ONCE):
         rows: NDArray[np.uint8 | np.uint16] = np.sort(trace.decode_experts[start : start + ROWS_AT_ONCE], axis=-1)
         if rows.max() >= trace.meta.experts:
@@ -233,3 +255,8 @@ def _check_decode(trace: Trace) -> None:
         twice = rows[..., 1:] == rows[..., :-1]
         if twice.any():
             raise NpzError(f"decode row {start + int(np.argwhere(twice)[0][0])} names an expert twice in one layer")
+
+
+def _check_offsets(name: str, offsets: NDArray[np.int64], end: int) -> None:
+    if offsets[0] != 0 or offsets[-1] != end or (offsets[1:] < offsets[:-1]).any():
+        raise NpzError(f"{name} do not rise from 0 to {end}")

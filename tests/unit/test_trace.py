@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from eldr.trace import Trace, TraceError, TraceMeta, read_trace, write_trace
-from tests.synthetic import make_trace
+from tests.synthetic import make_trace, packed
 
 ARRAYS = ("prefill_counts", "prompt_tokens", "decode_experts", "decode_offsets", "label")
 
@@ -61,6 +61,24 @@ def test_numpy_reads_what_was_written(path: Path) -> None:
     expected = {"model": "tiny", "layers": 3, "experts": 16, "top_k": 2, "note": "synthetic"}
     assert meta == {"format": "eldr-trace-v1"} | expected
     assert np.array_equal(np.asarray(read_trace(path).prefill_gate_logit), scores)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.binary(max_size=20), min_size=4, max_size=4))
+def test_prompts_come_back_byte_for_byte(tmp_path_factory: pytest.TempPathFactory, texts: list[bytes]) -> None:
+    path = tmp_path_factory.mktemp("prompts") / "trace.npz"
+    text, offsets = packed(texts)
+    write_trace(make_trace(requests=4, prompt_text=text, prompt_text_offsets=offsets), path)
+    read = read_trace(path)
+    assert read.has_prompts
+    assert [read.prompt(request) for request in range(4)] == texts
+
+
+def test_a_trace_without_prompts_says_how_to_get_them(path: Path) -> None:
+    write_trace(make_trace(), path)
+    assert not read_trace(path).has_prompts
+    with pytest.raises(TraceError, match="--keep-prompts"):
+        read_trace(path).prompt(0)
 
 
 def test_byte_order_and_memory_order_do_not_matter(path: Path) -> None:
@@ -131,6 +149,7 @@ def put(**new: Any) -> Callable[..., Any]:
     return lambda arrays: arrays.update(new)
 
 
+TEXT, TEXT_OFFSETS = packed([b"\xff"] * 24)
 FLOATS = np.ones((24, 3, 16), dtype=np.float32)
 BAD = {
     "counts as int64": (altered("prefill_counts", lambda a: a.astype(np.int64)), "prefill_counts has dtype int64"),
@@ -165,6 +184,15 @@ BAD = {
     "scores infinite": (put(prefill_gate_logit=FLOATS * np.inf), "prefill_gate_logit holds NaN or inf"),
     "probability negative": (put(prefill_gate_prob=-FLOATS), "prefill_gate_prob holds negative"),
     "scores of another geometry": (put(prefill_gate_prob=FLOATS[:, :2]), "prefill_gate_prob has shape"),
+    "prompts without offsets": (put(prompt_text=TEXT), "has only one"),
+    "offsets without prompts": (put(prompt_text_offsets=TEXT_OFFSETS), "has only one"),
+    "prompts too few": (put(prompt_text=TEXT[:-1], prompt_text_offsets=TEXT_OFFSETS[:-1]), "text_offsets has shape"),
+    "prompts too short": (put(prompt_text=TEXT[:-1], prompt_text_offsets=TEXT_OFFSETS), "text_offsets do not rise"),
+    "prompts out of order": (
+        put(prompt_text=TEXT, prompt_text_offsets=np.append(TEXT_OFFSETS[-2::-1], 24)),
+        "text_offsets do not rise",
+    ),
+    "prompts as text": (put(prompt_text=np.array("abc"), prompt_text_offsets=TEXT_OFFSETS), "prompt_text has dtype"),
 }
 
 

@@ -97,15 +97,26 @@ def _check_labels(labels: NDArray[np.str_], wanted: tuple[str, ...] | None) -> N
 
 def take_requests(trace: Trace, chosen: Indices) -> Trace:
     """Return a trace of only the chosen requests, for calibration. Gate scores and arrival times are dropped."""
-    offsets = trace.decode_offsets
-    steps = offsets[chosen + 1] - offsets[chosen]
-    ends = np.cumsum(steps)
-    rows = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(offsets[chosen] - (ends - steps), steps)
+    rows, decode_offsets = _taken(trace.decode_offsets, chosen)
+    text, text_offsets = trace.prompt_text, trace.prompt_text_offsets
+    if text is not None and text_offsets is not None:
+        index, text_offsets = _taken(text_offsets, chosen)
+        text = text[index]
     return Trace(
         prefill_counts=trace.prefill_counts[chosen],
         prompt_tokens=trace.prompt_tokens[chosen],
         decode_experts=trace.decode_experts[rows],
-        decode_offsets=np.concatenate(([0], ends)).astype(np.int64),
+        decode_offsets=decode_offsets,
         label=trace.label[chosen],
         meta=trace.meta,
+        prompt_text=text,
+        prompt_text_offsets=text_offsets,
     )
+
+
+def _taken(offsets: NDArray[np.int64], chosen: Indices) -> tuple[Indices, NDArray[np.int64]]:
+    """Indices of what `offsets` [N + 1] give to the chosen requests, one request after the other, and new offsets."""
+    lengths = offsets[chosen + 1] - offsets[chosen]
+    ends = np.cumsum(lengths)
+    index = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(offsets[chosen] - (ends - lengths), lengths)
+    return index, np.concatenate(([0], ends)).astype(np.int64)

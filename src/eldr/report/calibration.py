@@ -13,6 +13,7 @@ from rich.text import Text
 from eldr.calibration import Calibration
 from eldr.errors import EldrError
 from eldr.fileio import reason_of
+from eldr.report.terminal import printable
 from eldr.signature import TRANSFORMS
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def calibration_blocks(calibration: Calibration) -> list[Html]:
     zones = [f"zone {number}" for number in numbers]
     order = np.argsort(picture.zones, kind="stable")  # legends name zones in order
     by_zone = [zones[zone] for zone in picture.zones[order].tolist()]
-    by_kind = [_printable(kind) or "no label" for kind in picture.labels[order].tolist()]
+    by_kind = [printable(kind) or "no label" for kind in picture.labels[order].tolist()]
     plots = [
         figure(scatter(picture.points[order], labels, picture.centroids, numbers), caption)
         for labels, caption in ((by_zone, "by zone"), (by_kind, "by kind"))
@@ -138,16 +139,11 @@ def _facts(calibration: Calibration) -> list[tuple[str, str]]:
     steps = provenance.get("step_tokens")
     if isinstance(steps, dict):
         facts["independent tokens"] = ", ".join(f"{value} in a step of {tokens}" for tokens, value in steps.items())
-    return [(name, _printable(str(value))) for name, value in facts.items() if value not in (None, "")]
+    return [(name, printable(str(value))) for name, value in facts.items() if value not in (None, "")]
 
 
 def _model(calibration: Calibration) -> str:
-    return _printable(str(calibration.provenance.get("model") or "an unnamed model"))
-
-
-def _printable(text: str) -> str:
-    """Remove the control characters that could steer a terminal from text that comes from a file."""
-    return "".join(character if character.isprintable() else "�" for character in text)
+    return printable(str(calibration.provenance.get("model") or "an unnamed model"))
 
 
 def _bar(value: float, full: float) -> str:

@@ -28,7 +28,7 @@ from eldr.replay.split import Mix, Split, split_trace, take_requests
 from eldr.replay.statistics import paired_change
 from eldr.replay.workload import draw_order, poisson_arrivals, traced_arrivals
 from eldr.trace import Trace, TraceError, write_trace
-from tests.synthetic import make_trace
+from tests.synthetic import make_trace, packed
 
 LABELS = ["code"] * 20 + ["math"] * 20 + ["law"] * 20
 STEPS = np.full(60, 5)
@@ -84,8 +84,10 @@ def test_splits_that_cannot_be_made(mix: Mix, message: str) -> None:
         split(mix)
 
 
-def test_take_requests_keeps_their_rows() -> None:
-    trace = make_trace(requests=10, seed=3)
+def test_take_requests_keeps_their_rows_and_prompts() -> None:
+    texts = [b"%d" % 10**request for request in range(10)]
+    text, offsets = packed(texts)
+    trace = make_trace(requests=10, seed=3, prompt_text=text, prompt_text_offsets=offsets)
     chosen = np.array([7, 2, 5])
     part = take_requests(trace, chosen)
     for at, request in enumerate(chosen):
@@ -93,6 +95,8 @@ def test_take_requests_keeps_their_rows() -> None:
         assert np.array_equal(part.decode_experts[part.decode_offsets[at] : part.decode_offsets[at + 1]], rows)
     assert np.array_equal(part.prefill_counts, trace.prefill_counts[chosen])
     assert part.label.tolist() == trace.label[chosen].tolist()
+    assert [part.prompt(at) for at in range(3)] == [texts[request] for request in chosen]
+    assert not take_requests(make_trace(), chosen).has_prompts
 
 
 @given(st.integers(0, 1000), st.integers(1, 40), st.floats(0, 60))
