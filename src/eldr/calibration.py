@@ -22,6 +22,12 @@ from eldr.activation import ActivationError, ActivationModel, effective_tokens
 from eldr.counts import MAX_EXPERTS, MAX_LAYERS
 from eldr.errors import EldrError
 from eldr.fileio import ArraySpec, NpzError, parse_meta, read_npz, reason_of, write_npz
+from eldr.prompt.fit import fit_prompt_model
+from eldr.prompt.model import PromptModel
+from eldr.prompt.stored import SPECS as PROMPT_SPECS
+from eldr.prompt.stored import check_shapes as check_prompt_shapes
+from eldr.prompt.stored import read_stored, stored
+from eldr.prompt.words import words_of_text
 from eldr.signature import DEFAULT_TRANSFORM, TRANSFORMS, SignatureError, SignatureModel
 from eldr.trace import Trace
 from eldr.zones import balanced_kmeans
@@ -49,6 +55,7 @@ SPECS: Mapping[str, ArraySpec] = {
     "activation_slope": ArraySpec(("f4",), 1, optional=True),
     "activation_down": ArraySpec(("f4",), 2, optional=True),
     "activation_up": ArraySpec(("f4",), 2, optional=True),
+    **PROMPT_SPECS,
     "meta": ArraySpec(("U",), 0),
 }
 ACTIVATION_ARRAYS = ("mean_frequency", "mean_profile", "slope", "down", "up")
@@ -101,7 +108,9 @@ class Calibration:
     provenance: JSON-serialisable. Holds model, note, requests, seed, created_utc, trace_sha256 (None if the trace was
         not read from a file) and versions.
     picture: calibration signatures in two dimensions, for plots.
-    predictor: predicts decode profiles. None if the file has no predictor, or if the trace was too small to fit one.
+    predictor: predicts decode profiles from expert counts. None if the file has no predictor, or if the trace was too
+        small to fit one.
+    prompts: predicts them from the words of prompts. None if the trace held no prompts, or too few.
     """
 
     signature: SignatureModel
@@ -112,6 +121,7 @@ class Calibration:
     provenance: dict[str, Any]
     picture: Picture
     predictor: ActivationModel | None = None
+    prompts: PromptModel | None = None
 
     @property
     def workers(self) -> int:
@@ -130,6 +140,9 @@ class Calibration:
         predictor = self.predictor
         if predictor is not None:
             meta["activation"] = {"strength": predictor.strength, "r2": predictor.r2}
+        of_prompts: dict[str, NDArray[Any]] = {}
+        if self.prompts is not None:
+            of_prompts, meta["prompt"] = stored(self.prompts)
         arrays = {
             "idf": self.signature.idf,
             "layer_mask": self.signature.layer_mask,
@@ -144,7 +157,7 @@ class Calibration:
         if predictor is not None:
             arrays |= {f"activation_{name}": getattr(predictor, name) for name in ACTIVATION_ARRAYS}
         try:
-            write_npz(Path(path), arrays)
+            write_npz(Path(path), arrays | of_prompts)
         except OSError as error:
             raise CalibrationError(f"calibration {path}: {reason_of(error)}") from None
 
@@ -201,6 +214,7 @@ def fit_calibration(
         provenance=_provenance(trace, profiles, seed),
         picture=_picture(signatures, zones.labels, trace.label, zones.centroids, seed),
         predictor=_fit_predictor(trace, profiles, seed),
+        prompts=_fit_prompts(trace, profiles, seed),
     )
 
 
@@ -208,6 +222,18 @@ def _fit_predictor(trace: Trace, profiles: NDArray[np.float32], seed: int) -> Ac
     try:
         return ActivationModel.fit(trace.prefill_counts, trace.prompt_tokens, profiles, trace.meta.top_k, seed=seed)
     except ActivationError:  # too few requests; policies then use the prompt's own frequencies
+        return None
+
+
+def _fit_prompts(trace: Trace, profiles: NDArray[np.float32], seed: int) -> PromptModel | None:
+    if not trace.has_prompts:
+        return None
+    decoded = np.flatnonzero(profiles.any(axis=(1, 2)))
+    words = [words_of_text(trace.prompt(request)) for request in decoded.tolist()]
+    found = profiles[decoded].reshape(len(decoded), -1)
+    try:
+        return fit_prompt_model(words, found, trace.meta.layers, trace.meta.top_k, seed=seed)
+    except ActivationError:
         return None
 
 
@@ -292,6 +318,7 @@ def load_calibration(path: str | Path) -> Calibration:
         if meta["top_k"] > experts:
             raise NpzError(f"top_k is {meta['top_k']} with {experts} experts")
         _check_values(arrays)
+        prompts = read_stored(arrays, meta.get("prompt"), layers, experts, meta["top_k"])
     except (NpzError, OSError) as error:
         raise CalibrationError(f"calibration {path}: {reason_of(error)}") from None
     transform = meta["transform"]
@@ -306,6 +333,7 @@ def load_calibration(path: str | Path) -> Calibration:
             arrays["picture_points"], arrays["picture_zones"], arrays["picture_labels"], arrays["picture_centroids"]
         ),
         predictor=_predictor(arrays, meta),
+        prompts=prompts,
     )
 
 
@@ -321,6 +349,7 @@ def _predictor(arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> A
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    check_prompt_shapes(shapes)
     layers, experts = shapes["idf"]
     zones, _ = shapes["centroids"]
     shown, _ = shapes["picture_points"]

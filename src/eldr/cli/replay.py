@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   eldr replay trace.npz --workers 4 --batch 12 --calibrate-labels code,math --serve-labels medical,legal
   eldr replay trace.npz --workers 16 --goodput 30
   eldr replay trace.npz --workers 8 --fleet-change 0.3:-1,0.6:+1 --json -
+  eldr replay trace.npz --signature prompt --learn online --calibrate-fraction 0
   eldr replay trace.npz --workload task --kind math=gsm8k,mgsm --workers 16 --batch 5
 
 The load balancers rr, random, p2c and jsq always run, because changes are given against the best of them.
@@ -65,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
          help="serve --calibrate-labels until this share of the run, then --serve-labels")  # fmt: skip
     flag("--fleet-change", type=_changes, default=(), metavar="SHARE:+N[,SHARE:-N...]",
          help="at this share of the run, N workers join (+) or drain and leave (-)")  # fmt: skip
+    flag("--learn", choices=("off", "online"), default="off",
+         help="whether to learn from finished requests which experts the words of prompts lead to (off)")  # fmt: skip
+    flag("--learn-share", type=_share, default=1.0, metavar="SHARE",
+         help="with --learn online: the share of the finished requests whose experts become known (1)")  # fmt: skip
     flag("--calibration", type=Path, metavar="FILE", help="use this file instead of calibrating on the trace")
     flag("--arrivals", default="poisson", metavar="poisson|trace|FILE",
          help="poisson, or recorded arrival times stretched to the rate: those of the trace, or of a .csv, .jsonl "
@@ -126,6 +131,8 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
         ),
         kinds=kinds,
         fleet_changes=arguments.fleet_change,
+        learn=arguments.learn,
+        learn_share=arguments.learn_share,
         limits=WorkerLimits(arguments.max_num_seqs, arguments.kv_tokens),
         recorded_arrivals_s=recorded,
         options=PolicyOptions.from_settings(given(arguments, PolicyOptions)),
@@ -246,6 +253,13 @@ def _whole(text: str) -> int:
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(_whole(part) for part in text.split(","))
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to 1")
+    return value
 
 
 def _positive(text: str) -> float:

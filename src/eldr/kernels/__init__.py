@@ -1,5 +1,5 @@
-"""The inner loops of expert counts, expected-union, JSON and prompts: in C if the installation could compile them, otherwise in
-numpy and Python.
+"""The inner loops of expert counts, expected-union, JSON and prompts: in C if the installation could compile them,
+otherwise in numpy and Python.
 
 A request's 6,144 probabilities (48 x 128) go through some thirty numpy calls, each of which walks memory and allocates.
 C takes a quarter of the time. Both give the same integers; floats agree to a few units in the last place. Every array
@@ -13,7 +13,15 @@ import os
 from typing import TYPE_CHECKING
 
 from eldr.kernels._numpy import from_fractions
-from eldr.kernels._types import CERTAIN, NO_OBJECT, WORD_BUCKETS, FleetState, JsonMember, JsonTextError, PlacementWeights
+from eldr.kernels._types import (
+    CERTAIN,
+    NO_OBJECT,
+    WORD_BUCKETS,
+    FleetState,
+    JsonMember,
+    JsonTextError,
+    PlacementWeights,
+)
 
 # The compiled kernels carry no type annotations. Their signatures are those of the numpy kernels.
 if TYPE_CHECKING or os.environ.get("ELDR_NO_EXTENSIONS"):

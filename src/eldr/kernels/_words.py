@@ -1,8 +1,8 @@
 """The words of prompts in Python. It runs if the compiled kernels are missing, and its docstrings describe both.
 
-A word is a run of ASCII letters, in any case; a digit; any other ASCII sign but a space, a newline included; a character
-beyond ASCII; or two of these in a row, since scripts without spaces have no other words. It is known by 16 bits of its
-hash alone.
+A word is a run of ASCII letters, in any case; a digit; any other ASCII sign but a space, a newline included; a
+character beyond ASCII; or two of these in a row, since scripts without spaces have no other words. It is known by 16
+bits of its hash alone.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ WORD = re.compile(
     re.DOTALL,
 )
 DIGITS = re.compile(rb"[0-9]+")
-ESCAPE = re.compile(
-    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.)", re.DOTALL
-)
+ESCAPE = re.compile(rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.)", re.DOTALL)
 NAMED = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 
 Numbers = NDArray[np.uint16]

@@ -30,7 +30,8 @@ def _locality_band(calibration: Calibration | None, options: PolicyOptions, seed
 
 def _expected_union(calibration: Calibration | None, options: PolicyOptions, seed: int) -> Policy:
     predictor = None if calibration is None else calibration.predictor
-    return ExpectedUnion(predictor, **options.of_expected_union(), seed=seed)
+    prompts = None if calibration is None else calibration.prompts
+    return ExpectedUnion(predictor, prompts=prompts, **options.of_expected_union(), seed=seed)
 
 
 _MAKERS: dict[str, _Maker] = {

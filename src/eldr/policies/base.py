@@ -11,11 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from eldr.counts import ExpertCounts
 from eldr.marks import mypyc_attr
+from eldr.prompt.words import Words
 
 if TYPE_CHECKING:
+    from eldr.policies.learned import Learned
     from eldr.policies.refit import Refit, RefitTask
+    from eldr.prompt.model import PromptModel
 
 
 # Classes instantiated for every request spell out __init__: mypyc does not compile the one that dataclass makes.
@@ -30,6 +36,8 @@ class DecodeRequest:
     max_tokens: the client's limit on generated tokens. None if not given.
     counts_wire: the wire form that counts were decoded from, so that a log need not encode them again. None if they
         were not decoded.
+    words: the words of the prompt. None if it was not looked at.
+    latent: float32 [R], what the prompt model in use makes of the words. The policy sets it; a log repeats it.
     """
 
     request_id: str
@@ -38,6 +46,8 @@ class DecodeRequest:
     label: str | None
     max_tokens: int | None
     counts_wire: Mapping[str, Any] | None
+    words: Words | None
+    latent: NDArray[np.float32] | None
 
     def __init__(
         self,
@@ -47,6 +57,7 @@ class DecodeRequest:
         label: str | None = None,
         max_tokens: int | None = None,
         counts_wire: Mapping[str, Any] | None = None,
+        words: Words | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_tokens = prompt_tokens
@@ -54,10 +65,12 @@ class DecodeRequest:
         self.label = label
         self.max_tokens = max_tokens
         self.counts_wire = counts_wire
+        self.words = words
+        self.latent = None
 
     def forget_counts(self) -> None:
-        """Drop the counts. They take more memory than everything else about a running stream."""
-        self.counts = self.counts_wire = None
+        """Drop the counts and the words. They take more memory than everything else about a running stream."""
+        self.counts = self.counts_wire = self.words = self.latent = None
 
 
 @dataclass(slots=True, init=False)
@@ -129,6 +142,19 @@ class Policy(ABC):
 
     def refitted(self, refit: Refit) -> None:  # noqa: B027
         """Adopt the result of a fit, all at once. The fleet may have changed since its task was made."""
+
+    # Signatures from the words of prompts. A policy without signatures needs none of these.
+    def wants_words(self, with_counts: bool) -> bool:
+        """Whether it looks at the words of a request that comes with the counts of its prompt, or without."""
+        return False
+
+    @property
+    def prompts(self) -> PromptModel | None:
+        """The prompt model that it was made with. None for none."""
+        return None
+
+    def learned(self, learned: Learned) -> None:  # noqa: B027
+        """Predict by what was learned from finished requests from now on. A policy that predicts nothing ignores it."""
 
     # Hooks for policies that keep state. A policy that only looks at the load needs none of them.
     def started(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027

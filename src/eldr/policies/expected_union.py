@@ -30,12 +30,14 @@ from eldr.activation import ActivationModel, own_frequencies
 from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel
 from eldr.counts import ExpertCounts
 from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
+from eldr.policies.learned import Learned
 from eldr.policies.load import least_loaded
 from eldr.policies.placement import Placement
-from eldr.policies.request_model import Arrival, RequestModel
+from eldr.policies.request_model import Arrival, CountsPredictor, PromptPredictor, first_means
 from eldr.policies.rows import WorkerRows
 from eldr.policies.unions import Geometry, Profile, Unions
 from eldr.policies.worker_costs import WorkerCosts
+from eldr.prompt.model import ProfileMap, PromptModel
 
 # Weight of the self-anchor per unit of cosine similarity, relative to the expert time of an average worker's batch.
 ANCHOR = 0.1
@@ -49,6 +51,8 @@ class ExpectedUnion(Policy):
     """Sends each request to the worker where it adds the least decode time.
 
     predictor: a fitted activation model. Without one the prompt's own expert frequencies are used.
+    prompts: a fitted prompt model, for requests without counts. It can be learned later (`learned`).
+    signature: one of SIGNATURES: what requests are known by.
     cost, scope: the step-time model of every worker.
     worker_costs: step-time models of single workers, if hardware differs.
     others_weight: the weight of the time added to the requests already there. 1 is their true share in steady state.
@@ -72,6 +76,8 @@ class ExpectedUnion(Policy):
         self,
         predictor: ActivationModel | None = None,
         *,
+        prompts: PromptModel | None = None,
+        signature: str = "auto",
         cost: CostModel = PRESETS[DEFAULT_PRESET],
         scope: str = "step",
         worker_costs: Mapping[str, CostModel] | None = None,
@@ -82,7 +88,13 @@ class ExpectedUnion(Policy):
         ranks: int = 1,
         seed: int = 0,
     ) -> None:
-        self._request_model = RequestModel(predictor, step_tokens)
+        self._predictor = predictor
+        self._step_tokens = step_tokens
+        self._by_counts = CountsPredictor(predictor, step_tokens)
+        self._by_prompt = PromptPredictor(prompts, step_tokens)
+        self._prompts = prompts
+        self._uses_counts = signature != "prompt"
+        self._uses_prompts = signature != "counts"
         self._worker_costs = WorkerCosts(cost, scope, worker_costs or {}, step_tokens)
         self._weights = kernels.PlacementWeights(others_weight, anchor, tail_guard, GUARD_EXPERT_SHARE)
         self._ranks = ranks
@@ -96,18 +108,36 @@ class ExpectedUnion(Policy):
             if experts % ranks:
                 raise ValueError(f"{experts} experts cannot be divided over {ranks} ranks")
             self._make_placement(predictor.layers, experts, predictor.top_k)
+        elif prompts is not None and self._uses_prompts:
+            self._adopt(prompts.profiles)
 
     def _make_placement(self, layers: int, experts: int, top_k: int) -> Placement:
         geometry = Geometry(layers, experts, self._ranks)
-        means = self._request_model.first_means(geometry, top_k)
+        means = first_means(geometry, top_k, self._predictor, self._by_prompt.profiles, self._step_tokens)
         self._placement = placement = Placement(geometry, top_k, self._weights, means)
         for worker in self._rows.names:
             placement.append(self._worker_costs.step_cost(worker, layers))
         return placement
 
+    def _adopt(self, profiles: ProfileMap) -> None:
+        if self._placement is None and profiles.experts % self._ranks == 0:
+            self._make_placement(profiles.layers, profiles.experts, profiles.top_k)
+
+    def wants_words(self, with_counts: bool) -> bool:
+        return self._uses_prompts and not (with_counts and self._uses_counts)
+
+    @property
+    def prompts(self) -> PromptModel | None:
+        return self._prompts
+
+    def learned(self, learned: Learned) -> None:
+        if self._uses_prompts:
+            self._by_prompt.learned(learned)
+            self._adopt(learned.profiles)
+
     def _placement_for(self, counts: ExpertCounts | None) -> Placement | None:
-        """The placement. A predictor or the first usable counts make it; until then it is None."""
-        if self._placement is None and counts is not None and counts.experts % self._ranks == 0:
+        """The placement. A model or the first usable counts make it; until then it is None."""
+        if self._placement is None and self._uses_counts and counts is not None and counts.experts % self._ranks == 0:
             return self._make_placement(counts.layers, counts.experts, counts.top_k)
         return self._placement
 
@@ -118,8 +148,7 @@ class ExpectedUnion(Policy):
         self._latest = arrival = self._look_at(request, placement)
         workers = list(in_flight)
         best, _ = placement.costs(arrival, self._rows.rows(workers), list(in_flight.values()))
-        reason = "expected_union" if arrival.frequency is not None else _why_unusable(request.counts)
-        return Decision(workers[best], reason)
+        return Decision(workers[best], arrival.reason)
 
     def costs(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> dict[str, float] | None:
         """Return the costs that `choose` compares, or None while the model is unknown.
@@ -144,18 +173,19 @@ class ExpectedUnion(Policy):
         return self._rows.row_of[worker]
 
     def _look_at(self, request: DecodeRequest, placement: Placement) -> Arrival:
-        """Return the request with its profile. If its counts cannot be used, it gets the fleet's mean profile."""
+        """Return the request with its profile. If nothing is known of it, that is the fleet's mean profile."""
         counts, means = request.counts, placement.means
-        if counts is None or (counts.layers, counts.experts, counts.top_k) != placement.shape:
-            return Arrival(request.request_id, request.prompt_tokens, means.profile.copy(), None, None)
-        frequency = own_frequencies(counts, means.frequency)
-        return Arrival(
-            request.request_id,
-            request.prompt_tokens,
-            self.predict(request, counts, frequency),
-            frequency,
-            placement.anchor.direction(frequency, means.frequency),
-        )
+        if self._uses_counts and counts is not None and _shape(counts) == placement.shape:
+            frequency = own_frequencies(counts, means.frequency)
+            profile = self.predict(request, counts, frequency)
+            direction = placement.anchor.direction(frequency, means.frequency)
+            return Arrival(request, profile, frequency, direction, "expected_union", True)
+        latent = self._by_prompt.latent(request) if self._uses_prompts else None
+        predicted = None if latent is None else self._by_prompt.profile(latent)
+        if predicted is not None and len(predicted) == len(means.profile):
+            direction = placement.anchor.direction(predicted, means.profile)
+            return Arrival(request, predicted, None, direction, "expected_union_prompt", True)
+        return Arrival(request, means.profile.copy(), None, None, _why_unusable(counts), False)
 
     def predict(
         self, request: DecodeRequest, counts: ExpertCounts, frequency: NDArray[np.float32]
@@ -166,7 +196,7 @@ class ExpectedUnion(Policy):
         counts: its expert counts.
         frequency: float32 [D], its own expert frequencies, mixed with the fleet's mean.
         """
-        return self._request_model.profile(counts, frequency)
+        return self._by_counts.profile(counts, frequency)
 
     def started(self, request: DecodeRequest, worker: str) -> None:
         placement = self._placement_for(request.counts)
@@ -199,6 +229,10 @@ class ExpectedUnion(Policy):
         _, experts, _ = self._placement.shape
         rows = self._placement.unions.by_layer().tolist()
         return Picture("expected_union", dict(zip(self._rows.names, rows, strict=True)), experts)
+
+
+def _shape(counts: ExpertCounts) -> tuple[int, int, int]:
+    return counts.layers, counts.experts, counts.top_k
 
 
 def _why_unusable(counts: ExpertCounts | None) -> str:

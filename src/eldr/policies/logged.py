@@ -18,8 +18,10 @@ import eldr
 from eldr.counts import COUNTS_KEYS, decode_counts, encode_counts
 from eldr.kernels import COMPILED
 from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
+from eldr.policies.learned import Learned, decode_floats, encode_floats
 from eldr.policies.options import PolicyOptions
 from eldr.policies.refit import Refit, RefitTask
+from eldr.prompt.model import PromptModel
 
 LOG_VERSION = 2
 
@@ -107,6 +109,7 @@ class LoggedPolicy(Policy):
             "label": request.label,
             "max_tokens": request.max_tokens,
             "counts": _counts_wire(request),
+            "latent": None,
             "eligible": [self._numbers[worker] for worker in in_flight],
             "load": list(in_flight.values()),
             "worker": None,
@@ -119,6 +122,8 @@ class LoggedPolicy(Policy):
         except Exception as error:
             event["error"] = type(error).__name__
             raise
+        if request.latent is not None:
+            event["latent"] = encode_floats(request.latent)
         event["worker"] = decision.worker
         event["reason"] = decision.reason
         return decision
@@ -142,6 +147,17 @@ class LoggedPolicy(Policy):
     def refitted(self, refit: Refit) -> None:
         self._policy.refitted(refit)
         self._write_event({"event": "refit", **refit.to_wire()})
+
+    def wants_words(self, with_counts: bool) -> bool:
+        return self._policy.wants_words(with_counts)
+
+    @property
+    def prompts(self) -> PromptModel | None:
+        return self._policy.prompts
+
+    def learned(self, learned: Learned) -> None:
+        self._policy.learned(learned)
+        self._write_event({"event": "learned", **learned.to_wire()})
 
     def started(self, request: DecodeRequest, worker: str) -> None:
         chosen = self._chosen
@@ -184,11 +200,13 @@ def _counts_wire(request: DecodeRequest) -> Mapping[str, Any] | None:
 
 def request_of(event: Mapping[str, Any]) -> DecodeRequest:
     """Build the request of a choose event. Raises CountsError, KeyError or TypeError if the event is not valid."""
-    counts = event["counts"]
-    return DecodeRequest(
+    counts, latent = event["counts"], event.get("latent")  # 0.1.0 knew no latents
+    request = DecodeRequest(
         request_id=event["id"],
         prompt_tokens=event["prompt_tokens"],
         counts=None if counts is None else decode_counts(counts),
         label=event["label"],
         max_tokens=event["max_tokens"],
     )
+    request.latent = None if latent is None else decode_floats(latent)
+    return request

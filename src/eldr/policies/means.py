@@ -15,24 +15,32 @@ MEAN_REQUESTS = 500
 class FleetMeans:
     """Moving averages over the requests that the fleet has started.
 
-    frequency: float32 [D], the mean of their expert frequencies.
+    frequency: float32 [D], the mean of the expert frequencies of those with counts.
     profile: float32 [D], the mean of the probabilities that a decode step activates each expert.
     at_random: batches of requests with the mean profile.
-    requests: the weight of the initial means, in requests. With 0 the first request replaces them.
+    with_counts, requests: the weight of the initial means, in requests. With 0 the first request replaces them.
     """
 
     def __init__(
-        self, geometry: Geometry, frequency: NDArray[np.float32], profile: NDArray[np.float32], requests: int
+        self,
+        geometry: Geometry,
+        frequency: NDArray[np.float32],
+        profile: NDArray[np.float32],
+        with_counts: int,
+        requests: int,
     ) -> None:
         self.frequency = frequency
         self.profile = profile
         self.at_random = RandomBatches(geometry)
         self.at_random.set_mean(profile)
+        self._with_counts = with_counts
         self._requests = requests
 
-    def move(self, frequency: NDArray[np.float32], profile: NDArray[np.float32]) -> None:
-        """Count one more request. frequency, profile: float32 [D]."""
+    def move(self, frequency: NDArray[np.float32] | None, profile: NDArray[np.float32]) -> None:
+        """Count one more request. frequency: float32 [D], None without counts. profile: float32 [D]."""
+        if frequency is not None:
+            self._with_counts = min(self._with_counts + 1, MEAN_REQUESTS)
+            kernels.move_towards(self.frequency, frequency, 1 / self._with_counts)
         self._requests = min(self._requests + 1, MEAN_REQUESTS)
-        kernels.move_towards(self.frequency, frequency, 1 / self._requests)
         kernels.move_towards(self.profile, profile, 1 / self._requests)
         self.at_random.started(self.profile)

@@ -9,8 +9,10 @@ from typing import Any
 from eldr.cost import DEFAULT_PRESET, PRESETS, SCOPES, CostError, CostModel, cost_from_wire, find_cost
 from eldr.errors import EldrError
 from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
+from eldr.policies.request_model import SIGNATURES
 from eldr.settings import SettingError, build, check, parsed, setting, text
 
+BOTH = "Locality-band and expected-union"
 BAND, UNION = "Locality-band", "Expected-union"
 
 
@@ -47,6 +49,10 @@ class PolicyOptions:
     Raises PolicyError or CostError for a value that cannot be used.
     """
 
+    signature: str = setting(
+        "auto", "what requests are known by: the expert counts of their prompts, the words of their prompts, or counts "
+        "where they came and else words", choices=SIGNATURES, flag=True, section=BOTH, page="prompt.md",
+    )  # fmt: skip
     tau: float = setting(0.1, "width of the band, in cosine similarity", flag=True, section=BAND)
     two_nearest: bool = setting(True, "take the second-nearest worker into a band of one", flag=True, section=BAND)
     refit_interval_s: float = setting(
@@ -106,6 +112,7 @@ class PolicyOptions:
     def of_expected_union(self) -> dict[str, Any]:
         """Keyword arguments of ExpectedUnion."""
         return {
+            "signature": self.signature,
             "cost": self.cost,
             "scope": self.cost_scope,
             "worker_costs": self.worker_costs,

@@ -82,7 +82,7 @@ class Placement:
         self.unions.add(row, profile, 1)
         if arrival.direction is not None:
             self.anchor.turn(row, arrival.direction)
-        if arrival.frequency is not None:
+        if arrival.known:
             self.means.move(arrival.frequency, arrival.profile)
         return profile
 

@@ -1,14 +1,26 @@
-"""A request before it is placed, and the prediction of the experts that its decode steps will activate."""
+"""A request before it is placed, and the prediction of the experts that its decode steps will activate.
+
+A prediction comes from the expert counts of the prompt, or from its words, or, where neither is known, from the fleet's
+mean. Each of the first two is a predictor of a request's profile.
+"""
 
 from __future__ import annotations
+
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eldr.activation import ActivationModel, of_a_step, to_probabilities
 from eldr.counts import ExpertCounts
+from eldr.policies.base import DecodeRequest
+from eldr.policies.learned import Learned
 from eldr.policies.means import MEAN_REQUESTS, FleetMeans
 from eldr.policies.unions import Geometry
+from eldr.prompt.model import ProfileMap, PromptModel, WordTable
+
+# What a signature is made from: the counts of a prompt, its words, or counts where they came and else words.
+SIGNATURES: Final = ("auto", "counts", "prompt")
 
 
 class Arrival:
@@ -18,35 +30,40 @@ class Arrival:
     context_tokens: the tokens of its prompt.
     profile: float32 [D], the probabilities that a decode step activates each expert.
     frequency: float32 [D], its own expert frequencies. None if its counts cannot be used.
-    direction: float32 [A], the unit vector from the fleet's mean frequencies to its own. None if there is none.
+    direction: float32 [A], the unit vector from the fleet's mean to it. None if there is none.
+    reason: why the decision about it is what it is, for `Decision`.
+    known: whether the profile is its own, and not the fleet's mean.
     """
 
-    __slots__ = ("context_tokens", "direction", "frequency", "profile", "request_id")
+    __slots__ = ("context_tokens", "direction", "frequency", "known", "profile", "reason", "request_id")
 
     def __init__(
         self,
-        request_id: str,
-        context_tokens: int,
+        request: DecodeRequest,
         profile: NDArray[np.float32],
         frequency: NDArray[np.float32] | None,
         direction: NDArray[np.float32] | None,
+        reason: str,
+        known: bool,
     ) -> None:
-        self.request_id = request_id
-        self.context_tokens = context_tokens
+        self.request_id = request.request_id
+        self.context_tokens = request.prompt_tokens
         self.profile = profile
         self.frequency = frequency
         self.direction = direction
+        self.reason = reason
+        self.known = known
 
 
-class RequestModel:
-    """Predicts the profiles of requests from the expert counts of their prompts.
+class CountsPredictor:
+    """Predicts the profile of a request from the expert counts of its prompt.
 
-    predictor: a fitted activation model. Without one the prompt's own expert frequencies are used.
+    fitted: an activation model. Without one the prompt's own expert frequencies are used.
     step_tokens: the number of independent tokens that a request gains per step.
     """
 
-    def __init__(self, predictor: ActivationModel | None, step_tokens: float) -> None:
-        self._predictor = predictor
+    def __init__(self, fitted: ActivationModel | None, step_tokens: float) -> None:
+        self._fitted = fitted
         self._step_tokens = step_tokens
 
     def profile(self, counts: ExpertCounts, frequency: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -55,17 +72,55 @@ class RequestModel:
         counts: its expert counts.
         frequency: float32 [D], its own expert frequencies, mixed with the fleet's mean.
         """
-        if self._predictor is not None:
-            token = self._predictor.predict(counts)
+        if self._fitted is not None:
+            token = self._fitted.predict(counts)
         else:
             token = to_probabilities(frequency, counts.layers, counts.top_k)
         return of_a_step(token, self._step_tokens)
 
-    def first_means(self, geometry: Geometry, top_k: int) -> FleetMeans:
-        """The fleet's means before it has started a request."""
-        predictor = self._predictor
-        if predictor is None:
-            uniform = np.full(geometry.dimension, top_k / geometry.experts, dtype=np.float32)
-            return FleetMeans(geometry, uniform, of_a_step(uniform.copy(), self._step_tokens), 0)
-        profile = of_a_step(predictor.mean_profile.astype(np.float32), self._step_tokens)
-        return FleetMeans(geometry, predictor.mean_frequency.astype(np.float32), profile, MEAN_REQUESTS)
+
+class PromptPredictor:
+    """Predicts the profile of a request from the words of its prompt.
+
+    model: a fitted prompt model. None if there is none yet.
+    step_tokens: as for `CountsPredictor`.
+    """
+
+    def __init__(self, model: PromptModel | None, step_tokens: float) -> None:
+        self.profiles: ProfileMap | None = None if model is None else model.profiles
+        self._words: WordTable | None = None if model is None else model.words
+        self._step_tokens = step_tokens
+
+    def learned(self, learned: Learned) -> None:
+        """Use another model from now on."""
+        self.profiles = learned.profiles
+        self._words = learned.words
+
+    def latent(self, request: DecodeRequest) -> NDArray[np.float32] | None:
+        """What the model makes of the words of a request, which is noted there. None if it knows none of them."""
+        if request.words is not None and self._words is not None:
+            request.latent = self._words.latent(request.words)
+        return request.latent
+
+    def profile(self, latent: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """Predict the probability that one decode step of a request activates each expert, float32 [D].
+
+        None if the latent is another model's.
+        """
+        profiles = self.profiles
+        if profiles is None or len(latent) != len(profiles.up):
+            return None
+        return of_a_step(profiles.profile(latent), self._step_tokens)
+
+
+def first_means(
+    geometry: Geometry, top_k: int, fitted: ActivationModel | None, prompts: ProfileMap | None, step_tokens: float
+) -> FleetMeans:
+    """The fleet's means before it has started a request."""
+    if fitted is None:
+        uniform = np.full(geometry.dimension, top_k / geometry.experts, dtype=np.float32)
+        if prompts is not None:
+            return FleetMeans(geometry, uniform, of_a_step(prompts.mean.copy(), step_tokens), 0, MEAN_REQUESTS)
+        return FleetMeans(geometry, uniform, of_a_step(uniform.copy(), step_tokens), 0, 0)
+    profile = of_a_step(fitted.mean_profile.astype(np.float32), step_tokens)
+    return FleetMeans(geometry, fitted.mean_frequency.astype(np.float32), profile, MEAN_REQUESTS, MEAN_REQUESTS)

@@ -1,13 +1,14 @@
 """Fits a prompt model: reduced-rank ridge regression from the words of prompts to the profiles of their decodes.
 
-There are far more words and experts than requests, so everything is computed in the space of the requests: the products
-of their words with each other, and of their profiles. Reduced-rank ridge regression is that of Mukherjee and Zhu (2011).
+There are far more words and experts than requests, so everything is computed in the space of the requests: the
+products of their words with each other, and of their profiles. Reduced-rank ridge regression is that of Mukherjee and
+Zhu (2011).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +24,18 @@ STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 # Columns of the matrix of words that are filled at a time: 16 MB for 1,024 requests.
 COLUMNS = 4096
 INT8 = 127.0
+# The share of pairs of requests that counts as alike, and the limits of the gain.
+ALIKE = 0.1
+GAINS = (1.0, 2.0)
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What cross-validation chose. strength, idf, rank, r2: as in `PromptModel`. gain: the map is this much stretched."""
+    """What cross-validation chose. rank: the numbers in a latent. All else is as in `PromptModel`."""
 
     strength: float
     idf: bool
@@ -76,7 +81,7 @@ def fit_prompt_model(
     words = WordTable(weight, codes, words.scale, latents.mean(axis=0).astype(np.float32))
     up = np.ascontiguousarray(up * np.float32(chosen.gain))
     return PromptModel(
-        words, ProfileMap(mean, up, layers, top_k), chosen.strength, chosen.idf, chosen.r2, requests
+        words, ProfileMap(mean, up, layers, top_k), chosen.strength, chosen.idf, chosen.r2, chosen.gain, requests
     )
 
 
@@ -95,36 +100,39 @@ class WordRows:
         sizes = np.array([len(words) for words in prompts])
         request = np.repeat(np.arange(self.requests), sizes)
         bucket = np.concatenate([words.buckets for words in prompts]).astype(np.int64)
-        value = np.sqrt(np.concatenate([words.counts for words in prompts]).astype(np.float32)) * weight[bucket]
-        squares = np.bincount(request, value.astype(np.float64) ** 2, self.requests)
-        value = value / np.sqrt(np.where(squares > 0, squares, 1))[request]
+        value = np.sqrt(np.concatenate([words.counts for words in prompts]).astype(np.float64)) * weight[bucket]
+        squares = np.bincount(request, value**2, self.requests)
+        value /= np.sqrt(np.where(squares > 0, squares, 1))[request]
         order = np.argsort(bucket, kind="stable")
-        self._request, self._bucket, self._value = request[order], bucket[order], value[order].astype(np.float32)
-        self._used, self._column = np.unique(self._bucket, return_inverse=True)
+        self._request, self._value = request[order], value[order].astype(np.float32)
+        self._used, self._column, self._prompts = np.unique(bucket[order], return_inverse=True, return_counts=True)
+        self._length = (squares > 0).astype(np.float64)
 
-    def _blocks(self) -> Sequence[tuple[NDArray[np.int64], Floats]]:
-        """Buckets and their columns of X, float32 [N, at most COLUMNS]."""
-        blocks = []
+    def _blocks(self) -> Iterator[tuple[slice, Floats]]:
+        """Columns of X that are not zero, and what they hold, float32 [N, at most COLUMNS]."""
         for first in range(0, len(self._used), COLUMNS):
             start, end = np.searchsorted(self._column, (first, first + COLUMNS))
-            used = self._used[first : first + COLUMNS]
-            block = np.zeros((self.requests, len(used)), dtype=np.float32)
+            columns = slice(first, min(first + COLUMNS, len(self._used)))
+            block = np.zeros((self.requests, columns.stop - first), dtype=np.float32)
             block[self._request[start:end], self._column[start:end] - first] = self._value[start:end]
-            blocks.append((used, block))
-        return blocks
+            yield columns, block
 
     def products(self) -> Doubles:
         """X @ X.T, float64 [N, N]."""
         total = np.zeros((self.requests, self.requests))
-        for _, block in self._blocks():
-            total += block @ block.T
+        for columns, block in self._blocks():
+            shared = block[
+                :, self._prompts[columns] > 1
+            ]  # a word of one prompt says nothing about others, and most words are such
+            total += shared @ shared.T
+        np.fill_diagonal(total, self._length)
         return total
 
     def transposed_times(self, dual: Doubles) -> Doubles:
         """X.T @ dual, float64 [65536, R]. dual: [N, R]."""
         table = np.zeros((kernels.WORD_BUCKETS, dual.shape[1]))
-        for used, block in self._blocks():
-            table[used] = block.T @ dual
+        for columns, block in self._blocks():
+            table[self._used[columns]] = block.T @ dual
         return table
 
 
@@ -150,13 +158,38 @@ class _Ridge:
         spread, axes = np.linalg.eigh(shrunk[:, None] * self._profiles * shrunk)
         top = np.argsort(spread)[::-1][:rank]
         top = top[spread[top] > 1e-9 * max(spread.max(), 1e-30)]
-        # Fitted profiles are H Y, with H = V shrunk V.T. Their r-th main axis in the space of profiles is v_r.T H Y / s_r.
+        # Fitted profiles are H Y, with H = V shrunk V.T, and their main axes in the space of profiles are v.T H Y / s.
         kept = axes[:, top]
         up = self._vectors @ (shrunk[:, None] * kept) / np.sqrt(spread[top])
         inverse = 1 / (values + strength * max(values.mean(), 1e-12))
         # Latents are X W axis = K (K + lambda)^-1 Y axis, and their dual is without the first K.
         down = self._vectors @ (inverse[:, None] * (self._profiles @ (self._vectors.T @ up)))
         return down, up
+
+
+class _Held:
+    """One fold of a cross-validation: predictions of held-out requests by a model of all others, as products.
+
+    words, profiles: float64 [N, N], the products of all N requests. held: the requests of the fold. train: the others.
+    """
+
+    def __init__(self, words: Doubles, profiles: Doubles, train: Indices, held: Indices) -> None:
+        about = _about(profiles, train)
+        self._ridge = _Ridge(words[np.ix_(train, train)], about[np.ix_(train, train)])
+        self._words = words[np.ix_(held, train)] - words[np.ix_(held, train)].mean(axis=1)[:, None]
+        of_train = words[np.ix_(train, train)]
+        self._words += of_train.mean() - of_train.mean(axis=0)
+        self.true = about[np.ix_(held, held)]
+        self._cross = about[np.ix_(held, train)]
+        self._inner = about[np.ix_(train, train)]
+
+    def predict(self, strength: float, rank: int) -> tuple[Doubles, Doubles, Doubles]:
+        """Predict with the `rank` main axes, at most R of them.
+
+        Returns latents [n, R], their products with the true profiles [n, R], and the products of the axes [R, R].
+        """
+        down, up = self._ridge.reduced(strength, rank)
+        return self._words @ down, self._cross @ up, up.T @ self._inner @ up
 
 
 def choose(
@@ -167,49 +200,57 @@ def choose(
     ranks: Sequence[int] = RANKS,
     strengths: Sequence[float] = STRENGTHS,
 ) -> Choice:
-    """Choose strength, rank and weights of words by the squared error on held-out profiles."""
-    requests = len(prompts)
-    fold = np.random.default_rng(seed).permutation(requests) % FOLDS
+    """Choose strength, rank, weights of words and gain on held-out profiles.
+
+    All but the gain are those with the least squared error.
+    """
+    fold = np.random.default_rng(seed).permutation(len(prompts)) % FOLDS
+    parts = [(np.flatnonzero(fold != held), np.flatnonzero(fold == held)) for held in range(FOLDS)]
     centred = profiles - profiles.mean(axis=0)
     of_profiles = (centred @ centred.T).astype(np.float64)
-    best: Choice | None = None
+    best, best_folds = None, []
     for idf in (False, True):
-        # Weights look at held-out prompts too, but not at their profiles.
+        # The weights of words know the held-out prompts too, but not their profiles.
         of_words = WordRows(prompts, word_weights(prompts, idf)).products()
+        folds = [_Held(of_words, of_profiles, *part) for part in parts]
+        spread = sum(float(np.trace(one.true)) for one in folds)
         errors = np.zeros((len(strengths), len(ranks)))
-        spread = 0.0
-        along = np.zeros((len(strengths), len(ranks), 2))
-        for held in range(FOLDS):
-            train, test = np.flatnonzero(fold != held), np.flatnonzero(fold == held)
-            ridge = _Ridge(*(_part(products, train, train) for products in (of_words, _centre(of_profiles, train)[0])))
-            y = _centre(of_profiles, train)[0]
-            spread += float(np.trace(_part(y, test, test)))
-            k = _part(of_words, test, train)
-            k = k - k.mean(axis=1)[:, None] - _part(of_words, train, train).mean(axis=0) + _part(of_words, train, train).mean()
-            for row, strength in enumerate(strengths):
-                down, up = ridge.reduced(strength, max(ranks))
-                latent = k @ down
-                cross = _part(y, test, train) @ up
-                inner = up.T @ _part(y, train, train) @ up
+        for row, strength in enumerate(strengths):
+            for one in folds:
+                latent, cross, inner = one.predict(strength, max(ranks))
                 for column, rank in enumerate(ranks):
-                    part = latent[:, :rank]
-                    dot = float((part * cross[:, :rank]).sum())
-                    square = float(((part @ inner[:rank, :rank]) * part).sum())
-                    errors[row, column] += square - 2 * dot
-                    along[row, column] += dot, square
-        row, column = np.unravel_index(int(errors.argmin()), errors.shape)
+                    kept = latent[:, :rank]
+                    square = float(((kept @ inner[:rank, :rank]) * kept).sum())
+                    errors[row, column] += square - 2 * float((kept * cross[:, :rank]).sum())
+        row, column = (int(at) for at in np.unravel_index(int(errors.argmin()), errors.shape))
         r2 = -float(errors[row, column]) / spread if spread > 0 else 0.0
         if best is None or r2 > best.r2:
-            best = Choice(strengths[int(row)], idf, ranks[int(column)], r2, 1.0)
+            best, best_folds = Choice(strengths[row], idf, ranks[column], r2, 1.0), folds
     assert best is not None
-    return best
+    return replace(best, gain=_gain(best_folds, best.strength, best.rank))
 
 
-def _part(products: Doubles, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Doubles:
-    return products[np.ix_(rows, columns)]
+def _gain(folds: Sequence[_Held], strength: float, rank: int) -> float:
+    """How much predictions must be stretched to tell how much requests have in common that seem to have the most.
+
+    What two requests save by running together grows with the product of their profiles, less the mean. Predictions with
+    the least squared error are shrunk, and so are their products. Only pairs that seem alike matter: these meet.
+    """
+    predicted, true = 0.0, 0.0
+    for one in folds:
+        latent, _, inner = one.predict(strength, rank)
+        products = latent @ inner @ latent.T
+        pairs = np.triu_indices(len(products), 1)
+        of_pairs = products[pairs]
+        alike = np.argsort(of_pairs)[-max(1, round(ALIKE * len(of_pairs))) :]
+        predicted += float(of_pairs[alike].sum())
+        true += float(one.true[pairs][alike].sum())
+    if predicted <= 0 or true <= 0:
+        return 1.0
+    return float(np.clip(np.sqrt(true / predicted), *GAINS))
 
 
-def _centre(products: Doubles, about: NDArray[np.int64]) -> tuple[Doubles]:
-    """Products of vectors less the mean of some of them."""
-    mean = products[:, about].mean(axis=1)
-    return (products - mean[:, None] - mean + _part(products, about, about).mean(),)
+def _about(products: Doubles, train: Indices) -> Doubles:
+    """The products of vectors less the mean of some of them."""
+    mean = products[:, train].mean(axis=1)
+    return np.asarray(products - mean[:, None] - mean + products[np.ix_(train, train)].mean())

@@ -1,8 +1,8 @@
 """The prompt model: from the hashed words of a prompt to the experts that its decode steps will activate.
 
 Each word has a row of a few numbers in a table. Their weighted mean is the prompt's *latent*, and a linear map takes it
-to the activation profile. A latent is all that a policy or a log needs to know of a prompt, and no text can be read from
-it.
+to the activation profile. A latent is all that a policy or a log needs to know of a prompt, and no text can be read
+from it.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class PromptModel:
     strength: the ridge strength, relative to the mean eigenvalue.
     idf: whether rare words weigh more.
     r2: the share of the variance of decode profiles that it explains, cross-validated.
+    gain: how much its predictions are stretched about the mean.
     requests: how many requests it was fitted to.
     """
 
@@ -89,6 +90,7 @@ class PromptModel:
     strength: float
     idf: bool
     r2: float
+    gain: float
     requests: int
 
     def predict(self, words: Words) -> Floats:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from eldr.errors import EldrError
 from eldr.policies.base import DecodeRequest, Policy
+from eldr.policies.learned import Learned
 from eldr.policies.logged import LogHeader, request_of
 from eldr.policies.refit import Refit
 from eldr.replay.errors import ReplayError
@@ -189,6 +190,8 @@ class _Run:
                 _tell(policy.started, request, event["worker"])
         elif kind == "refit":
             policy.refitted(Refit.from_wire(event))
+        elif kind == "learned":
+            policy.learned(Learned.from_wire(event))
         elif kind == "joined":
             self._workers.append(event["worker"])
             policy.joined(event["worker"])

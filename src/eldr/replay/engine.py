@@ -14,6 +14,7 @@ from eldr.policies.base import DecodeRequest, Policy
 from eldr.policies.refit import RefitSchedule
 from eldr.replay.clock import Clock
 from eldr.replay.fleet import FleetSpec, SimulatedFleet
+from eldr.replay.learning import SimulatedLearning
 from eldr.replay.measurements import ArrivalLog, RunResult, Window, result_of
 from eldr.replay.packed import PackedTrace
 from eldr.replay.refits import SimulatedRefits
@@ -37,12 +38,14 @@ class Engine:
         fleet: FleetSpec,
         policy: Policy,
         refits: RefitSchedule | None = None,
+        learning: SimulatedLearning | None = None,
     ) -> None:
         self.clock = Clock()
         self.fleet = SimulatedFleet(fleet, policy)
         self._trace = trace
         self._policy = policy
         self._refits = None if refits is None else SimulatedRefits(policy, refits)
+        self._learning = learning
         self._workload = workload
         self._draws = Draws(workload)
         self._log = ArrivalLog(len(workload.arrival_s))
@@ -59,6 +62,8 @@ class Engine:
             self._advance(now_s)
             if self._refits is not None:
                 self._refits.advance(now_s)
+            if self._learning is not None:
+                self._learning.advance(now_s)
             if arrival in self._workload.fleet_changes:
                 self.fleet.change(self._workload.fleet_changes[arrival])
             self._arrive(arrival)
@@ -90,6 +95,7 @@ class Engine:
             counts=trace.counts[index] if self._workload.with_counts else None,
             label=trace.label[index],
             max_tokens=self._workload.max_tokens,
+            words=None if trace.prompts is None else trace.prompts[index],
         )
         name = self._policy.choose(request, self.fleet.in_flight).worker
         worker = self.fleet.by_name[name]
@@ -120,3 +126,5 @@ class Engine:
         self._log.ended(entry.arrival, self.clock.now_s, entry.admitted_s - entry.arrived_s, moe_s)
         self._draws.release(entry.trace_index)
         self.fleet.finished(entry.request, worker.name)
+        if self._learning is not None:
+            self._learning.finished(entry.trace_index)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr.calibration import Calibration, fit_calibration
+from eldr.learning.learner import Learner
 from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Policy
 from eldr.policies.refit import RefitSchedule
@@ -20,6 +21,7 @@ from eldr.replay.changes import FleetChange
 from eldr.replay.engine import Engine
 from eldr.replay.errors import ReplayError
 from eldr.replay.fleet import FleetSpec
+from eldr.replay.learning import SimulatedLearning
 from eldr.replay.measurements import RunResult
 from eldr.replay.oracle import Clairvoyant, TrueProfiles
 from eldr.replay.packed import PackedTrace, pack_trace
@@ -44,6 +46,8 @@ CALIBRATED = ("locality-band", "locality-band-refit", "expected-union", "expecte
 REFIT_INTERVAL_S = 2.5
 # Requests that warm the fleet up, and that keep it loaded at the end, in multiples of the expected number in flight.
 WARM_UP, COOL_DOWN = 2.0, 1.25
+# Whether a prompt model is learned while serving. It then begins with the fitted one, if there is a calibration.
+LEARN = ("off", "online")
 RATE_TOLERANCE = 0.01
 RATE_TRIALS = 8
 
@@ -60,6 +64,8 @@ class Settings:
     options: policy options. Their costs also apply to the simulated workers w0, w1, ...
     kinds: the shares of the kinds of requests served. Empty draws from all served requests alike.
     fleet_changes: workers that join or leave during the measured run.
+    learn: one of LEARN: whether policies learn from finished requests.
+    learn_share: the share of the finished requests whose experts become known.
     """
 
     requests: int = 2000
@@ -70,6 +76,8 @@ class Settings:
     options: PolicyOptions = field(default_factory=PolicyOptions)
     kinds: tuple[ServedKind, ...] = ()
     fleet_changes: tuple[FleetChange, ...] = ()
+    learn: str = "off"
+    learn_share: float = 1.0
 
 
 class Laboratory:
@@ -230,10 +238,19 @@ class Laboratory:
         options = self.settings.options
         interval_s = options.refit_interval_s if options.refits else REFIT_INTERVAL_S
         refits = RefitSchedule(interval_s, options.refit_window_s)  # no effect on a policy that keeps no signatures
-        engine = Engine(self.packed, workload, self.fleet(workers), policy, refits)
+        engine = Engine(
+            self.packed, workload, self.fleet(workers), policy, refits, self._learning(policy, workers, seed)
+        )
         if isinstance(policy, Clairvoyant):
             policy.attach(engine)
         return engine.run(progress)
+
+    def _learning(self, policy: Policy, workers: int, seed: int) -> SimulatedLearning | None:
+        if self.settings.learn == "off" or self.packed.prompts is None:
+            return None
+        calibration = self.calibration(workers, seed)
+        learner = Learner(None if calibration is None else calibration.prompts, seed)
+        return SimulatedLearning(policy, learner, self.packed, self.settings.learn_share, seed)
 
     def served_steps(self, seed: int) -> float:
         """Mean number of decode steps of the served requests."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from eldr.activation import busiest_rank_experts
 from eldr.counts import ExpertCounts
+from eldr.prompt.words import Words, words_of_text
 from eldr.replay.errors import ReplayError
 from eldr.trace import Trace
 
@@ -26,6 +27,7 @@ class PackedTrace:
     prompt_tokens: int [N].
     label: str [N].
     counts: the expert counts of each prompt, as the router would receive them.
+    prompts: the words of each prompt, as the router would read them. None if the trace has no prompts.
     ranks: expert-parallel ranks. A step waits for the rank with the most active experts in each layer.
     """
 
@@ -39,6 +41,7 @@ class PackedTrace:
     experts: int
     top_k: int
     ranks: int = 1
+    prompts: list[Words] | None = None
 
     @property
     def requests(self) -> int:
@@ -47,6 +50,13 @@ class PackedTrace:
     def steps(self, request: int) -> int:
         """Decode steps of one request, which is one less than its generated tokens."""
         return self.end_row[request] - self.first_row[request]
+
+    def decode_counts(self, request: int) -> ExpertCounts:
+        """The experts of a request's decode steps, counted. Its `prompt_tokens` are these steps."""
+        rows = self.words[self.first_row[request] : self.end_row[request]]
+        bits = np.unpackbits(rows.view(np.uint8), axis=1, bitorder="little", count=self.layers * self.experts)
+        counts = bits.sum(axis=0, dtype=np.uint32).reshape(self.layers, self.experts)
+        return ExpertCounts(counts, len(rows), self.top_k)
 
     def active_experts(self, union: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Experts that each step waits for, summed over layers, int64 [steps].
@@ -87,7 +97,12 @@ def pack_trace(trace: Trace, max_output: int | None = None, ranks: int = 1) -> P
         experts=meta.experts,
         top_k=meta.top_k,
         ranks=ranks,
+        prompts=_prompts(trace) if trace.has_prompts else None,
     )
+
+
+def _prompts(trace: Trace) -> list[Words]:
+    return [words_of_text(trace.prompt(request)) for request in range(trace.requests)]
 
 
 def pack_rows(decode_experts: NDArray[np.unsignedinteger[Any]], experts: int) -> NDArray[np.uint64]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eldr.errors import EldrError
+from eldr.learning.learner import Learner
 from eldr.policies.base import Policy
+from eldr.policies.learned import Learned
 from eldr.policies.logged import LoggedPolicy
 from eldr.policies.options import PolicyOptions
 from eldr.policies.refit import RefitSchedule
+from eldr.prompt.stored import PromptModelError, load_model
 from eldr.router.api.admin import AdminApi
 from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
@@ -44,6 +49,7 @@ from eldr.router.observe.decision_log import DecisionLog, calibration_digests, l
 from eldr.router.observe.tracing import Tracing
 from eldr.router.placement.admission import Admission
 from eldr.router.placement.lanes import Lanes, MakePolicy
+from eldr.router.placement.learning import Learning
 from eldr.router.placement.refits import ZoneRefits
 from eldr.router.protocols.vllm_nixl import VllmNixl
 from eldr.router.request.attempts import Retries
@@ -101,6 +107,7 @@ class Router:
             fleet,
             make_policy,
             lambda policy: _zone_refits(policy, config.placement.options, metrics),
+            lambda group, policy: _learning(group, policy, config.placement, metrics),
             metrics,
             config.placement.seed,
         )
@@ -302,6 +309,23 @@ def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Zo
     if not options.refits:
         return None
     return ZoneRefits(policy, RefitSchedule(options.refit_interval_s, options.refit_window_s), metrics)
+
+
+def _learning(group: ModelGroup, policy: Policy, placement: PlacementSettings, metrics: Metrics) -> Learning | None:
+    """What learns from a group's requests, beginning with what was kept or fitted before."""
+    if placement.learn == "off" or not policy.wants_words(False):
+        return None
+    model, file = policy.prompts, None
+    if placement.learned_dir is not None:
+        name = min(group.bases, default="")
+        file = placement.learned_dir / f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{zlib.crc32(name.encode()):08x}.npz"
+        if file.exists():
+            try:
+                model = load_model(file)
+                policy.learned(Learned(model.profiles, model.words))
+            except PromptModelError as error:
+                log.error("what was learned before is not used: %s", error)
+    return Learning(policy, Learner(model, placement.seed), metrics, file)
 
 
 def _logged(make_policy: MakePolicy, placement: PlacementSettings, decision_log: DecisionLog) -> MakePolicy:

@@ -121,6 +121,7 @@ class RouterCollector(Collector):
             {(): dropped},
         )
         yield from self._refit_families()
+        yield from self._learning_families()
         yield _histogram(
             m.ttft, "eldr_time_to_first_token_seconds", "Streams: from request received to first token forwarded."
         )
@@ -148,6 +149,20 @@ class RouterCollector(Collector):
         yield from self._model_families()
         yield from self._worker_families()
         yield from self._worker_faults()
+
+    def _learning_families(self) -> Iterator[Metric]:
+        m = self._metrics
+        fits = _from_zero(("adopted", "kept", "failed"), m.learning)
+        yield _counter("eldr_prompt_model_fits", "Fits of the model of prompts' words.", ("outcome",), fits)
+        if m.learning:
+            yield GaugeMetricFamily(
+                "eldr_prompt_model_fit_duration_seconds", "Duration of the last fit.", value=m.learning_duration_s
+            )
+            yield GaugeMetricFamily(
+                "eldr_prompt_model_r2",
+                "Share of the variance of profiles that the last fit explains, cross-validated.",
+                value=m.learning_r2,
+            )
 
     def _refit_families(self) -> Iterator[Metric]:
         m = self._metrics

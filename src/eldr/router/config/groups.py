@@ -134,6 +134,14 @@ class PlacementSettings:
         {}, "file that `eldr fit` made, for one model or for all that have no other; locality-band needs one",
         parse=_calibrations, flag=True, metavar="[MODEL=]FILE", page="fleet.md#several-models",
     )  # fmt: skip
+    learn: str = setting(
+        "online", "whether to learn, from finished requests, which experts the words of prompts lead to", flag=True,
+        choices=("off", "online"), page="prompt.md#learning-while-serving",
+    )  # fmt: skip
+    learned_dir: Path | None = setting(
+        None, "directory in which what was learned is kept over restarts, in one file for each model", flag=True,
+        shown="nothing is kept", page="prompt.md#learning-while-serving",
+    )  # fmt: skip
     seed: int = setting(0, "seed of random choices and ties", most=2**63 - 1, flag=True)
     prefix_window_bytes: int = setting(
         1024, "how much of a prompt decides its prefill worker", least=1, page="router.md#how-a-request-is-served"

@@ -64,6 +64,10 @@ class Metrics:
         self.refits: defaultdict[str, int] = defaultdict(int)
         self.zones_moved = 0
         self.refit_shift = 0.0
+        # Fits of prompt models by outcome; how long the last took, and what share of the variance it explained.
+        self.learning: defaultdict[str, int] = defaultdict(int)
+        self.learning_duration_s = 0.0
+        self.learning_r2 = 0.0
         self.refit_duration_s = 0.0
         self.last_refit_s: float | None = None
         self.ttft = Histogram(TTFT_BOUNDS_S)

@@ -17,6 +17,7 @@ from eldr.router.fleet.groups import ModelGroup, Served
 from eldr.router.fleet.workers import Worker
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
+from eldr.router.placement.learning import Learning
 
 log = logging.getLogger("eldr.router")
 
@@ -63,11 +64,21 @@ class Placement:
 class Placements:
     """Wraps the policy of one group. If the policy raises, join-shortest-queue places that request.
 
+    learning: learns from its requests. None if nothing is learned.
     recent: the latest decisions of all groups, for display.
     """
 
-    def __init__(self, policy: Policy, group: ModelGroup, metrics: Metrics, seed: int, recent: deque[Placed]) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        learning: Learning | None,
+        group: ModelGroup,
+        metrics: Metrics,
+        seed: int,
+        recent: deque[Placed],
+    ) -> None:
         self._policy = policy
+        self._learning = learning
         self._group = group
         self._metrics = metrics
         self._fallback = ShortestQueue(seed)
@@ -78,6 +89,10 @@ class Placements:
     @property
     def policy_name(self) -> str:
         return self._policy.name
+
+    def wants_words(self, with_counts: bool) -> bool:
+        """Whether the words of a request matter that comes with the counts of its prompt, or without."""
+        return self._policy.wants_words(with_counts)
 
     def picture(self) -> Picture | None:
         """Return the policy's view of its state, or None if it has none or fails."""
@@ -130,6 +145,8 @@ class Placements:
             )
         )
         self._tell(self._policy.started, request, worker.url)
+        if self._learning is not None:
+            self._learning.placed(request)
         request.forget_counts()
         return Placement(self, request, served, worker, decision)
 

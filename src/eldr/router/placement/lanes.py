@@ -4,31 +4,44 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from eldr.policies.base import Picture, Policy
 from eldr.router.fleet.groups import ModelGroup
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.observe.counters import Metrics
 from eldr.router.placement.decode import KEPT, Placed, Placements
+from eldr.router.placement.learning import Learning
 from eldr.router.placement.prefill import PrefillRing
 from eldr.router.placement.refits import ZoneRefits
 
 # Makes the policy of a group.
 MakePolicy = Callable[[ModelGroup], Policy]
 MakeRefits = Callable[[Policy], ZoneRefits | None]
+MakeLearning = Callable[[ModelGroup, Policy], Learning | None]
 
 
 class Lane:
-    """The ring and the placements of one group. refits: the task that refits its policy's zones. None if none does."""
+    """What one group has of its own.
+
+    ring, placements: of its prefill workers, and of its decode workers.
+    learning: learns from its requests. None if nothing is learned.
+    tasks: what runs for it in the background.
+    """
 
     def __init__(
-        self, group: ModelGroup, ring: PrefillRing, placements: Placements, refits: asyncio.Task[None] | None
+        self,
+        group: ModelGroup,
+        ring: PrefillRing,
+        placements: Placements,
+        learning: Learning | None,
+        tasks: Sequence[asyncio.Task[None]],
     ) -> None:
         self.group = group
         self.ring = ring
         self.placements = placements
-        self.refits = refits
+        self.learning = learning
+        self.tasks = tasks
 
 
 class Lanes:
@@ -38,11 +51,18 @@ class Lanes:
     """
 
     def __init__(
-        self, fleet: Fleet, make_policy: MakePolicy, make_refits: MakeRefits, metrics: Metrics, seed: int
+        self,
+        fleet: Fleet,
+        make_policy: MakePolicy,
+        make_refits: MakeRefits,
+        make_learning: MakeLearning,
+        metrics: Metrics,
+        seed: int,
     ) -> None:
         self._fleet = fleet
         self._make_policy = make_policy
         self._make_refits = make_refits
+        self._make_learning = make_learning
         self._metrics = metrics
         self._seed = seed
         self._lanes: dict[ModelGroup, Lane] = {}
@@ -65,15 +85,16 @@ class Lanes:
             lane.placements.fleet_changed(worker)
             if lane.group not in self._fleet.groups:
                 del self._lanes[lane.group]
-                if lane.refits is not None:
-                    lane.refits.cancel()
+                for task in lane.tasks:
+                    task.cancel()
 
     def _make(self, group: ModelGroup) -> Lane:
         policy = self._make_policy(group)
-        refits = self._make_refits(policy)
-        task = None if refits is None else asyncio.get_running_loop().create_task(refits.run())
-        placements = Placements(policy, group, self._metrics, self._seed, self.recent)
-        return Lane(group, PrefillRing(group), placements, task)
+        refits, learning = self._make_refits(policy), self._make_learning(group, policy)
+        loop = asyncio.get_running_loop()
+        tasks = [loop.create_task(part.run()) for part in (refits, learning) if part is not None]
+        placements = Placements(policy, learning, group, self._metrics, self._seed, self.recent)
+        return Lane(group, PrefillRing(group), placements, learning, tasks)
 
     def pictures(self) -> Iterator[tuple[ModelGroup, Picture]]:
         """Each policy's view of its state, for those that have one."""
@@ -83,7 +104,7 @@ class Lanes:
                 yield lane.group, picture
 
     async def close(self) -> None:
-        tasks = [lane.refits for lane in self._lanes.values() if lane.refits is not None]
+        tasks = [task for lane in self._lanes.values() for task in lane.tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

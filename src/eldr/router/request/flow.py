@@ -8,6 +8,7 @@ import time
 from typing import Any, cast
 
 from eldr.kernels import JsonTextError
+from eldr.policies.base import DecodeRequest
 from eldr.router.fleet.groups import Served
 from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
@@ -17,6 +18,7 @@ from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
 from eldr.router.placement.decode import Placement
 from eldr.router.protocols.handoff import HandOff
+from eldr.router.protocols.prompt_text import prompt_words
 from eldr.router.protocols.streams import FORMS
 from eldr.router.request import intake
 from eldr.router.request.answer import DecodeAnswer, TokenTimes
@@ -202,10 +204,13 @@ class Flow:
         Raises LegFailure, or NoWorkerError if there is none.
         """
         services, admission = self._services, self._services.admission
-        request = job.decode_request(handoff)
+        request: DecodeRequest | None = None
         while True:
             lane = services.lanes.of(served.group)
             if lane is not None:
+                if request is None:
+                    wanted = lane.placements.wants_words(handoff is not None and handoff.counts is not None)
+                    request = job.decode_request(handoff, prompt_words(job.endpoint, job.body) if wanted else None)
                 tried, usable = attempts.tried("decode"), admission.usable(served)
                 placement = lane.placements.place(request, served, tried, usable)
                 if placement is not None:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping
 
 from eldr.policies.base import DecodeRequest
+from eldr.prompt.words import Words
 from eldr.router.config.settings import RouterConfig
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.admin_key import AdminKey
@@ -103,7 +104,7 @@ class Job:
         if self.hold is not None:
             self.hold.release()
 
-    def decode_request(self, handoff: HandOff | None) -> DecodeRequest:
+    def decode_request(self, handoff: HandOff | None, words: Words | None) -> DecodeRequest:
         """Return what the policy may know. A client may use an id twice at once, but policies need unique ids."""
         return DecodeRequest(
             f"{self.request_id}/{next(_decode_requests)}",
@@ -112,6 +113,7 @@ class Job:
             self.label,
             self.max_tokens,
             None if handoff is None else handoff.counts_wire,
+            words,
         )
 
 

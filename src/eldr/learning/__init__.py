@@ -1,0 +1,1 @@
+"""Learns from finished requests whose experts became known."""

@@ -1,0 +1,111 @@
+"""A prompt model in a file: of its own, or within a calibration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eldr.errors import EldrError
+from eldr.fileio import ArraySpec, NpzError, parse_meta, read_npz, reason_of, write_npz
+from eldr.kernels import WORD_BUCKETS
+from eldr.prompt.model import ProfileMap, PromptModel, WordTable
+
+FORMAT = "eldr-prompt-model-v1"
+OF_WORDS = ("weight", "table", "scale", "offset")
+OF_PROFILES = ("mean", "up")
+PREFIX = "prompt_"
+SPECS: Mapping[str, ArraySpec] = {
+    "prompt_weight": ArraySpec(("f4",), 1, optional=True),
+    "prompt_table": ArraySpec(("i1",), 2, optional=True),
+    "prompt_scale": ArraySpec(("f4",), 1, optional=True),
+    "prompt_offset": ArraySpec(("f4",), 1, optional=True),
+    "prompt_mean": ArraySpec(("f4",), 1, optional=True),
+    "prompt_up": ArraySpec(("f4",), 2, optional=True),
+}
+NUMBERS = ("strength", "r2", "gain")
+
+
+class PromptModelError(EldrError):
+    """Raised when the file of a prompt model cannot be read or written. The message names it."""
+
+
+def save_model(model: PromptModel, path: Path) -> None:
+    """Write a model to a file of its own, atomically. Raises PromptModelError."""
+    arrays, meta = stored(model)
+    profiles = model.profiles
+    shape = {"layers": profiles.layers, "experts": profiles.experts, "top_k": profiles.top_k}
+    text = json.dumps({"format": FORMAT, **shape, "prompt": meta}, allow_nan=False)
+    try:
+        write_npz(path, arrays | {"meta": np.array(text)})
+    except OSError as error:
+        raise PromptModelError(f"prompt model {path}: {reason_of(error)}") from None
+
+
+def load_model(path: Path) -> PromptModel:
+    """Read a model that `save_model` wrote. Raises PromptModelError."""
+    specs = {name: ArraySpec(spec.dtypes, spec.ndim) for name, spec in SPECS.items()}
+    try:
+        arrays = read_npz(path, specs | {"meta": ArraySpec(("U",), 0)}, check_shapes)
+        meta = parse_meta(str(arrays["meta"]), FORMAT)
+        layers, experts, top_k = (meta.get(name) for name in ("layers", "experts", "top_k"))
+        if not (type(layers) is int and type(experts) is int and type(top_k) is int and 1 <= top_k <= experts):
+            raise NpzError("meta: layers, experts or top_k is missing")
+        model = read_stored(arrays, meta.get("prompt"), layers, experts, top_k)
+        if model is None:
+            raise NpzError("it holds no model")
+        return model
+    except (NpzError, OSError) as error:
+        raise PromptModelError(f"prompt model {path}: {reason_of(error)}") from None
+
+
+def stored(model: PromptModel) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """The arrays of a model, and what its `meta` says of it."""
+    arrays = {PREFIX + name: getattr(model.words, name) for name in OF_WORDS}
+    arrays |= {PREFIX + name: getattr(model.profiles, name) for name in OF_PROFILES}
+    return arrays, {name: getattr(model, name) for name in (*NUMBERS, "idf", "requests")}
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise NpzError unless the arrays of a model fit each other. There may be none of them."""
+    found = {name: shapes[name] for name in SPECS if name in shapes}
+    if not found:
+        return
+    if len(found) < len(SPECS):
+        raise NpzError("the prompt model is incomplete")
+    (rank,), (dimension,) = found["prompt_scale"], found["prompt_mean"]
+    expected = ((WORD_BUCKETS,), (WORD_BUCKETS, rank), (rank,), (rank,), (dimension,), (rank, dimension))
+    for name, shape in zip(SPECS, expected, strict=True):
+        if found[name] != shape:
+            raise NpzError(f"array {name} has shape {found[name]}, expected {shape}")
+
+
+def read_stored(
+    arrays: Mapping[str, NDArray[Any]], meta: object, layers: int, experts: int, top_k: int
+) -> PromptModel | None:
+    """The model in a file of this geometry. None if there is none. Raises NpzError if it is not valid.
+
+    arrays: those of the file, after `check_shapes`. meta: what `stored` returned with them.
+    """
+    if meta is None and not any(name in arrays for name in SPECS):
+        return None
+    if not any(name in arrays for name in SPECS) or not isinstance(meta, dict):
+        raise NpzError("the prompt model is incomplete")
+    if not all(type(meta.get(name)) is float and np.isfinite(meta[name]) for name in NUMBERS):
+        raise NpzError(f"meta: the prompt model's {' or '.join(NUMBERS)} is not a number")
+    if type(meta.get("idf")) is not bool or type(meta.get("requests")) is not int:
+        raise NpzError("meta: the prompt model's idf or requests is missing")
+    if len(arrays["prompt_mean"]) != layers * experts:
+        raise NpzError(f"the prompt model is of {len(arrays['prompt_mean'])} experts, expected {layers * experts}")
+    for name in SPECS:
+        if not np.isfinite(arrays[name]).all():
+            raise NpzError(f"array {name} holds NaN or infinity")
+    if (arrays["prompt_weight"] < 0).any():
+        raise NpzError("array prompt_weight holds negative weights")
+    words = WordTable(**{name: arrays[PREFIX + name] for name in OF_WORDS})
+    profiles = ProfileMap(arrays["prompt_mean"], arrays["prompt_up"], layers, top_k)
+    return PromptModel(words, profiles, **{name: meta[name] for name in (*NUMBERS, "idf", "requests")})
