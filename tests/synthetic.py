@@ -56,6 +56,23 @@ def packed(texts: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return np.frombuffer(b"".join(texts), dtype=np.uint8), np.array(ends, dtype=np.int64)
 
 
+def prompts_of_kinds(requests: int, kinds: int = 3, seed: int = 0) -> dict[str, Any]:
+    """Prompts for `make_trace` whose words tell the kind of each request, but for a word in four that all may have."""
+    rng = np.random.default_rng([seed, 1])
+    texts = []
+    for request in range(requests):
+        own = [f"{_spelled(request % kinds)}{_spelled(int(word))}" for word in rng.integers(0, 30, 18)]
+        common = [f"the{_spelled(int(word))}" for word in rng.integers(0, 30, 6)]
+        texts.append(" ".join(rng.permutation(own + common).tolist()).encode())
+    text, offsets = packed(texts)
+    return {"prompt_text": text, "prompt_text_offsets": offsets}
+
+
+def _spelled(number: int) -> str:
+    """A number in letters, since digits are words of their own."""
+    return "".join(chr(ord("a") + int(digit)) for digit in str(number))
+
+
 def make_calibration(
     zones: int = 4,
     layers: int = 3,
