@@ -46,7 +46,7 @@ CALIBRATED = ("locality-band", "locality-band-refit", "expected-union", "expecte
 REFIT_INTERVAL_S = 2.5
 # Requests that warm the fleet up, and that keep it loaded at the end, in multiples of the expected number in flight.
 WARM_UP, COOL_DOWN = 2.0, 1.25
-# Whether a prompt model is learned while serving. It then begins with the fitted one, if there is a calibration.
+# Whether a prompt model is learned while serving. It then begins with the policy's fitted one, if that has one.
 LEARN = ("off", "online")
 RATE_TOLERANCE = 0.01
 RATE_TRIALS = 8
@@ -238,18 +238,15 @@ class Laboratory:
         options = self.settings.options
         interval_s = options.refit_interval_s if options.refits else REFIT_INTERVAL_S
         refits = RefitSchedule(interval_s, options.refit_window_s)  # no effect on a policy that keeps no signatures
-        engine = Engine(
-            self.packed, workload, self.fleet(workers), policy, refits, self._learning(policy, workers, seed)
-        )
+        engine = Engine(self.packed, workload, self.fleet(workers), policy, refits, self._learning(policy, seed))
         if isinstance(policy, Clairvoyant):
             policy.attach(engine)
         return engine.run(progress)
 
-    def _learning(self, policy: Policy, workers: int, seed: int) -> SimulatedLearning | None:
-        if self.settings.learn == "off" or self.packed.prompts is None:
+    def _learning(self, policy: Policy, seed: int) -> SimulatedLearning | None:
+        if self.settings.learn == "off" or self.packed.prompts is None or not policy.wants_words(False):
             return None
-        calibration = self.calibration(workers, seed)
-        learner = Learner(None if calibration is None else calibration.prompts, seed)
+        learner = Learner(policy.prompts, seed)
         return SimulatedLearning(policy, learner, self.packed, self.settings.learn_share, seed)
 
     def served_steps(self, seed: int) -> float:
