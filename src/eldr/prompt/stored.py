@@ -37,12 +37,13 @@ class PromptModelError(EldrError):
 
 
 def save_model(model: PromptModel, path: Path) -> None:
-    """Write a model to a file of its own, atomically. Raises PromptModelError."""
+    """Write a model to a file of its own, atomically. Makes its folder. Raises PromptModelError."""
     arrays, meta = stored(model)
     profiles = model.profiles
     shape = {"layers": profiles.layers, "experts": profiles.experts, "top_k": profiles.top_k}
     text = json.dumps({"format": FORMAT, **shape, "prompt": meta}, allow_nan=False)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_npz(path, arrays | {"meta": np.array(text)})
     except OSError as error:
         raise PromptModelError(f"prompt model {path}: {reason_of(error)}") from None

@@ -157,8 +157,10 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
             load_model(path)
     with pytest.raises(PromptModelError, match="No such file"):
         load_model(tmp_path / "none.npz")
-    with pytest.raises(PromptModelError, match="No such file"):
-        save_model(make_model(), tmp_path / "no folder" / "model.npz")
+    with pytest.raises(PromptModelError, match="exists|Not a directory"):
+        save_model(make_model(), path / "model.npz")
+    save_model(make_model(), tmp_path / "new" / "folder" / "model.npz")
+    assert load_model(tmp_path / "new" / "folder" / "model.npz").requests == 77
     write_npz(path, {"meta": np.array(json.dumps(contents(make_model())[1]))})
     with pytest.raises(PromptModelError):
         load_model(path)
