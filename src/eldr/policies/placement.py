@@ -10,7 +10,14 @@ from eldr.cost import StepCost
 from eldr.policies.anchor import Anchor
 from eldr.policies.means import FleetMeans
 from eldr.policies.request_model import Arrival
-from eldr.policies.unions import Geometry, Profile, Unions, encode_exposure
+from eldr.policies.unions import Geometry, Profile, RandomBatches, Unions, encode_exposure
+
+# What is believed of the words of a prompt was learned from reports, and no count of this request bears it out. If the
+# reports lie, steps that are said to cost nothing would fill one worker. So one more request is taken to add at least
+# this share of what it would add if all experts were as likely, and no worker gets it that runs more than CROWDED times
+# the mean. True profiles stay within both limits.
+LEAST_ADDED = 0.25
+CROWDED = 1.5
 
 
 class Placement:
@@ -28,6 +35,8 @@ class Placement:
         self.anchor = Anchor(geometry)
         self.means = means
         self._weights = weights
+        self._uniform = RandomBatches(geometry)
+        self._uniform.set_mean(np.full(geometry.dimension, top_k / geometry.experts, dtype=np.float32))
         self._set_columns(np.zeros((4, 0)))
 
     def _set_columns(self, columns: NDArray[np.float64]) -> None:
@@ -57,16 +66,32 @@ class Placement:
         load: their N requests in flight.
 
         Returns the position of the best worker and float64 [N], the seconds of decode time per step that each placement
-        costs, anchor included. Infinity marks workers that the tail guard rules out. It never rules out the worker with
-        the shortest step.
+        costs, anchor included. Infinity marks workers that the tail guard rules out, which is never the one with the
+        shortest step, and crowded ones (CROWDED).
         """
+        added = self.unions.added(arrival.profile)
+        if not arrival.known or arrival.frequency is not None:
+            return self._weighed(arrival, added, rows, load)
+        loads = np.array(load)
+        free = np.flatnonzero(loads <= CROWDED * loads.mean())
+        added[rows] = np.maximum(added[rows], LEAST_ADDED * np.diff(self._uniform.experts(max(load) + 1))[loads])
+        if len(free) == len(load):
+            return self._weighed(arrival, added, rows, load)
+        costs = np.full(len(load), np.inf)
+        best, costs[free] = self._weighed(arrival, added, rows[free], loads[free].tolist())
+        return int(free[best]), costs
+
+    def _weighed(
+        self, arrival: Arrival, added: NDArray[np.float64], rows: NDArray[np.int64], load: list[int]
+    ) -> tuple[int, NDArray[np.float64]]:
+        """`costs`, given the experts that the request adds on each worker, float64 [W]."""
         unions = self.unions
         direction = arrival.direction if self._weights.anchor > 0 else None
         costs = np.empty(len(load))
         best = kernels.placement_cost(
             self._fleet,
             self._weights,
-            unions.added(arrival.profile),
+            added,
             np.zeros(unions.count) if direction is None else self.anchor.along(direction),
             self.means.at_random.experts(max(load) + 1),
             rows,

@@ -223,7 +223,8 @@ async def test_a_fitting_process_that_is_killed_costs_one_fit() -> None:
 
 @on_uvloop
 async def test_nothing_is_learned_where_that_is_off_or_words_are_not_used() -> None:
-    for settings in ({"learn": "off", "signature": "prompt"}, {"signature": "counts"}):
+    off: list[dict[str, Any]] = [{"learn": "off", "signature": "prompt"}, {"signature": "counts"}]
+    for settings in off:
         async with running(1, 1, "expected-union", counting, **settings) as s:
             await ask(s, FIRST)
             await asyncio.sleep(1.5)  # it looks once a second

@@ -221,7 +221,7 @@ def test_a_fitted_model_that_knows_less_is_beaten() -> None:
 
 @pytest.mark.parametrize("truths", [24, 96])
 def test_noise_after_the_truth_never_misleads(truths: int) -> None:
-    """A model fades while noise takes over its lessons, and is never worse than the mean. Mere noise changes nothing."""
+    """A model fades while noise takes over its lessons, and is never worse than the mean."""
     learner = Learner(None)
     fill(learner, truths)
     assert learn(learner) is not None

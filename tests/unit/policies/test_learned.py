@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from eldr.cost import CostModel, MoeLayerCost
 from eldr.counts import ExpertCounts
 from eldr.kernels import WORD_BUCKETS
 from eldr.policies import PolicyOptions, make_policy
@@ -28,8 +29,8 @@ def make_model(rank: int = 2, layers: int = LAYERS, experts: int = EXPERTS, seed
     dimension = layers * experts
     weight, table = np.zeros(WORD_BUCKETS, np.float32), np.zeros((WORD_BUCKETS, rank), np.int8)
     weight[:2], table[0, 0], table[1, 1] = 1, 100, 100
-    up = np.full((rank, layers, experts), -0.2, dtype=np.float32)
-    up[0, :, :2] = up[1, :, -2:] = 0.6
+    up = np.full((rank, layers, experts), -TOP_K / experts, dtype=np.float32)
+    up[0, :, :2] = up[1, :, -2:] = 1 - TOP_K / experts
     return PromptModel(
         WordTable(weight, table, np.full(rank, 0.01, np.float32), np.zeros(rank, np.float32)),
         ProfileMap(np.full(dimension, TOP_K / experts, np.float32), up.reshape(rank, dimension), layers, TOP_K),
@@ -126,6 +127,44 @@ def test_a_model_of_other_experts_is_not_used(experts: int) -> None:
     assert policy.choose(request("r4", 0), FREE).reason == "expected_union_prompt"
 
 
+def test_a_crowded_worker_gets_no_request_that_is_known_by_its_words_alone() -> None:
+    """What was learned may be wrong, and a worker that is said to take requests for nothing would get them all."""
+    policy = fleet(ExpectedUnion(prompts=make_model(), tail_guard=float("inf")))
+    for number in range(6):
+        policy.started(request(f"r{number}", 0), "a")
+    policy.started(request("other", 1), "b")
+    asked = request("next", 0)
+    assert policy.choose(asked, {"a": 3, "b": 1}).worker == "a"
+    assert policy.choose(asked, {"a": 6, "b": 1}).worker == "b"
+    costs = policy.costs(asked, {"a": 6, "b": 1})
+    assert costs is not None
+    assert costs["a"] == float("inf") > costs["b"] > 0
+    known = policy.costs(request("counted", counts=counts_of(0)), {"a": 6, "b": 1})
+    assert known is not None
+    assert max(known.values()) < float("inf"), "counts speak for themselves"
+    assert policy.choose(asked, {"a": 6}).worker == "a"
+    assert policy.choose(asked, {"a": 0, "b": 0}).worker == "a"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_request_that_is_known_by_its_words_is_never_free(ranks: int) -> None:
+    """All experts that it needs are active already, but it is taken to add a quarter of what a random one would."""
+    cost = CostModel("experts alone", "none", "made up", MoeLayerCost(0.0, 10.0, 0.0))
+    options: dict[str, Any] = {"cost": cost, "scope": "moe", "anchor": 0, "tail_guard": float("inf"), "ranks": ranks}
+    policy = fleet(ExpectedUnion(prompts=make_model(), **options))
+    for number in range(3):
+        policy.started(request(f"r{number}", 0), "a")
+    found = policy.costs(request("next", 0), {"a": 3, "b": 3})
+    assert found is not None
+    assert policy.unions is not None
+    union = float(policy.unions.union[0])
+    assert union == pytest.approx(LAYERS * TOP_K, abs=0.2)
+    inactive = (1 - TOP_K / EXPERTS) ** 3
+    added = 0.25 * LAYERS * TOP_K * inactive / ranks
+    # The newcomer and the three that are there wait for what is added, and the newcomer for what there is.
+    assert found["a"] == pytest.approx(1e-5 * (union + (1 + 3) * added), rel=1e-3)
+
+
 def test_a_model_that_comes_between_choice_and_start_leaves_the_books_even() -> None:
     policy = fleet(ExpectedUnion(signature="prompt", prompts=make_model()))
     asked = request("r1", 0)
@@ -153,7 +192,8 @@ def test_what_is_known_of_a_prompt_is_forgotten() -> None:
     policy.choose(asked, FREE)
     assert asked.latent is not None
     asked.forget_counts()
-    assert (asked.words, asked.latent, asked.counts) == (None, None, None)
+    for known in (asked.words, asked.latent, asked.counts, asked.counts_wire):
+        assert known is None
 
 
 # The wire form.
@@ -182,17 +222,25 @@ def test_the_wire_has_no_words() -> None:
     assert len(json.dumps(wire)) < 1000
 
 
+Change = dict[str, Any]
+LAYERS_GIVEN: list[Any] = [0, -1, 3, "2", None, True, 1.0]
+TOP_KS: list[Any] = [0, -2, 9, "2", None, 1.5]
+RANKS: list[Any] = [1, 3, "2", None]
+MEANS: list[Any] = ["", "AAAA", "é", "!", None, 7, "AAAAAA=="]
+UPS: list[Any] = ["", "AAAA", None, []]
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        *({"layers": value} for value in (0, -1, 3, "2", None, True, 1.0)),
-        *({"top_k": value} for value in (0, -2, 9, "2", None, 1.5)),
-        *({"rank": value} for value in (1, 3, "2", None)),
-        *({"mean": value} for value in ("", "AAAA", "é", "!", None, 7, "AAAAAA==")),
-        *({"up": value} for value in ("", "AAAA", None, [])),
+        *({"layers": value} for value in LAYERS_GIVEN),
+        *({"top_k": value} for value in TOP_KS),
+        *({"rank": value} for value in RANKS),
+        *({"mean": value} for value in MEANS),
+        *({"up": value} for value in UPS),
     ],
 )
-def test_wire_forms_that_cannot_be_right_are_refused(change: dict[str, Any]) -> None:
+def test_wire_forms_that_cannot_be_right_are_refused(change: Change) -> None:
     wire = {**learned(make_model()).to_wire(), **change}
     with pytest.raises((KeyError, TypeError, ValueError)):
         Learned.from_wire(wire)

@@ -85,8 +85,8 @@ def with_number(value: float, at: int = 1) -> Callable[[Any], Any]:
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
-        ("prompt_weight", None, "prompt_weight|incomplete"),
-        ("prompt_up", None, "prompt_up|incomplete"),
+        ("prompt_weight", None, r"prompt_weight|incomplete"),
+        ("prompt_up", None, r"prompt_up|incomplete"),
         ("prompt_weight", lambda array: array[:-1], r"prompt_weight has shape \(65535,\)"),
         ("prompt_table", lambda array: array[:, :2], r"prompt_table has shape \(65536, 2\)"),
         ("prompt_table", lambda array: array.astype(np.int16), "prompt_table"),
@@ -124,7 +124,7 @@ def test_arrays_that_cannot_be_right_are_refused(
     [
         ({"format": "eldr-calibration-v1"}, "not an eldr-prompt-model-v1 file"),
         ({"layers": 3}, "of 8 experts, expected 12"),
-        ({"layers": 0}, "of 8 experts, expected 0|layers"),
+        ({"layers": 0}, "of 8 experts, expected 0"),
         ({"experts": True}, "layers, experts or top_k"),
         ({"top_k": 5}, "layers, experts or top_k"),
         ({"top_k": 0}, "layers, experts or top_k"),
@@ -157,7 +157,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
             load_model(path)
     with pytest.raises(PromptModelError, match="No such file"):
         load_model(tmp_path / "none.npz")
-    with pytest.raises(PromptModelError, match="exists|Not a directory"):
+    with pytest.raises(PromptModelError, match=r"exists|Not a directory"):
         save_model(make_model(), path / "model.npz")
     save_model(make_model(), tmp_path / "new" / "folder" / "model.npz")
     assert load_model(tmp_path / "new" / "folder" / "model.npz").requests == 77

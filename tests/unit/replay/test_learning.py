@@ -170,15 +170,35 @@ def test_lies_cost_no_more_than_a_hundredth(lie: Report) -> None:
     assert np.mean(found) < 0.01, found
 
 
-@pytest.mark.parametrize("marks", [(1, 1), (1, 1, 1), (7, 3)])
-def test_lies_that_the_words_bear_out_cost_no_more_than_a_hundredth(marks: tuple[float, ...]) -> None:
-    found = []
+def believing(laboratory: Laboratory, seed: int, report: Report) -> ExpectedUnion:
+    """A policy that has learned from 200 reports before it serves."""
+    policy, learner = expected_union(seed), Learner(None, seed)
+    trace = laboratory.packed
+    assert trace.prompts is not None
+    for index in range(200):
+        learner.take(trace.prompts[index], report(trace, index, trace.decode_counts(index)))
+    task = learner.task()
+    assert task is not None
+    learned = learner.taught(task.run())
+    assert learned is not None
+    assert learner.r2 > 0.8, "it is believed"
+    policy.learned(learned)
+    return policy
+
+
+@pytest.mark.parametrize("marks", [(1, 1), (1, 1, 1), (7, 3), (8, 4, 2, 1)])
+def test_a_lie_that_is_believed_costs_no_more_than_a_hundredth_and_the_truth_keeps_its_gain(
+    marks: tuple[float, ...],
+) -> None:
+    """The lie says that steps hardly grow with requests that share a word. Without limits to what is believed it costs
+    up to 15 %, and 30 % in longer runs, since some workers then run no request at all."""
+    lies, truths = [], []
     for seed in range(2):
         laboratory = make_laboratory(seed, marks)
-        result, learner = taught(laboratory, seed, by_the_mark)
-        assert learner.r2 > 0.9, "the lie is believed"
-        found.append(change(laboratory, result, seed))
-    assert np.mean(found) < 0.01, found
+        lies.append(change(laboratory, run(laboratory, believing(laboratory, seed, by_the_mark), seed), seed))
+        truths.append(change(laboratory, run(laboratory, believing(laboratory, seed, truth), seed), seed))
+    assert np.mean(lies) < 0.01, lies
+    assert np.mean(truths) < -0.25, truths
 
 
 def test_reports_of_the_wrong_size_are_left_out() -> None:
