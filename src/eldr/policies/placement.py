@@ -36,6 +36,7 @@ class Placement:
         self.means = means
         self._weights = weights
         self._uniform = RandomBatches(geometry)
+        self._least = np.zeros(0)
         self._uniform.set_mean(np.full(geometry.dimension, top_k / geometry.experts, dtype=np.float32))
         self._set_columns(np.zeros((4, 0)))
 
@@ -72,14 +73,21 @@ class Placement:
         added = self.unions.added(arrival.profile)
         if not arrival.known or arrival.frequency is not None:
             return self._weighed(arrival, added, rows, load)
-        loads = np.array(load)
-        free = np.flatnonzero(loads <= CROWDED * loads.mean())
-        added[rows] = np.maximum(added[rows], LEAST_ADDED * np.diff(self._uniform.experts(max(load) + 1))[loads])
-        if len(free) == len(load):
+        most = max(load)
+        added[rows] = np.maximum(added[rows], self._least_added(most)[load])
+        limit = CROWDED * sum(load) / len(load)
+        if most <= limit:
             return self._weighed(arrival, added, rows, load)
+        free = [at for at, running in enumerate(load) if running <= limit]
         costs = np.full(len(load), np.inf)
-        best, costs[free] = self._weighed(arrival, added, rows[free], loads[free].tolist())
-        return int(free[best]), costs
+        best, costs[free] = self._weighed(arrival, added, rows[free], [load[at] for at in free])
+        return free[best], costs
+
+    def _least_added(self, most: int) -> NDArray[np.float64]:
+        """The experts that one more request adds at least to batches of 0, 1, 2, ... requests, [at least most + 1]."""
+        if most >= len(self._least):
+            self._least = LEAST_ADDED * np.diff(self._uniform.experts(2 * most + 2))
+        return self._least
 
     def _weighed(
         self, arrival: Arrival, added: NDArray[np.float64], rows: NDArray[np.int64], load: list[int]

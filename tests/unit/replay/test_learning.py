@@ -17,7 +17,7 @@ from eldr.learning.learner import Learner
 from eldr.policies import PolicyOptions, make_policy
 from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import ExpectedUnion
-from eldr.policies.learned import decode_floats
+from eldr.policies.learned import Learned, decode_floats
 from eldr.policies.load import ShortestQueue
 from eldr.policies.logged import LoggedPolicy, LogHeader
 from eldr.prompt.words import words_of_text
@@ -223,6 +223,28 @@ def test_policies_without_words_are_not_taught() -> None:
         assert len(result.tpot_s) == 150
     plain = run(laboratory, ShortestQueue(0), 0)
     assert laboratory.run_policy(ShortestQueue(0), WORKERS, RATE, BATCH, 0).worker.tolist() == plain.worker.tolist()
+
+
+class Noting(ExpectedUnion):
+    """Counts what it is told."""
+
+    told = 0
+
+    def learned(self, learned: Learned) -> None:
+        self.told += 1
+        super().learned(learned)
+
+
+def test_a_policy_without_a_fitted_model_is_not_measured_by_one() -> None:
+    """A laboratory may have a calibration that this policy does not use. What is learned is all that it has."""
+    trace = make_laboratory(0).trace
+    laboratory = Laboratory(trace, Settings(requests=200, mix=Mix(0.5), options=OPTIONS, learn="online"))
+    fitted = laboratory.calibration(WORKERS, 0)
+    assert fitted is not None
+    assert fitted.prompts is not None
+    policy = Noting(**OPTIONS.of_expected_union())
+    laboratory.run_policy(policy, WORKERS, RATE, BATCH, 0)
+    assert policy.told > 0
 
 
 # Decision logs.
