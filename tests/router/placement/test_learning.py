@@ -286,16 +286,28 @@ def test_a_report_counts_once_and_only_for_a_request_that_was_placed() -> None:
     assert taken(learning) == 1
 
 
-def test_reports_that_cannot_be_used_are_refused() -> None:
+def test_a_short_answer_says_nothing_and_is_no_fault() -> None:
     learning = make_learning()
+    learning.placed(request("1"))
+    learning.report("1", counts_of(0, tokens=3))
+    assert taken(learning) == 0
+
+
+def test_experts_of_another_model_are_refused_and_what_to_do_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when the model behind a name has changed since the last run."""
+    path = save_fitted(tmp_path)
+    learning = Learning(ExpectedUnion(signature="prompt"), Learner(load_model(path)), Metrics(), path)
     for name in ("1", "2", "3"):
         learning.placed(request(name))
     learning.report("1", counts_of(0))
-    with pytest.raises(CountsError):
-        learning.report("2", counts_of(0, tokens=3))
-    with pytest.raises(CountsError):
-        learning.report("3", ExpertCounts(np.full((1, 4), 8, np.uint32), 16, 2))
+    for name in ("2", "3"):
+        with pytest.raises(CountsError, match="1 layers x 4 experts, top-2 are those of another model"):
+            learning.report(name, ExpertCounts(np.full((1, 4), 8, np.uint32), 16, 2))
     assert taken(learning) == 1
+    assert caplog.text.count("which is not what was learned from before") == 1
+    assert f"if the model has changed, remove {path} and start anew" in caplog.text
 
 
 def test_requests_that_are_never_reported_are_forgotten() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from eldr.counts import CountsError, ExpertCounts
 from eldr.errors import EldrError
 from eldr.learning.learner import Learner
+from eldr.learning.lessons import LEAST_ROWS
 from eldr.policies.base import DecodeRequest, Policy
 from eldr.prompt.stored import save_model
 from eldr.prompt.words import Words
@@ -63,13 +64,19 @@ class Learning:
     def report(self, request_id: str, decode: ExpertCounts) -> None:
         """A finished request's experts became known (`eldr.router.experts.base.ExpertSink`).
 
-        Raises CountsError if they cannot be used.
+        Raises CountsError if they are those of another model.
         """
         words = self._forget(request_id)
         if words is None:
             return  # it was placed without its words, or too many requests ago
+        if decode.prompt_tokens < LEAST_ROWS:
+            return  # a short answer says too little
         if not self.learner.take(words, decode):
-            raise CountsError("geometry", "the experts are those of another model, or of too few tokens")
+            found = f"{decode.layers} layers x {decode.experts} experts, top-{decode.top_k}"
+            if self._throttle.due("geometry"):
+                kept = "" if self._file is None else f"; if the model has changed, remove {self._file} and start anew"
+                log.error("a worker reports %s, which is not what was learned from before%s", found, kept)
+            raise CountsError("geometry", f"{found} are those of another model")
         self._reported = True
 
     def _forget(self, request_id: str) -> Words | None:
