@@ -293,6 +293,18 @@ def test_a_short_answer_says_nothing_and_is_no_fault() -> None:
     assert taken(learning) == 0
 
 
+def test_reports_that_no_rows_can_have_are_refused() -> None:
+    learning = make_learning()
+    often, rarely = counts_of(0).counts.copy(), counts_of(0).counts.copy()
+    often[:, :2] = 31, 1
+    rarely[0, 0] -= 1
+    for name, counts in (("1", often), ("2", rarely)):
+        learning.placed(request(name))
+        with pytest.raises(CountsError):
+            learning.report(name, ExpertCounts(counts, 16, TOP_K))
+    assert taken(learning) == 0
+
+
 def test_experts_of_another_model_are_refused_and_what_to_do_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -238,7 +238,7 @@ class Noting(ExpectedUnion):
 def test_a_policy_without_a_fitted_model_is_not_measured_by_one() -> None:
     """A laboratory may have a calibration that this policy does not use. What is learned is all that it has."""
     trace = make_laboratory(0).trace
-    laboratory = Laboratory(trace, Settings(requests=200, mix=Mix(0.5), options=OPTIONS, learn="online"))
+    laboratory = Laboratory(trace, Settings(requests=30, mix=Mix(0.5), options=OPTIONS, learn="online"))
     fitted = laboratory.calibration(WORKERS, 0)
     assert fitted is not None
     assert fitted.prompts is not None

@@ -64,13 +64,14 @@ class Learning:
     def report(self, request_id: str, decode: ExpertCounts) -> None:
         """A finished request's experts became known (`eldr.router.experts.base.ExpertSink`).
 
-        Raises CountsError if they are those of another model.
+        Raises CountsError if no rows can have them, or if they are those of another model.
         """
         words = self._forget(request_id)
         if words is None:
             return  # it was placed without its words, or too many requests ago
         if decode.prompt_tokens < LEAST_ROWS:
             return  # a short answer says too little
+        decode.check()
         if not self.learner.take(words, decode):
             found = f"{decode.layers} layers x {decode.experts} experts, top-{decode.top_k}"
             if self._throttle.due("geometry"):
