@@ -24,8 +24,20 @@ _Maker = Callable[["Calibration | None", PolicyOptions, int], Policy]
 def _locality_band(calibration: Calibration | None, options: PolicyOptions, seed: int) -> Policy:
     if calibration is None:
         raise PolicyError("policy locality-band needs a calibration file (eldr record, then eldr fit)")
+    if options.signature == "prompt" and calibration.prompt_centroids is None:
+        raise PolicyError(
+            "policy locality-band cannot know requests by their prompts: the calibration holds no prompt model; record "
+            "a trace with --keep-prompts, and fit it"
+        )
     remember = CAPACITY if options.refits else 0
-    return LocalityBand(calibration, tau=options.tau, two_nearest=options.two_nearest, remember=remember, seed=seed)
+    return LocalityBand(
+        calibration,
+        signature=options.signature,
+        tau=options.tau,
+        two_nearest=options.two_nearest,
+        remember=remember,
+        seed=seed,
+    )
 
 
 def _expected_union(calibration: Calibration | None, options: PolicyOptions, seed: int) -> Policy:

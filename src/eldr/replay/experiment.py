@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.calibration import Calibration, fit_calibration
+from eldr.calibration import Calibration, fit_calibration, with_prompt_zones
 from eldr.learning.learner import Learner
 from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Policy
@@ -132,6 +132,9 @@ class Laboratory:
             signatures = fitted.signature.transform(self.trace.prefill_counts[chosen])
             zones = balanced_kmeans(signatures, workers, seed=seed)
             fitted = dataclasses.replace(fitted, centroids=zones.centroids, zone_sizes=zones.sizes)
+            if fitted.prompts is not None:
+                part = take_requests(self.trace, chosen)
+                fitted = with_prompt_zones(fitted, part, part.decode_profiles(), seed)
             self._fitted[seed] = fitted
         return fitted
 
