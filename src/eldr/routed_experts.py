@@ -86,6 +86,21 @@ def moe_rows(rows: NDArray[np.int32], layers: int, experts: int, top_k: int) -> 
     return rows.astype(np.uint16)
 
 
+def split_rows(
+    rows: NDArray[np.int32], prompt_tokens: int, generated_tokens: int, geometry: tuple[int, int, int]
+) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Split the rows of all tokens but the last into those of the prompt, and the decode rows.
+
+    geometry: layers, experts and top-k, of the MoE layers alone.
+    Raises CountsError if they are not the rows of so many tokens of such a model.
+    """
+    expected = prompt_tokens + generated_tokens - 1
+    if prompt_tokens < 1 or len(rows) != expected:
+        raise CountsError("incomplete", f"there are {len(rows)} rows of experts for {expected} tokens")
+    checked = moe_rows(rows, *geometry)
+    return checked[:prompt_tokens], checked[prompt_tokens:]
+
+
 def count_rows(rows: NDArray[np.uint16], experts: int) -> ExpertCounts:
     """Count how many of `rows`, [T, L, k], chose each expert. T is at least 1."""
     tokens, layers, top_k = rows.shape

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eldr.record.prompts import Prompt, RecordError
-from eldr.record.sources import MoeShape, Sample, Source, split_rows
+from eldr.record.sources import MoeShape, Sample, Source, sample_of_rows
 
 ERROR_BODY_CHARS = 300
 
@@ -106,4 +106,4 @@ def usage_of(answer: dict[str, Any]) -> tuple[int, int]:
 
 def sample_of(rows: Any, shape: MoeShape, answer: dict[str, Any]) -> Sample:
     """Split `rows` by the usage of the answer. Raises RecordError or CountsError."""
-    return split_rows(rows, shape, *usage_of(answer))
+    return sample_of_rows(rows, shape, *usage_of(answer))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.counts import CountsError, ExpertCounts
+from eldr.counts import ExpertCounts
 from eldr.record.prompts import Prompt
-from eldr.routed_experts import count_rows, moe_rows
+from eldr.routed_experts import count_rows, split_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,8 @@ class Source(ABC):
         """Run `prompt`. May be called by `concurrency` threads at once. Raises RecordError."""
 
 
-def split_rows(rows: NDArray[np.int32], shape: MoeShape, prompt_tokens: int, generated_tokens: int) -> Sample:
-    """Split the rows of all tokens but the last, [T, layers, k], into those of the prompt and of the answer.
-
-    Raises CountsError if they are not these rows.
-    """
-    expected = prompt_tokens + generated_tokens - 1
-    if prompt_tokens < 1 or len(rows) != expected:
-        raise CountsError("incomplete", f"it states {len(rows)} rows of experts for {expected} tokens")
-    checked = moe_rows(rows, shape.layers, shape.experts, shape.top_k)
-    return Sample(count_rows(checked[:prompt_tokens], shape.experts), checked[prompt_tokens:])
+def sample_of_rows(rows: NDArray[np.int32], shape: MoeShape, prompt_tokens: int, generated_tokens: int) -> Sample:
+    """Make a sample of the rows of all tokens but the last, int32 [T, layers, k]. Raises CountsError."""
+    geometry = shape.layers, shape.experts, shape.top_k
+    prompt, decode = split_rows(rows, prompt_tokens, generated_tokens, geometry)
+    return Sample(count_rows(prompt, shape.experts), decode)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from eldr.counts import CountsError
 from eldr.record.prompts import Prompt, RecordError
-from eldr.record.sources import MoeShape, Sample, Source, split_rows
+from eldr.record.sources import MoeShape, Sample, Source, sample_of_rows
 
 # The argument's name: of most models, and of gpt-oss and its relatives.
 INDICES = ("top_k_index", "router_indices")
@@ -81,7 +81,7 @@ class Transformers(Source):
         try:
             rows, experts = self._capture.rows()
             shape = MoeShape(rows.shape[1], experts, rows.shape[2])
-            return split_rows(rows, shape, prompt_tokens, answer.shape[1] - prompt_tokens)
+            return sample_of_rows(rows, shape, prompt_tokens, answer.shape[1] - prompt_tokens)
         except CountsError as error:
             raise RecordError(f"{options.model}: {error}") from None
 
