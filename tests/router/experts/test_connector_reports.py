@@ -23,7 +23,7 @@ PATH = "/eldr/experts"
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> dict[str, Path]:
+def keys(tmp_path: Path) -> dict[str, Any]:
     for name, key in (("report", KEY), ("admin", "the-admin-key"), ("api", "a-client alice")):
         (tmp_path / name).write_text(key + "\n")
     return {"report_key_file": tmp_path / "report", "admin_key_file": tmp_path / "admin"}
@@ -82,7 +82,7 @@ async def test_a_stream_is_learned_from(tmp_path: Path) -> None:
         (bearer(KEY), 200),
     ],
 )
-def test_only_the_key_of_reports_may_report(keys: dict[str, Path], headers: dict[str, str], status: int) -> None:
+def test_only_the_key_of_reports_may_report(keys: dict[str, Any], headers: dict[str, str], status: int) -> None:
     @on_uvloop
     async def test() -> None:
         async with running(**keys, api_key_file=keys["report_key_file"].with_name("api")) as s:
@@ -122,7 +122,7 @@ def test_with_other_sources_alone_nobody_may_report() -> None:
         ({"counts": encode_counts(ExpertCounts(np.full((2, 4), 1, np.uint32), 2, 2))}, "geometry"),
     ],
 )
-def test_what_cannot_be_is_refused(keys: dict[str, Path], change: dict[str, Any], reason: str) -> None:
+def test_what_cannot_be_is_refused(keys: dict[str, Any], change: dict[str, Any], reason: str) -> None:
     @on_uvloop
     async def test() -> None:
         lessons = Lessons()
@@ -194,7 +194,7 @@ async def test_only_the_attempt_that_answered_is_learned_from(tmp_path: Path) ->
         (json.dumps({"v": 1, "reports": ["x" * 2**20]}).encode(), 413),
     ],
 )
-def test_a_batch_that_is_none_is_refused_whole(keys: dict[str, Path], body: bytes, status: int) -> None:
+def test_a_batch_that_is_none_is_refused_whole(keys: dict[str, Any], body: bytes, status: int) -> None:
     @on_uvloop
     async def test() -> None:
         async with running(**keys) as s:
@@ -211,7 +211,8 @@ async def test_a_large_batch_is_taken_whole(tmp_path: Path) -> None:
         for n in range(20):
             await s.post(headers={"x-request-id": f"r{n}"})
         reports = [{"id": named(f"r{n}"), "counts": wire(seed=n)} for n in range(20)]
-        mixed = [report for pair in zip(reports, [7, {}, "x", None] * 5, strict=True) for report in pair]
+        nonsense: list[object] = [7, {}, "x", None] * 5
+        mixed = [each for pair in zip(reports, nonsense, strict=True) for each in pair]
         assert (await report(s, *mixed)).json() == {"accepted": 20, "refused": {"malformed": 20}}
         for n, (request_id, decode) in enumerate(lessons.heard):
             assert request_id.startswith(f"r{n}/")
