@@ -12,11 +12,11 @@ import pytest
 from eldr.demo.workers import WorkerProcess
 from tests.e2e.real_fleet import MODEL, Fleet, Router, call, metric
 
-GEOMETRY = "6x16x4"
+GEOMETRY = "4x32x4"
 
 
 @pytest.fixture
-def reporting(fleet: Fleet, tmp_path: Path) -> Iterator[tuple[Router, WorkerProcess]]:
+def router_with_reports(fleet: Fleet, tmp_path: Path) -> Iterator[Router]:
     """A router, and a decode worker that reports all of its requests to it."""
     key = tmp_path / "report.key"
     key.write_text("a-key-of-the-test\n")
@@ -30,14 +30,14 @@ def reporting(fleet: Fleet, tmp_path: Path) -> Iterator[tuple[Router, WorkerProc
         worker.start()
         worker.wait_ready(300)
         router.wait_ready()
-        yield router, worker
+        yield router
     finally:
         router.stop()
         worker.stop()
 
 
-def test_every_kind_of_request_is_reported_and_found(reporting: tuple[Router, WorkerProcess]) -> None:
-    router, worker = reporting
+def test_every_kind_of_request_is_reported_and_found(router_with_reports: Router) -> None:
+    router = router_with_reports
     said = [{"role": "user", "content": "Count to three."}]
     bodies = {
         "/v1/completions": {"prompt": "def add(a, b):", "max_tokens": 8},

@@ -1,4 +1,4 @@
-"""Reports of finished requests, from real engines and from a thread that never waits, to a server that plays the router."""
+"""Reports of finished requests: from real engines and a thread that never waits, to a server that plays the router."""
 
 from __future__ import annotations
 
