@@ -1,8 +1,8 @@
 """Source: a Hugging Face model in this process, without a server.
 
 transformers keeps the experts of a layer in a module of their own, whose forward pass takes the indices of the chosen
-ones as an argument. That is so for all its MoE models but a few (53 of 56 modelling files of 5.19), and it is after
-everything that an architecture does to choose: biases, groups, limits on groups. A hook reads the argument.
+ones as an argument, after everything that an architecture does to choose: biases, groups, limits on groups. That is so
+in 58 of the 63 files of transformers 5.19 with language models that have experts. A hook reads the argument.
 """
 
 from __future__ import annotations
