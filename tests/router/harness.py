@@ -22,6 +22,7 @@ from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import ShortestQueue
 from eldr.router.app import Router, policy_maker
 from eldr.router.config.settings import RouterConfig
+from eldr.router.experts.base import ExpertSink
 from eldr.router.request import answer
 from tests.router.fake_worker import FakeWorker
 
@@ -116,6 +117,7 @@ async def running(
     prepare: Callable[[Setup], None] | None = None,
     worker_tls: ssl.SSLContext | None = None,
     worker_path: str = "",
+    expert_sink: ExpertSink | None = None,
     **settings: Any,
 ) -> AsyncIterator[Setup]:
     """A started router with its fake workers; `prepare` may change the workers before the router probes them.
@@ -133,7 +135,7 @@ async def running(
         **{"health_interval_s": 0.1, **({"policy": policy} if isinstance(policy, str) else {}), **settings},
     )
     given = None if isinstance(policy, str) else policy or ShortestQueue()
-    router = Router(config, policy_maker(config) if given is None else lambda group: given)
+    router = Router(config, policy_maker(config) if given is None else lambda group: given, expert_sink=expert_sink)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         setup = Setup(router, prefills, decodes, session)
         if prepare is not None:

@@ -38,6 +38,9 @@ decode = ["http://d:1", "http://d:2"]
 model = "m"
 policy = "expected-union"
 calibration = "zones.npz"
+signature = "prompt"
+learn = "off"
+learned_dir = "i"
 tau = 0.2
 two_nearest = false
 refit_interval_s = 9
@@ -99,6 +102,9 @@ shutdown_delay_s = 0.16
 grace_s = 0
 otel_endpoint = "http://collector:4318/v1/traces"
 otel_sampling = 1
+report_key_file = "h"
+routed_experts_share = 0.25
+expert_geometry = "48x128x8"
 log_level = "error"
 
 [worker_costs]
@@ -114,6 +120,8 @@ FLAGS = """
 --otel-sampling 0.5 --log-level debug --tau 0.2 --no-two-nearest --refit-interval 1 --refit-window 2 --cost x
 --worker-cost http://d:1=y --cost-scope moe --others-weight 3 --anchor 4 --tail-guard inf --step-tokens 5
 --expert-parallel 6 --allowed-origins https://app.example --allowed-origins https://b.example
+--signature counts --learn off --learned-dir s
+--report-key-file r --routed-experts-share 0.5 --expert-geometry 48x128x8 --expert-geometry m=24x32x4
 """
 
 
@@ -128,7 +136,7 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
     config = RouterConfig.load(tmp_path / "eldr.toml", {})
     files = {key: Path(written[key]) for key in written if key in (
         "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file",
-        "decision_log",
+        "decision_log", "report_key_file", "learned_dir",
     )}  # fmt: skip
     cost = PRESETS[DEFAULT_PRESET]
     assert values(config) == written | files | {
@@ -138,6 +146,7 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
         "cost": cost,
         "worker_costs": {"http://d:2": cost},
         "calibration": {"": Path("zones.npz")},
+        "expert_geometry": {"": (48, 128, 8)},
     }
     default = values(RouterConfig.of(**TWO))
     # There is one preset only.
@@ -158,6 +167,9 @@ def test_every_flag() -> None:
         "refit_interval_s": 1.0, "refit_window_s": 2.0, "cost": "x", "worker_costs": [("http://d:1", "y")],
         "cost_scope": "moe", "others_weight": 3.0, "anchor": 4.0, "tail_guard": math.inf, "step_tokens": 5.0,
         "expert_parallel": 6, "allowed_origins": ["https://app.example", "https://b.example"],
+        "signature": "counts", "learn": "off", "learned_dir": Path("s"),
+        "report_key_file": Path("r"), "routed_experts_share": 0.5,
+        "expert_geometry": [("", "48x128x8"), ("m", "24x32x4")],
     }  # fmt: skip
     assert {one.flag for one in ALL.values() if one.flag} == {
         text for text in re.findall(r"--[a-z-]+", parser.format_usage()) if text != "--config"
@@ -169,7 +181,7 @@ def test_the_live_settings() -> None:
 
 
 # Settings whose default is not shown as a value of TOML.
-NOT_SHOWN = ("cost", "worker_costs", "allowed_origins", "calibration")
+NOT_SHOWN = ("cost", "worker_costs", "allowed_origins", "calibration", "expert_geometry")
 
 
 def rows() -> dict[str, list[str]]:
@@ -221,6 +233,8 @@ def valid(one: Setting) -> st.SearchStrategy[Any]:
         return st.lists(st.sampled_from(["*", "https://a.example", "http://[::1]:3000", "app://x"]), unique=True)
     if one.key == "calibration":
         return st.sampled_from(["c.npz", {"m": "c.npz", "": "d.npz"}])
+    if one.key == "expert_geometry":
+        return st.sampled_from(["48x128x8", {"m": "24x32x4", "": "1x8x2"}, {}])
     if one.key == "cost":
         return st.just(DEFAULT_PRESET)
     if one.choices:
@@ -244,6 +258,8 @@ def wrong(one: Setting) -> st.SearchStrategy[Any]:
         return st.text(max_size=9).map(lambda cost: {"http://d:1": cost})
     if one.key == "calibration":
         return st.sampled_from(["", 1, [], ["c.npz"], {"m": 1}, {"m": ""}, [("m", "")]])
+    if one.key == "expert_geometry":
+        return st.sampled_from(["", 1, [], ["48x128x8"], "48x128", {"m": 1}, {"m": "1x2x3"}, [("m", "")]])
     if one.key == "cost":
         return st.text(max_size=9)
     others = st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(), st.integers(), max_size=2)
@@ -263,7 +279,7 @@ def wrong(one: Setting) -> st.SearchStrategy[Any]:
 
 
 # Those that are of no use alone, or name another.
-TOGETHER = {"tls_cert", "tls_key", "admin_listen", "admin_key_file", "worker_costs"}
+TOGETHER = {"tls_cert", "tls_key", "admin_listen", "admin_key_file", "worker_costs", "routed_experts_share"}
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +305,9 @@ def test_values_of_a_file_arrive_as_they_were_written(folder: Path, data: st.Dat
         elif key == "calibration":
             files = {"": flat[key]} if isinstance(flat[key], str) else flat[key]
             assert value == {model: Path(file) for model, file in files.items()}
+        elif key == "expert_geometry":
+            texts = {"": flat[key]} if isinstance(flat[key], str) else flat[key]
+            assert value == {model: tuple(map(int, text.split("x"))) for model, text in texts.items()}
         else:
             assert value == (Path(flat[key]) if isinstance(value, Path) else flat[key])
 

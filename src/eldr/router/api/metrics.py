@@ -102,6 +102,10 @@ class RouterCollector(Collector):
         yield _counter("eldr_handoffs", "Prefill answers with a hand-off.", (), {(): m.handoffs})
         errors = _from_zero(COUNTS_ERRORS, m.counts_errors)
         yield _counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), errors)
+        reports = _from_zero((), m.expert_reports)
+        yield _counter(
+            "eldr_expert_reports", "Experts of finished requests that became known.", ("source", "outcome"), reports
+        )
         yield _counter("eldr_passthrough", "Requests that ran whole on one decode worker.", ("reason",), m.passthrough)
         retries = _from_zero(product(LEGS, RETRIES), m.retries)
         yield _counter("eldr_retries", "Legs that were tried again.", ("leg", "reason"), retries)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from eldr.router.api.experts import PATH as REPORTS
+from eldr.router.api.experts import ExpertReports
 from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
 from eldr.router.api.models import LIST, ModelsFlow
@@ -39,11 +41,18 @@ class ClientApi:
     """Answers clients. It is a handler of `ClientConnection`.
 
     keys: the API keys. None if everybody is allowed in.
+    reports: takes workers' reports of experts. None if nobody may report.
     closing: whether the router is stopping. Requests are still answered, but /ready says 503.
     """
 
     def __init__(
-        self, services: Services, keys: ApiKeys | None, admin_key: AdminKey, cors: Cors, collector: RouterCollector
+        self,
+        services: Services,
+        keys: ApiKeys | None,
+        admin_key: AdminKey,
+        cors: Cors,
+        collector: RouterCollector,
+        reports: ExpertReports | None,
     ) -> None:
         self._services = services
         self._keys = keys
@@ -62,6 +71,9 @@ class ClientApi:
             b"/load": (b"GET", self._load),
             b"/metrics": (b"GET", self._metrics),
         }
+        self._reports = reports
+        if reports is not None:
+            self._routes[REPORTS] = (b"POST", reports.handle)
         for path, endpoint in ENDPOINTS.items():
             self._routes[path] = (endpoint.method, self._pass_through)
 
@@ -76,6 +88,8 @@ class ClientApi:
     def permit(self, method: bytes, path: bytes, headers: dict[bytes, bytes]) -> str:
         if path in OPEN_PATHS or self.cors.is_preflight(method, headers):
             return ""
+        if path == REPORTS and self._reports is not None:
+            return self._reports.permit(headers)
         client = "" if self._keys is None else self._keys.client(headers)
         # Also if the router requires no keys: the keys of a client with a name go to no worker.
         if not client and self._admin_key.is_in(headers):

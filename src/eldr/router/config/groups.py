@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eldr.counts import CountsError
 from eldr.policies import POLICY_NAMES, PolicyOptions
+from eldr.routed_experts import parse_geometry
 from eldr.router.config.endpoint import ROLES, Endpoint, Endpoints, Role, UrlError, worker_urls
 from eldr.settings import SettingError, group, setting
 
@@ -62,6 +64,20 @@ def _origins(key: str, value: Any) -> tuple[str, ...]:
         else:
             origins.append(text.lower())
     return tuple(dict.fromkeys(origins))
+
+
+def _geometries(key: str, value: Any) -> dict[str, tuple[int, int, int]]:
+    """Model -> MoE layers, experts and top-k, with an empty name for those given alone."""
+    if isinstance(value, str):
+        value = {"": value}
+    if value and isinstance(value, list) and all(isinstance(pair, tuple) for pair in value):  # flags
+        value = dict(value)
+    if not isinstance(value, Mapping) or not all(isinstance(text, str) for text in value.values()):
+        raise SettingError(f"{key} is {value!r}, expected LAYERSxEXPERTSxTOP_K, or a table: model = such a text")
+    try:
+        return {model: parse_geometry(text) for model, text in value.items()}
+    except CountsError as error:
+        raise SettingError(f"{key}: {error}") from None
 
 
 def _calibrations(key: str, value: Any) -> dict[str, Path]:
@@ -270,6 +286,24 @@ class EjectionSettings:
     eject_share: float = setting(
         0.5, "largest share of a role's workers to eject at once; 0 turns ejection off", most=1
     )
+
+
+@dataclass
+class ExpertSettings:
+    """How the router learns which experts finished requests have used."""
+
+    report_key_file: Path | None = setting(
+        None, "file with the key with which eldr's connector may report experts", flag=True, shown="nobody may",
+        page="vllm.md#reports-of-finished-requests",
+    )  # fmt: skip
+    routed_experts_share: float = setting(
+        0.0, "share of whole answers of stock workers whose routed experts are read; above 0, clients get none",
+        most=1, flag=True, metavar="SHARE", page="vllm.md#routed-experts-of-stock-workers",
+    )  # fmt: skip
+    expert_geometry: Mapping[str, tuple[int, int, int]] = setting(
+        {}, "MoE layers x experts x top-k, such as 48x128x8, of one model or of all others", parse=_geometries,
+        flag=True, metavar="[MODEL=]LxExK", shown="unknown", page="vllm.md#routed-experts-of-stock-workers",
+    )  # fmt: skip
 
 
 @dataclass

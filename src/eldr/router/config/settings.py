@@ -14,6 +14,7 @@ from eldr.router.config.endpoint import ROLES, UrlError, worker_urls
 from eldr.router.config.groups import (
     ClientLimits,
     EjectionSettings,
+    ExpertSettings,
     ListenSettings,
     ObserveSettings,
     PlacementSettings,
@@ -44,6 +45,7 @@ class RouterConfig:
     timeouts: Timeouts = group("Timeouts of requests")
     retry: RetrySettings = group("Retries")
     ejection: EjectionSettings = group("Ejection")
+    experts: ExpertSettings = group("Experts of finished requests")
     observe: ObserveSettings = group("Observability")
 
     def __post_init__(self) -> None:
@@ -58,6 +60,11 @@ class RouterConfig:
                 raise ConfigError("admin_listen needs admin_key_file: without a key, nobody could use the admin API")
         if (listen.tls_cert is None) != (listen.tls_key is None):
             raise ConfigError("tls_cert and tls_key go together: give both or neither")
+        if self.experts.routed_experts_share and not self.experts.expert_geometry:
+            raise ConfigError(
+                "routed_experts_share needs expert_geometry, such as 48x128x8: workers do not say how many experts "
+                "there are"
+            )
         # With the admin API or a DNS name, that worker may still join.
         if listen.admin_listen is None and not any(role == "decode" for _, role in self.workers.dns_names):
             for url in self.placement.options.worker_costs:

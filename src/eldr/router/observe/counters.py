@@ -51,6 +51,7 @@ class Metrics:
         self.decisions: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.policy_errors = 0
         self.counts_errors: defaultdict[str, int] = defaultdict(int)
+        self.expert_reports: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.passthrough: defaultdict[str, int] = defaultdict(int)
         self.retries: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.retries_denied: defaultdict[tuple[str, str], int] = defaultdict(int)

@@ -52,6 +52,11 @@ class Placement:
         self.worker = worker
         self.decision = decision
 
+    @property
+    def request_id(self) -> str:
+        """The request as the policy knows it. Each attempt has its own."""
+        return self._request.request_id
+
     def __enter__(self) -> Placement:
         return self
 

@@ -56,17 +56,17 @@ class Learning:
             del self._words[next(iter(self._words))]
         self._words[request.request_id] = words
 
-    def report(self, request_id: str, decode: ExpertCounts) -> None:
-        """A finished request's experts became known (`eldr.router.experts.base.ExpertSink`).
+    def expects(self, request_id: str) -> bool:
+        """Whether the words of this request are known, and its experts are not."""
+        return request_id in self._words
 
-        Raises CountsError if they cannot be used.
-        """
-        words = self._words.pop(request_id, None)
-        if words is None:
-            return  # it was placed without its words, or too many requests ago
-        if not self.learner.take(words, decode):
-            raise CountsError("geometry", "the experts are those of another model, or of too few tokens")
-        self._reported = True
+    def report(self, request_id: str, decode: ExpertCounts) -> None:
+        """The experts of an expected request became known. Raises CountsError if they are of another model."""
+        words, lessons = self._words.pop(request_id), self.learner.lessons
+        shape = decode.layers, decode.experts, decode.top_k
+        if lessons is not None and shape != (lessons.layers, lessons.experts, lessons.top_k):
+            raise CountsError("geometry", f"the report is of layers, experts and top-k {shape}: another model's")
+        self._reported |= self.learner.take(words, decode)
 
     async def run(self) -> None:
         """Learn until cancelled."""

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from eldr.kernels import JsonTextError
 from eldr.policies.base import DecodeRequest
+from eldr.router.experts.watch import ExpertSources, LegWatch
 from eldr.router.fleet.groups import Served
 from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
@@ -18,6 +19,7 @@ from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
 from eldr.router.placement.decode import Placement
 from eldr.router.protocols.handoff import HandOff
+from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.prompt_text import prompt_words
 from eldr.router.protocols.streams import FORMS
 from eldr.router.request import intake
@@ -233,24 +235,33 @@ class Flow:
                 self._client, times, intake.id_line(self._id), self._form, leg.first_event, job.stream
             )
             name = attempts.next_name("decode")
+            watch = None if services.experts is None else self._watch(services.experts, job, handoff, placement, name)
+            body = services.protocol.decode_body(job.endpoint, job.body, handoff, job.record, name)
             leg.send(
                 name,
-                services.protocol.decode_body(job.endpoint, job.body, handoff, job.record, name),
+                body if watch is None else watch.asking(body),
                 answer,
                 self._answer_limit_s(job, handoff),
                 timeouts.decode_idle_timeout_s,
             )
+            del body  # a long one would stay until the answer is there
             self._leg, self._answer = leg, answer
             if self._client.stalled:
                 leg.pause()
             try:
                 fields = await leg.answered()
+            except BaseException:
+                if watch is not None:
+                    watch.failed()
+                raise
             finally:
                 self._leg = self._answer = None
                 if self._charge is not None:
                     self._charge.generated_tokens = times.tokens
             if self._charge is not None:
                 self._charge.know(fields)
+            if watch is not None:
+                self._take_experts(watch, answer, fields)
             if answer.broken is not None:
                 leg.broke(answer.broken)
             elif not answer.cut:
@@ -262,6 +273,22 @@ class Flow:
             if tpot_s is not None:
                 worker.observe_tpot(tpot_s)
         return answer
+
+    def _watch(
+        self, experts: ExpertSources, job: Job, handoff: HandOff | None, placement: Placement, name: str
+    ) -> LegWatch | None:
+        """Announce a decode leg to the sources of experts. Only whole answers state any."""
+        whole = handoff is None and job.stream is False
+        return experts.watch(name, placement.request_id, job.model, job.max_tokens, job.body if whole else None)
+
+    def _take_experts(self, watch: LegWatch, answer: DecodeAnswer, fields: JsonObject) -> None:
+        """Take the experts out of a whole answer. Of a stream that broke, nothing that is reported counts."""
+        if answer.broken is not None or answer.cut:
+            watch.failed()
+        elif not answer.begun:
+            kept = watch.take(fields)
+            if kept is not None:
+                answer.replace_body(kept)
 
     def _answer_limit_s(self, job: Job, handoff: HandOff | None) -> float:
         """How long a decode worker may take to answer or, if the answer is streamed, to begin.
