@@ -9,6 +9,7 @@ from eldr import kernels
 from eldr.cost import StepCost
 from eldr.policies.anchor import Anchor
 from eldr.policies.means import FleetMeans
+from eldr.policies.prefill import StepTimes, prefill_s
 from eldr.policies.request_model import Arrival
 from eldr.policies.unions import Geometry, Profile, Unions, encode_exposure
 
@@ -28,6 +29,7 @@ class Placement:
         self.anchor = Anchor(geometry)
         self.means = means
         self._weights = weights
+        self._ranks = geometry.ranks
         self._set_columns(np.zeros((4, 0)))
 
     def _set_columns(self, columns: NDArray[np.float64]) -> None:
@@ -75,6 +77,35 @@ class Placement:
             costs,
         )
         return best, costs
+
+    def prefill_s(
+        self,
+        prompt_tokens: int,
+        rows: NDArray[np.int64],
+        load: list[int],
+        waiting: list[int],
+        uncached: list[int],
+        chunk_tokens: int,
+    ) -> NDArray[np.float64]:
+        """Seconds that the computation of a prompt costs the request and those there, on each worker in `rows` [N].
+
+        See `eldr.policies.prefill.prefill_s` for the parameters.
+        """
+        unions = self.unions
+        base_s, per_expert_s, per_token_s, per_context_token_s = self._fleet.columns[:, rows]
+        return prefill_s(
+            StepTimes(base_s, per_expert_s, per_token_s, per_context_token_s),
+            np.array(load, dtype=np.float64),
+            unions.union[rows],
+            np.array(unions.context, dtype=np.float64)[rows],
+            np.array(waiting, dtype=np.float64),
+            np.array(uncached, dtype=np.float64),
+            prompt_tokens,
+            shape=self.shape,
+            ranks=self._ranks,
+            chunk_tokens=chunk_tokens,
+            others_weight=self._weights.others,
+        )
 
     def start(self, row: int, arrival: Arrival) -> Profile:
         """Add a request to a worker. Returns the profile to hand to `finish`."""
