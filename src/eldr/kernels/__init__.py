@@ -13,7 +13,15 @@ import os
 from typing import TYPE_CHECKING
 
 from eldr.kernels._numpy import from_fractions
-from eldr.kernels._types import CERTAIN, NO_OBJECT, FleetState, JsonMember, JsonTextError, PlacementWeights
+from eldr.kernels._types import (
+    CERTAIN,
+    NO_OBJECT,
+    FleetState,
+    JsonMember,
+    JsonTextError,
+    PlacementWeights,
+    PrefillTerms,
+)
 
 # The compiled kernels carry no type annotations. Their signatures are those of the numpy kernels.
 if TYPE_CHECKING or os.environ.get("ELDR_NO_EXTENSIONS"):
@@ -36,6 +44,8 @@ __all__ = [
     "JsonMember",
     "JsonTextError",
     "PlacementWeights",
+    "PrefillTerms",
+    "add_prefill",
     "encode_exposure",
     "encode_signature",
     "from_fractions",
@@ -56,6 +66,7 @@ __all__ = [
 
 COMPILED = _chosen.__name__.endswith("._compiled")
 
+add_prefill = _chosen.add_prefill
 encode_exposure = _chosen.encode_exposure
 encode_signature = _chosen.encode_signature
 json_chat_start = _reader.json_chat_start

@@ -45,6 +45,21 @@ class PlacementWeights(NamedTuple):
     guard_share: float
 
 
+class PrefillTerms(NamedTuple):
+    """What the price of a prompt depends on, on workers that compute prompts.
+
+    experts: the experts that a step can wait for, summed over layers.
+    missed: the probability that a token of a prompt activates none of one expert.
+    chunk_tokens: the tokens of a step, decodes included.
+    others: the weight of the time that the requests there wait.
+    """
+
+    experts: float
+    missed: float
+    chunk_tokens: float
+    others: float
+
+
 # The levels of arrays and objects that a JSON text may have. What reads requests reads far fewer (CPython's json 1,000
 # to 10,000 by its version, and some 30,000 with the usual stack since 3.14), so nothing is refused that a worker takes.
 JSON_DEPTH = 65536

@@ -118,7 +118,7 @@ class ExpectedUnion(Policy):
     def _make_placement(self, layers: int, experts: int, top_k: int) -> Placement:
         geometry = Geometry(layers, experts, self._ranks)
         means = self._request_model.first_means(geometry, top_k)
-        self._placement = placement = Placement(geometry, top_k, self._weights, means)
+        self._placement = placement = Placement(geometry, top_k, self._weights, means, self._prefill_chunk)
         for worker in self._rows.names:
             placement.append(self._worker_costs.step_cost(worker, layers))
         return placement
@@ -160,16 +160,15 @@ class ExpectedUnion(Policy):
         best, costs = placement.costs(arrival, rows, load)
         if request.computes_prompt:
             waiting = self._backlog.tokens
-            prefill_s = placement.prefill_s(
+            best = placement.add_prefill(
+                costs,
                 request.prompt_tokens,
                 rows,
                 load,
                 [waiting.get(worker, 0) for worker in workers],
                 [request.uncached_tokens(worker) for worker in workers],
-                self._prefill_chunk,
+                self._prefill_weight / self._length.steps(request.max_tokens),
             )
-            costs += self._prefill_weight * prefill_s / self._length.steps(request.max_tokens)
-            best = int(costs.argmin())
         return best, costs
 
     @property

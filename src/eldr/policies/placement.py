@@ -9,7 +9,6 @@ from eldr import kernels
 from eldr.cost import StepCost
 from eldr.policies.anchor import Anchor
 from eldr.policies.means import FleetMeans
-from eldr.policies.prefill import StepTimes, prefill_s
 from eldr.policies.request_model import Arrival
 from eldr.policies.unions import Geometry, Profile, Unions, encode_exposure
 
@@ -21,15 +20,25 @@ class Placement:
     unions: the experts that each worker's requests activate.
     anchor: the directions of each worker's requests.
     means: the means over the fleet's requests.
+    chunk_tokens: the tokens of a step of a worker that computes prompts.
     """
 
-    def __init__(self, geometry: Geometry, top_k: int, weights: kernels.PlacementWeights, means: FleetMeans) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        top_k: int,
+        weights: kernels.PlacementWeights,
+        means: FleetMeans,
+        chunk_tokens: int,
+    ) -> None:
         self.shape = (geometry.layers, geometry.experts, top_k)
         self.unions = Unions(geometry)
         self.anchor = Anchor(geometry)
         self.means = means
         self._weights = weights
-        self._ranks = geometry.ranks
+        self._prefill = kernels.PrefillTerms(
+            geometry.dimension / geometry.ranks, 1 - top_k / geometry.experts, chunk_tokens, weights.others
+        )
         self._set_columns(np.zeros((4, 0)))
 
     def _set_columns(self, columns: NDArray[np.float64]) -> None:
@@ -78,33 +87,23 @@ class Placement:
         )
         return best, costs
 
-    def prefill_s(
+    def add_prefill(
         self,
+        costs: NDArray[np.float64],
         prompt_tokens: int,
         rows: NDArray[np.int64],
         load: list[int],
         waiting: list[int],
         uncached: list[int],
-        chunk_tokens: int,
-    ) -> NDArray[np.float64]:
-        """Seconds that the computation of a prompt costs the request and those there, on each worker in `rows` [N].
+        scale: float,
+    ) -> int:
+        """Add to `costs` what the workers in `rows` and their requests pay for a prompt, times `scale`.
 
-        See `eldr.policies.prefill.prefill_s` for the parameters.
+        waiting, uncached: the tokens of other prompts, and of this one, that each of them has to compute.
+        The other parameters are those of `costs`. Returns the position of the best worker.
         """
-        unions = self.unions
-        base_s, per_expert_s, per_token_s, per_context_token_s = self._fleet.columns[:, rows]
-        return prefill_s(
-            StepTimes(base_s, per_expert_s, per_token_s, per_context_token_s),
-            np.array(load, dtype=np.float64),
-            unions.union[rows],
-            np.array(unions.context, dtype=np.float64)[rows],
-            np.array(waiting, dtype=np.float64),
-            np.array(uncached, dtype=np.float64),
-            prompt_tokens,
-            shape=self.shape,
-            ranks=self._ranks,
-            chunk_tokens=chunk_tokens,
-            others_weight=self._weights.others,
+        return kernels.add_prefill(
+            self._fleet, self._prefill, rows, load, waiting, uncached, prompt_tokens, scale, costs
         )
 
     def start(self, row: int, arrival: Arrival) -> Profile:

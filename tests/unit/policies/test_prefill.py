@@ -1,16 +1,19 @@
 """What expected-union charges for prompts that the workers compute, against a loop over chunks and requests."""
 
+from types import ModuleType
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from eldr.cost import CostModel, MoeLayerCost, RestCost
 from eldr.counts import ExpertCounts
+from eldr.kernels import FleetState, PrefillTerms
 from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import ExpectedUnion
-from eldr.policies.prefill import Backlog, OutputLength, StepTimes, prefill_s
+from eldr.policies.prefill import Backlog, OutputLength
+from tests.unit.kernels.test_kernels import BOTH
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 COST = CostModel("test", "none", "made up", MoeLayerCost(100.0, 10.0, 1.0), RestCost(50.0, 0.5, 7.0, 1.0, 0.01))
@@ -70,27 +73,32 @@ def chunk_by_chunk(
     budget=st.sampled_from([4, 64, 2048]),
     weight=st.sampled_from([0.5, 1.0]),
 )
+@pytest.mark.parametrize("kernels", BOTH)
 def test_the_price_is_the_one_of_its_definition(
-    load: int, union: float, context: int, waiting: int, uncached: int, cached: int, budget: int, weight: float
+    kernels: ModuleType,
+    load: int,
+    union: float,
+    context: int,
+    waiting: int,
+    uncached: int,
+    cached: int,
+    budget: int,
+    weight: float,
 ) -> None:
-    def one(value: float) -> NDArray[np.float64]:
-        return np.array([value], dtype=np.float64)
-
-    price = prefill_s(
-        StepTimes(one(STEP.base_s), one(STEP.per_expert_s), one(STEP.per_token_s), one(STEP.per_context_token_s)),
-        one(load),
-        one(union),
-        one(context),
-        one(waiting),
-        one(uncached),
-        uncached + cached,
-        shape=(LAYERS, EXPERTS, TOP_K),
-        ranks=1,
-        chunk_tokens=budget,
-        others_weight=weight,
+    """On the second of two workers, with a cost of its own from before."""
+    columns = np.array(
+        [[1.0, STEP.base_s], [1, STEP.per_expert_s], [1, STEP.per_token_s], [1, STEP.per_context_token_s]]
     )
-    expected = chunk_by_chunk(load, union, context, waiting, uncached, uncached + cached, budget, weight)
-    assert price == pytest.approx([expected])
+    fleet = FleetState(columns, np.array([3.0, union]), [9, context], np.ones(2, np.float32))
+    terms = PrefillTerms(LAYERS * EXPERTS, 1 - TOP_K / EXPERTS, budget, weight)
+    out = np.array([1e9, 0.25])
+    rows = np.array([0, 1])
+    tokens = uncached + cached
+    best = kernels.add_prefill(fleet, terms, rows, [1, load], [0, waiting], [1, uncached], tokens, 3.0, out)
+    price = chunk_by_chunk(load, union, context, waiting, uncached, tokens, budget, weight)
+    assert out[1] == pytest.approx(0.25 + 3 * price)
+    assert out[0] > 1e9
+    assert best == 1
 
 
 def policy_of(*workers: str, **options: float) -> ExpectedUnion:
