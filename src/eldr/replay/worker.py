@@ -161,8 +161,8 @@ class DecodeWorker:
         batch = self.batch
         if not batch and not chunk:
             return None
-        # While the first prompt takes the whole budget and has more left, all steps are alike.
-        alike = [max((entry.prompt_left - 1) // tokens, 1) for entry, tokens in chunk]
+        # As long as the first prompt takes the whole budget, all steps are alike.
+        alike = [entry.prompt_left // tokens for entry, tokens in chunk]
         steps = min([*[entry.end_row - entry.row for entry in batch], *alike, MAX_RUN_STEPS])
         union = union_rows(trace.words, [entry.row for entry in batch], steps)
         nth = np.arange(1, steps + 1, dtype=np.float64)
@@ -208,12 +208,9 @@ class DecodeWorker:
     def cut_run(self, now_s: float) -> float | None:
         """End the run after the current step, so that a waiting request can join.
 
-        Returns when the run now ends, or None if it ends there anyway. A run of several steps whose chunk takes the
-        whole budget has no room for a prompt, and goes on.
+        Returns when the run now ends, or None if it ends there anyway.
         """
         run = self.run
-        if run.chunk:
-            return None
         steps = int(np.searchsorted(run.ends_s, now_s)) + 1
         if steps >= run.planned:
             return None
