@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import least_loaded
 
+# A worker's cache counts if it has this share of the prompt. Long prompts often share a first block with everybody.
+LEAST_CACHED = 0.3
 # A worker may have this many times the mean load, the newcomer included.
 OVERLOAD = 1.25
 
@@ -16,10 +18,12 @@ OVERLOAD = 1.25
 def most_cached(request: DecodeRequest, in_flight: Mapping[str, int], rng: random.Random) -> str:
     """Return the worker with most cached tokens of those that are not overloaded, and on a tie the least loaded.
 
+    Less than LEAST_CACHED of the prompt counts as nothing.
     A worker is overloaded if one more request would bring it above OVERLOAD times the mean, rounded up. This is
     consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam 2018), where the caches do the hashing.
     """
-    cached = request.cached_tokens
+    least = LEAST_CACHED * request.prompt_tokens
+    cached = {worker: tokens for worker, tokens in (request.cached_tokens or {}).items() if tokens >= least}
     if not cached:
         return least_loaded(in_flight, rng)
     limit = math.ceil(OVERLOAD * (sum(in_flight.values()) + 1) / len(in_flight))
@@ -41,5 +45,5 @@ class PrefixAffinity(Policy):
 
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
         worker = most_cached(request, in_flight, self._rng)
-        cached = request.cached_tokens or {}
-        return Decision(worker, "prefix_cached" if cached.get(worker, 0) else "least_loaded")
+        cached = (request.cached_tokens or {}).get(worker, 0)
+        return Decision(worker, "prefix_cached" if cached else "least_loaded")
