@@ -21,6 +21,7 @@ from eldr.kernels._types import (
     JsonMember,
     JsonTextError,
     PlacementWeights,
+    PrefillTerms,
 )
 
 # The compiled kernels carry no type annotations. Their signatures are those of the numpy kernels.
@@ -47,6 +48,8 @@ __all__ = [
     "JsonMember",
     "JsonTextError",
     "PlacementWeights",
+    "PrefillTerms",
+    "add_prefill",
     "encode_exposure",
     "encode_signature",
     "from_fractions",
@@ -72,6 +75,7 @@ __all__ = [
 
 COMPILED = _chosen.__name__.endswith("._compiled")
 
+add_prefill = _chosen.add_prefill
 encode_exposure = _chosen.encode_exposure
 encode_signature = _chosen.encode_signature
 json_chat_start = _reader.json_chat_start

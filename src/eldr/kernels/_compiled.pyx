@@ -19,7 +19,7 @@ from numpy cimport NPY_FLOAT32, NPY_FLOAT64, NPY_INT8, NPY_INT64, NPY_UINT8, NPY
 
 from json import loads
 
-from eldr.kernels._types import NO_OBJECT, TOO_MANY_MEMBERS, FleetState, JsonTextError, PlacementWeights
+from eldr.kernels._types import NO_OBJECT, TOO_MANY_MEMBERS, FleetState, JsonTextError, PlacementWeights, PrefillTerms
 from eldr.kernels._types import JSON_MEMBERS as _MEMBERS
 
 cdef Py_ssize_t MOST_MEMBERS = _MEMBERS
@@ -55,6 +55,18 @@ cdef extern from "loops.h" nogil:
         Py_ssize_t count
         const double *at_random
 
+    struct Prefill "prefill":
+        double experts
+        double missed
+        double chunk_tokens
+        double others
+
+    struct Prompt "prompt":
+        const int64_t *waiting
+        const int64_t *uncached
+        double tokens
+        double scale
+
     int unpack_layers(const uint8_t *data, Py_ssize_t length, int low_bits, int high_bits, Py_ssize_t layers,
                       Py_ssize_t experts, uint64_t sum, uint32_t most, uint32_t *out)
     void frequencies(const uint32_t *counts, const float *mean, float prior, float scale, Py_ssize_t size, float *out)
@@ -71,6 +83,8 @@ cdef extern from "loops.h" nogil:
     void products(const float *row, const float *vector, Py_ssize_t rows, Py_ssize_t size, double *out)
     void fraction_products(const uint16_t *row, const float *vector, Py_ssize_t rows, Py_ssize_t size, double *out)
     Py_ssize_t place(const Fleet *of, const Weights *by, const Request *asked, const Candidates *among, double *cost)
+    Py_ssize_t add_prompt(const Fleet *of, const Prefill *by, const Prompt *asked, const Candidates *among,
+                          double *cost)
 
 
 cdef object unfit(str name, str wanted):
@@ -274,6 +288,48 @@ def placement_cost(fleet, weights, added, products, at_random, rows, load, doubl
         among.load = numbers
         of.context = numbers + count
         return place(&of, &by, &asked, &among, cost)
+    finally:
+        PyMem_Free(numbers)
+
+
+def add_prefill(fleet, terms, rows, load, waiting, uncached, double prompt_tokens, double scale, out):
+    if type(fleet) is not FleetState or type(terms) is not PrefillTerms:
+        raise TypeError("a prompt's price takes a FleetState and PrefillTerms")
+    columns, union, context, _ = <tuple> fleet
+    experts, missed, chunk_tokens, others = <tuple> terms
+    cdef Prefill by = Prefill(experts, missed, chunk_tokens, others)
+
+    cdef Py_ssize_t workers = size_of(columns) // 4, count = size_of(rows), i
+    if count < 1:
+        raise unfit("rows", "at least one worker")
+    cdef Fleet of
+    of.columns = <double *> readable(columns, "columns", NPY_FLOAT64, workers * 4)
+    of.unions = <double *> readable(union, "union", NPY_FLOAT64, workers)
+    of.workers = workers
+    cdef Candidates among
+    among.rows = <int64_t *> readable(rows, "rows", NPY_INT64, count)
+    among.count = count
+    cdef double *cost = <double *> writable(out, "out", NPY_FLOAT64, count)
+    cdef Prompt asked
+    asked.tokens = prompt_tokens
+    asked.scale = scale
+
+    cdef int64_t *numbers = <int64_t *> PyMem_Malloc((3 * count + workers) * sizeof(int64_t))
+    if numbers == NULL:
+        raise MemoryError
+    try:
+        take_whole_numbers(load, "load", count, numbers)
+        take_whole_numbers(waiting, "waiting", count, numbers + count)
+        take_whole_numbers(uncached, "uncached", count, numbers + 2 * count)
+        take_whole_numbers(context, "context", workers, numbers + 3 * count)
+        for i in range(count):
+            if not 0 <= among.rows[i] < workers:
+                raise unfit("rows", f"of {workers} workers")
+        among.load = numbers
+        asked.waiting = numbers + count
+        asked.uncached = numbers + 2 * count
+        of.context = numbers + 3 * count
+        return add_prompt(&of, &by, &asked, &among, cost)
     finally:
         PyMem_Free(numbers)
 

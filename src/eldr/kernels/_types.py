@@ -45,6 +45,21 @@ class PlacementWeights(NamedTuple):
     guard_share: float
 
 
+class PrefillTerms(NamedTuple):
+    """What the price of a prompt depends on, on workers that compute prompts.
+
+    experts: the experts that a step can wait for, summed over layers.
+    missed: the probability that a token of a prompt activates none of one expert.
+    chunk_tokens: the tokens of a step, decodes included.
+    others: the weight of the time that the requests there wait.
+    """
+
+    experts: float
+    missed: float
+    chunk_tokens: float
+    others: float
+
+
 # The buckets of the words of a text: 16 bits of their hashes.
 WORD_BUCKETS = 65536
 # Of a prompt in more pieces than this, the last ones are looked at.

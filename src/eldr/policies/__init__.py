@@ -11,6 +11,7 @@ from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.load import PowerOfTwo, Random, RoundRobin, ShortestQueue
 from eldr.policies.locality_band import LocalityBand
 from eldr.policies.options import PolicyError, PolicyOptions
+from eldr.policies.prefix_affinity import PrefixAffinity
 from eldr.policies.refit import CAPACITY
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ _MAKERS: dict[str, _Maker] = {
     "random": lambda calibration, options, seed: Random(seed),
     "p2c": lambda calibration, options, seed: PowerOfTwo(seed),
     "jsq": lambda calibration, options, seed: ShortestQueue(seed),
+    "prefix-affinity": lambda calibration, options, seed: PrefixAffinity(seed),
     "domain": lambda calibration, options, seed: Domain(seed),
     "locality-band": _locality_band,
     "expected-union": _expected_union,

@@ -20,14 +20,25 @@ class Placement:
     unions: the experts that each worker's requests activate.
     anchor: the directions of each worker's requests.
     means: the means over the fleet's requests.
+    chunk_tokens: the tokens of a step of a worker that computes prompts.
     """
 
-    def __init__(self, geometry: Geometry, top_k: int, weights: kernels.PlacementWeights, means: FleetMeans) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        top_k: int,
+        weights: kernels.PlacementWeights,
+        means: FleetMeans,
+        chunk_tokens: int,
+    ) -> None:
         self.shape = (geometry.layers, geometry.experts, top_k)
         self.unions = Unions(geometry)
         self.anchor = Anchor(geometry)
         self.means = means
         self._weights = weights
+        self._prefill = kernels.PrefillTerms(
+            geometry.dimension / geometry.ranks, 1 - top_k / geometry.experts, chunk_tokens, weights.others
+        )
         self._set_columns(np.zeros((4, 0)))
 
     def _set_columns(self, columns: NDArray[np.float64]) -> None:
@@ -75,6 +86,25 @@ class Placement:
             costs,
         )
         return best, costs
+
+    def add_prefill(
+        self,
+        costs: NDArray[np.float64],
+        prompt_tokens: int,
+        rows: NDArray[np.int64],
+        load: list[int],
+        waiting: list[int],
+        uncached: list[int],
+        scale: float,
+    ) -> int:
+        """Add to `costs` what the workers in `rows` and their requests pay for a prompt, times `scale`.
+
+        waiting, uncached: the tokens of other prompts, and of this one, that each of them has to compute.
+        The other parameters are those of `costs`. Returns the position of the best worker.
+        """
+        return kernels.add_prefill(
+            self._fleet, self._prefill, rows, load, waiting, uncached, prompt_tokens, scale, costs
+        )
 
     def start(self, row: int, arrival: Arrival) -> Profile:
         """Add a request to a worker. Returns the profile to hand to `finish`."""

@@ -52,6 +52,8 @@ anchor = 0
 tail_guard = inf
 step_tokens = 1.5
 expert_parallel = 4
+prefill_weight = 2
+prefill_chunk = 512
 seed = 7
 host = "::1"
 port = 0
@@ -119,7 +121,8 @@ FLAGS = """
 --worker-api-key-file e --admin-key-file f --admin-listen 127.0.0.1:1 --otel-endpoint http://o
 --otel-sampling 0.5 --log-level debug --tau 0.2 --no-two-nearest --refit-interval 1 --refit-window 2 --cost x
 --worker-cost http://d:1=y --cost-scope moe --others-weight 3 --anchor 4 --tail-guard inf --step-tokens 5
---expert-parallel 6 --allowed-origins https://app.example --allowed-origins https://b.example
+--expert-parallel 6 --prefill-weight 2.5 --prefill-chunk 4096
+--allowed-origins https://app.example --allowed-origins https://b.example
 --signature counts --learn off --learned-dir s
 --report-key-file r --routed-experts-share 0.5 --expert-geometry 48x128x8 --expert-geometry m=24x32x4
 """
@@ -166,7 +169,8 @@ def test_every_flag() -> None:
         "otel_endpoint": "http://o", "otel_sampling": 0.5, "log_level": "debug", "tau": 0.2, "two_nearest": False,
         "refit_interval_s": 1.0, "refit_window_s": 2.0, "cost": "x", "worker_costs": [("http://d:1", "y")],
         "cost_scope": "moe", "others_weight": 3.0, "anchor": 4.0, "tail_guard": math.inf, "step_tokens": 5.0,
-        "expert_parallel": 6, "allowed_origins": ["https://app.example", "https://b.example"],
+        "expert_parallel": 6, "prefill_weight": 2.5, "prefill_chunk": 4096,
+        "allowed_origins": ["https://app.example", "https://b.example"],
         "signature": "counts", "learn": "off", "learned_dir": Path("s"),
         "report_key_file": Path("r"), "routed_experts_share": 0.5,
         "expert_geometry": [("", "48x128x8"), ("m", "24x32x4")],

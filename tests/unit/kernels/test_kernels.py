@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import eldr.kernels
 import eldr.kernels._numpy
 from eldr.counts import pack
-from eldr.kernels import FleetState, PlacementWeights
+from eldr.kernels import FleetState, PlacementWeights, PrefillTerms
 
 NUMPY = eldr.kernels._numpy
 needs_compiler = pytest.mark.skipif(not eldr.kernels.COMPILED, reason="this installation could not compile the kernels")
@@ -271,7 +271,15 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         fleet = fitting._replace(**changes)
         _compiled.placement_cost(fleet, weights, added, products, at_random, np.array(rows), load, 1, out)
 
+    terms: Any = PrefillTerms(8.0, 0.5, 9.0, 1.0)
+
+    def prefill(rows: Any, numbers: Any, terms: Any = terms, **changes: Any) -> None:
+        given: Any = {"load": numbers, "waiting": numbers, "uncached": numbers} | changes
+        fleet = fitting._replace(**{key: given.pop(key) for key in list(given) if key in FleetState._fields})
+        _compiled.add_prefill(fleet, terms, np.array(rows), *given.values(), 1.0, 1.0, np.zeros(len(rows)))
+
     cost([7], [3], 5)
+    prefill([7], [3])
     for call in (
         lambda: _compiled.unpack_counts(b"123456", 8, 0, 2, 3, 0, 0, np.zeros(5, np.uint32)),
         lambda: _compiled.unpack_counts(b"123456", 17, 16, 2, 3, 0, 0, np.zeros(6, np.uint32)),
@@ -302,6 +310,15 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         lambda: _compiled.row_products(np.zeros((2, 7), np.float32), floats, np.zeros(2)),
         lambda: _compiled.row_products(np.zeros((2, 8)), floats, np.zeros(2)),
         lambda: _compiled.row_products([floats], floats, np.zeros(1)),
+        lambda: prefill([8], [3]),
+        lambda: prefill([-1], [3]),
+        lambda: prefill([], []),
+        lambda: prefill([7], [3, 4]),
+        lambda: prefill([7], [3], waiting=[]),
+        lambda: prefill([7], [3], uncached=(3,)),
+        lambda: prefill([7], [3], context=[0] * 7),
+        lambda: prefill([7], [3], union=np.zeros(7)),
+        lambda: prefill([7], [3], columns=np.zeros(31)),
         lambda: cost([8], [3], 5),
         lambda: cost([-1], [3], 5),
         lambda: cost([7], [4], 5),
@@ -324,6 +341,9 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match="does not fit"):
             call()
     for call in (
+        lambda: prefill([7], [3], load=[3.5]),
+        lambda: prefill([7], [3], terms=(8.0, 0.5, 9.0, 1.0)),
+        lambda: prefill([7], [3], terms=terms._replace(missed="a")),
         lambda: cost([7], [3.0], 5),
         lambda: cost([7], [2**70], 5),
         lambda: cost([7], [3], 5, weights=(1.0, 1.0, 1.0, 1.0)),
