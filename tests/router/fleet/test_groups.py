@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eldr.router.config.endpoint import ROLES, Role
+from eldr.router.config.endpoint import LEGS, LegName
 from eldr.router.fleet.workers import Fleet, Worker
 
 BASES = ("m1", "m2", "m3")
@@ -25,7 +25,7 @@ def cards(bases: set[str], adapters: set[str]) -> list[dict[str, Any]]:
 def join(
     fleet: Fleet,
     url: str,
-    role: Role,
+    role: LegName,
     bases: set[str] | None,
     adapters: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> Worker:
@@ -53,7 +53,7 @@ def test_every_name_leads_to_the_workers_that_list_it(steps: list[Any]) -> None:
     workers: dict[int, Worker] = {}
     asked_s = 0.0
     for what, number, bases, adapters in steps:
-        role = ROLES[number % 2]
+        role = LEGS[number % 2]
         worker = workers.get(number)
         asked_s += 1
         if what == "join" and worker is None:
@@ -102,7 +102,7 @@ def check(fleet: Fleet, workers: list[Worker]) -> None:
         if served is None:
             assert not listing
             continue
-        for role in ROLES:
+        for role in LEGS:
             for worker in served.workers(role):
                 assert worker.models is None or name in worker.models
                 assert fleet.group(worker) is served.group
@@ -126,8 +126,8 @@ def connected(sets: list[frozenset[str]]) -> bool:
 def test_groups_that_one_worker_made_one_part_again() -> None:
     for leaves in (False, True):
         fleet = Fleet()
-        ones = [join(fleet, f"http://{role}:1", role, {"m1"}) for role in ROLES]
-        others = [join(fleet, f"http://{role}:2", role, {"m2"}) for role in ROLES]
+        ones = [join(fleet, f"http://{role}:1", role, {"m1"}) for role in LEGS]
+        others = [join(fleet, f"http://{role}:2", role, {"m2"}) for role in LEGS]
         between = join(fleet, "http://between", "decode", {"m1", "m2"})
         assert len(fleet.groups) == 1
         assert fleet.served(None) is not None

@@ -117,7 +117,7 @@ class Capacity:
 
 
 class LoadWatch:
-    """Reads one worker's metrics every `interval_s` seconds, and sets the limit of a decode worker."""
+    """Reads one worker's metrics every `interval_s` seconds, and sets the limit of one that runs decode legs."""
 
     def __init__(self, fleet: Fleet, worker: Worker, pool: WorkerPool, interval_s: float) -> None:
         self._fleet = fleet
@@ -145,12 +145,12 @@ class LoadWatch:
             return {}
         engines = parse_load(answer.body) if answer.status == 200 else {}
         rank = rank_of(self._worker.url) or 0
-        if self._worker.role == "decode":
+        if self._worker.leg == "decode":
             self._note_active(parse_active_experts(answer.body, rank))
         load = engines.get(rank)
         if load is not None:
             self._worker.load = (load.waiting, load.kv_usage)
-            if self._worker.role == "decode":
+            if self._worker.leg == "decode":
                 self._fleet.set_limit(self._worker, self.capacity.heard(load, self._worker.in_flight))
         return engines
 

@@ -89,7 +89,7 @@ class Placements:
 
     def fleet_changed(self, worker: Worker) -> None:
         """A listener of the fleet. The policy learns of a worker when it is first up, and when it leaves."""
-        if worker.role != "decode":
+        if worker.leg != "decode":
             return
         if not self._group.has(worker):
             if worker.url in self._joined:

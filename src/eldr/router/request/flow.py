@@ -121,7 +121,7 @@ class Flow:
         attempts = Attempts(services.retries, self._id, served)
         try:
             handoff: HandOff | None = None
-            whole = self._runs_whole(job.why_whole)
+            whole = served.group.aggregated or self._runs_whole(job.why_whole)
             while True:
                 try:
                     if handoff is None and not whole:

@@ -176,8 +176,8 @@ class Intake:
             raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
         model = openai.model(body)
         start = b""
-        if why_whole is None:
-            served = self._fleet.served(model)
+        served = self._fleet.served(model)
+        if why_whole is None and (served is None or not served.group.aggregated):
             protocol.refuse_early(endpoint, body, None if served is None else served.max_model_len)
             window_bytes = self._placement.prefix_window_bytes
             at, end = body.span(endpoint.input) or (0, 0)
