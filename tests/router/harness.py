@@ -189,6 +189,7 @@ class Scripted(Policy):
         kept = DecodeRequest(
             request.request_id, request.prompt_tokens, request.counts, request.label, request.max_tokens
         )
+        kept.cached_tokens, kept.computes_prompt = request.cached_tokens, request.computes_prompt
         self.asked.append((kept, dict(in_flight)))
         return Decision(self.rule(request, in_flight), "scripted")
 

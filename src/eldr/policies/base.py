@@ -30,6 +30,9 @@ class DecodeRequest:
     max_tokens: the client's limit on generated tokens. None if not given.
     counts_wire: the wire form that counts were decoded from, so that a log need not encode them again. None if they
         were not decoded.
+    cached_tokens: worker -> about how many tokens of the prompt its prefix cache has; none for those that are left out.
+        None if that is not known.
+    computes_prompt: whether the chosen worker computes the prompt too. `prompt_tokens` is an estimate then.
     """
 
     request_id: str
@@ -38,6 +41,8 @@ class DecodeRequest:
     label: str | None
     max_tokens: int | None
     counts_wire: Mapping[str, Any] | None
+    cached_tokens: Mapping[str, int] | None
+    computes_prompt: bool
 
     def __init__(
         self,
@@ -47,6 +52,8 @@ class DecodeRequest:
         label: str | None = None,
         max_tokens: int | None = None,
         counts_wire: Mapping[str, Any] | None = None,
+        cached_tokens: Mapping[str, int] | None = None,
+        computes_prompt: bool = False,
     ) -> None:
         self.request_id = request_id
         self.prompt_tokens = prompt_tokens
@@ -54,6 +61,8 @@ class DecodeRequest:
         self.label = label
         self.max_tokens = max_tokens
         self.counts_wire = counts_wire
+        self.cached_tokens = cached_tokens
+        self.computes_prompt = computes_prompt
 
     def forget_counts(self) -> None:
         """Drop the counts. They take more memory than everything else about a running stream."""

@@ -28,8 +28,8 @@ ALL = {one.key: one for one in settings_of(RouterConfig)}
 LIVE = {
     "prefill", "decode", "worker", "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s",
     "worker_wait_s", "prefill_timeout_s", "decode_first_byte_timeout_s", "decode_idle_timeout_s",
-    "decode_answer_timeout_s", "stream_keepalive_s", "request_timeout_s", "drain_timeout_s", "max_bodies_bytes", "shutdown_delay_s", "grace_s",
-    "log_level", "allowed_origins",
+    "decode_answer_timeout_s", "stream_keepalive_s", "request_timeout_s", "drain_timeout_s", "max_bodies_bytes",
+    "shutdown_delay_s", "grace_s", "log_level", "allowed_origins",
 }  # fmt: skip
 
 # A file with every key, none at its default. Files like it are in use: keys must not move or change their meaning.

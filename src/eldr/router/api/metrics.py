@@ -108,6 +108,15 @@ class RouterCollector(Collector):
         yield _counter("eldr_retries_denied", "Failed legs that were not tried again.", ("leg", "reason"), denied)
         yield _counter("eldr_timeouts", "Deadlines that passed.", ("leg",), _from_zero(TIMEOUTS, m.timeouts))
         yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
+        yield _counter(
+            "eldr_prompt_tokens", "Estimated tokens of prompts sent to aggregated workers.", (), {(): m.prompt_tokens}
+        )
+        yield _counter(
+            "eldr_prompt_tokens_cached",
+            "Estimated tokens among them that the worker had in its prefix cache.",
+            (),
+            {(): m.prompt_tokens_cached},
+        )
         yield _counter("eldr_broken_streams", "Streams that a worker did not finish.", (), {(): m.broken_streams})
         yield _counter("eldr_stream_events", "Server-sent events forwarded to clients.", (), {(): m.stream_events})
         decisions = self._decision_log

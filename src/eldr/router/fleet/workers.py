@@ -42,6 +42,7 @@ class Worker:
     listed_s: the monotonic time at which it was asked for that list. -inf before the first answer.
     max_model_len: by name, how many tokens a prompt and its answer may have together. Empty while unknown.
     lease_until_s: the monotonic time until which decode workers may still pull blocks from it.
+    cache_tokens: how many tokens its KV cache has room for; 0 if it keeps no prefixes. None while unknown.
     load: the engine's last report: requests waiting in it, and the share of its KV cache in use. None while unknown.
     active_experts: recent mean of the distinct experts per decode step and layer. None while unknown.
     tpot_s: mean time per output token of its last streams. None before the first.
@@ -65,6 +66,7 @@ class Worker:
     bases: frozenset[str] = frozenset()
     listed_s: float = -math.inf
     lease_until_s: float = 0.0
+    cache_tokens: int | None = None
     load: tuple[int, float] | None = None
     active_experts: float | None = None
     tpot_s: float | None = None

@@ -17,6 +17,7 @@ from eldr.router.fleet.groups import ModelGroup, Served
 from eldr.router.fleet.workers import Worker
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
+from eldr.router.placement.prefixes import Prefix, SeenPrefixes
 
 log = logging.getLogger("eldr.router")
 
@@ -73,6 +74,7 @@ class Placements:
         self._fallback = ShortestQueue(seed)
         self._throttle = Throttle()
         self._joined: set[str] = set()
+        self._prefixes = SeenPrefixes()
         self._recent = recent
 
     @property
@@ -91,6 +93,8 @@ class Placements:
         """A listener of the fleet. The policy learns of a worker when it is first up, and when it leaves."""
         if worker.leg != "decode":
             return
+        if not worker.healthy or not self._group.has(worker):  # it may come back as a new process
+            self._prefixes.forget(worker.url)
         if not self._group.has(worker):
             if worker.url in self._joined:
                 self._joined.discard(worker.url)
@@ -100,10 +104,16 @@ class Placements:
             self._tell(self._policy.joined, worker.url)
 
     def place(
-        self, request: DecodeRequest, served: Served, excluded: Collection[str], usable: Collection[str] | None
+        self,
+        request: DecodeRequest,
+        served: Served,
+        excluded: Collection[str],
+        usable: Collection[str] | None,
+        prefix: Prefix | None = None,
     ) -> Placement | None:
         """Choose a worker for `request` and start it there. None if no worker is eligible.
 
+        prefix: the start of the prompt, if the chosen worker computes it. None if it does not.
         Workers in `excluded` are chosen only if no other is eligible, and workers that are not in `usable` never. None
         stands for all.
         """
@@ -114,10 +124,16 @@ class Placements:
             eligible = {url: load for url, load in eligible.items() if url not in excluded} or eligible
         if not eligible:
             return None
+        if prefix is not None:
+            request.cached_tokens = self._prefixes.cached_tokens(prefix, eligible)
         decision = self._decide(request, eligible)
         self._metrics.decisions[self._policy.name, decision.reason] += 1
         worker = self._group.workers["decode"][decision.worker]
         served.release()
+        if prefix is not None:
+            self._metrics.prompt_tokens += request.prompt_tokens
+            self._metrics.prompt_tokens_cached += (request.cached_tokens or {}).get(worker.url, 0)
+            self._prefixes.sent(prefix, worker)
         self._recent.append(
             Placed(
                 time.time(),

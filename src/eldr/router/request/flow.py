@@ -202,12 +202,13 @@ class Flow:
         Raises LegFailure, or NoWorkerError if there is none.
         """
         services, admission = self._services, self._services.admission
-        request = job.decode_request(handoff)
+        prefix = job.read_prefix(served) if handoff is None and served.group.aggregated else None
+        request = job.decode_request(handoff) if prefix is None else job.whole_request(prefix)
         while True:
             lane = services.lanes.of(served.group)
             if lane is not None:
                 tried, usable = attempts.tried("decode"), admission.usable(served)
-                placement = lane.placements.place(request, served, tried, usable)
+                placement = lane.placements.place(request, served, tried, usable, prefix)
                 if placement is not None:
                     return placement
             limit_s = WHOLE_WAIT_S if handoff is None else handoff.left_s(time.monotonic())

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from eldr.policies.base import DecodeRequest
 from eldr.router.config.settings import RouterConfig
+from eldr.router.fleet.groups import Served
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.body_memory import Hold
@@ -18,11 +19,13 @@ from eldr.router.http.message import Request
 from eldr.router.http.trace_context import trace_context, trace_lines
 from eldr.router.observe.tracing import RequestTrace, Tracing
 from eldr.router.placement.admission import PRIORITIES, Claim
+from eldr.router.placement.prefixes import Prefix
 from eldr.router.protocols import openai
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
 from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.openai import Endpoint
+from eldr.router.protocols.prompt_prefix import prompt_prefix
 from eldr.router.protocols.prompt_start import prompt_start, system_start
 from eldr.router.request.deadlines import Deadlines
 
@@ -31,6 +34,8 @@ MAX_LABEL_BYTES = 64
 # The cost of a request in the queue is its text at about four bytes per token, plus the tokens it asks for.
 BYTES_PER_TOKEN = 4
 UNSTATED_TOKENS = 256
+# Why requests run whole whose prompts have something else than text.
+NOT_TEXT = frozenset(("multimodal", "input_item", "prompt_embeds"))
 # The body of a request that needs it no more.
 NO_BODY = JsonObject(b"{}", frozenset())
 
@@ -46,6 +51,7 @@ class Job:
     model: the model that it asks for. None if it names none.
     body: what the client sent. NO_BODY once the answer streams.
     prompt_start: by it, requests with a common start find the same prefill worker. Empty if it runs whole.
+    prefix: the same for an aggregated worker's cache. None until it is asked for, and once the answer streams.
     why_whole: why it cannot be handed off. None if it can.
     max_tokens: the client's limit. None if there is none.
     record: whether the client wants its experts recorded.
@@ -85,6 +91,7 @@ class Job:
         self.body = body
         self.prompt_start = prompt_start
         self.why_whole = why_whole
+        self.prefix: Prefix | None = None
         self.record = record
         self.leg_headers = leg_headers
         self.authorization = authorization
@@ -100,8 +107,27 @@ class Job:
     def free_body(self) -> None:
         """Let go of the body. A thousand streams with long prompts would hold a gigabyte."""
         self.body = NO_BODY
+        self.prefix = None
         if self.hold is not None:
             self.hold.release()
+
+    def read_prefix(self, served: Served) -> Prefix:
+        """Return the start of the prompt as an aggregated worker caches it."""
+        if self.prefix is None:
+            text, bytes_per_token, tokens = prompt_prefix(self.endpoint, self.body)
+            if self.why_whole in NOT_TEXT:  # an image's tokens have nothing to do with its bytes
+                text, tokens = b"", 0
+            elif served.max_model_len is not None:
+                tokens = min(tokens, served.max_model_len)
+            self.prefix = Prefix(text, bytes_per_token, tokens, served.name if served.adapter else "")
+        return self.prefix
+
+    def whole_request(self, prefix: Prefix) -> DecodeRequest:
+        """Return what the policy may know of a request whose prompt the chosen worker computes."""
+        request = self.decode_request(None)
+        request.prompt_tokens = prefix.prompt_tokens
+        request.computes_prompt = True
+        return request
 
     def decode_request(self, handoff: HandOff | None) -> DecodeRequest:
         """Return what the policy may know. A client may use an id twice at once, but policies need unique ids."""
