@@ -38,9 +38,13 @@ def prompt_prefix(endpoint: Endpoint, body: JsonObject) -> PromptPrefix:
     if text[start] == ARRAY and not endpoint.messages:
         start, end = single_prompt(text, start, end)
         if array_of_ids(text, start, end):
-            begun = text[start + 1 : min(end - 1, start + 1 + MOST_BYTES)].translate(None, SPACES)
-            per_token = len(begun) / (begun.count(b",") + 1)
-            return PromptPrefix(begun, per_token, text.count(b",", start, end) + 1)
+            raw = text[start + 1 : min(end - 1, start + 1 + MOST_BYTES)]
+            begun = raw.translate(None, SPACES)
+            tokens = begun.count(b",") + 1
+            per_token = len(begun) / tokens
+            if len(raw) == MOST_BYTES:
+                tokens = tokens * (end - start) // len(raw)
+            return PromptPrefix(begun, per_token, tokens)
     if text[start] == ARRAY and endpoint.messages:
         system, rest = json_chat_start(text, start, end, SYSTEM, MOST_BYTES)
         begun = system + rest
