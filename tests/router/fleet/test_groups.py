@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eldr.router.config.endpoint import LEGS, LegName
+from eldr.router.config.endpoint import LEGS, ROLES, Role
 from eldr.router.fleet.workers import Fleet, Worker
 
 BASES = ("m1", "m2", "m3")
@@ -25,7 +25,7 @@ def cards(bases: set[str], adapters: set[str]) -> list[dict[str, Any]]:
 def join(
     fleet: Fleet,
     url: str,
-    role: LegName,
+    role: Role,
     bases: set[str] | None,
     adapters: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> Worker:
@@ -53,7 +53,7 @@ def test_every_name_leads_to_the_workers_that_list_it(steps: list[Any]) -> None:
     workers: dict[int, Worker] = {}
     asked_s = 0.0
     for what, number, bases, adapters in steps:
-        role = LEGS[number % 2]
+        role = ROLES[number % 3]
         worker = workers.get(number)
         asked_s += 1
         if what == "join" and worker is None:
@@ -88,6 +88,10 @@ def check(fleet: Fleet, workers: list[Worker]) -> None:
         decode = group.workers["decode"].values()
         assert group.eligible == {w.url: w.in_flight for w in decode if w.available and w.in_flight < 4}
         assert group.free == sum(4 - load for load in group.eligible.values())
+        roles = {worker.role for worker in group.members()}
+        assert not roles or group.aggregated == ("aggregated" in roles)
+        available = {worker.leg for worker in group.members() if worker.available}
+        assert group.ready == (available >= set(group.legs))
     for group in groups:
         assert connected([worker.bases for worker in group.members() if worker.models is not None])
     # Workers with a base model in common are together.
@@ -98,7 +102,7 @@ def check(fleet: Fleet, workers: list[Worker]) -> None:
                 assert fleet.group(one) is fleet.group(other)
     for name in (*BASES, *ADAPTERS):
         served = fleet.served(name)
-        listing = {worker.url for worker in in_service if worker.role == "decode" and name in (worker.models or ())}
+        listing = {worker.url for worker in in_service if worker.leg == "decode" and name in (worker.models or ())}
         if served is None:
             assert not listing
             continue

@@ -10,6 +10,7 @@ import pytest
 
 from eldr.cost import DEFAULT_PRESET
 from eldr.router.app import Router
+from eldr.router.config.endpoint import Endpoint
 from eldr.router.config.settings import ConfigError, RouterConfig
 from eldr.router.fleet.membership import MembershipError
 from tests.router.admin import ask_admin, listed, until_state
@@ -34,6 +35,12 @@ def test_workers_that_could_serve_nothing_are_refused(workers: dict[str, Any], w
 def test_costs_of_aggregated_workers() -> None:
     config = RouterConfig.of(worker=["http://w:1"], worker_costs={"http://w:1": DEFAULT_PRESET})
     assert config.placement.options.worker_costs.keys() == {"http://w:1"}
+
+
+def test_aggregated_workers_may_be_named_by_dns() -> None:
+    config = RouterConfig.of(worker=["dns+http://w.local:8000", "http://w:1#dp=2"])
+    assert config.workers.dns_names == [("http://w.local:8000", "aggregated")]
+    assert config.workers.endpoints == {Endpoint(f"http://w:1#rank={rank}", "aggregated") for rank in (0, 1)}
 
 
 @on_uvloop

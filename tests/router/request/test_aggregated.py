@@ -8,9 +8,21 @@ from typing import Any
 
 import pytest
 
-from tests.router.admin import ask_admin, listed, until_state
+from tests.router.admin import KEY, ask_admin, listed, until_state
 from tests.router.fake_worker import Behaviour, FakeWorker, Seen, begin_stream, chunk, reply
-from tests.router.harness import ASK, CHAT, Scripted, aggregated, on_uvloop, preferring, raw_stream, running, until
+from tests.router.harness import (
+    ASK,
+    CHAT,
+    Scripted,
+    Setup,
+    aggregated,
+    bearer,
+    on_uvloop,
+    preferring,
+    raw_stream,
+    running,
+    until,
+)
 
 
 async def die_at_once(
@@ -256,7 +268,7 @@ async def test_a_worker_joins_and_is_replaced(admin: dict[str, Any]) -> None:
 
 @on_uvloop
 async def test_models_and_adapters_have_their_own_workers() -> None:
-    def prepare(s: Any) -> None:
+    def prepare(s: Setup) -> None:
         s.aggregated[1].model = "big"
         s.aggregated[2].adapters = ["sql"]
 
@@ -271,6 +283,32 @@ async def test_models_and_adapters_have_their_own_workers() -> None:
         assert await s.metric("eldr_model_workers", model="tiny", role="aggregated") == 2
         assert await s.metric("eldr_model_workers", model="tiny", role="prefill") == 0
         assert await s.metric("eldr_passthrough_total") == 0
+
+
+@on_uvloop
+async def test_endpoints_that_generate_nothing_are_answered_as_well() -> None:
+    def prepare(s: Setup) -> None:
+        for worker in s.aggregated:
+            worker.others = {
+                "/v1/embeddings": (200, b'{"object":"list","data":[]}', "application/json"),
+                "/tokenize": (200, b'{"tokens":[1]}', "application/json"),
+            }
+
+    async with aggregated(2, prepare=prepare) as s:
+        for path, body in (("/v1/embeddings", {"input": "a"}), ("/tokenize", {"prompt": "a"})):
+            answer = await s.post({"model": "tiny", **body}, path)
+            assert (answer.status, answer.body) == (200, s.aggregated[0].others[path][1])
+
+
+@on_uvloop
+async def test_what_a_worker_with_our_connector_records_is_passed_on(admin: dict[str, Any]) -> None:
+    headers = {"x-eldr-record": "1", **bearer(KEY)}
+    async with aggregated(1, **admin) as s:
+        record = (await s.post(headers=headers)).json()["eldr_record"]
+        assert record["counts"] == s.aggregated[0].counts
+        assert record["decode_experts"]["tokens"] == 3
+        refused = await s.post({**ASK, "n": 2}, headers=headers)
+        assert (refused.status, "cannot be recorded" in refused.error["message"]) == (400, True)
 
 
 @on_uvloop

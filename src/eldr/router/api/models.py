@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/MODEL: what the decode workers serve together."""
+"""GET /v1/models and /v1/models/MODEL: what the workers that generate serve together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FRESH_S = 1.0
 
 
 class ModelsFlow:
-    """Answers one request with the models that any available decode worker serves, base models first.
+    """Answers one request with the models that any available worker that generates serves, base models first.
 
     Each entry is as a worker lists it.
     """

@@ -136,7 +136,7 @@ class PlacementSettings:
     """How the router chooses the workers of a request."""
 
     policy: str = setting(
-        "jsq", f"how a decode worker is chosen: {', '.join(POLICY_NAMES)}", flag=True, metavar="NAME",
+        "jsq", f"how a decode or aggregated worker is chosen: {', '.join(POLICY_NAMES)}", flag=True, metavar="NAME",
         page="policies.md",
     )  # fmt: skip
     calibration: Mapping[str, Path] = setting(

@@ -72,7 +72,7 @@ class RouterConfig:
             for url in self.placement.options.worker_costs:
                 if url not in known:
                     raise ConfigError(
-                        f"worker_costs names {url}, which is not one of the decode workers: {', '.join(known)}"
+                        f"worker_costs names {url}, which is not one of the workers that decode: {', '.join(known)}"
                     )
 
     @classmethod

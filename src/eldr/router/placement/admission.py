@@ -3,6 +3,8 @@
 They wait before their prefill, because a hand-off's lease must not run out in a queue. Each name of a model is a line
 of its own, so that no request waits for workers that it cannot use. Higher priorities go first. Within one priority
 clients take turns (`fair_queue`), and each client's requests for a model go first come, first served.
+
+Aggregated workers are decode workers here, since they run the only leg that their requests have.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Asks the policy for a decode worker and tells it what happens to the request.
+"""Asks the policy for a decode or aggregated worker and tells it what happens to the request.
 
 A failing policy never fails a request.
 """
@@ -39,7 +39,7 @@ class Placed(NamedTuple):
 
 
 class Placement:
-    """One request on one decode worker, from the decision until the end of its `with` block."""
+    """One request on one worker that decodes, from the decision until the end of its `with` block."""
 
     __slots__ = ("_owner", "_request", "_served", "decision", "worker")
 
