@@ -40,7 +40,8 @@ class DecodeRequest:
         were not decoded.
     words: the words of the prompt. None if it was not looked at.
     latent: float32 [R], what the prompt model in use makes of the words. The policy sets it; a log repeats it.
-    computes_prompt: whether the chosen worker also computes the prompt, as an aggregated worker does.
+    computes_prompt: whether the chosen worker also computes the prompt, as an aggregated worker does. Then
+        `prompt_tokens` is an estimate.
     cached_tokens: worker -> tokens of the prompt that are probably in its prefix cache. A worker that is not there has
         none. None if nothing is known.
     generated_tokens: how many tokens it generated, set before `finished`. None if nobody knows.

@@ -22,19 +22,21 @@ from eldr.settings import given as given_flags
 
 ROOT = Path(__file__).parents[3]
 TWO = {"prefill": ["http://p:1"], "decode": ["http://d:1"]}
+WORKERS = {*TWO, "worker"}
 ALL = {one.key: one for one in settings_of(RouterConfig)}
 # What a running router takes over without a restart.
 LIVE = {
-    "prefill", "decode", "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s", "worker_wait_s",
-    "prefill_timeout_s", "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s",
-    "stream_keepalive_s", "request_timeout_s", "drain_timeout_s", "max_bodies_bytes", "shutdown_delay_s", "grace_s",
-    "log_level", "allowed_origins",
+    "prefill", "decode", "worker", "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s",
+    "worker_wait_s", "prefill_timeout_s", "decode_first_byte_timeout_s", "decode_idle_timeout_s",
+    "decode_answer_timeout_s", "stream_keepalive_s", "request_timeout_s", "drain_timeout_s", "max_bodies_bytes",
+    "shutdown_delay_s", "grace_s", "log_level", "allowed_origins",
 }  # fmt: skip
 
 # A file with every key, none at its default. Files like it are in use: keys must not move or change their meaning.
 FILE = """
 prefill = ["http://p:1"]
 decode = ["http://d:1", "http://d:2"]
+worker = ["http://w:1"]
 model = "m"
 policy = "expected-union"
 calibration = "zones.npz"
@@ -115,8 +117,8 @@ log_level = "error"
 
 # Every flag, for the same reason.
 FLAGS = """
---prefill http://p:1 --decode http://d:1 --decode http://d:2 --policy rr --calibration c.npz
---calibration m=d.npz --seed 3
+--prefill http://p:1 --decode http://d:1 --decode http://d:2 --worker http://w:1 --worker http://w:2 --policy rr
+--calibration c.npz --calibration m=d.npz --seed 3
 --decision-log l --host h --port 1 --max-inflight 2 --api-key-file a --tls-cert b --tls-key c --worker-ca d
 --worker-api-key-file e --admin-key-file f --admin-listen 127.0.0.1:1 --otel-endpoint http://o
 --otel-sampling 0.5 --log-level debug --tau 0.2 --no-two-nearest --refit-interval 1 --refit-window 2 --cost x
@@ -145,6 +147,7 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
     assert values(config) == written | files | {
         "prefill": ("http://p:1",),
         "decode": ("http://d:1", "http://d:2"),
+        "worker": ("http://w:1",),
         "allowed_origins": ("https://app.example", "http://localhost:3000"),
         "cost": cost,
         "worker_costs": {"http://d:2": cost},
@@ -161,8 +164,8 @@ def test_every_flag() -> None:
     serve.add_arguments(parser)
     arguments = parser.parse_args(FLAGS.split())
     assert given_flags(arguments, RouterConfig) == {
-        "prefill": ["http://p:1"], "decode": ["http://d:1", "http://d:2"], "policy": "rr",
-        "calibration": [("", "c.npz"), ("m", "d.npz")],
+        "prefill": ["http://p:1"], "decode": ["http://d:1", "http://d:2"], "worker": ["http://w:1", "http://w:2"],
+        "policy": "rr", "calibration": [("", "c.npz"), ("m", "d.npz")],
         "seed": 3, "decision_log": Path("l"), "host": "h", "port": 1, "max_inflight": 2,
         "api_key_file": Path("a"), "tls_cert": Path("b"), "tls_key": Path("c"), "worker_ca": Path("d"),
         "worker_api_key_file": Path("e"), "admin_key_file": Path("f"), "admin_listen": "127.0.0.1:1",
@@ -202,7 +205,7 @@ def test_the_page_lists_every_setting_with_its_default() -> None:
     for key, (flag, shown, live, _) in rows().items():
         assert flag.strip("`") == ALL[key].flag
         assert (live == "yes") == (key in LIVE)
-        if key not in {*TWO, *NOT_SHOWN} and default[key] is not None:
+        if key not in {*WORKERS, *NOT_SHOWN} and default[key] is not None:
             text = shown.replace("`", '"')
             assert tomllib.loads(f"value = {text}")["value"] == default[key], key
 
@@ -231,7 +234,7 @@ def toml_value(value: object) -> str:
 
 
 def valid(one: Setting) -> st.SearchStrategy[Any]:
-    if one.key in TWO:
+    if one.key in WORKERS:
         return st.lists(st.integers(1, 9).map(lambda port: f"http://w:{port}"), min_size=1, max_size=3, unique=True)
     if one.key == "allowed_origins":
         return st.lists(st.sampled_from(["*", "https://a.example", "http://[::1]:3000", "app://x"]), unique=True)
@@ -254,8 +257,9 @@ def valid(one: Setting) -> st.SearchStrategy[Any]:
 
 
 def wrong(one: Setting) -> st.SearchStrategy[Any]:
-    if one.key in TWO:
-        return st.sampled_from(["http://w:1", 1, [1], ["w:1"], ["http://w:1", "http://w:1"], ["http://w:0"], []])
+    if one.key in WORKERS:
+        more: list[str] = [] if one.key in TWO else TWO["decode"]
+        return st.sampled_from(["http://w:1", 1, [1], ["w:1"], ["http://w:1", "http://w:1"], ["http://w:0"], more])
     if one.key == "allowed_origins":
         return st.sampled_from(["*", 1, [1], ["null"], ["https://a.example/"], ["a.example"], ["https://a b"], [""]])
     if one.key == "worker_costs":
@@ -294,7 +298,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=50)
 @given(st.data())
 def test_values_of_a_file_arrive_as_they_were_written(folder: Path, data: st.DataObject) -> None:
-    keys = data.draw(st.sets(st.sampled_from(sorted(ALL.keys() - TOGETHER - TWO.keys()))))
+    keys = data.draw(st.sets(st.sampled_from(sorted(ALL.keys() - TOGETHER - WORKERS))))
     flat = {key: data.draw(valid(ALL[key]), key) for key in [*TWO, *sorted(keys)]}
     (folder / "eldr.toml").write_text(toml(flat))
     found = values(RouterConfig.load(folder / "eldr.toml", {}))

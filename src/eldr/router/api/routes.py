@@ -183,11 +183,14 @@ class ClientApi:
         if fleet.ready and not self.closing:
             exchange.respond(200, b"{}")
             return
-        missing = [role for role in ROLES if not fleet.any_available(role)]
-        if missing:
+        needed = {group.whole.role(leg) for group in fleet.groups for leg in group.legs}
+        missing = [role for role in ROLES if role in needed and not fleet.any_of_role_available(role)]
+        if fleet.ready:
+            why = "stopping"
+        elif missing:
             why = f"no {' and no '.join(missing)} worker is available"
         else:
-            why = "stopping" if fleet.ready else "no model has both a prefill and a decode worker"
+            why = "no model has both a prefill and a decode worker"
         exchange.respond_error(ApiError(503, why))
 
     def _metrics(self, request: Request, exchange: ClientExchange) -> None:

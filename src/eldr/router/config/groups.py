@@ -103,12 +103,17 @@ class WorkerSettings:
         (), "URL of a decode worker", parse=_urls, flag=True, metavar="URL", live=True,
         page="fleet.md#where-workers-come-from",
     )  # fmt: skip
+    worker: tuple[str, ...] = setting(
+        (), "URL of an aggregated worker, which does both", parse=_urls, flag=True, metavar="URL", live=True,
+        page="fleet.md#aggregated-workers",
+    )  # fmt: skip
     model: str | None = setting(
         None, "a model name that every worker must serve; others get no requests", live=True,
         shown="workers may serve different models", page="fleet.md#several-models",
     )  # fmt: skip
     max_inflight: int = setting(
-        256, "most requests at one decode worker (vLLM's `--max-num-seqs`); lower while requests wait inside it",
+        256,
+        "most requests at a decode or aggregated worker (vLLM's `--max-num-seqs`); lower while requests wait inside it",
         least=1, flag=True, live=True, page="fleet.md#load-limits-per-worker",
     )  # fmt: skip
     worker_api_key_file: Path | None = setting(
@@ -127,15 +132,19 @@ class WorkerSettings:
     dns_interval_s: float = setting(10.0, "time between two resolutions of a `dns+` name", least=LEAST_S)
     drain_timeout_s: float = setting(300.0, "how long a worker that leaves may take to finish its requests", live=True)
 
+    def urls(self, role: Role) -> tuple[str, ...]:
+        """The URLs given for a role, as they are given."""
+        return self.prefill if role == "prefill" else self.decode if role == "decode" else self.worker
+
     @property
     def endpoints(self) -> Endpoints:
         """The workers given by their own URLs."""
-        return frozenset(Endpoint(url, role) for role in ROLES for url in getattr(self, role) if url[:4] != DNS)
+        return frozenset(Endpoint(url, role) for role in ROLES for url in self.urls(role) if url[:4] != DNS)
 
     @property
     def dns_names(self) -> list[tuple[str, Role]]:
         """The URLs whose hosts are resolved through DNS, without dns+, and their roles."""
-        return [(url[4:], role) for role in ROLES for url in getattr(self, role) if url[:4] == DNS]
+        return [(url[4:], role) for role in ROLES for url in self.urls(role) if url[:4] == DNS]
 
 
 @dataclass(kw_only=True)
@@ -143,7 +152,7 @@ class PlacementSettings:
     """How the router chooses the workers of a request."""
 
     policy: str = setting(
-        "jsq", f"how a decode worker is chosen: {', '.join(POLICY_NAMES)}", flag=True, metavar="NAME",
+        "jsq", f"how a decode or aggregated worker is chosen: {', '.join(POLICY_NAMES)}", flag=True, metavar="NAME",
         page="policies.md",
     )  # fmt: skip
     calibration: Mapping[str, Path] = setting(

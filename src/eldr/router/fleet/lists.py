@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from eldr.router.config.endpoint import ROLES
+from eldr.router.config.endpoint import LEGS
 from eldr.router.config.groups import WorkerSettings
 from eldr.router.fleet.groups import Served, model_not_found
 from eldr.router.fleet.workers import Fleet, Worker
@@ -134,7 +134,7 @@ class ModelLists:
             self._one.pop(worker, None)
 
     async def _read_all(self) -> None:
-        workers = [worker for role in ROLES for worker in self._fleet.available(role)]
+        workers = [worker for leg in LEGS for worker in self._fleet.available(leg)]
         await asyncio.gather(*map(self._read_again, workers))
 
     async def _read_again(self, worker: Worker) -> None:

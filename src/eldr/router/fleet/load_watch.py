@@ -29,6 +29,10 @@ _WAITING, _WAITING_FOR, _KV_USAGE = (
 )  # fmt: skip
 # From eldr's connector: distinct experts of a decode step in one MoE layer, over all steps and layers so far.
 _ACTIVE_SUM, _ACTIVE_COUNT = b"vllm:eldr_active_experts_sum", b"vllm:eldr_active_experts_count"
+# The engine's settings as labels. vLLM 0.30 has no kv_cache_size_tokens.
+_CACHE = b"vllm:cache_config_info"
+_CACHE_LABEL = re.compile(rb'(?:^|,)(block_size|num_gpu_blocks|kv_cache_size_tokens)="([0-9]{1,15})"')
+_NO_PREFIXES = b'enable_prefix_caching="False"'
 _SAMPLE = re.compile(rb"\{([^\n]*)\} ([0-9.eE+-]+)(?:\n|\Z)")
 _ENGINE = re.compile(rb'engine="([0-9]{1,9})"')
 
@@ -93,6 +97,20 @@ def parse_active_experts(text: bytes, engine: int) -> tuple[float, float] | None
     return (found[_ACTIVE_SUM], found[_ACTIVE_COUNT]) if len(found) == 2 else None
 
 
+def parse_cache_tokens(text: bytes, engine: int) -> int | None:
+    """Return how many tokens one engine's KV cache has room for. 0 if it keeps no prefixes, None if it says nothing."""
+    for labels, _ in _samples(b"\n" + text, _CACHE):
+        named = _ENGINE.search(labels)
+        if named is not None and int(named[1]) != engine:
+            continue
+        if _NO_PREFIXES in labels:
+            return 0
+        sizes = {name: int(size) for name, size in _CACHE_LABEL.findall(labels)}
+        blocks = sizes.get(b"num_gpu_blocks", 0) * sizes.get(b"block_size", 0)
+        return sizes.get(b"kv_cache_size_tokens", blocks) or None
+    return None
+
+
 class Capacity:
     """Learns how many requests a worker should have at most, between 1 and `most`, from what waits inside it.
 
@@ -117,7 +135,7 @@ class Capacity:
 
 
 class LoadWatch:
-    """Reads one worker's metrics every `interval_s` seconds, and sets the limit of a decode worker."""
+    """Reads one worker's metrics every `interval_s` seconds, and sets the limit of one that runs decode legs."""
 
     def __init__(self, fleet: Fleet, worker: Worker, pool: WorkerPool, interval_s: float) -> None:
         self._fleet = fleet
@@ -145,12 +163,13 @@ class LoadWatch:
             return {}
         engines = parse_load(answer.body) if answer.status == 200 else {}
         rank = rank_of(self._worker.url) or 0
-        if self._worker.role == "decode":
+        if self._worker.leg == "decode":
             self._note_active(parse_active_experts(answer.body, rank))
+            self._worker.cache_tokens = parse_cache_tokens(answer.body, rank)
         load = engines.get(rank)
         if load is not None:
             self._worker.load = (load.waiting, load.kv_usage)
-            if self._worker.role == "decode":
+            if self._worker.leg == "decode":
                 self._fleet.set_limit(self._worker, self.capacity.heard(load, self._worker.in_flight))
         return engines
 

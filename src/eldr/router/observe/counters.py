@@ -60,6 +60,8 @@ class Metrics:
         self.ejections: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self.handoffs = 0
         self.prefill_spills = 0
+        self.prompt_tokens = 0
+        self.prompt_tokens_cached = 0
         self.broken_streams = 0
         self.stream_events = 0
         self.refits: defaultdict[str, int] = defaultdict(int)

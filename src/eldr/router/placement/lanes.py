@@ -1,4 +1,4 @@
-"""What each group of workers has of its own: the ring of its prefill workers, and a policy for its decode workers."""
+"""What each group of workers has of its own: the ring of its prefill workers, and a policy for those that decode."""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ NOTHING = re.compile(rb'(?:null|""|\[[ \t\r\n]*\])\Z')
 LONG_BYTES = len(b"null")
 # The numbers of prompt tokens in a usage: one of all, or those read from the cache, written to it, and neither.
 PROMPT_USAGE = frozenset(("prompt_tokens", "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
+# That of generated tokens.
+GENERATED_USAGE = frozenset(("completion_tokens", "output_tokens"))
 STREAM_OPTIONS = frozenset(("include_usage", "continuous_usage_stats"))
 
 
@@ -263,6 +265,15 @@ def prompt_tokens(usage: JsonObject) -> int:
         if type(stated) is int and stated > 0:
             tokens += stated
     return tokens
+
+
+def generated_tokens(usage: JsonObject | None) -> int | None:
+    """How many tokens were generated, by a `usage` in which GENERATED_USAGE was looked for. None if it does not say."""
+    for name in GENERATED_USAGE:
+        stated = None if usage is None else usage.get(name)
+        if type(stated) is int and stated >= 0:
+            return stated
+    return None
 
 
 def stream_options(body: JsonObject) -> JsonObject | None:

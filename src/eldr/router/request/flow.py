@@ -19,7 +19,8 @@ from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
 from eldr.router.placement.decode import Placement
 from eldr.router.protocols.handoff import HandOff
-from eldr.router.protocols.json_object import JsonObject
+from eldr.router.protocols.json_object import JsonObject, inner_object
+from eldr.router.protocols.openai import GENERATED_USAGE, generated_tokens
 from eldr.router.protocols.prompt_text import prompt_words
 from eldr.router.protocols.streams import FORMS
 from eldr.router.request import intake
@@ -125,7 +126,7 @@ class Flow:
         attempts = Attempts(services.retries, self._id, served)
         try:
             handoff: HandOff | None = None
-            whole = self._runs_whole(job.why_whole)
+            whole = served.group.aggregated or self._runs_whole(job.why_whole)
             while True:
                 try:
                     if handoff is None and not whole:
@@ -206,15 +207,17 @@ class Flow:
         Raises LegFailure, or NoWorkerError if there is none.
         """
         services, admission = self._services, self._services.admission
+        prefix = job.read_prefix(served) if handoff is None and served.group.aggregated else None
         request: DecodeRequest | None = None
         while True:
             lane = services.lanes.of(served.group)
             if lane is not None:
                 if request is None:
                     wanted = lane.placements.wants_words(handoff is not None and handoff.counts is not None)
-                    request = job.decode_request(handoff, prompt_words(job.endpoint, job.body) if wanted else None)
+                    words = prompt_words(job.endpoint, job.body) if wanted else None
+                    request = job.decode_request(handoff, words, prefix)
                 tried, usable = attempts.tried("decode"), admission.usable(served)
-                placement = lane.placements.place(request, served, tried, usable)
+                placement = lane.placements.place(request, served, tried, usable, prefix)
                 if placement is not None:
                     return placement
             limit_s = WHOLE_WAIT_S if handoff is None else handoff.left_s(time.monotonic())
@@ -226,7 +229,8 @@ class Flow:
     ) -> DecodeAnswer:
         """Run the decode leg and forward a stream as it arrives. Raises LegRefused, LegFailure or RelayedError."""
         services, timeouts, worker = self._services, self._services.config.timeouts, placement.worker
-        with placement, Leg(services.legs, job, worker, None if handoff is None else handoff.source) as leg:
+        source = None if handoff is None else handoff.source
+        with placement, Leg(services.legs, job, worker, source, placement) as leg:
             await leg.connect()
             if handoff is not None and handoff.left_s(time.monotonic()) <= 0:
                 raise LegFailure("decode", "lease", "the lease ended before the request was sent")
@@ -260,6 +264,9 @@ class Flow:
                     self._charge.generated_tokens = times.tokens
             if self._charge is not None:
                 self._charge.know(fields)
+            if placement.computes_prompt:
+                usage = inner_object(fields.raw("usage"), GENERATED_USAGE)
+                placement.generated(times.tokens or generated_tokens(usage))
             if watch is not None:
                 self._take_experts(watch, answer, fields)
             if answer.broken is not None:

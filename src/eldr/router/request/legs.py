@@ -9,7 +9,7 @@ from collections import defaultdict
 from types import TracebackType
 
 from eldr.event_stream import Event
-from eldr.router.config.endpoint import Role
+from eldr.router.config.endpoint import LegName
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.client import Answer, ConnectError, ExchangeError, WorkerConnection
@@ -18,6 +18,7 @@ from eldr.router.http.pool import WorkerPool
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 from eldr.router.placement.admission import RETRY_AFTER_S
+from eldr.router.placement.decode import Placement
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
 from eldr.router.protocols.json_object import JsonObject
@@ -69,7 +70,7 @@ class LegFailure(Exception):  # noqa: N818 - it can often be repaired
 
     def __init__(
         self,
-        leg: Role,
+        leg: LegName,
         reason: str,
         why: object,
         *,
@@ -87,9 +88,10 @@ class LegFailure(Exception):  # noqa: N818 - it can often be repaired
     @property
     def error(self) -> ApiError:
         """The error that the client gets if there is no answer to pass on."""
+        role = self.leg if self.worker is None else self.worker.role
         if self.reason == "timeout":
-            return ApiError(504, f"the {self.leg} worker did not answer in time", retry_after_s=RETRY_AFTER_S)
-        return ApiError(502, f"no {self.leg} worker completed the request", retry_after_s=RETRY_AFTER_S)
+            return ApiError(504, f"the {role} worker did not answer in time", retry_after_s=RETRY_AFTER_S)
+        return ApiError(502, f"no {role} worker completed the request", retry_after_s=RETRY_AFTER_S)
 
 
 def check_worker(worker: Worker, answer: Answer) -> None:
@@ -98,7 +100,7 @@ def check_worker(worker: Worker, answer: Answer) -> None:
     if answer.status in WORKERS_ERRORS:
         raise WorkerStatusError(f"status {answer.status}")
     if answer.status == OVERLOADED:
-        raise LegFailure(worker.role, OVERLOAD, f"status {answer.status}", worker=worker, answer=answer)
+        raise LegFailure(worker.leg, OVERLOAD, f"status {answer.status}", worker=worker, answer=answer)
 
 
 def no_memory() -> ApiError:
@@ -110,7 +112,7 @@ class Legs:
     """The state that the legs of all requests share.
 
     pools: the connections to each worker.
-    answer_names: by role, path and stream, whether workers name answers after their legs. No prefill is a stream.
+    answer_names: by leg, path and stream, whether workers name answers after their legs. No prefill is a stream.
     handoff_names: the same for hand-offs.
     """
 
@@ -127,7 +129,7 @@ class Legs:
         self.outcomes = outcomes
         self.protocol = protocol
         self.metrics = metrics
-        self.answer_names: defaultdict[tuple[Role, bytes, bool | None], Names] = defaultdict(Names)
+        self.answer_names: defaultdict[tuple[LegName, bytes, bool | None], Names] = defaultdict(Names)
         self.handoff_names = Names()
         self.throttle = Throttle()
 
@@ -146,7 +148,7 @@ class Legs:
         own deadline, because the worker may only be slow.
         """
         group = self.fleet.group(worker)
-        if group is not None and group.whole.any_available(worker.role):
+        if group is not None and group.whole.any_available(worker.leg):
             moved = self.pools[worker].give_up_waiting("the worker does not answer its probes", most)
             if moved:
                 log.warning("%d waiting exchanges leave %s worker %s", moved, worker.role, worker.url)
@@ -160,12 +162,21 @@ class Leg:
 
     name: its X-Request-Id, which vLLM uses in the name of the answer.
     source: the prefill worker whose blocks it pulls.
+    placement: what hears that the prompt is computed. None for a prefill.
     """
 
-    def __init__(self, shared: Legs, job: Job, worker: Worker, source: Worker | None = None) -> None:
+    def __init__(
+        self,
+        shared: Legs,
+        job: Job,
+        worker: Worker,
+        source: Worker | None = None,
+        placement: Placement | None = None,
+    ) -> None:
         self._shared = shared
         self._job = job
         self._source = source
+        self._placement = placement
         self._connection: WorkerConnection | None = None
         self._answer: Answer | None = None
         self._began_s = 0.0
@@ -184,11 +195,13 @@ class Leg:
     ) -> None:
         if self._connection is not None and self._answer is None:  # nothing was sent
             self._shared.pools[self.worker].release(self._connection)
-        self._connection = self._answer = None  # the answer knows this leg: no cycle is left to the collector
+        self._connection = self._answer = self._placement = (
+            None  # the answer knows this leg: no cycle is left to the collector
+        )
         self._shared.fleet.finished(self.worker)
         self._shared.outcomes.ended(self.worker)
         if self._job.trace is not None:
-            self._job.trace.leg(self.worker.role, self._began_s, self.worker.url, error)
+            self._job.trace.leg(self.worker.leg, self._began_s, self.worker.url, error)
 
     async def connect(self) -> None:
         """Open a connection. Raises LegRefused."""
@@ -239,6 +252,8 @@ class Leg:
         """A stream has begun, so nothing is tried again. Raises WrongAnswerError if it does not belong to this leg."""
         check_first_event(event, FORMS[self._job.path], self._shared.protocol, self.name, self._names())
         self._job.free_body()
+        if self._placement is not None:
+            self._placement.prompt_computed()
         if self.worker.ejected:  # its trial must not last as long as the stream
             self.succeeded()
 
@@ -274,21 +289,24 @@ class Leg:
         """
         if self._is_to_blame(error):
             self._shared.outcomes.failed(self.worker, error.reason)
-        return LegFailure(self.worker.role, error.reason, error, worker=self.worker, source=self._source, answer=answer)
+        return LegFailure(self.worker.leg, error.reason, error, worker=self.worker, source=self._source, answer=answer)
 
     def _is_to_blame(self, error: ExchangeError) -> bool:
         """Whether the worker is to blame for a failure.
 
         It is not if the worker whose blocks it was to pull is gone, because that pull would have failed everywhere.
 
-        Of a request that runs whole, the client may be the cause, and would take out one worker after the other. Its
-        prompt may be slow. And vLLM opens a stream of /v1/responses before it has read all that the client wants, and
-        then closes the connection if it refuses that. A worker that is broken fails its probes as well.
+        Of a request that cannot be handed off, the client may be the cause, and would take out one worker after the
+        other. Its prompt may be slow. And vLLM opens a stream of /v1/responses before it has read all that the client
+        wants, and then closes the connection if it refuses that. A worker that is broken fails its probes as well.
+
+        An aggregated worker that does not answer an ordinary request is to blame, as a prefill worker would be.
         """
         source = self._source
         if source is not None:
             return self._shared.fleet.has(source) and source.available
-        if self.worker.role == "prefill":
+        worker = self.worker
+        if worker.leg == "prefill" or (error.timed_out and worker.role == "aggregated" and self._job.why_whole is None):
             return True
         return not error.timed_out and not (isinstance(self._answer, DecodeAnswer) and self._answer.opened)
 
@@ -301,12 +319,12 @@ class Leg:
         log.warning("stream broken off: %s", str(error), extra={"fields": fields})
 
     def _names(self) -> Names:
-        stream = self._job.stream if self.worker.role == "decode" else False
-        return self._shared.answer_names[self.worker.role, self._job.path, stream]
+        leg = self.worker.leg
+        return self._shared.answer_names[leg, self._job.path, self._job.stream if leg == "decode" else False]
 
     def _deadline(self) -> str:
         """The metric label of the deadline that `limit_s` enforces."""
-        if self.worker.role == "prefill":
+        if self.worker.leg == "prefill":
             return "prefill"
         return "first_byte" if self._job.stream else "answer"
 
