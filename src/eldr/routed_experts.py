@@ -80,10 +80,13 @@ def moe_rows(rows: NDArray[np.int32], layers: int, experts: int, top_k: int) -> 
         raise CountsError(
             "geometry", f"routed experts name {int(rows.min())} to {int(rows.max())} of {experts} experts"
         )
-    in_order = np.sort(rows, axis=-1)
-    if (in_order[..., 1:] == in_order[..., :-1]).any():
-        raise CountsError("inconsistent", "a token has chosen an expert twice in one layer")
-    return rows.astype(np.uint16)
+    found = rows.astype(np.uint16)
+    # Much faster than to sort the few numbers of each token.
+    chosen = np.ascontiguousarray(found.reshape(-1, top_k).T)
+    for at in range(1, top_k):
+        if (chosen[:at] == chosen[at]).any():
+            raise CountsError("inconsistent", "a token has chosen an expert twice in one layer")
+    return found
 
 
 def split_rows(

@@ -14,6 +14,7 @@ import math
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ import orjson
 import eldr.kernels
 import eldr.kernels._json
 from eldr.calibration import CalibrationError, load_calibration
-from eldr.counts import CountsError, decode_counts, encode_counts
+from eldr.counts import CountsError, ExpertCounts, decode_counts, encode_counts
 from eldr.event_stream import EventReader
 from eldr.expert_rows import decode_rows, encode_rows
 from eldr.kernels import NO_OBJECT, JsonTextError
 from eldr.kernels._types import TOO_MANY_MEMBERS
 from eldr.router.config.endpoint import UrlError, worker_urls
+from eldr.router.experts.base import MoeGeometry
+from eldr.router.experts.connector_reports import read_batch, take_reports
+from eldr.router.experts.expected import ExpectedReports
+from eldr.router.experts.routed_experts import VllmRoutedExperts
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import ExchangeError
 from eldr.router.http.content_coding import DECODERS, PIECE_BYTES, BodyDecoder
@@ -204,6 +209,57 @@ def rows(data: bytes) -> None:
             assert (decode_rows(encode_rows(found)) == found).all()
 
 
+def reports(data: bytes) -> None:
+    """A worker's reports: a refusal of the batch, or one outcome for each, and nothing believed that is not so."""
+    heard = _Heard()
+    metrics = Metrics()
+    expected = ExpectedReports(heard, {"": MoeGeometry(2, 8, 2)}, metrics)
+    for name in ("one", "two"):
+        expected.expect(name, name + "/0", None, 100)
+    outcomes: Counter[str] = Counter()
+    try:
+        batch = read_batch(data)
+    except ApiError:
+        return
+    take_reports(batch, expected, outcomes)
+    assert outcomes.total() == len(batch) == sum(metrics.expert_reports.values())
+    assert len(set(heard.names)) == len(heard.names) == outcomes["accepted"]
+    assert set(heard.names) <= {"one/0", "two/0"}
+
+
+class _Heard:
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def report(self, request_id: str, decode: ExpertCounts) -> None:
+        assert decode.counts.shape == (2, 8)
+        assert (decode.counts.sum(axis=1) == decode.prompt_tokens * 2).all()
+        assert decode.prompt_tokens <= 100
+        self.names.append(request_id)
+
+
+def routed_experts(data: bytes) -> None:
+    """A stock worker's answer: with its experts cut out it is still JSON, and only sound rows are counted."""
+    engine = VllmRoutedExperts()
+    try:
+        answer = JsonObject(data, frozenset(("choices",)))
+    except JsonTextError:
+        texts = [data, base64.b64encode(data)]  # the file itself
+    else:
+        span = answer.span("choices")
+        if span is not None and data[span[0]] != ord("["):
+            return
+        kept, texts = engine.take(data, span)
+        JsonObject(kept, frozenset())
+        assert (kept == data) == (not texts)
+        assert engine.take(kept, JsonObject(kept, frozenset(("choices",))).span("choices"))[1] == []
+    for text in texts:
+        with contextlib.suppress(CountsError):
+            found = engine.decode(text, 3, 4, MoeGeometry(2, 8, 2))
+            found.check()
+            assert (found.layers, found.experts, found.prompt_tokens) == (2, 8, 3)
+
+
 def handoff(data: bytes) -> None:
     """Answers of prefill workers: a hand-off or none, with a lease that is a number and can be sent on as JSON."""
     protocol = VllmNixl()
@@ -363,6 +419,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
         *(http, coding, upstream, sse, events, body, json_text, urls),
-        *(counts, rows, handoff, calibration, trace),
+        *(counts, rows, handoff, reports, routed_experts, calibration, trace),
     )
 }
