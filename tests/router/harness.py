@@ -116,16 +116,16 @@ async def running(
     prepare: Callable[[Setup], None] | None = None,
     worker_tls: ssl.SSLContext | None = None,
     worker_path: str = "",
+    fake: Callable[..., FakeWorker] = FakeWorker,
     **settings: Any,
 ) -> AsyncIterator[Setup]:
     """A started router with its fake workers; `prepare` may change the workers before the router probes them.
 
     policy: an object for all models, or the name of one that the settings make.
+    fake: makes the workers.
     """
-    prefills = [
-        await FakeWorker("prefill", ssl_context=worker_tls, base_path=worker_path).start() for _ in range(prefill)
-    ]
-    decodes = [await FakeWorker("decode", ssl_context=worker_tls, base_path=worker_path).start() for _ in range(decode)]
+    prefills = [await fake("prefill", ssl_context=worker_tls, base_path=worker_path).start() for _ in range(prefill)]
+    decodes = [await fake("decode", ssl_context=worker_tls, base_path=worker_path).start() for _ in range(decode)]
     config = RouterConfig.of(
         prefill=tuple(worker.url for worker in prefills),
         decode=tuple(worker.url for worker in decodes),

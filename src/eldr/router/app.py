@@ -45,6 +45,8 @@ from eldr.router.observe.tracing import Tracing
 from eldr.router.placement.admission import Admission
 from eldr.router.placement.lanes import Lanes, MakePolicy
 from eldr.router.placement.refits import ZoneRefits
+from eldr.router.protocols.base import LegProtocol
+from eldr.router.protocols.sglang import Sglang
 from eldr.router.protocols.vllm_nixl import VllmNixl
 from eldr.router.request.attempts import Retries
 from eldr.router.request.intake import Intake
@@ -114,7 +116,7 @@ class Router:
         quotas = Quotas()
         if self._keys is not None:
             quotas.adopt(self._keys.limits)
-        protocol = VllmNixl()
+        protocol: LegProtocol = Sglang() if config.workers.engine == "sglang" else VllmNixl()
         legs = Legs(fleet, pools, self._outcomes, protocol, metrics)
         retries = Retries(config.retry, lists, self._outcomes, metrics)
         tracing = None if observe.otel_endpoint is None else Tracing(observe.otel_endpoint, observe.otel_sampling)

@@ -35,6 +35,7 @@ LIVE = {
 FILE = """
 prefill = ["http://p:1"]
 decode = ["http://d:1", "http://d:2"]
+engine = "sglang"
 model = "m"
 policy = "expected-union"
 calibration = "zones.npz"
@@ -107,7 +108,7 @@ log_level = "error"
 
 # Every flag, for the same reason.
 FLAGS = """
---prefill http://p:1 --decode http://d:1 --decode http://d:2 --policy rr --calibration c.npz
+--prefill http://p:1 --decode http://d:1 --decode http://d:2 --engine sglang --policy rr --calibration c.npz
 --calibration m=d.npz --seed 3
 --decision-log l --host h --port 1 --max-inflight 2 --api-key-file a --tls-cert b --tls-key c --worker-ca d
 --worker-api-key-file e --admin-key-file f --admin-listen 127.0.0.1:1 --otel-endpoint http://o
@@ -149,7 +150,8 @@ def test_every_flag() -> None:
     serve.add_arguments(parser)
     arguments = parser.parse_args(FLAGS.split())
     assert given_flags(arguments, RouterConfig) == {
-        "prefill": ["http://p:1"], "decode": ["http://d:1", "http://d:2"], "policy": "rr",
+        "prefill": ["http://p:1"], "decode": ["http://d:1", "http://d:2"], "engine": "sglang",
+        "policy": "rr",
         "calibration": [("", "c.npz"), ("m", "d.npz")],
         "seed": 3, "decision_log": Path("l"), "host": "h", "port": 1, "max_inflight": 2,
         "api_key_file": Path("a"), "tls_cert": Path("b"), "tls_key": Path("c"), "worker_ca": Path("d"),
