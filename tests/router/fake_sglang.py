@@ -69,7 +69,9 @@ class FakeSglang(FakeWorker):
         numbers = range(first, first + count)
         prefill = self if self.role == "prefill" else self._bootstraps.get(body["bootstrap_port"])
         if prefill is None or body["bootstrap_host"] != "127.0.0.1":
-            await refuse(writer, 500, f"Decode handshake failed for request {body['bootstrap_room']}")
+            await refuse(
+                writer, 500, f"Decode handshake failed for request req.bootstrap_room={body['bootstrap_room']}"
+            )
             return False
         for number in numbers:
             room = prefill.rooms.setdefault(number, Room())

@@ -292,6 +292,43 @@ async def test_a_refused_connection_costs_nothing(role: str) -> None:
         assert await s.metric("eldr_inflight") == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@on_uvloop
+async def test_a_failed_transfer_counts_for_both_and_takes_out_the_one_that_fails_them_all(stream: bool) -> None:
+    """A decode worker that cannot receive, whose partners are the first to notice."""
+
+    async def sends_to_the_first_in_vain(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await asyncio.sleep(0.02)
+        if seen.body["bootstrap_room"] in rooms(s.decode[:1]):
+            message = "Prefill transfer failed for request req.bootstrap_room=7 with exception KVTransferError"
+            await refuse(writer, 500, message)
+        else:
+            await worker.answer(seen, writer)
+
+    async def receives_nothing(
+        worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if stream:  # it notices first
+            await begin_stream(writer)
+            message = "Decode transfer failed for request decode_req.req.bootstrap_room=7"
+            await chunk(writer, b"data: %b\n\n" % compact({"error": error(500, message)}))
+        await asyncio.sleep(3600)
+
+    async with pairs(2, 2) as s:
+        s.decode[0].behaviour = receives_nothing
+        for worker in s.prefill:
+            worker.behaviour = sends_to_the_first_in_vain
+        for _ in range(40):
+            assert (await s.post({**ASK, "stream": stream})).status == 200
+        assert len(s.decode[0].generated) == 5
+        assert await s.metric("eldr_ejections_total", worker=s.decode[0].url) == 1
+        assert await s.metric("eldr_ejections_total", role="prefill") == 0
+        assert sum([await failures(s, worker) for worker in s.prefill]) == 5
+        assert await s.metric("eldr_worker_failures_total", reason="transfer") == 5
+
+
 @on_uvloop
 async def test_a_partner_that_never_comes_blames_nobody() -> None:
     """Neither of the two has failed in a way that the router could see."""
@@ -316,7 +353,7 @@ async def test_a_worker_without_the_right_bootstrap_port_is_a_failure() -> None:
         assert answer.status == 500
         assert "handshake failed" in answer.json()["message"]
         assert {seen.body["bootstrap_port"] for seen in legs(s)} == {8998}
-        assert await failures(s, s.decode[0]) == 3
+        assert await failures(s, s.decode[0]) == await failures(s, s.prefill[0]) == 3
 
 
 @on_uvloop
@@ -468,6 +505,22 @@ async def test_a_server_in_the_other_mode_gets_no_requests() -> None:
         assert await s.metric("eldr_worker_up", worker=s.decode[1].url) == 0
         problems = [worker.problem for worker in s.router.membership.workers() if worker.url == s.decode[1].url]
         assert problems == ["it was started with --disaggregation-mode prefill, and is given as a decode worker"]
+
+
+@on_uvloop
+async def test_an_adapter_is_called_by_its_base_and_its_name() -> None:
+    """By its name alone, SGLang would answer with the base model."""
+
+    def load_one(s: Setup) -> None:
+        for worker in (*s.prefill, *s.decode):
+            worker.adapters = ["sql"]
+
+    async with pairs(prepare=load_one) as s:
+        listed = [card["id"] for card in (await s.get("/v1/models")).json()["data"]]
+        assert listed == ["tiny", "tiny:sql"]
+        s.decode[0].aliases = s.prefill[0].aliases = listed
+        assert (await s.post({**ASK, "model": "tiny:sql"})).status == 200
+        assert (await s.post({**ASK, "model": "sql"})).status == 404
 
 
 @on_uvloop

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import Final
+from typing import Any, Final
 
 from eldr.router.config.endpoint import rank_of
 from eldr.router.fleet.load_watch import EngineLoad, samples
@@ -46,6 +46,14 @@ def parse_load(text: bytes) -> dict[int, EngineLoad]:
         return {}
     usage = max((value for _, value in samples(text, KV_USAGE)), default=0.0)
     return {0: EngineLoad(int(sum(waiting.values())), usage)}
+
+
+def name_adapters(cards: list[dict[str, Any]]) -> None:
+    """Name the adapters of a list as requests must: BASE:ADAPTER. A request for their own name gets the base model."""
+    for card in cards:
+        base = card.get("parent")
+        if isinstance(base, str) and base:
+            card["id"] = f"{base}:{card['id']}"
 
 
 def why_never(url: str) -> str:

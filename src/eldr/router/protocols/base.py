@@ -111,3 +111,7 @@ class ConcurrentLegs(LegProtocol):
     @abstractmethod
     def leg_body(self, endpoint: Endpoint, body: JsonObject, role: Role, rendezvous: bytes, leg_name: str) -> bytes:
         """Return the client's request for the worker of one role. leg_name: its X-Request-Id."""
+
+    @abstractmethod
+    def is_transfers(self, report: bytes) -> bool:
+        """Whether a worker's report of an error, as it sent it, says that the transfer between the two failed."""

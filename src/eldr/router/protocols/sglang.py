@@ -80,6 +80,10 @@ class Sglang(ConcurrentLegs):
         owned = self._not_for_decode if role == "decode" else self._not_for_prefill
         return body.spliced(owned, b'"%b":%b,%b' % (key.encode(), name, rendezvous))
 
+    def is_transfers(self, report: bytes) -> bool:
+        """Both sides name the room if the handshake or the transfer failed (disaggregation/prefill.py, decode.py)."""
+        return b"bootstrap_room" in report
+
     def is_named_after(self, name: object, leg_name: str) -> bool:
         """The id of an answer is the name in the body, for several prompts with the number of the first behind it."""
         return isinstance(name, str) and name.startswith((f"{leg_name}-", f"resp_{leg_name}-"))

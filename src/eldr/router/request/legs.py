@@ -43,6 +43,8 @@ WORKERS_ERRORS = frozenset((500, 502, 503, 504))
 OVERLOADED = 429
 # Why such a leg failed, as a metric label. It is no fault of the worker.
 OVERLOAD = "overloaded"
+# Why a worker counts as failed whose partner said that the transfer between them failed.
+TRANSFER = "transfer"
 
 
 class RelayedError(Exception):
@@ -179,6 +181,7 @@ class Leg:
         self._partner = partner
         self._connection: WorkerConnection | None = None
         self._answer: Answer | None = None
+        self._report = b""  # of an error, in the first event of a stream
         self._began_s = 0.0
         self._sent_s = 0.0
         self.worker = worker
@@ -257,7 +260,11 @@ class Leg:
 
     def first_event(self, event: Event) -> None:
         """A stream has begun, so nothing is tried again. Raises WrongAnswerError if it does not belong to this leg."""
-        check_first_event(event, FORMS[self._job.path], self._shared.protocol, self.name, self._names())
+        try:
+            check_first_event(event, FORMS[self._job.path], self._shared.protocol, self.name, self._names())
+        except WrongAnswerError:
+            self._report = event.data
+            raise
         self._job.free_body()
         if self.worker.ejected:  # its trial must not last as long as the stream
             self.succeeded()
@@ -299,10 +306,19 @@ class Leg:
 
         answer: the worker's own, for the client.
         """
-        if self._is_to_blame(error):
-            self._shared.outcomes.failed(self.worker, error.reason)
         worker, partner = self.worker, self._partner
+        if self._is_to_blame(error):
+            self._shared.outcomes.failed(worker, error.reason)
+            if partner is not None and self._is_transfers(self._report if answer is None else answer.body):
+                self._shared.outcomes.failed(partner, TRANSFER)
         return LegFailure(worker.role, error.reason, error, worker=worker, partner=partner, answer=answer)
+
+    def _is_transfers(self, report: bytes) -> bool:
+        """Whether both workers count as failed. If only the one did that noticed first, a worker that receives nothing
+        would take out one sender after the other.
+        """
+        protocol = self._shared.protocol
+        return isinstance(protocol, ConcurrentLegs) and protocol.is_transfers(report)
 
     def _is_to_blame(self, error: ExchangeError) -> bool:
         """Whether the worker is to blame for a failure.
