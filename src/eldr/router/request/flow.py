@@ -189,7 +189,8 @@ class Flow:
         """
         services, timeouts = self._services, self._services.config.timeouts
         protocol = cast(SequentialLegs, services.protocol)
-        worker = await self._prefill_worker(job, served, attempts)
+        while (worker := self._prefill_worker(job, served, attempts)) is None:
+            await services.admission.until_changed(served, "prefill")
         with Leg(services.legs, job, worker) as leg:
             await leg.connect()
             name = attempts.next_name("prefill")
@@ -202,19 +203,18 @@ class Flow:
             self._charge.prompt_tokens = handoff.prompt_tokens
         return handoff
 
-    async def _prefill_worker(self, job: Job, served: Served, attempts: Attempts) -> Worker:
-        """Wait for a prefill worker, and choose one by the start of the prompt. Raises NoWorkerError."""
+    def _prefill_worker(self, job: Job, served: Served, attempts: Attempts) -> Worker | None:
+        """Choose a prefill worker by the start of the prompt. None if none is available."""
         services, start = self._services, job.prompt_start
         if served.adapter:
             start += served.name.encode()  # the same prompt has other KV blocks
-        while True:
-            lane = services.lanes.of(served.group)
-            chosen = None if lane is None else lane.ring.choose(start, attempts.tried("prefill"), served.prefill)
-            if chosen is not None:
-                worker, spilled = chosen
-                services.metrics.prefill_spills += spilled
-                return worker
-            await services.admission.until_changed(served, "prefill")
+        lane = services.lanes.of(served.group)
+        chosen = None if lane is None else lane.ring.choose(start, attempts.tried("prefill"), served.prefill)
+        if chosen is None:
+            return None
+        worker, spilled = chosen
+        services.metrics.prefill_spills += spilled
+        return worker
 
     async def _place(self, job: Job, served: Served, handoff: HandOff | None, attempts: Attempts) -> Placement:
         """Wait for a worker that is eligible before the lease ends.

@@ -41,7 +41,8 @@ class PairFlow(Flow):
         """
         placement = await self._place(job, served, None, attempts)
         with placement:
-            worker = await self._prefill_worker(job, served, attempts)
+            while (worker := self._prefill_worker(job, served, attempts)) is None:
+                await self._services.admission.until_changed(served, "prefill")
             answer = await self._run_pair(job, worker, placement.worker, attempts)
         self._note_decode(placement, answer)
         return answer
