@@ -64,9 +64,8 @@ class FakeSglang(FakeWorker):
 
     async def transfer(self, body: dict[str, Any], writer: asyncio.StreamWriter, doors_away: int = 0) -> bool:
         """Meet the other server. False if that failed, which the client then knows. doors_away: from the right room."""
-        first, prompt = body["bootstrap_room"] + doors_away, body.get("prompt")
-        count = len(prompt) if isinstance(prompt, list) and isinstance(prompt[0], str) else 1
-        numbers = range(first, first + count)
+        first = body["bootstrap_room"] + doors_away
+        numbers = range(first, first + (prompts_of(body) or 1))
         prefill = self if self.role == "prefill" else self._bootstraps.get(body["bootstrap_port"])
         if prefill is None or body["bootstrap_host"] != "127.0.0.1":
             await refuse(
@@ -97,22 +96,37 @@ class FakeSglang(FakeWorker):
             await asyncio.sleep(self.token_gap_s * len(tokens))
             await reply(writer, 200, compact(self.whole(seen, tokens, chat)))
 
-    def named(self, seen: Seen) -> str:
-        body = seen.body
-        name = body.get("rid") or uuid.uuid4().hex
-        return f"{name}_0" if isinstance(body.get("prompt"), list) and isinstance(body["prompt"][0], str) else name
+    def named(self, seen: Seen, index: int = 0) -> str:
+        """The id of what is said for one of its prompts."""
+        name = seen.body.get("rid") or uuid.uuid4().hex
+        return name if prompts_of(seen.body) is None else f"{name}_{index}"
 
     def whole(self, seen: Seen, tokens: list[str], chat: bool) -> dict[str, Any]:
         fields = super().whole(seen, tokens, chat)
         del fields["kv_transfer_params"]
-        return fields if seen.path == RESPONSES else fields | {"id": self.named(seen)}
+        if seen.path == RESPONSES:
+            return fields
+        fields["choices"] = [{**fields["choices"][0], "index": i} for i in range(prompts_of(seen.body) or 1)]
+        return fields | {"id": self.named(seen)}
 
     def events(self, seen: Seen, tokens: list[str], chat: bool) -> list[bytes]:
         events = super().events(seen, tokens, chat)
         if seen.path == RESPONSES:
             return events
-        vllms = ("cmpl-" + seen.headers.get("x-request-id", "none")).encode()
-        return [event.replace(b'"id":"%b"' % vllms, b'"id":"%b"' % self.named(seen).encode()) for event in events]
+        said: list[bytes] = []
+        for event in events[:-1]:
+            fields = json.loads(event.removeprefix(b"data: "))
+            for index in range((prompts_of(seen.body) or 1) if fields["choices"] else 1):
+                for choice in fields["choices"]:
+                    choice["index"] = index
+                said.append(b"data: %b\n\n" % compact(fields | {"id": self.named(seen, index)}))
+        return [*said, events[-1]]
+
+
+def prompts_of(body: dict[str, Any]) -> int | None:
+    """How many prompts a request has in an array. None if it has one that is not."""
+    prompt = body.get("prompt")
+    return len(prompt) if isinstance(prompt, list) and isinstance(prompt[0], str) else None
 
 
 def error(status: int, message: str) -> dict[str, Any]:

@@ -102,9 +102,13 @@ async def test_no_room_is_used_twice_and_no_name_either() -> None:
 @on_uvloop
 async def test_several_prompts_share_a_request() -> None:
     async with pairs() as s:
-        for _ in range(2):
-            assert (await s.post({**ASK, "prompt": ["a", "b", "c"]})).status == 200
-        assert len(sglang(s.prefill[0]).rooms) == 6
+        for stream in (False, True, False, True):
+            answer = await s.post({**ASK, "prompt": ["a", "b", "c"], "stream": stream})
+            assert answer.status == 200
+            choices = [event["choices"][0] for event in answer.events[:-1]] if stream else answer.json()["choices"]
+            assert {choice["index"] for choice in choices} == {0, 1, 2}
+        assert len(sglang(s.prefill[0]).rooms) == 12
+        assert await s.metric("eldr_retries_total") == 0
 
 
 @pytest.mark.parametrize(
