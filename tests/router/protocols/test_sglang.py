@@ -81,7 +81,12 @@ def test_a_leg_has_the_clients_members_and_the_routers(
 def test_an_answer_is_not_named_after_another_leg(one: str, other: str) -> None:
     body = body_of(COMPLETIONS, b"{}")
     name = json.loads(PROTOCOL.leg_body(ENDPOINTS[COMPLETIONS], body, "decode", b'"bootstrap_room":1', one))["rid"]
-    if not name.startswith((other + "-", f"resp_{other}-")):
+    if other not in (one, f"resp_{one}"):
         assert not PROTOCOL.is_named_after(name, other)
         assert not PROTOCOL.event_is_named_after(b'{"id":%b}' % orjson.dumps(name), other)
     assert not PROTOCOL.is_named_after(None, one)
+    assert not PROTOCOL.is_named_after("\udc80", one)
+    for leg in (f"{one}-prefill-1", f"{one}-decode-2"):
+        name = json.loads(PROTOCOL.leg_body(ENDPOINTS[COMPLETIONS], body, "decode", b'"bootstrap_room":1', leg))["rid"]
+        assert PROTOCOL.is_named_after(name, leg)
+        assert not PROTOCOL.is_named_after(name, one)

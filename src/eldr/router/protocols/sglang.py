@@ -8,6 +8,7 @@ managers/tokenizer_manager.py, disaggregation/), and its gateway (sgl-model-gate
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import ClassVar, Final
 from urllib.parse import urlsplit
@@ -43,6 +44,7 @@ RESPONSES_NAME: Final = "request_id"
 ROOMS: Final = 2**63 - 2**32
 # Two requests with one name at the same time are refused, and clients may send one X-Request-Id twice.
 UNIQUE_BYTES: Final = 8
+REST_OF_NAME: Final = re.compile(rb'-[0-9a-f]{16}(_[0-9]+)?"')
 
 
 class Sglang(ConcurrentLegs):
@@ -86,11 +88,11 @@ class Sglang(ConcurrentLegs):
 
     def is_named_after(self, name: object, leg_name: str) -> bool:
         """The id of an answer is the name in the body, for several prompts with the number of the first behind it."""
-        return isinstance(name, str) and name.startswith((f"{leg_name}-", f"resp_{leg_name}-"))
+        return isinstance(name, str) and name.isascii() and self.event_is_named_after(orjson.dumps(name), leg_name)
 
     def event_is_named_after(self, start: bytes, leg_name: str) -> bool:
-        quoted = orjson.dumps(leg_name)[1:-1]
-        return b'"%b-' % quoted in start or b'"resp_%b-' % quoted in start
+        name = orjson.dumps(leg_name)[1:-1]
+        return _has_name(start, b'"' + name) or _has_name(start, b'"resp_' + name)
 
     def for_client(self, answer: bytes) -> bytes:
         """SGLang says nothing about transfers."""
@@ -99,3 +101,13 @@ class Sglang(ConcurrentLegs):
 
 def _prefix(endpoint: Endpoint) -> str:
     return "resp_" if endpoint.path == RESPONSES else ""
+
+
+def _has_name(text: bytes, name: bytes) -> bool:
+    """Whether this name is there with its random part."""
+    at = text.find(name)
+    while at >= 0:
+        if REST_OF_NAME.match(text, at + len(name)) is not None:
+            return True
+        at = text.find(name, at + 1)
+    return False
