@@ -31,7 +31,7 @@ from eldr.event_stream import EventReader
 from eldr.expert_rows import decode_rows, encode_rows
 from eldr.kernels import NO_OBJECT, JsonTextError
 from eldr.kernels._types import TOO_MANY_MEMBERS
-from eldr.router.config.endpoint import UrlError, worker_urls
+from eldr.router.config.endpoint import ROLES, UrlError, worker_urls
 from eldr.router.experts.base import MoeGeometry
 from eldr.router.experts.connector_reports import read_batch, take_reports
 from eldr.router.experts.expected import ExpectedReports
@@ -44,6 +44,7 @@ from eldr.router.observe.counters import Metrics
 from eldr.router.protocols import openai
 from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.prompt_start import prompt_start
+from eldr.router.protocols.sglang import Sglang
 from eldr.router.protocols.streams import FORMS
 from eldr.router.protocols.vllm_nixl import VllmNixl
 from eldr.router.request.answer import DecodeAnswer, TokenTimes
@@ -293,7 +294,7 @@ def body(data: bytes) -> None:
         others = [name for name, _ in sent if name not in OWNED]
         prefill, decode = (
             _members(protocol.prefill_body(endpoint, fields, False, "leg")),
-            _members(protocol.decode_body(endpoint, fields, None, False, "leg")),
+            _members(protocol.whole_body(endpoint, fields, False, "leg")),
         )
         assert [name for name, _ in prefill if name not in OWNED] == others
         mine = {"stream": False, "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
@@ -306,6 +307,27 @@ def body(data: bytes) -> None:
         assert not any(name.startswith("eldr_") for name, _ in decode)
         limit = openai.max_tokens(endpoint, fields)
         assert limit is None or limit >= 0
+    _pair_bodies(data)
+
+
+def _pair_bodies(data: bytes) -> None:
+    """The same for both legs at once: what says where they meet is there once, and from the router."""
+    protocol = Sglang()
+    met = protocol.rendezvous(Worker("http://p:1", "prefill", 1, bootstrap_port=8998))
+    for endpoint in openai.ENDPOINTS.values():
+        members = endpoint.members | protocol.members | protocol.reserved
+        try:
+            fields = openai.read_body(endpoint, data, members, protocol.reserved)
+            protocol.refuse_early(endpoint, fields, 100)
+        except ApiError:
+            continue
+        name = "request_id" if endpoint.path == openai.RESPONSES else "rid"
+        owned = {*protocol.reserved, "rid", "request_id"}
+        for role in ROLES:
+            left_out = owned if role == "decode" else owned | {"stream", "stream_options"}
+            leg = _members(protocol.leg_body(endpoint, fields, role, met, "leg"))
+            assert [key for key, _ in leg[-4:]] == [name, "bootstrap_host", "bootstrap_port", "bootstrap_room"]
+            assert repr(leg[:-4]) == repr([each for each in _members(fields.text) if each[0] not in left_out])
 
 
 # What the router takes out of a prefill's body, or puts into it.

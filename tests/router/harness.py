@@ -120,15 +120,17 @@ async def running(
     worker_path: str = "",
     expert_sink: ExpertSink | None = None,
     aggregated: int = 0,
+    fake: Callable[..., FakeWorker] = FakeWorker,
     **settings: Any,
 ) -> AsyncIterator[Setup]:
     """A started router with its fake workers; `prepare` may change the workers before the router probes them.
 
     policy: an object for all models, or the name of one that the settings make.
+    fake: makes the workers.
     """
 
     async def start(role: str, count: int) -> list[FakeWorker]:
-        return [await FakeWorker(role, ssl_context=worker_tls, base_path=worker_path).start() for _ in range(count)]
+        return [await fake(role, ssl_context=worker_tls, base_path=worker_path).start() for _ in range(count)]
 
     prefills, decodes = await start("prefill", prefill), await start("decode", decode)
     wholes = await start("plain", aggregated)

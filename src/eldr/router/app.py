@@ -31,6 +31,7 @@ from eldr.router.experts.answers import ExpertAnswers
 from eldr.router.experts.base import ExpertSink, MoeGeometry
 from eldr.router.experts.expected import ExpectedReports
 from eldr.router.experts.routed_experts import VllmRoutedExperts
+from eldr.router.experts.sglang import SglangRoutedExperts
 from eldr.router.experts.watch import ExpertSources
 from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.discovery.dns import DnsSource
@@ -57,6 +58,8 @@ from eldr.router.placement.admission import Admission
 from eldr.router.placement.lanes import Lanes, MakePolicy
 from eldr.router.placement.learning import Learning
 from eldr.router.placement.refits import ZoneRefits
+from eldr.router.protocols.base import LegProtocol
+from eldr.router.protocols.sglang import Sglang
 from eldr.router.protocols.vllm_nixl import VllmNixl
 from eldr.router.request.attempts import Retries
 from eldr.router.request.intake import Intake
@@ -131,7 +134,7 @@ class Router:
         quotas = Quotas()
         if self._keys is not None:
             quotas.adopt(self._keys.limits)
-        protocol = VllmNixl()
+        protocol: LegProtocol = Sglang() if config.workers.engine == "sglang" else VllmNixl()
         legs = Legs(fleet, pools, self._outcomes, protocol, metrics)
         retries = Retries(config.retry, lists, self._outcomes, metrics)
         tracing = None if observe.otel_endpoint is None else Tracing(observe.otel_endpoint, observe.otel_sampling)
@@ -350,7 +353,8 @@ def _expert_sources(config: RouterConfig, sink: ExpertSink | None, metrics: Metr
         return None
     geometries = {model: MoeGeometry(*geometry) for model, geometry in experts.expert_geometry.items()}
     expected = ExpectedReports(sink, geometries, metrics)
-    answers = ExpertAnswers(VllmRoutedExperts(), share, expected) if share else None
+    engine = SglangRoutedExperts() if config.workers.engine == "sglang" else VllmRoutedExperts()
+    answers = ExpertAnswers(engine, share, expected) if share else None
     return ExpertSources(expected, reports, answers)
 
 

@@ -37,6 +37,7 @@ FILE = """
 prefill = ["http://p:1"]
 decode = ["http://d:1", "http://d:2"]
 worker = ["http://w:1"]
+engine = "sglang"
 model = "m"
 policy = "expected-union"
 calibration = "zones.npz"
@@ -117,7 +118,8 @@ log_level = "error"
 
 # Every flag, for the same reason.
 FLAGS = """
---prefill http://p:1 --decode http://d:1 --decode http://d:2 --worker http://w:1 --worker http://w:2 --policy rr
+--prefill http://p:1 --decode http://d:1 --decode http://d:2 --worker http://w:1 --worker http://w:2
+--engine sglang --policy rr
 --calibration c.npz --calibration m=d.npz --seed 3
 --decision-log l --host h --port 1 --max-inflight 2 --api-key-file a --tls-cert b --tls-key c --worker-ca d
 --worker-api-key-file e --admin-key-file f --admin-listen 127.0.0.1:1 --otel-endpoint http://o
@@ -165,7 +167,7 @@ def test_every_flag() -> None:
     arguments = parser.parse_args(FLAGS.split())
     assert given_flags(arguments, RouterConfig) == {
         "prefill": ["http://p:1"], "decode": ["http://d:1", "http://d:2"], "worker": ["http://w:1", "http://w:2"],
-        "policy": "rr", "calibration": [("", "c.npz"), ("m", "d.npz")],
+        "engine": "sglang", "policy": "rr", "calibration": [("", "c.npz"), ("m", "d.npz")],
         "seed": 3, "decision_log": Path("l"), "host": "h", "port": 1, "max_inflight": 2,
         "api_key_file": Path("a"), "tls_cert": Path("b"), "tls_key": Path("c"), "worker_ca": Path("d"),
         "worker_api_key_file": Path("e"), "admin_key_file": Path("f"), "admin_listen": "127.0.0.1:1",

@@ -150,7 +150,7 @@ def test_the_name_of_a_leg_is_written_once(extra: dict[str, Any]) -> None:
     raw = json.dumps({"input": "x", "store": True, "enable_response_messages": True, **extra}).encode()
     body = openai.read_body(endpoint, raw, endpoint.members | protocol.members, frozenset())
     for leg in ("mine", "mine-prefill-1", 'odd"name\\'):
-        decode = protocol.decode_body(endpoint, body, None, False, leg)
+        decode = protocol.whole_body(endpoint, body, False, leg)
         prefill = protocol.prefill_body(endpoint, body, False, leg)
         own = extra.get("request_id") == "mine" and leg.startswith("mine")
         for written in (decode, prefill):

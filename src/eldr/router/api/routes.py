@@ -19,7 +19,9 @@ from eldr.router.http.message import Request
 from eldr.router.http.server import ClientConnection
 from eldr.router.placement.admission import RETRY_AFTER_S
 from eldr.router.protocols import openai
+from eldr.router.protocols.base import ConcurrentLegs
 from eldr.router.request.flow import Flow
+from eldr.router.request.pair import PairFlow
 from eldr.router.request.passthrough import ENDPOINTS, PassThrough
 from eldr.router.request.services import Services
 
@@ -62,6 +64,7 @@ class ClientApi:
         self._running: dict[asyncio.Task[None], AnyFlow] = {}
         self.connections: set[ClientConnection] = set()
         self.closing = False
+        self._flow = PairFlow if isinstance(services.protocol, ConcurrentLegs) else Flow
         self._routes: dict[bytes, tuple[bytes, Callable[[Request, ClientExchange], None]]] = {
             **dict.fromkeys(openai.ENDPOINTS, (b"POST", self._completion)),
             LIST: (b"GET", self._models),
@@ -157,7 +160,7 @@ class ClientApi:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _completion(self, request: Request, exchange: ClientExchange) -> None:
-        self._run(Flow(self._services, exchange, request))
+        self._run(self._flow(self._services, exchange, request))
 
     def _models(self, request: Request, exchange: ClientExchange) -> None:
         self._run(ModelsFlow(self._services, exchange, request))

@@ -19,6 +19,7 @@ DNS = "dns+"
 # The ports that browsers leave out of an origin.
 OWN_PORTS = {"http": "80", "https": "443"}
 ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>[0-9]{1,5}))?")
+ENGINES = ("vllm", "sglang")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # The smallest time limit allowed. A smaller one can only be a mistake.
 LEAST_S = 0.01
@@ -107,6 +108,7 @@ class WorkerSettings:
         (), "URL of an aggregated worker, which does both", parse=_urls, flag=True, metavar="URL", live=True,
         page="fleet.md#aggregated-workers",
     )  # fmt: skip
+    engine: str = setting("vllm", "what the workers run", choices=ENGINES, flag=True, metavar="NAME", page="sglang.md")
     model: str | None = setting(
         None, "a model name that every worker must serve; others get no requests", live=True,
         shown="workers may serve different models", page="fleet.md#several-models",

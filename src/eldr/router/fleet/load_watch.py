@@ -1,4 +1,7 @@
-"""Reads vLLM's own load metrics, and derives how many requests a worker can take."""
+"""Reads the engines' own load metrics, and derives how many requests a worker can take.
+
+How vLLM writes them is said here. `sglang.py` has SGLang's.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from eldr.router.config.endpoint import rank_of
@@ -57,7 +60,7 @@ def parse_load(text: bytes) -> dict[int, EngineLoad]:
     found: defaultdict[int, dict[bytes, float]] = defaultdict(dict)
     text = b"\n" + text
     for name in (_WAITING, _WAITING_FOR, _KV_USAGE):
-        for labels, value in _samples(text, name):
+        for labels, value in samples(text, name):
             if name is not _WAITING_FOR or b'reason="capacity"' in labels:
                 engine = _ENGINE.search(labels)
                 found[int(engine[1]) if engine else 0][name] = value
@@ -67,7 +70,7 @@ def parse_load(text: bytes) -> dict[int, EngineLoad]:
     }
 
 
-def _samples(text: bytes, name: bytes) -> Iterator[tuple[bytes, float]]:
+def samples(text: bytes, name: bytes) -> Iterator[tuple[bytes, float]]:
     """Yield the labels and values of a metric, from a text that starts with a line end.
 
     Only a few of several thousand lines matter, and a thousand streams wait meanwhile. So the lines are searched for
@@ -90,7 +93,7 @@ def parse_active_experts(text: bytes, engine: int) -> tuple[float, float] | None
     found: dict[bytes, float] = {}
     text = b"\n" + text
     for name in (_ACTIVE_SUM, _ACTIVE_COUNT):
-        for labels, value in _samples(text, name):
+        for labels, value in samples(text, name):
             named = _ENGINE.search(labels)
             if named is None or int(named[1]) == engine:
                 found[name] = value
@@ -99,7 +102,7 @@ def parse_active_experts(text: bytes, engine: int) -> tuple[float, float] | None
 
 def parse_cache_tokens(text: bytes, engine: int) -> int | None:
     """Return how many tokens one engine's KV cache has room for. 0 if it keeps no prefixes, None if it says nothing."""
-    for labels, _ in _samples(b"\n" + text, _CACHE):
+    for labels, _ in samples(b"\n" + text, _CACHE):
         named = _ENGINE.search(labels)
         if named is not None and int(named[1]) != engine:
             continue
@@ -135,13 +138,24 @@ class Capacity:
 
 
 class LoadWatch:
-    """Reads one worker's metrics every `interval_s` seconds, and sets the limit of one that runs decode legs."""
+    """Reads one worker's metrics every `interval_s` seconds, and sets the limit of one that runs decode legs.
 
-    def __init__(self, fleet: Fleet, worker: Worker, pool: WorkerPool, interval_s: float) -> None:
+    parse: reads the load of each engine out of an exposition.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        worker: Worker,
+        pool: WorkerPool,
+        interval_s: float,
+        parse: Callable[[bytes], dict[int, EngineLoad]] = parse_load,
+    ) -> None:
         self._fleet = fleet
         self._worker = worker
         self._pool = pool
         self._interval_s = interval_s
+        self._parse = parse
         self.capacity = Capacity(worker.max_inflight)
         self._active = (0.0, 0.0)
 
@@ -161,7 +175,7 @@ class LoadWatch:
                 await connection.finish(answer)
         except (UpstreamError, TimeoutError):
             return {}
-        engines = parse_load(answer.body) if answer.status == 200 else {}
+        engines = self._parse(answer.body) if answer.status == 200 else {}
         rank = rank_of(self._worker.url) or 0
         if self._worker.leg == "decode":
             self._note_active(parse_active_experts(answer.body, rank))

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from eldr.errors import EldrError
 from eldr.router.config.endpoint import Endpoint, Endpoints, Role, leg_of, rank_of
 from eldr.router.config.groups import WorkerSettings
+from eldr.router.fleet import sglang
 from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.lists import ModelLists
-from eldr.router.fleet.load_watch import LoadWatch
+from eldr.router.fleet.load_watch import LoadWatch, parse_load
 from eldr.router.fleet.probe import HealthProbe
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.body_memory import BodyMemory
@@ -83,6 +84,7 @@ class Membership:
         self._worker_key = worker_key
         self._ssl_context = ssl_context
         self._memory = memory
+        self._is_sglang = config.engine == "sglang"
         self._members: dict[Worker, _Member] = {}
         self._watching: list[asyncio.Task[None]] = []
 
@@ -249,7 +251,8 @@ class Membership:
             changed=lambda: self._changed(member),
             check=lambda: self._check(member),
         )
-        load = LoadWatch(self._fleet, worker, pool, config.load_interval_s)
+        parse = sglang.parse_load if self._is_sglang else parse_load
+        load = LoadWatch(self._fleet, worker, pool, config.load_interval_s, parse)
         member = self._members[worker] = _Member(worker, probe, load)
         return member
 
@@ -266,7 +269,12 @@ class Membership:
         """Raise ExchangeError, which keeps the worker out of service, if its requests could not be served."""
         if not member.fit:  # a worker in service does not lose its place because of slow metrics
             engines = await member.load.look()
-            member.refusal = _wrong_rank(member.worker.url, len(engines)) or self._mixed(member.worker)
+            if self._is_sglang:
+                await sglang.meet(member.worker, self._pools[member.worker], self._config.health_timeout_s)
+                member.refusal = sglang.why_never(member.worker.url)
+            else:
+                member.refusal = _wrong_rank(member.worker.url, len(engines))
+            member.refusal = member.refusal or self._mixed(member.worker)
         if member.refusal:
             raise ExchangeError(member.refusal)
         if member.worker.models is None and not member.fit and len(self._fleet.groups) > 1:

@@ -47,6 +47,7 @@ class Worker:
     active_experts: recent mean of the distinct experts per decode step and layer. None while unknown.
     tpot_s: mean time per output token of its last streams. None before the first.
     clock_skew_s: its clock minus ours, according to its last answer, to a second. None while unknown.
+    bootstrap_port: where decode workers of SGLang ask for its blocks, if it is a prefill worker of SGLang.
     """
 
     url: str
@@ -71,6 +72,7 @@ class Worker:
     active_experts: float | None = None
     tpot_s: float | None = None
     clock_skew_s: float | None = None
+    bootstrap_port: int = 0
 
     @property
     def leg(self) -> LegName:

@@ -13,7 +13,7 @@ import orjson
 
 from eldr.kernels import NO_OBJECT, JsonTextError, json_elements, json_known_parts
 from eldr.router.fleet.workers import Worker
-from eldr.router.protocols.base import LegProtocol
+from eldr.router.protocols.base import SequentialLegs
 from eldr.router.protocols.handoff import HandOff
 from eldr.router.protocols.json_object import ARRAY, OBJECT, QUOTE, JsonObject, Value, inner_object
 from eldr.router.protocols.lenient import is_true, whole_number
@@ -198,7 +198,7 @@ def _is_messages_text(text: bytes, start: int, end: int) -> bool:
     return True
 
 
-class VllmNixl(LegProtocol):
+class VllmNixl(SequentialLegs):
     """The prefill worker keeps the blocks for the time of a lease, and the decode worker pulls them once."""
 
     reserved: ClassVar[frozenset[str]] = frozenset(TRANSFER_FIELDS)
@@ -206,6 +206,7 @@ class VllmNixl(LegProtocol):
         frozenset((*TRANSFER_FIELDS, *NOT_FOR_PREFILL, *(name for name, _, _ in WHOLE))) - ENDPOINTS_OWN
     )
     answer_members: ClassVar[frozenset[str]] = frozenset((*TRANSFER_FIELDS, "usage"))
+    records: ClassVar[bool] = True
 
     def __init__(self) -> None:
         # A request id would be another leg's: the legs have theirs in a header.
@@ -255,12 +256,12 @@ class VllmNixl(LegProtocol):
         tokens = 0 if usage is None else prompt_tokens(usage)
         return HandOff(params, source, params.get("remote_request_id"), tokens, sent_s)
 
-    def decode_body(
-        self, endpoint: Endpoint, body: JsonObject, handoff: HandOff | None, record: bool, leg_name: str
-    ) -> bytes:
+    def decode_body(self, endpoint: Endpoint, body: JsonObject, handoff: HandOff, record: bool, leg_name: str) -> bytes:
         named = _request_id(endpoint, body, leg_name)
-        if handoff is not None:
-            return body.spliced(self._not_for_decode, b'"kv_transfer_params":%b%b' % (handoff.spend(record), named))
+        return body.spliced(self._not_for_decode, b'"kv_transfer_params":%b%b' % (handoff.spend(record), named))
+
+    def whole_body(self, endpoint: Endpoint, body: JsonObject, record: bool, leg_name: str) -> bytes:
+        named = _request_id(endpoint, body, leg_name)
         own = b'"kv_transfer_params":{"eldr_record":true}' if record else b""
         return body.spliced(self._not_for_decode, own + named if own else named[1:])
 

@@ -24,8 +24,8 @@ MOST_REFUSALS = 3
 NO_MODEL = b"does not exist"
 # How many workers may turn out to have unloaded the model of one request.
 MOST_UNSERVED = 8
-# After these failures of a decode leg, the cause may be the pull, and so the prefill worker.
-PULL_FAILURES = ("status", "timeout")
+# After these failures of a leg, the cause may be the transfer, and so the other worker.
+TRANSFER_FAILURES = ("status", "timeout", "wrong_answer")
 
 
 class RetryBudget:
@@ -141,8 +141,8 @@ class Attempts:
         shared, leg, reason = self._shared, failure.leg, failure.reason
         if failure.worker is not None:
             self._avoid(failure.worker)
-        if failure.source is not None and reason in PULL_FAILURES:
-            self._avoid(failure.source)
+        if failure.partner is not None and reason in TRANSFER_FAILURES:
+            self._avoid(failure.partner)
         why_not = None
         if self._repeated == shared.most or (reason == OVERLOAD and not self._has_untried(leg)):
             why_not = "tries"

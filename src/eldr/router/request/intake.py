@@ -201,6 +201,8 @@ class Intake:
             request_id = _visible(in_body.encode("utf-8", "replace"), MAX_ID_BYTES) or request_id
         why_whole = protocol.why_whole(endpoint, body)
         record = self._wants_record(request, body)
+        if record and not protocol.records:
+            raise ApiError(400, "the experts of requests to these workers cannot be recorded")
         if record and why_whole is not None:
             raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
         model = openai.model(body)

@@ -65,7 +65,7 @@ def worker_error(answer: Answer) -> ApiError:
     except ExchangeError:
         fields = None
     if isinstance(fields, dict):
-        error = fields.get("error")
+        error = fields if fields.get("object") == "error" else fields.get("error")  # the former is SGLang's form
         if isinstance(error, dict):
             message, param = error.get("message"), error.get("param")
         else:
