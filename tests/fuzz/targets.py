@@ -28,7 +28,7 @@ from eldr.calibration import CalibrationError, load_calibration
 from eldr.counts import CountsError, decode_counts, encode_counts
 from eldr.event_stream import EventReader
 from eldr.expert_rows import decode_rows, encode_rows
-from eldr.kernels import NO_OBJECT, JsonTextError
+from eldr.kernels import NO_OBJECT, JsonObject, JsonTextError
 from eldr.kernels._types import TOO_MANY_MEMBERS
 from eldr.router.config.endpoint import UrlError, worker_urls
 from eldr.router.fleet.workers import Worker
@@ -37,7 +37,6 @@ from eldr.router.http.content_coding import DECODERS, PIECE_BYTES, BodyDecoder
 from eldr.router.http.errors import ApiError
 from eldr.router.observe.counters import Metrics
 from eldr.router.protocols import openai
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.prompt_start import prompt_start
 from eldr.router.protocols.streams import FORMS
 from eldr.router.protocols.vllm_nixl import VllmNixl
@@ -208,7 +207,7 @@ def handoff(data: bytes) -> None:
     """Answers of prefill workers: a hand-off or none, with a lease that is a number and can be sent on as JSON."""
     protocol = VllmNixl()
     try:
-        answer = JsonObject(data, protocol.answer_members)
+        answer = JsonObject(data, protocol.answer_names)
     except JsonTextError:
         return
     found = protocol.read_handoff(answer, Worker("http://p:1", "prefill", 1), 0.0)
@@ -222,9 +221,11 @@ def handoff(data: bytes) -> None:
 def body(data: bytes) -> None:
     """Bodies of clients: ApiError, or requests to both legs without what only the router may say."""
     protocol = VllmNixl()
+    reserved = openai.body_names(protocol.reserved)
     for endpoint in openai.ENDPOINTS.values():
+        names = openai.body_names(endpoint.members | protocol.members)
         try:
-            fields = openai.read_body(endpoint, data, endpoint.members | protocol.members, protocol.reserved)
+            fields = openai.read_body(endpoint, data, names, reserved)
             why = protocol.why_whole(endpoint, fields)
             openai.wants_usage(fields)
             protocol.refuse_early(endpoint, fields, 100)
@@ -277,7 +278,8 @@ def json_text(data: bytes) -> None:
     results: list[Any] = []
     for reader in (eldr.kernels, eldr.kernels._json):
         try:
-            results.append(reader.json_members(data, 0, len(data), frozenset(("a", "messages", "")), "eldr_"))
+            read = reader.JsonObject(data, reader.JsonNames(("a", "messages", ""), "eldr_"))
+            results.append((read.members, read.spliced(frozenset(("a", "eldr_b")), b'"a":1')))
         except JsonTextError as error:
             results.append(error.fault if error.fault in (NO_OBJECT, TOO_MANY_MEMBERS) else 0)
     assert results[0] == results[1]
@@ -291,7 +293,7 @@ def json_text(data: bytes) -> None:
     if not isinstance(value, dict):
         assert results[0] == NO_OBJECT
     elif results[0] != TOO_MANY_MEMBERS:
-        found = {name: json.loads(data[start:end], parse_int=str) for name, _, start, end, _ in results[0][0]}
+        found = {name: json.loads(data[start:end], parse_int=str) for name, start, end in results[0][0]}
         assert repr(found) == repr({name: value[name] for name in found})
 
 

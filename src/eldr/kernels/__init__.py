@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING
 
 from eldr.kernels._numpy import from_fractions
-from eldr.kernels._types import CERTAIN, NO_OBJECT, FleetState, JsonMember, JsonTextError, PlacementWeights
+from eldr.kernels._types import CERTAIN, NO_OBJECT, FleetState, JsonMember, JsonTextError, JsonValue, PlacementWeights
 
 # The compiled kernels carry no type annotations. Their signatures are those of the numpy kernels.
 if TYPE_CHECKING or os.environ.get("ELDR_NO_EXTENSIONS"):
@@ -34,7 +34,10 @@ __all__ = [
     "NO_OBJECT",
     "FleetState",
     "JsonMember",
+    "JsonNames",
+    "JsonObject",
     "JsonTextError",
+    "JsonValue",
     "PlacementWeights",
     "encode_exposure",
     "encode_signature",
@@ -42,7 +45,6 @@ __all__ = [
     "json_chat_start",
     "json_elements",
     "json_known_parts",
-    "json_members",
     "json_start",
     "move_towards",
     "own_frequencies",
@@ -56,12 +58,13 @@ __all__ = [
 
 COMPILED = _chosen.__name__.endswith("._compiled")
 
+JsonNames = _reader.JsonNames
+JsonObject = _reader.JsonObject
 encode_exposure = _chosen.encode_exposure
 encode_signature = _chosen.encode_signature
 json_chat_start = _reader.json_chat_start
 json_elements = _reader.json_elements
 json_known_parts = _reader.json_known_parts
-json_members = _reader.json_members
 json_start = _reader.json_start
 move_towards = _chosen.move_towards
 own_frequencies = _chosen.own_frequencies

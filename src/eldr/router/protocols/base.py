@@ -8,9 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from eldr.kernels import JsonNames, JsonObject
 from eldr.router.fleet.workers import Worker
 from eldr.router.protocols.handoff import HandOff
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.openai import Endpoint
 
 
@@ -19,12 +19,12 @@ class LegProtocol(ABC):
 
     reserved: body fields that only the router may send.
     members: the members of a body that the protocol looks at or replaces, besides those of the endpoint.
-    answer_members: those of a worker's answer.
+    answer_names: the members of a worker's answer that matter, with those that every completion has.
     """
 
     reserved: ClassVar[frozenset[str]]
     members: ClassVar[frozenset[str]]
-    answer_members: ClassVar[frozenset[str]]
+    answer_names: ClassVar[JsonNames]
 
     @abstractmethod
     def why_whole(self, endpoint: Endpoint, body: JsonObject) -> str | None:

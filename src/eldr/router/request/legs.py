@@ -9,6 +9,7 @@ from collections import defaultdict
 from types import TracebackType
 
 from eldr.event_stream import Event
+from eldr.kernels import JsonObject
 from eldr.router.config.endpoint import Role
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet, Worker
@@ -20,7 +21,6 @@ from eldr.router.observe.logs import Throttle
 from eldr.router.placement.admission import RETRY_AFTER_S
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.streams import FORMS
 from eldr.router.request.answer import DecodeAnswer
 from eldr.router.request.intake import NO_BODY, Job, id_line

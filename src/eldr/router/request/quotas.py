@@ -15,9 +15,9 @@ from typing import Final
 
 import orjson
 
+from eldr.kernels import JsonNames, JsonObject
 from eldr.router.http.errors import ApiError
 from eldr.router.http.message import Request
-from eldr.router.protocols.json_object import JsonObject, inner_object
 from eldr.router.protocols.openai import PROMPT_USAGE, prompt_tokens
 
 # What each limit counts, and over how many seconds.
@@ -32,7 +32,7 @@ LIMITS: Final[dict[str, tuple[str, float]]] = {
 KINDS: Final = (REQUESTS, TOKENS)
 # The names of the number of generated tokens in a usage, by API.
 GENERATED_USAGE: Final = ("completion_tokens", "output_tokens")
-USAGE: Final = PROMPT_USAGE.union(GENERATED_USAGE)
+USAGE: Final = JsonNames((*PROMPT_USAGE, *GENERATED_USAGE))
 
 
 class QuotaError(ApiError):
@@ -147,7 +147,7 @@ class Charge:
 
     def know(self, answer: JsonObject) -> None:
         """Take the numbers of tokens from the `usage` of an answer, as far as it states them."""
-        usage = inner_object(answer.raw("usage"), USAGE)
+        usage = answer.inner("usage", USAGE)
         if usage is None:
             return
         self.prompt_tokens = prompt_tokens(usage) or self.prompt_tokens
