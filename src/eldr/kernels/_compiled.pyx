@@ -404,7 +404,7 @@ cdef class JsonNames:
         slot = self.slots.get(name)
         if slot is not None:
             return slot
-        return PREFIXED if self.prefix and name.startswith(self.prefix) else NOT_WANTED
+        return PREFIXED if self.prefix_utf8 and name.startswith(self.prefix) else NOT_WANTED
 
 
 @cython.final
@@ -508,6 +508,13 @@ cdef class JsonObject:
     def __contains__(self, str name not None):
         return self.last(name) != NULL
 
+    def has_any(self, JsonNames names not None):
+        cdef Py_ssize_t i
+        for i in range(self.count):
+            if names.slot_of_str(self.name_of(&self.found[i])) != NOT_WANTED:
+                return True
+        return False
+
     def span(self, str name not None):
         cdef Found *found = self.last(name)
         return None if found == NULL else (found.value, found.value_end)
@@ -594,10 +601,13 @@ cdef object value_at(bytes text, Py_ssize_t start, Py_ssize_t end):
         at += 1
     if at == end:
         return number
+    while at < end and (data[at] == c"-" or c"0" <= data[at] <= c"9"):
+        at += 1
+    written = text[start:end]
     try:
-        return loads(text[start:end])
+        return int(written) if at == end else float(written)
     except ValueError:  # an integer with more digits than Python reads
-        return copysign(inf, float(text[start:end]))
+        return copysign(inf, float(written))
 
 
 cdef object no_object(const uint8_t *data, Py_ssize_t start, Py_ssize_t end):

@@ -114,6 +114,10 @@ class JsonObject:
     def __contains__(self, name: str) -> bool:
         return name in self._last
 
+    def has_any(self, names: JsonNames) -> bool:
+        """Whether there is a member that `names` want. They must be among those that were looked for."""
+        return any(names.want(name) for name in self._last)
+
     def span(self, name: str) -> tuple[int, int] | None:
         """Where in `text` the value of a member begins and ends. None if there is no such member."""
         found = self._last.get(name)

@@ -74,9 +74,13 @@ class LegProtocol(ABC):
         """Whether a hand-off is for the prompt of this leg and not of another one."""
 
     @abstractmethod
-    def for_client(self, answer: bytes) -> bytes:
-        """Remove what a worker's JSON answer says about transfers. Raises JsonTextError if it is not JSON."""
+    def for_client(self, answer: bytes, members: JsonObject | None) -> bytes:
+        """Remove what a worker's JSON answer says about transfers.
+
+        members: what `answer_names` found in it. None if it was not looked at, as an error is not.
+        Raises JsonTextError if it says something about them and is not JSON.
+        """
 
     @abstractmethod
-    def recorded(self, answer: bytes, handoff: HandOff | None) -> bytes:
-        """The same, with the recorded experts added as `eldr_record`. answer: a JSON object."""
+    def recorded(self, answer: JsonObject, handoff: HandOff | None) -> bytes:
+        """The same of a completion, with the recorded experts added as `eldr_record`."""

@@ -197,6 +197,8 @@ def object_of(text: bytes, names: JsonNames, start: int = 0, end: int | None = N
 
 
 def _refuse_router_fields(body: JsonObject, reserved: JsonNames) -> None:
+    if "vllm_xargs" not in body and not body.has_any(reserved):
+        return
     text, theirs = body.text, reserved.names
     for name, value, end in body.members:
         if name.startswith(OWN):

@@ -107,6 +107,7 @@ RESPONSES_WHOLE: tuple[WhyWhole, ...] = (
     ("truncation", "truncate_to_context", _truncates),
     ("previous_input_messages", "previous_input_messages", _is_given),
 )
+MAY_KEEP_WHOLE = JsonNames([name for name, _, _ in (*WHOLE, *RESPONSES_WHOLE)])
 # Members that one endpoint alone knows are looked for only there.
 ENDPOINTS_OWN = frozenset(("prompt_embeds", "suffix", "return_prompt_text"))
 HANDOFF = JsonNames(("do_remote_prefill", "remote_request_id", "eldr_counts", "eldr_lease", "eldr_record"))
@@ -231,10 +232,11 @@ class VllmNixl(LegProtocol):
         }
 
     def why_whole(self, endpoint: Endpoint, body: JsonObject) -> str | None:
-        rules = WHOLE if endpoint.choices else RESPONSES_WHOLE if endpoint.path == RESPONSES else ()
-        for name, label, keeps_whole in rules:
-            if name in body and keeps_whole(body.get(name)):
-                return label
+        if body.has_any(MAY_KEEP_WHOLE):
+            rules = WHOLE if endpoint.choices else RESPONSES_WHOLE if endpoint.path == RESPONSES else ()
+            for name, label, keeps_whole in rules:
+                if name in body and keeps_whole(body.get(name)):
+                    return label
         if endpoint.path == RESPONSES and not _are_clients_tools(body):
             return "builtin_tools"
         span = body.span(endpoint.input)
@@ -289,27 +291,28 @@ class VllmNixl(LegProtocol):
             f"-{leg_name}-" in name or name.startswith((f"resp_{leg_name}_", f"{leg_name}_"))
         )
 
-    def for_client(self, answer: bytes) -> bytes:
-        """The answer of a plain worker has transfer parameters of null."""
-        # A quotation mark inside a JSON string is escaped, so this can only be a key with the value null.
-        if answer.count(b"_transfer_params") == answer.count(b'_transfer_params":null'):
-            return answer
-        try:
-            fields = JsonObject(answer, self.answer_names)
-        except JsonTextError as error:
-            if error.fault == NO_OBJECT:
+    def for_client(self, answer: bytes, members: JsonObject | None) -> bytes:
+        if members is None:
+            if b"_transfer_params" not in answer:
                 return answer
-            raise
-        nulls = b",".join(b'"%b":null' % name.encode() for name in TRANSFER_FIELDS if name in fields)
-        return fields.spliced(self.reserved, nulls)
+            try:
+                members = JsonObject(answer, self.answer_names)
+            except JsonTextError as error:
+                if error.fault == NO_OBJECT:
+                    return answer
+                raise
+        for name, start, end in members.members:
+            if name in self.reserved and answer[start:end] != b"null":  # those of a plain worker are null
+                nulls = b",".join(b'"%b":null' % name.encode() for name in TRANSFER_FIELDS if name in members)
+                return members.spliced(self.reserved, nulls)
+        return answer
 
-    def recorded(self, answer: bytes, handoff: HandOff | None) -> bytes:
-        fields = JsonObject(answer, self.answer_names)
-        params = fields.inner("kv_transfer_params", RECORD)
+    def recorded(self, answer: JsonObject, handoff: HandOff | None) -> bytes:
+        params = answer.inner("kv_transfer_params", RECORD)
         experts = None if params is None else params.raw("eldr_decode_experts")
         if handoff is not None:
             counts: bytes | None = orjson.dumps(handoff.counts_wire)
         else:
             counts = None if params is None else params.raw("eldr_counts")
         record = b'{"counts":%b,"decode_experts":%b}' % (counts or b"null", experts or b"null")
-        return fields.spliced(self.reserved, b'"kv_transfer_params":null,"eldr_record":%b' % record)
+        return answer.spliced(self.reserved, b'"kv_transfer_params":null,"eldr_record":%b' % record)

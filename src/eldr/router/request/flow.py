@@ -7,7 +7,7 @@ import logging
 import time
 from typing import Any, cast
 
-from eldr.kernels import JsonTextError
+from eldr.kernels import JsonObject, JsonTextError
 from eldr.router.fleet.groups import Served
 from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
@@ -130,7 +130,7 @@ class Flow:
                         handoff = await self._prefill(job, served, attempts)
                         whole = self._runs_whole("no_handoff" if handoff is None else None)
                     placement = await self._place(job, served, handoff, attempts)
-                    answer = await self._decode(job, handoff, placement, attempts)
+                    answer, members = await self._decode(job, handoff, placement, attempts)
                     break
                 except LegRefused as refused:
                     attempts.refused(refused)
@@ -146,7 +146,7 @@ class Flow:
         if answer.begun:
             self._count(200)
         else:
-            self._relay(answer, handoff, record=job.record)
+            self._relay(answer, members, handoff, record=job.record)
 
     async def _admit(self, job: Job) -> Served:
         """Wait for a turn. Returns who serves the model. Raises ApiError."""
@@ -216,8 +216,11 @@ class Flow:
 
     async def _decode(
         self, job: Job, handoff: HandOff | None, placement: Placement, attempts: Attempts
-    ) -> DecodeAnswer:
-        """Run the decode leg and forward a stream as it arrives. Raises LegRefused, LegFailure or RelayedError."""
+    ) -> tuple[DecodeAnswer, JsonObject]:
+        """Run the decode leg and forward a stream as it arrives.
+
+        Returns its answer, with the members of a whole one. Raises LegRefused, LegFailure or RelayedError.
+        """
         services, timeouts, worker = self._services, self._services.config.timeouts, placement.worker
         with placement, Leg(services.legs, job, worker, None if handoff is None else handoff.source) as leg:
             await leg.connect()
@@ -239,13 +242,13 @@ class Flow:
             if self._client.stalled:
                 leg.pause()
             try:
-                fields = await leg.answered()
+                members = await leg.answered()
             finally:
                 self._leg = self._answer = None
                 if self._charge is not None:
                     self._charge.generated_tokens = times.tokens
             if self._charge is not None:
-                self._charge.know(fields)
+                self._charge.know(members)
             if answer.broken is not None:
                 leg.broke(answer.broken)
             elif not answer.cut:
@@ -256,7 +259,7 @@ class Flow:
             tpot_s = times.observe(answer.whole)
             if tpot_s is not None:
                 worker.observe_tpot(tpot_s)
-        return answer
+        return answer, members
 
     def _answer_limit_s(self, job: Job, handoff: HandOff | None) -> float:
         """How long a decode worker may take to answer or, if the answer is streamed, to begin.
@@ -272,7 +275,15 @@ class Flow:
 
     # The answer.
 
-    def _relay(self, answer: Answer, handoff: HandOff | None = None, *, record: bool = False) -> None:
+    def _relay(
+        self,
+        answer: Answer,
+        members: JsonObject | None = None,
+        handoff: HandOff | None = None,
+        *,
+        record: bool = False,
+    ) -> None:
+        """Give the client a worker's answer: a completion with its members, or an error."""
         if self._client.streaming:
             self._respond_error(worker_error(answer))
             return
@@ -281,7 +292,10 @@ class Flow:
         if essence(content_type) == JSON:
             protocol = self._services.protocol
             try:
-                body = protocol.recorded(body, handoff) if record else protocol.for_client(body)
+                if record and members is not None:
+                    body = protocol.recorded(members, handoff)
+                else:
+                    body = protocol.for_client(body, members)
             except JsonTextError:
                 log.warning("request %s: a worker's answer is not JSON", self._id)
                 self._respond_error(ApiError(502, "the worker's answer is not valid JSON"))
