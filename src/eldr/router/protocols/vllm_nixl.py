@@ -282,7 +282,11 @@ class VllmNixl(LegProtocol):
 
     def event_is_named_after(self, start: bytes, leg_name: str) -> bool:
         quoted = orjson.dumps(leg_name)
-        return b"-" + quoted[1:] in start or b"_" + quoted[1:] in start or b'"id":' + quoted in start
+        return (
+            start.find(b"-" + quoted[1:]) >= 0
+            or start.find(b"_" + quoted[1:]) >= 0
+            or start.find(b'"id":' + quoted) >= 0
+        )
 
     def handoff_is_named_after(self, handoff: HandOff, leg_name: str) -> bool:
         """vLLM's internal id is the id of the answer followed by a random part, for responses by their turn before."""

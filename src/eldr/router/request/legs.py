@@ -94,6 +94,8 @@ class LegFailure(Exception):  # noqa: N818 - it can often be repaired
 
 def check_worker(worker: Worker, answer: Answer) -> None:
     """Raise ExchangeError if the status says that the worker failed, and LegFailure if it has too much to do."""
+    if answer.status == 200:
+        return
     check_status(answer.status)
     if answer.status in WORKERS_ERRORS:
         raise WorkerStatusError(f"status {answer.status}")
