@@ -9,6 +9,7 @@ and a placement has eight arrays and takes 200 ns in all.
 cimport cython
 from cpython.long cimport PyLong_AsSsize_t
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.object cimport PyObject
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.math cimport sqrtf
@@ -20,6 +21,7 @@ from numpy cimport NPY_FLOAT32, NPY_FLOAT64, NPY_INT64, NPY_UINT8, NPY_UINT16, N
 
 from json import loads
 from math import copysign, inf
+from sys import intern
 
 from eldr.kernels._types import NO_OBJECT, TOO_MANY_MEMBERS, FleetState, JsonTextError, PlacementWeights
 from eldr.kernels._types import JSON_MEMBERS as _MEMBERS
@@ -324,6 +326,10 @@ cdef Py_ssize_t first_in(const uint8_t *data, Py_ssize_t start, Py_ssize_t end, 
     return json_space(data, at + 1, end) if at < end and data[at] == opening else -1
 
 
+cdef extern from "Python.h":
+    PyObject *PyTuple_GET_ITEM(object items, Py_ssize_t at)
+    int PyUnicode_CHECK_INTERNED(object text)
+
 cdef enum:
     NAME_BUCKETS = 64
     NOT_WANTED = -1
@@ -366,7 +372,7 @@ cdef class JsonNames:
         self.names = frozenset(names)
         self.prefix = prefix
         self.prefix_utf8 = prefix.encode("utf-8", "surrogatepass")
-        self.by_slot = tuple(self.names)
+        self.by_slot = tuple([intern(name) for name in self.names])
         self.in_utf8 = tuple([name.encode("utf-8", "surrogatepass") for name in self.by_slot])
         self.slots = {name: i for i, name in enumerate(self.by_slot)}
         self.wanted = <WantedName *> PyMem_Malloc((len(self.by_slot) + 1) * sizeof(WantedName))
@@ -415,6 +421,7 @@ cdef class JsonObject:
     cdef JsonNames names
     cdef Py_ssize_t start, end, close  # of the object with the spaces around it; its closing brace
     cdef Py_ssize_t members_in_all, count, room
+    cdef bint has_prefixed
     cdef Found *found
     cdef Found[FEW_MEMBERS] few
 
@@ -456,6 +463,7 @@ cdef class JsonObject:
         return True
 
     cdef bint keep(self, int slot, Member *member) except False:
+        self.has_prefixed |= slot == PREFIXED
         if self.count == self.room or self.count == MOST_MEMBERS:
             self.make_room(member.name)
         self.found[self.count] = Found(slot, member.name, member.value, member.value_end, member.next)
@@ -480,7 +488,11 @@ cdef class JsonObject:
         """The last member of this name; NULL if there is none."""
         cdef int slot
         cdef Py_ssize_t i
-        if self.count == 0:
+        # Nearly every name is a constant. Interned strings are equal only if they are the same object.
+        if not self.has_prefixed and PyUnicode_CHECK_INTERNED(name):
+            for i in range(self.count - 1, -1, -1):
+                if PyTuple_GET_ITEM(self.names.by_slot, self.found[i].slot) == <PyObject *> name:
+                    return &self.found[i]
             return NULL
         known = self.names.slots.get(name)
         slot = PREFIXED if known is None else known

@@ -127,6 +127,15 @@ def test_the_last_of_duplicates_counts_and_null_is_nothing(reader: ModuleType) -
 
 
 @both
+def test_a_name_is_found_whichever_string_it_is(reader: ModuleType) -> None:
+    made = "".join(("long", "_name"))
+    for names, prefix in ((("long_name",), ""), ((made,), ""), ((), "long")):
+        whole = reader.JsonObject(b'{"x":1,"long_name":2}', reader.JsonNames(names, prefix))
+        assert (whole.get("long_name"), whole.get("".join(("long", "_name"))), whole.get("x")) == (2, 2, None)
+        assert whole.spliced(frozenset(("".join(("long", "_name")),))) == b'{"x":1}'
+
+
+@both
 def test_members_with_a_prefix_are_found_by_their_names(reader: ModuleType) -> None:
     whole = read(reader, b'{"own_x":1,"a":2,"\\u006fwn_\\u0079":3,"own":4,"own_":5,"own_x":6}', "a", prefix="own_")
     assert [name for name, _, _ in whole.members] == ["own_x", "a", "own_y", "own_", "own_x"]
