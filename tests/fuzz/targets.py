@@ -29,7 +29,7 @@ from eldr.calibration import CalibrationError, load_calibration
 from eldr.counts import CountsError, ExpertCounts, decode_counts, encode_counts
 from eldr.event_stream import EventReader
 from eldr.expert_rows import decode_rows, encode_rows
-from eldr.kernels import NO_OBJECT, JsonTextError
+from eldr.kernels import NO_OBJECT, JsonNames, JsonObject, JsonTextError
 from eldr.kernels._types import TOO_MANY_MEMBERS
 from eldr.router.config.endpoint import ROLES, UrlError, worker_urls
 from eldr.router.experts.base import MoeGeometry
@@ -42,7 +42,6 @@ from eldr.router.http.content_coding import DECODERS, PIECE_BYTES, BodyDecoder
 from eldr.router.http.errors import ApiError
 from eldr.router.observe.counters import Metrics
 from eldr.router.protocols import openai
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.prompt_start import prompt_start
 from eldr.router.protocols.sglang import Sglang
 from eldr.router.protocols.streams import FORMS
@@ -239,11 +238,14 @@ class _Heard:
         self.names.append(request_id)
 
 
+CHOICES = JsonNames(("choices",))
+
+
 def routed_experts(data: bytes) -> None:
     """A stock worker's answer: with its experts cut out it is still JSON, and only sound rows are counted."""
     engine = VllmRoutedExperts()
     try:
-        answer = JsonObject(data, frozenset(("choices",)))
+        answer = JsonObject(data, CHOICES)
     except JsonTextError:
         texts = [data, base64.b64encode(data)]  # the file itself
     else:
@@ -251,9 +253,9 @@ def routed_experts(data: bytes) -> None:
         if span is not None and data[span[0]] != ord("["):
             return
         kept, texts = engine.take(data, span)
-        JsonObject(kept, frozenset())
+        JsonObject(kept, JsonNames(()))
         assert (kept == data) == (not texts)
-        assert engine.take(kept, JsonObject(kept, frozenset(("choices",))).span("choices"))[1] == []
+        assert engine.take(kept, JsonObject(kept, CHOICES).span("choices"))[1] == []
     for text in texts:
         with contextlib.suppress(CountsError):
             found = engine.decode(text, 3, 4, MoeGeometry(2, 8, 2))
@@ -265,7 +267,7 @@ def handoff(data: bytes) -> None:
     """Answers of prefill workers: a hand-off or none, with a lease that is a number and can be sent on as JSON."""
     protocol = VllmNixl()
     try:
-        answer = JsonObject(data, protocol.answer_members)
+        answer = JsonObject(data, protocol.answer_names)
     except JsonTextError:
         return
     found = protocol.read_handoff(answer, Worker("http://p:1", "prefill", 1), 0.0)
@@ -279,9 +281,11 @@ def handoff(data: bytes) -> None:
 def body(data: bytes) -> None:
     """Bodies of clients: ApiError, or requests to both legs without what only the router may say."""
     protocol = VllmNixl()
+    reserved = openai.body_names(protocol.reserved)
     for endpoint in openai.ENDPOINTS.values():
+        names = openai.body_names(endpoint.members | protocol.members)
         try:
-            fields = openai.read_body(endpoint, data, endpoint.members | protocol.members, protocol.reserved)
+            fields = openai.read_body(endpoint, data, names, reserved)
             why = protocol.why_whole(endpoint, fields)
             openai.wants_usage(fields)
             protocol.refuse_early(endpoint, fields, 100)
@@ -315,9 +319,9 @@ def _pair_bodies(data: bytes) -> None:
     protocol = Sglang()
     met = protocol.rendezvous(Worker("http://p:1", "prefill", 1, bootstrap_port=8998))
     for endpoint in openai.ENDPOINTS.values():
-        members = endpoint.members | protocol.members | protocol.reserved
+        names = openai.body_names(endpoint.members | protocol.members | protocol.reserved)
         try:
-            fields = openai.read_body(endpoint, data, members, protocol.reserved)
+            fields = openai.read_body(endpoint, data, names, openai.body_names(protocol.reserved))
             protocol.refuse_early(endpoint, fields, 100)
         except ApiError:
             continue
@@ -355,7 +359,8 @@ def json_text(data: bytes) -> None:
     results: list[Any] = []
     for reader in (eldr.kernels, eldr.kernels._json):
         try:
-            results.append(reader.json_members(data, 0, len(data), frozenset(("a", "messages", "")), "eldr_"))
+            read = reader.JsonObject(data, reader.JsonNames(("a", "messages", ""), "eldr_"))
+            results.append((read.members, read.spliced(frozenset(("a", "eldr_b")), b'"a":1')))
         except JsonTextError as error:
             results.append(error.fault if error.fault in (NO_OBJECT, TOO_MANY_MEMBERS) else 0)
     assert results[0] == results[1]
@@ -369,7 +374,7 @@ def json_text(data: bytes) -> None:
     if not isinstance(value, dict):
         assert results[0] == NO_OBJECT
     elif results[0] != TOO_MANY_MEMBERS:
-        found = {name: json.loads(data[start:end], parse_int=str) for name, _, start, end, _ in results[0][0]}
+        found = {name: json.loads(data[start:end], parse_int=str) for name, start, end in results[0][0]}
         assert repr(found) == repr({name: value[name] for name in found})
 
 

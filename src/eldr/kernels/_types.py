@@ -92,9 +92,10 @@ JSON_FAULTS = (
 NO_OBJECT = JSON_FAULTS.index("Expecting an object")
 TOO_MANY_MEMBERS = len(JSON_FAULTS) - 1
 
-# A member of a JSON object: its name, where its name, its value, and what follows its value begin and end, in bytes:
-# (name, start of the name's quotes, start of the value, end of the value, start of the next name or closing brace).
-JsonMember = tuple[str, int, int, int, int]
+# A JSON value. An array or an object is its own text.
+JsonValue = str | int | float | bool | bytes | None
+# A member of a JSON object: its name, and where its value begins and ends, in bytes.
+JsonMember = tuple[str, int, int]
 
 
 class JsonTextError(ValueError):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eldr.router.protocols.json_object import JsonObject
+from eldr.kernels import JsonNames, JsonObject
 from eldr.router.protocols.openai import CHAT, COMPLETIONS, ENDPOINTS, MESSAGES, RESPONSES
 from eldr.router.protocols.prompt_prefix import MOST_BYTES, PromptPrefix, prompt_prefix
 from tests.router.prompts import chat
@@ -18,7 +18,7 @@ from tests.router.prompts import chat
 def read(path: bytes, body: dict[str, Any] | bytes) -> PromptPrefix:
     endpoint = ENDPOINTS[path]
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return prompt_prefix(endpoint, JsonObject(raw, endpoint.members))
+    return prompt_prefix(endpoint, JsonObject(raw, JsonNames(endpoint.members)))
 
 
 def test_a_longer_conversation_begins_with_a_shorter_one() -> None:

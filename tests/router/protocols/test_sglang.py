@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eldr.kernels import JsonNames, JsonObject
 from eldr.router.config.endpoint import Role
 from eldr.router.fleet.workers import Worker
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.openai import CHAT, COMPLETIONS, ENDPOINTS, RESPONSES
 from eldr.router.protocols.sglang import Sglang
 
@@ -27,7 +27,7 @@ def prefill(url: str) -> Worker:
 
 
 def body_of(path: bytes, text: bytes) -> JsonObject:
-    return JsonObject(text, ENDPOINTS[path].members | PROTOCOL.members | PROTOCOL.reserved)
+    return JsonObject(text, JsonNames(ENDPOINTS[path].members | PROTOCOL.members | PROTOCOL.reserved))
 
 
 @pytest.mark.parametrize(

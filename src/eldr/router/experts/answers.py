@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from eldr.counts import CountsError, ExpertCounts
+from eldr.kernels import JsonNames, JsonObject, JsonTextError
 from eldr.router.experts.base import AnswerExperts, MoeGeometry
 from eldr.router.experts.expected import ExpectedReports
-from eldr.router.protocols.json_object import JsonObject, inner_object
+from eldr.router.protocols.openai import USAGE, generated_tokens, prompt_tokens
 
 # Answers that wait for the thread. One takes some 10 ms.
 MOST_WAITING: Final = 8
-USAGE: Final = frozenset(("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"))
 
 
 class ExpertAnswers:
@@ -30,6 +30,7 @@ class ExpertAnswers:
 
     def __init__(self, engine: AnswerExperts, share: float, expected: ExpectedReports) -> None:
         self._engine = engine
+        self._asked = JsonNames((engine.asks,))
         self._share = share
         self._expected = expected
         self._pool = ThreadPoolExecutor(1, "eldr-experts")
@@ -48,8 +49,10 @@ class ExpertAnswers:
         name = self._engine.asks
         if name.encode() not in body.text:
             return False
-        asked = inner_object(body.text.lstrip(), frozenset((name,)))
-        return asked is not None and name in asked
+        try:
+            return name in JsonObject(body.text, self._asked)
+        except JsonTextError:  # it repeats itself a lot
+            return True
 
     @property
     def unasked(self) -> bool:
@@ -68,15 +71,15 @@ class ExpertAnswers:
     def _read(self, leg_name: str, model: str | None, texts: list[bytes], fields: JsonObject) -> None:
         source, expected = self._engine.source, self._expected
         geometry = expected.geometry(model)
-        usage = inner_object(fields.raw("usage"), USAGE)
-        prompt_tokens = _number(usage, "prompt_tokens", "input_tokens")
-        generated_tokens = _number(usage, "completion_tokens", "output_tokens")
+        usage = fields.inner("usage", USAGE)
+        of_prompt = 0 if usage is None else prompt_tokens(usage)
+        generated = generated_tokens(usage) or 0
         reason = ""
         if len(texts) != 1:
             reason = "several_choices" if texts else "missing"
         elif geometry is None:
             reason = "no_geometry"
-        elif not prompt_tokens or not generated_tokens:
+        elif not of_prompt or not generated:
             reason = "no_usage"
         elif self._waiting >= MOST_WAITING:
             reason = "busy"
@@ -86,7 +89,7 @@ class ExpertAnswers:
             return
         self._waiting += 1
         loop = asyncio.get_running_loop()
-        self._pool.submit(self._decode, loop, leg_name, texts[0], prompt_tokens, generated_tokens, geometry)
+        self._pool.submit(self._decode, loop, leg_name, texts[0], of_prompt, generated, geometry)
 
     def _decode(
         self,
@@ -117,12 +120,3 @@ class ExpertAnswers:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _number(usage: JsonObject | None, *names: str) -> int:
-    """The first of these members that is a positive number, else 0."""
-    for name in names:
-        found = None if usage is None else usage.get(name)
-        if type(found) is int and found > 0:
-            return found
-    return 0

@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from eldr.counts import ExpertCounts
-from eldr.kernels import json_elements
+from eldr.kernels import JsonNames, JsonObject, JsonTextError, json_elements
 from eldr.routed_experts import decode_npy
 from eldr.router.experts.base import AnswerExperts, MoeGeometry, count_decode_rows
-from eldr.router.protocols.json_object import QUOTE, inner_object
+from eldr.router.protocols.json_text import QUOTE
 
 MEMBER = b'"routed_experts"'
-WANTED = frozenset(("routed_experts",))
+WANTED = JsonNames(("routed_experts",))
 # Of more choices, no experts are taken: no worker is asked for so many.
 MOST_CHOICES = 1024
 
@@ -40,11 +40,13 @@ class VllmRoutedExperts(AnswerExperts):
         texts: list[bytes] = []
         kept = 0
         for start, end in json_elements(answer, choices[0], choices[1], MOST_CHOICES):
-            choice = inner_object(answer[start:end], WANTED)
-            span = None if choice is None else choice.span("routed_experts")
-            if span is None or answer[start + span[0]] != QUOTE:
+            try:
+                span = JsonObject(answer, WANTED, start, end).span("routed_experts")
+            except JsonTextError:  # no object
+                span = None
+            if span is None or answer[span[0]] != QUOTE:
                 continue
-            at, behind = start + span[0], start + span[1]
+            at, behind = span
             texts.append(answer[at + 1 : behind - 1])
             pieces += (answer[kept:at], b"null")
             kept = behind

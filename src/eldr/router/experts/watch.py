@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from eldr.kernels import JsonObject
 from eldr.router.experts.answers import ExpertAnswers
 from eldr.router.experts.expected import ExpectedReports
-from eldr.router.protocols.json_object import JsonObject
 
 
 class ExpertSources:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from eldr.kernels import JsonNames, JsonObject
 from eldr.router.config.endpoint import Role
 from eldr.router.fleet.workers import Worker
 from eldr.router.protocols.handoff import HandOff
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.openai import Endpoint
 
 
@@ -23,13 +23,13 @@ class LegProtocol(ABC):
 
     reserved: body fields that only the router may send.
     members: the members of a body that the protocol looks at or replaces, besides those of the endpoint.
-    answer_members: those of a worker's answer.
+    answer_names: the members of a worker's answer that matter, with those that every completion has.
     records: whether the experts of a request can be recorded.
     """
 
     reserved: ClassVar[frozenset[str]]
     members: ClassVar[frozenset[str]]
-    answer_members: ClassVar[frozenset[str]]
+    answer_names: ClassVar[JsonNames]
     records: ClassVar[bool] = False
 
     @abstractmethod
@@ -62,8 +62,12 @@ class LegProtocol(ABC):
         """The same for an event of a stream, given its data, or as much of it as was kept."""
 
     @abstractmethod
-    def for_client(self, answer: bytes) -> bytes:
-        """Remove what a worker's JSON answer says about transfers. Raises JsonTextError if it is not JSON."""
+    def for_client(self, answer: bytes, members: JsonObject | None) -> bytes:
+        """Remove what a worker's JSON answer says about transfers.
+
+        members: what `answer_names` found in it. None if it was not looked at, as an error is not.
+        Raises JsonTextError if it says something about them and is not JSON.
+        """
 
 
 class SequentialLegs(LegProtocol):
@@ -93,8 +97,8 @@ class SequentialLegs(LegProtocol):
         """Whether a hand-off is for the prompt of this leg and not of another one."""
 
     @abstractmethod
-    def recorded(self, answer: bytes, handoff: HandOff | None) -> bytes:
-        """The same, with the recorded experts added as `eldr_record`. answer: a JSON object."""
+    def recorded(self, answer: JsonObject, handoff: HandOff | None) -> bytes:
+        """The same of a completion, with the recorded experts added as `eldr_record`."""
 
 
 class ConcurrentLegs(LegProtocol):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from eldr.kernels import json_chat_start, json_start
-from eldr.router.protocols.json_object import ARRAY, SPACES, JsonObject
+from eldr.kernels import JsonObject, json_chat_start, json_start
+from eldr.router.protocols.json_text import ARRAY, SPACES
 from eldr.router.protocols.openai import Endpoint
 from eldr.router.protocols.prompt_start import BYTES_PER_TOKEN, SYSTEM, array_of_ids, single_prompt
 

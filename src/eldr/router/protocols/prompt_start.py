@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 
 from eldr.kernels import json_chat_start, json_elements, json_start
-from eldr.router.protocols.json_object import ARRAY, QUOTE, SPACES
+from eldr.router.protocols.json_text import ARRAY, QUOTE, SPACES
 from eldr.router.protocols.openai import Endpoint
 
 # A token id in a JSON array takes about this many bytes of text.

@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 
 import orjson
 
+from eldr.kernels import JsonNames, JsonObject
 from eldr.router.config.endpoint import Role
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.errors import ApiError
 from eldr.router.protocols.base import ConcurrentLegs
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.lenient import is_true
-from eldr.router.protocols.openai import MESSAGES, RESPONSES, Endpoint
+from eldr.router.protocols.openai import ANSWER, MESSAGES, RESPONSES, Endpoint
 
 # Fields that name hosts, rooms or ranks of workers (PDRoutingFields and GenerateReqInput). Only the router may send
 # them: a room is where the KV cache of a prompt is handed out, and a rank would contradict the one that it implies.
@@ -52,7 +52,7 @@ class Sglang(ConcurrentLegs):
 
     reserved: ClassVar[frozenset[str]] = frozenset(ROUTING_FIELDS)
     members: ClassVar[frozenset[str]] = frozenset((NAME, "n", "echo", "logprobs", *NOT_FOR_PREFILL))
-    answer_members: ClassVar[frozenset[str]] = frozenset(("usage",))
+    answer_names: ClassVar[JsonNames] = JsonNames(ANSWER)
 
     def __init__(self) -> None:
         self._not_for_decode = frozenset((NAME, RESPONSES_NAME, *ROUTING_FIELDS))
@@ -95,7 +95,7 @@ class Sglang(ConcurrentLegs):
         name = orjson.dumps(leg_name)[1:-1]
         return _has_name(start, b'"' + name) or _has_name(start, b'"resp_' + name)
 
-    def for_client(self, answer: bytes) -> bytes:
+    def for_client(self, answer: bytes, members: JsonObject | None) -> bytes:
         """SGLang says nothing about transfers."""
         return answer
 

@@ -10,7 +10,7 @@ import logging
 import time
 from typing import Any, cast
 
-from eldr.kernels import JsonTextError
+from eldr.kernels import JsonObject, JsonTextError
 from eldr.policies.base import DecodeRequest
 from eldr.router.experts.watch import ExpertSources, LegWatch
 from eldr.router.fleet.groups import Served
@@ -24,8 +24,7 @@ from eldr.router.http.message import Request
 from eldr.router.placement.decode import Placement
 from eldr.router.protocols.base import SequentialLegs
 from eldr.router.protocols.handoff import HandOff
-from eldr.router.protocols.json_object import JsonObject, inner_object
-from eldr.router.protocols.openai import GENERATED_USAGE, generated_tokens
+from eldr.router.protocols.openai import USAGE, generated_tokens
 from eldr.router.protocols.prompt_text import prompt_words
 from eldr.router.protocols.streams import FORMS
 from eldr.router.request import intake
@@ -134,7 +133,7 @@ class Flow:
         try:
             while True:
                 try:
-                    answer = await self._attempt(job, served, attempts)
+                    answer, members = await self._attempt(job, served, attempts)
                     break
                 except LegRefused as refused:
                     attempts.refused(refused)
@@ -150,11 +149,12 @@ class Flow:
         if answer.begun:
             self._count(200)
         else:
-            self._relay(answer, record=job.record)
+            self._relay(answer, members, record=job.record)
 
-    async def _attempt(self, job: Job, served: Served, attempts: Attempts) -> DecodeAnswer:
+    async def _attempt(self, job: Job, served: Served, attempts: Attempts) -> tuple[DecodeAnswer, JsonObject | None]:
         """Prefill, place and decode, one after the other. A hand-off that was not sent yet spares the prefill.
 
+        Returns the answer of the decode leg, with the members of a whole one as it is.
         Raises NoWorkerError, LegRefused, LegFailure or RelayedError.
         """
         if not self._whole:
@@ -245,8 +245,11 @@ class Flow:
 
     async def _decode(
         self, job: Job, handoff: HandOff | None, placement: Placement, attempts: Attempts
-    ) -> DecodeAnswer:
-        """Run the decode leg and forward a stream as it arrives. Raises LegRefused, LegFailure or RelayedError."""
+    ) -> tuple[DecodeAnswer, JsonObject | None]:
+        """Run the decode leg and forward a stream as it arrives.
+
+        Returns its answer, with the members of a whole one as it is. Raises LegRefused, LegFailure or RelayedError.
+        """
         services, timeouts, worker = self._services, self._services.config.timeouts, placement.worker
         source = None if handoff is None else handoff.source
         with placement, Leg(services.legs, job, worker, source, placement) as leg:
@@ -275,13 +278,11 @@ class Flow:
             finally:
                 self._listened(answer)
             if placement.computes_prompt:
-                usage = inner_object(fields.raw("usage"), GENERATED_USAGE)
-                placement.generated(answer.times.tokens or generated_tokens(usage))
-            if watch is not None:
-                self._take_experts(watch, answer, fields)
+                placement.generated(answer.times.tokens or generated_tokens(fields.inner("usage", USAGE)))
+            as_it_is = watch is None or not self._take_experts(watch, answer, fields)
             self._judge(leg, answer, fields)
         self._note_decode(placement, answer)
-        return answer
+        return answer, fields if as_it_is else None
 
     # The parts of a decode leg.
 
@@ -331,14 +332,19 @@ class Flow:
         whole = handoff is None and job.stream is False
         return experts.watch(name, placement.request_id, job.model, job.max_tokens, job.body if whole else None)
 
-    def _take_experts(self, watch: LegWatch, answer: DecodeAnswer, fields: JsonObject) -> None:
-        """Take the experts out of a whole answer. Of a stream that broke, nothing that is reported counts."""
+    def _take_experts(self, watch: LegWatch, answer: DecodeAnswer, fields: JsonObject) -> bool:
+        """Take the experts out of a whole answer. Of a stream that broke, nothing that is reported counts.
+
+        Returns whether the answer was changed.
+        """
         if answer.broken is not None or answer.cut:
             watch.failed()
         elif not answer.begun:
             kept = watch.take(fields)
             if kept is not None:
                 answer.replace_body(kept)
+                return True
+        return False
 
     def _answer_limit_s(self, job: Job, handoff: HandOff | None) -> float:
         """How long a decode worker may take to answer or, if the answer is streamed, to begin.
@@ -354,7 +360,14 @@ class Flow:
 
     # The answer.
 
-    def _relay(self, answer: Answer, *, record: bool = False) -> None:
+    def _relay(
+        self,
+        answer: Answer,
+        members: JsonObject | None = None,
+        *,
+        record: bool = False,
+    ) -> None:
+        """Give the client a worker's answer: a completion with its members, or an error."""
         if self._client.streaming:
             self._respond_error(worker_error(answer))
             return
@@ -363,10 +376,10 @@ class Flow:
         if essence(content_type) == JSON:
             protocol = self._services.protocol
             try:
-                if record:
-                    body = cast(SequentialLegs, protocol).recorded(body, self._handoff)
+                if record and members is not None:
+                    body = cast(SequentialLegs, protocol).recorded(members, self._handoff)
                 else:
-                    body = protocol.for_client(body)
+                    body = protocol.for_client(body, members)
             except JsonTextError:
                 log.warning("request %s: a worker's answer is not JSON", self._id)
                 self._respond_error(ApiError(502, "the worker's answer is not valid JSON"))

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Mapping
 
+from eldr.kernels import JsonNames, JsonObject
 from eldr.policies.base import DecodeRequest
 from eldr.prompt.words import Words
 from eldr.router.config.settings import RouterConfig
@@ -24,7 +25,6 @@ from eldr.router.placement.prefixes import Prefix
 from eldr.router.protocols import openai
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.openai import Endpoint
 from eldr.router.protocols.prompt_prefix import prompt_prefix
 from eldr.router.protocols.prompt_start import prompt_start, system_start
@@ -38,7 +38,7 @@ UNSTATED_TOKENS = 256
 # Why requests run whole whose prompts have something else than text.
 NOT_TEXT = frozenset(("multimodal", "input_item", "prompt_embeds"))
 # The body of a request that needs it no more.
-NO_BODY = JsonObject(b"{}", frozenset())
+NO_BODY = JsonObject(b"{}", JsonNames(()))
 
 PRIORITY_NAMES = {name.encode(): number for number, name in enumerate(PRIORITIES)}
 
@@ -179,23 +179,25 @@ class Intake:
         self._admin_key = admin_key
         self.tracing = tracing
         client_header = config.listen.client_header
-        self._members = {
-            path: endpoint.members | protocol.members | protocol.reserved for path, endpoint in openai.ENDPOINTS.items()
+        self._names = {
+            path: openai.body_names(endpoint.members | protocol.members | protocol.reserved)
+            for path, endpoint in openai.ENDPOINTS.items()
         }
-        self._plain_members = frozenset(("model", "priority", "vllm_xargs")) | protocol.reserved
+        self._reserved = openai.body_names(protocol.reserved)
+        self._plain_names = openai.body_names(frozenset(("model", "priority", "vllm_xargs")) | protocol.reserved)
         self._client_header = None if client_header is None else client_header.lower().encode()
 
     def read(self, request: Request) -> JsonObject:
         """Return the body of a request that goes to one worker as it is. Raises ApiError."""
         _require_json(request.headers)
-        return openai.read_object(request.body, self._plain_members, self._protocol.reserved)
+        return openai.read_object(request.body, self._plain_names, self._reserved)
 
     def take(self, request: Request, request_id: str) -> Job:
         """Return the job of a request. Raises ApiError."""
         headers = request.headers
         _require_json(headers)
         protocol, endpoint = self._protocol, openai.ENDPOINTS[request.path]
-        body = openai.read_body(endpoint, request.body, self._members[request.path], protocol.reserved)
+        body = openai.read_body(endpoint, request.body, self._names[request.path], self._reserved)
         in_body = body.get("request_id")
         if isinstance(in_body, str) and b"x-request-id" not in headers:
             request_id = _visible(in_body.encode("utf-8", "replace"), MAX_ID_BYTES) or request_id

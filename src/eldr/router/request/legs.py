@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import cast
 
 from eldr.event_stream import Event
+from eldr.kernels import JsonObject
 from eldr.router.config.endpoint import LegName
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet, Worker
@@ -23,7 +24,6 @@ from eldr.router.placement.admission import RETRY_AFTER_S
 from eldr.router.placement.decode import Placement
 from eldr.router.protocols.base import ConcurrentLegs, LegProtocol, SequentialLegs
 from eldr.router.protocols.handoff import HandOff
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.streams import FORMS
 from eldr.router.request.answer import DecodeAnswer
 from eldr.router.request.intake import NO_BODY, Job, id_line
@@ -107,6 +107,8 @@ class LegFailure(Exception):  # noqa: N818 - it can often be repaired
 
 def check_worker(worker: Worker, answer: Answer) -> None:
     """Raise ExchangeError if the status says that the worker failed, and LegFailure if it has too much to do."""
+    if answer.status == 200:
+        return
     check_status(answer.status)
     if answer.status in WORKERS_ERRORS:
         raise WorkerStatusError(f"status {answer.status}")

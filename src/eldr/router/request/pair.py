@@ -11,13 +11,13 @@ import contextlib
 import logging
 from typing import Final, cast
 
+from eldr.kernels import JsonObject
 from eldr.router.fleet.groups import Served
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
 from eldr.router.protocols.base import ConcurrentLegs
-from eldr.router.protocols.json_object import JsonObject, inner_object
-from eldr.router.protocols.openai import PROMPT_USAGE, prompt_tokens
+from eldr.router.protocols.openai import USAGE, prompt_tokens
 from eldr.router.request.answer import DecodeAnswer
 from eldr.router.request.attempts import Attempts
 from eldr.router.request.flow import Flow
@@ -34,7 +34,7 @@ PREFILL_GRACE_S: Final = 1.0
 class PairFlow(Flow):
     """Answers one request for text by a prefill and a decode worker that run at the same time."""
 
-    async def _attempt(self, job: Job, served: Served, attempts: Attempts) -> DecodeAnswer:
+    async def _attempt(self, job: Job, served: Served, attempts: Attempts) -> tuple[DecodeAnswer, JsonObject | None]:
         """Send both legs to a new pair of workers, with a new rendezvous.
 
         Raises NoWorkerError, LegRefused, LegFailure or RelayedError, of the leg that failed first.
@@ -45,11 +45,13 @@ class PairFlow(Flow):
         with placement:
             while (worker := self._prefill_worker(job, served, attempts)) is None:
                 await self._services.admission.until_changed(served, "prefill")
-            answer = await self._run_pair(job, worker, placement.worker, attempts)
+            answer, members = await self._run_pair(job, worker, placement.worker, attempts)
         self._note_decode(placement, answer)
-        return answer
+        return answer, members
 
-    async def _run_pair(self, job: Job, source: Worker, target: Worker, attempts: Attempts) -> DecodeAnswer:
+    async def _run_pair(
+        self, job: Job, source: Worker, target: Worker, attempts: Attempts
+    ) -> tuple[DecodeAnswer, JsonObject]:
         legs, timeouts = self._services.legs, self._services.config.timeouts
         with Leg(legs, job, source, target) as prefill, Leg(legs, job, target, source) as decode:
             await prefill.connect()
@@ -71,7 +73,7 @@ class PairFlow(Flow):
             finally:
                 self._listened(answer)
             self._judge(decode, answer, fields)
-        return answer
+        return answer, fields
 
     async def _answers(self, prefill: Leg, decode: Leg, answer: DecodeAnswer) -> JsonObject:
         """Wait for both legs, or for the failure of one. Returns the members of the decode worker's answer."""
@@ -98,6 +100,6 @@ class PairFlow(Flow):
             log.debug("request %s goes on: %s", self._id, failure)
             return
         prefill.transferred()
-        usage = inner_object(fields.raw("usage"), PROMPT_USAGE)
+        usage = fields.inner("usage", USAGE)
         if self._charge is not None and usage is not None:
             self._charge.prompt_tokens = prompt_tokens(usage) or self._charge.prompt_tokens

@@ -15,10 +15,10 @@ from typing import Final
 
 import orjson
 
+from eldr.kernels import JsonObject
 from eldr.router.http.errors import ApiError
 from eldr.router.http.message import Request
-from eldr.router.protocols.json_object import JsonObject, inner_object
-from eldr.router.protocols.openai import GENERATED_USAGE, PROMPT_USAGE, generated_tokens, prompt_tokens
+from eldr.router.protocols.openai import USAGE, generated_tokens, prompt_tokens
 
 # What each limit counts, and over how many seconds.
 REQUESTS: Final = "requests"
@@ -30,7 +30,6 @@ LIMITS: Final[dict[str, tuple[str, float]]] = {
     "tokens_per_day": (TOKENS, 86400.0),
 }
 KINDS: Final = (REQUESTS, TOKENS)
-USAGE: Final = PROMPT_USAGE | GENERATED_USAGE
 
 
 class QuotaError(ApiError):
@@ -145,7 +144,7 @@ class Charge:
 
     def know(self, answer: JsonObject) -> None:
         """Take the numbers of tokens from the `usage` of an answer, as far as it states them."""
-        usage = inner_object(answer.raw("usage"), USAGE)
+        usage = answer.inner("usage", USAGE)
         if usage is None:
             return
         self.prompt_tokens = prompt_tokens(usage) or self.prompt_tokens
