@@ -14,7 +14,8 @@ Two more terms look beyond the time added now:
   traffic.
 - The *tail guard* leaves out a worker if its step would become longer than the mean step elsewhere by more than
   locality saves on that mean. Without it locality may fill one worker with its kind of request, and such workers make
-  the tail of TPOT. The saving is known: the mean profile tells how many experts random batches would activate.
+  the tail of TPOT. The saving is known: the mean profile tells how many experts random batches would activate. The tail
+  is made at the fleet's busiest times, so at all others a step may be as long as it could be then.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ from eldr.policies.worker_costs import WorkerCosts
 
 # Weight of the self-anchor per unit of cosine similarity, relative to the expert time of an average worker's batch.
 ANCHOR = 0.1
-# How much longer than the mean a step may become, in units of what locality saves on the mean step. GUARD_EXPERT_SHARE
-# of the expert time is allowed in addition, because steps differ that much by chance even if nothing can be saved.
-TAIL_GUARD = 1.25
+# How much longer than the mean a step may become, in units of what locality saves on the mean step: at 1, up to the
+# mean step of a fleet routed by load alone. GUARD_EXPERT_SHARE of the expert time is allowed in addition, because steps
+# differ that much by chance even if nothing can be saved.
+TAIL_GUARD = 1.0
 GUARD_EXPERT_SHARE = 0.01
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from eldr import kernels
 from eldr.cost import StepCost
 from eldr.policies.anchor import Anchor
+from eldr.policies.heavy_times import HeavyTimes
 from eldr.policies.means import FleetMeans
 from eldr.policies.request_model import Arrival
 from eldr.policies.unions import Geometry, Profile, Unions, encode_exposure
@@ -28,6 +29,7 @@ class Placement:
         self.anchor = Anchor(geometry)
         self.means = means
         self._weights = weights
+        self._heavy = HeavyTimes()
         self._set_columns(np.zeros((4, 0)))
 
     def _set_columns(self, columns: NDArray[np.float64]) -> None:
@@ -51,7 +53,7 @@ class Placement:
         self._set_columns(np.ascontiguousarray(columns[:, :-1]))
 
     def costs(self, arrival: Arrival, rows: NDArray[np.int64], load: list[int]) -> tuple[int, NDArray[np.float64]]:
-        """Choose among the workers in `rows`.
+        """Choose among the workers in `rows`, and note the guard's limit in the arrival.
 
         rows: int64 [N], rows of the eligible workers.
         load: their N requests in flight.
@@ -63,7 +65,7 @@ class Placement:
         unions = self.unions
         direction = arrival.direction if self._weights.anchor > 0 else None
         costs = np.empty(len(load))
-        best = kernels.placement_cost(
+        best, arrival.limit_s = kernels.placement_cost(
             self._fleet,
             self._weights,
             unions.added(arrival.profile),
@@ -72,6 +74,7 @@ class Placement:
             rows,
             load,
             arrival.context_tokens,
+            self._heavy.limit_s,
             costs,
         )
         return best, costs
@@ -84,6 +87,8 @@ class Placement:
             self.anchor.turn(row, arrival.direction)
         if arrival.frequency is not None:
             self.means.move(arrival.frequency, arrival.profile)
+        if arrival.limit_s is not None:
+            self._heavy.add(arrival.limit_s)
         return profile
 
     def finish(self, row: int, profile: Profile) -> None:

@@ -19,9 +19,10 @@ class Arrival:
     profile: float32 [D], the probabilities that a decode step activates each expert.
     frequency: float32 [D], its own expert frequencies. None if its counts cannot be used.
     direction: float32 [A], the unit vector from the fleet's mean frequencies to its own. None if there is none.
+    limit_s: the longest step that the tail guard let pass when a worker was chosen for it. None before that.
     """
 
-    __slots__ = ("context_tokens", "direction", "frequency", "profile", "request_id")
+    __slots__ = ("context_tokens", "direction", "frequency", "limit_s", "profile", "request_id")
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Arrival:
         self.profile = profile
         self.frequency = frequency
         self.direction = direction
+        self.limit_s: float | None = None
 
 
 class RequestModel:

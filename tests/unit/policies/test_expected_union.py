@@ -232,6 +232,29 @@ def test_the_tail_guard_leaves_out_a_worker_whose_steps_are_long() -> None:
         assert policy.choose(request(30), {"a": 20}).worker == "a"
 
 
+def test_the_tail_guard_lets_a_step_pass_that_was_usual_when_the_fleet_was_busy() -> None:
+    """Kind 0 runs on a, kind 1 on b. A second request of kind 0 adds little to a, and a lot to b, which is shorter.
+
+    The guard is closed: no step may be longer than the mean. But the fleet has just been much busier.
+    """
+    kinds = one_hot_profiles()
+    load = {"a": 1, "b": 1}
+    for busy, chosen in ((False, "b"), (True, "a")):
+        slower = CostModel("slower", "none", "made up", MoeLayerCost(120.0, 10.0, 1.0))
+        policy = Given(kinds, anchor=0, tail_guard=0.0, worker_costs={"a": slower})
+        policy.joined("a")
+        policy.joined("b")
+        policy.started(request(0), "a")
+        policy.started(request(1), "b")
+        crowd = range(2, 50) if busy else range(0)
+        for row in crowd:
+            policy.choose(request(row), {"a": row // 2, "b": row // 2})
+            policy.started(request(row), "ab"[row % 2])
+        for row in crowd:
+            policy.finished(request(row), "ab"[row % 2])
+        assert policy.choose(request(50), load).worker == chosen
+
+
 def test_unequal_hardware() -> None:
     slow = CostModel("slow", "none", "made up", MoeLayerCost(1000.0, 100.0, 10.0))
     policy = ExpectedUnion(cost=MOE_ONLY, scope="moe", worker_costs={"a": slow})
