@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eldr.activation import own_frequencies
 from eldr.calibration import load_calibration
 from eldr.cli.main import main
 from eldr.cost import load_cost
@@ -47,9 +48,12 @@ def test_a_calibration_gives_the_same_signatures_zones_and_predictions(expected:
     assert calibration.workers == said["workers"]
     assert signature.tolist() == pytest.approx(said["signature"], abs=1e-6)
     assert int((calibration.centroids @ signature).argmax()) == said["zone"]
-    assert calibration.predictor is not None
+    predictor = calibration.predictor
+    assert predictor is not None
     prompt = ExpertCounts(np.ascontiguousarray(counts[0]), int(trace.prompt_tokens[request]), trace.meta.top_k)
-    assert calibration.predictor.predict(prompt).tolist() == pytest.approx(said["predicted"], abs=1e-5)
+    frequency = own_frequencies(prompt, predictor.mean_frequency)
+    by_the_map = predictor.predict(frequency, predictor.mean_frequency, 1.0)
+    assert by_the_map.tolist() == pytest.approx(said["predicted"], abs=1e-5)
 
 
 def test_a_cost_file_gives_the_same_times(expected: dict[str, Any]) -> None:

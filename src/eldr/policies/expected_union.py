@@ -9,9 +9,8 @@ the B requests already there pays dT.
 Two more terms look beyond the time added now:
 
 - The *self-anchor* rewards sending a request where similar ones went recently. Every worker keeps a moving average of
-  the direction in which the expert frequencies of its requests differ from the fleet's mean. A request pays for its
-  distance to the nearest direction. In this way workers find their own zones without a fit, and the zones follow the
-  traffic.
+  the direction in which the profiles of its requests differ from the fleet's mean. A request pays for its distance to
+  the nearest direction. In this way workers find their own zones without a fit, and the zones follow the traffic.
 - The *tail guard* leaves out a worker if its step would become longer than the mean step elsewhere by more than
   locality saves on that mean. Without it locality may fill one worker with its kind of request, and such workers make
   the tail of TPOT. The saving is known: the mean profile tells how many experts random batches would activate. The tail
@@ -151,13 +150,9 @@ class ExpectedUnion(Policy):
         if counts is None or (counts.layers, counts.experts, counts.top_k) != placement.shape:
             return Arrival(request.request_id, request.prompt_tokens, means.profile.copy(), None, None)
         frequency = own_frequencies(counts, means.frequency)
-        return Arrival(
-            request.request_id,
-            request.prompt_tokens,
-            self.predict(request, counts, frequency),
-            frequency,
-            placement.anchor.direction(frequency, means.frequency),
-        )
+        profile = self.predict(request, counts, frequency)
+        direction = placement.anchor.direction(profile, means.profile)
+        return Arrival(request.request_id, request.prompt_tokens, profile, frequency, direction)
 
     def predict(
         self, request: DecodeRequest, counts: ExpertCounts, frequency: NDArray[np.float32]
@@ -168,7 +163,8 @@ class ExpectedUnion(Policy):
         counts: its expert counts.
         frequency: float32 [D], its own expert frequencies, mixed with the fleet's mean.
         """
-        return self._request_model.profile(counts, frequency)
+        means = None if self._placement is None else self._placement.means
+        return self._request_model.profile(counts, frequency, means)
 
     def started(self, request: DecodeRequest, worker: str) -> None:
         placement = self._placement_for(request.counts)

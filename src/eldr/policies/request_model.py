@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 from eldr.activation import ActivationModel, of_a_step, to_probabilities
 from eldr.counts import ExpertCounts
-from eldr.policies.means import MEAN_REQUESTS, FleetMeans
+from eldr.policies.means import CALIBRATION_REQUESTS, FleetMeans
 from eldr.policies.unions import Geometry
 
 
@@ -18,7 +20,7 @@ class Arrival:
     context_tokens: the tokens of its prompt.
     profile: float32 [D], the probabilities that a decode step activates each expert.
     frequency: float32 [D], its own expert frequencies. None if its counts cannot be used.
-    direction: float32 [A], the unit vector from the fleet's mean frequencies to its own. None if there is none.
+    direction: float32 [A], the unit vector from the fleet's mean profile to its own. None if there is none.
     limit_s: the longest step that the tail guard let pass when a worker was chosen for it. None before that.
     """
 
@@ -51,14 +53,18 @@ class RequestModel:
         self._predictor = predictor
         self._step_tokens = step_tokens
 
-    def profile(self, counts: ExpertCounts, frequency: NDArray[np.float32]) -> NDArray[np.float32]:
+    def profile(
+        self, counts: ExpertCounts, frequency: NDArray[np.float32], means: FleetMeans | None
+    ) -> NDArray[np.float32]:
         """Predict the probability that one decode step of a request activates each expert, float32 [D].
 
         counts: its expert counts.
         frequency: float32 [D], its own expert frequencies, mixed with the fleet's mean.
+        means: the fleet's means. A fitted model needs them.
         """
-        if self._predictor is not None:
-            token = self._predictor.predict(counts)
+        predictor = self._predictor
+        if predictor is not None and means is not None:
+            token = predictor.predict(frequency, means.frequency, predictor.share(means.spread))
         else:
             token = to_probabilities(frequency, counts.layers, counts.top_k)
         return of_a_step(token, self._step_tokens)
@@ -70,4 +76,6 @@ class RequestModel:
             uniform = np.full(geometry.dimension, top_k / geometry.experts, dtype=np.float32)
             return FleetMeans(geometry, uniform, of_a_step(uniform.copy(), self._step_tokens), 0)
         profile = of_a_step(predictor.mean_profile.astype(np.float32), self._step_tokens)
-        return FleetMeans(geometry, predictor.mean_frequency.astype(np.float32), profile, MEAN_REQUESTS)
+        frequency = predictor.mean_frequency.astype(np.float32)
+        spread = predictor.spread if math.isfinite(predictor.spread) else None
+        return FleetMeans(geometry, frequency, profile, CALIBRATION_REQUESTS, spread)

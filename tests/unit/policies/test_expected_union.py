@@ -14,6 +14,7 @@ from eldr.counts import ExpertCounts
 from eldr.policies import PolicyError, PolicyOptions
 from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import GUARD_EXPERT_SHARE, ExpectedUnion
+from eldr.policies.request_model import RequestModel
 from eldr.policies.unions import Geometry, Profile, RandomBatches, encode_exposure
 from tests.synthetic import make_trace
 
@@ -116,6 +117,36 @@ def test_the_anchor_draws_a_request_to_where_its_kind_went() -> None:
     for _ in range(5):  # without the anchor two idle workers tie, and the first wins
         assert policy.choose(request(41, counts_of_kind(1)), {"a": 0, "b": 0}).worker == "b"
         assert policy.choose(request(40, counts_of_kind(0)), {"a": 0, "b": 0}).worker == "a"
+
+
+def test_the_anchor_looks_at_what_is_predicted() -> None:
+    """Prompts that are all alike, of requests that are predicted to decode with experts of two kinds."""
+    policy = Given(one_hot_profiles(), anchor=0.2)
+    for worker in ("a", "b"):
+        policy.joined(worker)
+    for row in range(40):
+        policy.started(request(row), "ab"[row % 2])
+        policy.finished(request(row), "ab"[row % 2])
+    assert policy.choose(request(41), {"a": 0, "b": 0}).worker == "b"
+    assert policy.choose(request(40), {"a": 0, "b": 0}).worker == "a"
+
+
+def test_a_calibration_of_other_traffic_gives_way() -> None:
+    """The fleet's mean and spread are those of the requests served, not of those that were recorded."""
+    trace = make_trace(requests=40, layers=LAYERS, experts=EXPERTS)
+    model = ActivationModel.fit(trace.prefill_counts, trace.prompt_tokens, trace.decode_profiles(), TOP_K)
+    means = RequestModel(model, 1.0).first_means(Geometry(LAYERS, EXPERTS), TOP_K)
+    assert means.spread == model.spread
+    rng = np.random.default_rng(0)
+    served = rng.dirichlet(np.ones(EXPERTS) * 0.1, (300, LAYERS)).reshape(300, -1).astype(np.float32) * TOP_K
+    for frequency in served:
+        means.move(frequency, frequency)
+    # 20 of 320 requests are the calibration's.
+    expected = (20 * model.mean_frequency + served.sum(axis=0)) / 320
+    assert means.frequency == pytest.approx(expected, abs=1e-4)
+    spread = float(((served - served.mean(axis=0)) ** 2).sum(axis=1).mean())
+    assert means.spread == pytest.approx((20 * model.spread + 300 * spread) / 320, rel=0.05)
+    assert model.share(means.spread) == pytest.approx(model.trust * min(1, model.spread / means.spread))
 
 
 def test_the_tail_guard_is_the_one_of_its_definition() -> None:
