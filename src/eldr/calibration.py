@@ -7,6 +7,7 @@ fitted for, how well each transform predicts, its provenance, and a two-dimensio
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -59,6 +60,7 @@ SPECS: Mapping[str, ArraySpec] = {
     **PROMPT_SPECS,
     "meta": ArraySpec(("U",), 0),
 }
+ACTIVATION_NUMBERS = ("strength", "r2", "spread", "trust", "gain")
 ACTIVATION_ARRAYS = ("mean_frequency", "mean_profile", "slope", "down", "up")
 
 
@@ -158,7 +160,9 @@ class Calibration:
         }
         predictor = self.predictor
         if predictor is not None:
-            meta["activation"] = {"strength": predictor.strength, "r2": predictor.r2}
+            numbers = {name: getattr(predictor, name) for name in ACTIVATION_NUMBERS}
+            # JSON has no infinity: the spread that 0.1.0 did not write stays out.
+            meta["activation"] = {name: value for name, value in numbers.items() if math.isfinite(value)}
         of_prompts: dict[str, NDArray[Any]] = {}
         if self.prompts is not None:
             of_prompts, meta["prompt"] = stored(self.prompts)
@@ -388,12 +392,10 @@ def load_calibration(path: str | Path) -> Calibration:
 def _predictor(arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> ActivationModel | None:
     if "activation" not in meta:
         return None
-    fitted = {name: arrays[f"activation_{name}"] for name in ACTIVATION_ARRAYS}
+    fitted: dict[str, Any] = {name: arrays[f"activation_{name}"] for name in ACTIVATION_ARRAYS}
     layers = len(arrays["idf"])
-    activation = meta["activation"]
-    return ActivationModel(
-        **fitted, layers=layers, top_k=meta["top_k"], strength=activation["strength"], r2=activation["r2"]
-    )
+    numbers = {name: meta["activation"][name] for name in ACTIVATION_NUMBERS if name in meta["activation"]}
+    return ActivationModel(**fitted, **numbers, layers=layers, top_k=meta["top_k"])
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -443,6 +445,10 @@ def _parse_meta(text: str) -> dict[str, Any]:
         and all(type(activation.get(key)) is float and np.isfinite(activation[key]) for key in ("strength", "r2"))
     ):
         raise NpzError("meta: the predictor's strength or r2 is missing")
+    for key, most in (("spread", math.inf), ("trust", 1.0), ("gain", 2.0)):
+        value = (activation or {}).get(key, 0.0)  # 0.1.0 wrote none of them
+        if not (type(value) is float and np.isfinite(value) and 0 <= value <= most):
+            raise NpzError(f"meta: the predictor's {key} is {value!r}")
     return meta
 
 

@@ -86,7 +86,8 @@ cdef extern from "loops.h" nogil:
                    float *out)
     void products(const float *row, const float *vector, Py_ssize_t rows, Py_ssize_t size, double *out)
     void fraction_products(const uint16_t *row, const float *vector, Py_ssize_t rows, Py_ssize_t size, double *out)
-    Py_ssize_t place(const Fleet *of, const Weights *by, const Request *asked, const Candidates *among, double *cost)
+    Py_ssize_t place(const Fleet *of, const Weights *by, const Request *asked, const Candidates *among, double allowed_s,
+                     double *cost, double *limit_s)
     Py_ssize_t add_prompt(const Fleet *of, const Prefill *by, const Prompt *asked, const Candidates *among,
                           double *cost)
 
@@ -251,7 +252,8 @@ def row_products(rows, vector, out):
         products(<float *> readable(rows, "rows", NPY_FLOAT32, count * size), factors, count, size, found)
 
 
-def placement_cost(fleet, weights, added, products, at_random, rows, load, double context_tokens, out):
+def placement_cost(fleet, weights, added, products, at_random, rows, load, double context_tokens, double allowed_s,
+                   out):
     if type(fleet) is not FleetState or type(weights) is not PlacementWeights:
         raise TypeError("a placement takes a FleetState and PlacementWeights")
     columns, union, context, length = <tuple> fleet
@@ -277,6 +279,8 @@ def placement_cost(fleet, weights, added, products, at_random, rows, load, doubl
     among.count = count
     among.at_random = <double *> readable(at_random, "at_random", NPY_FLOAT64, batches)
     cdef double *cost = <double *> writable(out, "out", NPY_FLOAT64, count)
+    cdef double limit_s
+    cdef Py_ssize_t best
 
     cdef int64_t *numbers = <int64_t *> PyMem_Malloc((count + workers) * sizeof(int64_t))
     if numbers == NULL:
@@ -291,7 +295,8 @@ def placement_cost(fleet, weights, added, products, at_random, rows, load, doubl
                 raise unfit("load", f"below the {batches - 1} requests of at_random")
         among.load = numbers
         of.context = numbers + count
-        return place(&of, &by, &asked, &among, cost)
+        best = place(&of, &by, &asked, &among, allowed_s, cost, &limit_s)
+        return best, limit_s
     finally:
         PyMem_Free(numbers)
 

@@ -145,11 +145,13 @@ def placement_cost(
     rows: NDArray[np.int64],
     load: list[int],
     context_tokens: float,
+    allowed_s: float,
     out: Doubles,
-) -> int:
-    """Write the cost that expected-union minimises to `out` [N], in seconds per step. Returns the index of the lowest.
+) -> tuple[int, float]:
+    """Write the cost that expected-union minimises to `out` [N], in seconds per step.
 
-    The cost is infinity for a worker that the tail guard rules out.
+    The cost is infinity for a worker that the tail guard rules out. Returns the index of the lowest cost, and the
+    longest step in seconds that the guard would let pass without `allowed_s`.
 
     fleet: the state of all workers.
     weights: the weights of the cost's terms.
@@ -160,6 +162,7 @@ def placement_cost(
     rows: [N], the workers to choose from.
     load: [N], the load of those workers.
     context_tokens: the tokens of the request's prompt.
+    allowed_s: the guard never rules out a step that is not longer than this, in seconds.
     """
     loads, contexts = np.array(load, dtype=np.float64), np.array(fleet.context, dtype=np.float64)
     base_s, expert_s, token_s, context_s = fleet.columns[:, rows]
@@ -174,8 +177,9 @@ def placement_cost(
     random_experts = at_random[np.array(load) + 1]
     saved_s = max(float((expert_s * (random_experts - then)).sum()) / len(rows), 0.0)
     margin_s = weights.tail_guard * (saved_s + weights.guard_share * expert_time_s) + 1e-12
-    out[longer_s > float(longer_s.sum()) / len(rows) + margin_s] = np.inf
-    return int(out.argmin())
+    limit_s = float(longer_s.sum()) / len(rows) + margin_s
+    out[longer_s > max(limit_s, allowed_s)] = np.inf
+    return int(out.argmin()), limit_s
 
 
 def add_prefill(

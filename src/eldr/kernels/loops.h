@@ -311,9 +311,10 @@ static inline double similarity_to(const struct fleet *fleet, const struct reque
     return request->products[worker] / (length > 1e-6f ? length : 1e-6f);
 }
 
-/* The cost of each candidate into `cost`, infinity behind the tail guard. Returns the place of the least. */
+/* The cost of each candidate into `cost`, infinity behind the tail guard, which lets steps of `allowed_s` pass. Its own
+   limit goes to `limit_s`. Returns the place of the least. */
 static ptrdiff_t place(const struct fleet *fleet, const struct weights *weights, const struct request *request,
-                       const struct candidates *among, double *cost) {
+                       const struct candidates *among, double allowed_s, double *cost, double *limit_s) {
     const double *base_s = fleet->columns, *expert_s = base_s + fleet->workers, *token_s = expert_s + fleet->workers;
     const double *context_s = token_s + fleet->workers;
     const ptrdiff_t count = among->count;
@@ -334,6 +335,8 @@ static ptrdiff_t place(const struct fleet *fleet, const struct weights *weights,
     saved = saved > 0 ? saved / (double)count : 0;
     const double limit =
         longer / (double)count + weights->tail_guard * (saved + weights->guard_share * experts) + 1e-12;
+    *limit_s = limit;
+    const double most = limit > allowed_s ? limit : allowed_s;
     const double distance_s = weights->anchor * (loads / (double)count + 1) * experts;
     ptrdiff_t best = 0;
     for (ptrdiff_t i = 0; i < count; i++) {
@@ -342,7 +345,7 @@ static ptrdiff_t place(const struct fleet *fleet, const struct weights *weights,
         const double similarity = similarity_to(fleet, request, w);
         const double total =
             cost[i] + weights->others * (double)among->load[i] * added_s + distance_s * (nearest - similarity);
-        cost[i] = cost[i] > limit ? INFINITY : total;
+        cost[i] = cost[i] > most ? INFINITY : total;
         best = cost[i] < cost[best] ? i : best;
     }
     return best;

@@ -12,12 +12,12 @@ A worker that also computes the prompt (aggregated serving) asks for more: time 
 Two more terms look beyond the time added now:
 
 - The *self-anchor* rewards sending a request where similar ones went recently. Every worker keeps a moving average of
-  the direction in which the expert frequencies of its requests differ from the fleet's mean. A request pays for its
-  distance to the nearest direction. In this way workers find their own zones without a fit, and the zones follow the
-  traffic.
+  the direction in which the profiles of its requests differ from the fleet's mean. A request pays for its distance to
+  the nearest direction. In this way workers find their own zones without a fit, and the zones follow the traffic.
 - The *tail guard* leaves out a worker if its step would become longer than the mean step elsewhere by more than
   locality saves on that mean. Without it locality may fill one worker with its kind of request, and such workers make
-  the tail of TPOT. The saving is known: the mean profile tells how many experts random batches would activate.
+  the tail of TPOT. The saving is known: the mean profile tells how many experts random batches would activate. The tail
+  is made at the fleet's busiest times, so at all others a step may be as long as it could be then.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ from eldr.prompt.model import ProfileMap, PromptModel
 
 # Weight of the self-anchor per unit of cosine similarity, relative to the expert time of an average worker's batch.
 ANCHOR = 0.1
-# How much longer than the mean a step may become, in units of what locality saves on the mean step. GUARD_EXPERT_SHARE
-# of the expert time is allowed in addition, because steps differ that much by chance even if nothing can be saved.
-TAIL_GUARD = 1.25
+# How much longer than the mean a step may become, in units of what locality saves on the mean step: at 1, up to the
+# mean step of a fleet routed by load alone. GUARD_EXPERT_SHARE of the expert time is allowed in addition, because steps
+# differ that much by chance even if nothing can be saved.
+TAIL_GUARD = 1.0
 GUARD_EXPERT_SHARE = 0.01
 # Weight of the time that a prompt costs. 1 is its true share at once. More finds more cached prefixes, which the next
 # requests find again, and costs nothing in TPOT up to about here.
@@ -215,7 +216,7 @@ class ExpectedUnion(Policy):
         if self._uses_counts and counts is not None and _shape(counts) == placement.shape:
             frequency = own_frequencies(counts, means.frequency)
             profile = self.predict(request, counts, frequency)
-            direction = placement.anchor.direction(frequency, means.frequency)
+            direction = placement.anchor.direction(profile, means.profile)
             return Arrival(request, profile, frequency, direction, "expected_union", True)
         latent = self._by_prompt.latent(request) if self._uses_prompts else None
         predicted = None if latent is None else self._by_prompt.profile(latent)
@@ -233,7 +234,8 @@ class ExpectedUnion(Policy):
         counts: its expert counts.
         frequency: float32 [D], its own expert frequencies, mixed with the fleet's mean.
         """
-        return self._by_counts.profile(counts, frequency)
+        means = None if self._placement is None else self._placement.means
+        return self._by_counts.profile(counts, frequency, means)
 
     def started(self, request: DecodeRequest, worker: str) -> None:
         if request.computes_prompt:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from eldr import kernels
 from eldr.cost import StepCost
 from eldr.policies.anchor import Anchor
+from eldr.policies.heavy_times import HeavyTimes
 from eldr.policies.means import FleetMeans
 from eldr.policies.request_model import Arrival
 from eldr.policies.unions import Geometry, Profile, Unions, encode_exposure
@@ -39,6 +40,7 @@ class Placement:
         self._prefill = kernels.PrefillTerms(
             geometry.dimension / geometry.ranks, 1 - top_k / geometry.experts, chunk_tokens, weights.others
         )
+        self._heavy = HeavyTimes()
         self._set_columns(np.zeros((4, 0)))
 
     def _set_columns(self, columns: NDArray[np.float64]) -> None:
@@ -62,7 +64,7 @@ class Placement:
         self._set_columns(np.ascontiguousarray(columns[:, :-1]))
 
     def costs(self, arrival: Arrival, rows: NDArray[np.int64], load: list[int]) -> tuple[int, NDArray[np.float64]]:
-        """Choose among the workers in `rows`.
+        """Choose among the workers in `rows`, and note the guard's limit in the arrival.
 
         rows: int64 [N], rows of the eligible workers.
         load: their N requests in flight.
@@ -74,7 +76,7 @@ class Placement:
         unions = self.unions
         direction = arrival.direction if self._weights.anchor > 0 else None
         costs = np.empty(len(load))
-        best = kernels.placement_cost(
+        best, arrival.limit_s = kernels.placement_cost(
             self._fleet,
             self._weights,
             unions.added(arrival.profile),
@@ -83,6 +85,7 @@ class Placement:
             rows,
             load,
             arrival.context_tokens,
+            self._heavy.limit_s,
             costs,
         )
         return best, costs
@@ -114,6 +117,8 @@ class Placement:
             self.anchor.turn(row, arrival.direction)
         if arrival.known:
             self.means.move(arrival.frequency, arrival.profile)
+        if arrival.limit_s is not None:
+            self._heavy.add(arrival.limit_s)
         return profile
 
     def finish(self, row: int, profile: Profile) -> None:

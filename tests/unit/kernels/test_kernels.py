@@ -197,8 +197,12 @@ def test_row_products(kernels: ModuleType) -> None:
 
 
 def plain_placement_cost(
-    columns: NDArray[np.float64], workers: Sequence[tuple[float, ...]], context_tokens: float, weights: PlacementWeights
-) -> list[float]:
+    columns: NDArray[np.float64],
+    workers: Sequence[tuple[float, ...]],
+    context_tokens: float,
+    weights: PlacementWeights,
+    allowed_s: float,
+) -> tuple[list[float], float]:
     others_weight, anchor, tail_guard, guard_share = weights
     base, expert, token, context = columns.tolist()
     count = len(base)
@@ -213,16 +217,26 @@ def plain_placement_cost(
     mean_load = sum(worker[5] for worker in workers) / count
     nearest = max(worker[3] for worker in workers)
     limit = sum(longer) / count + tail_guard * (max(saved, 0) + guard_share * experts) + 1e-12
-    return [
-        math.inf if longer[w] > limit else cost[w] + anchor * (mean_load + 1) * experts * (nearest - workers[w][3])
+    most = max(limit, allowed_s)
+    costs = [
+        math.inf if longer[w] > most else cost[w] + anchor * (mean_load + 1) * experts * (nearest - workers[w][3])
         for w in range(count)
     ]
+    return costs, limit
 
 
-@given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from((0.0, 0.3, math.inf)), st.booleans())
+@given(
+    st.integers(1, 40),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from((0.0, 0.3, math.inf)),
+    st.sampled_from((0.0, 0.01, 0.02, 1.0)),
+    st.booleans(),
+)
 @settings(max_examples=40)
 @pytest.mark.parametrize("kernels", BOTH)
-def test_placement_cost(kernels: ModuleType, workers: int, seed: int, tail_guard: float, dense: bool) -> None:
+def test_placement_cost(
+    kernels: ModuleType, workers: int, seed: int, tail_guard: float, allowed_s: float, dense: bool
+) -> None:
     rng = np.random.default_rng(seed)
     columns = rng.random((4, workers)) * [[1e-3], [1e-5], [1e-5], [1e-9]]
     union, added, context = (
@@ -236,12 +250,14 @@ def test_placement_cost(kernels: ModuleType, workers: int, seed: int, tail_guard
     load = rng.integers(0, 64, len(rows)).tolist()
     fleet, weights = FleetState(columns, union, context, length), PlacementWeights(1.0, 0.1, tail_guard, 0.02)
     out = np.empty(len(rows))
-    best = kernels.placement_cost(fleet, weights, added, products, at_random, rows, load, 500, out)
+    best, limit_s = kernels.placement_cost(fleet, weights, added, products, at_random, rows, load, 500, allowed_s, out)
     of = [
         (union[w], added[w], context[w], products[w] / length[w], at_random[int(own) + 1], own)
         for w, own in zip(rows, load, strict=True)
     ]
-    assert out.tolist() == pytest.approx(plain_placement_cost(columns[:, rows], of, 500, weights), rel=1e-9)
+    costs, limit = plain_placement_cost(columns[:, rows], of, 500, weights, allowed_s)
+    assert out.tolist() == pytest.approx(costs, rel=1e-9)
+    assert limit_s == pytest.approx(limit, rel=1e-9)
     assert math.isfinite(out[best])
     assert out[best] == min(out)
 
@@ -269,7 +285,7 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     ) -> None:
         at_random, out = np.zeros(batches), np.zeros(len(rows))
         fleet = fitting._replace(**changes)
-        _compiled.placement_cost(fleet, weights, added, products, at_random, np.array(rows), load, 1, out)
+        _compiled.placement_cost(fleet, weights, added, products, at_random, np.array(rows), load, 1, 0, out)
 
     terms: Any = PrefillTerms(8.0, 0.5, 9.0, 1.0)
 
