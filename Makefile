@@ -46,7 +46,8 @@ fuzz: $(DEV)/.installed  ## hostile input to every reader of bytes, for FUZZ_SEC
 test: $(DEV)/.installed $(VLLM)/.test-installed  ## every test, those on real vLLM 0.32 workers included
 	-@$(MAKE) --no-print-directory browser
 	$(VLLM)/bin/python -m pytest tests/vllm
-	ELDR_VLLM_PYTHON=$(VLLM)/bin/python $(DEV)/bin/python -m pytest tests --ignore tests/vllm
+	ELDR_VLLM_PYTHON=$(VLLM)/bin/python ELDR_VLLM_OLD_PYTHON=$(wildcard $(VLLM_OLD)/bin/python) \
+		$(DEV)/bin/python -m pytest tests --ignore tests/vllm
 
 test-fast: $(DEV)/.installed  ## the tests that need no vLLM
 	$(DEV)/bin/python -m pytest tests --ignore tests/vllm --ignore tests/e2e
