@@ -22,7 +22,7 @@ KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx \
 	$(addprefix src/eldr/kernels/,loops.h json_text.h words.h)
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast browser check format settings fuzz test-matrix test-architectures test-compiled dist bench bench-router bench-faults soak evaluate docs clean
+.PHONY: help demo test test-fast browser check format settings fuzz test-matrix test-architectures test-compiled test-sglang dist bench bench-router bench-faults soak evaluate docs clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -46,7 +46,8 @@ fuzz: $(DEV)/.installed  ## hostile input to every reader of bytes, for FUZZ_SEC
 test: $(DEV)/.installed $(VLLM)/.test-installed  ## every test, those on real vLLM 0.32 workers included
 	-@$(MAKE) --no-print-directory browser
 	$(VLLM)/bin/python -m pytest tests/vllm
-	ELDR_VLLM_PYTHON=$(VLLM)/bin/python $(DEV)/bin/python -m pytest tests --ignore tests/vllm
+	ELDR_VLLM_PYTHON=$(VLLM)/bin/python ELDR_VLLM_OLD_PYTHON=$(wildcard $(VLLM_OLD)/bin/python) \
+		$(DEV)/bin/python -m pytest tests --ignore tests/vllm
 
 test-fast: $(DEV)/.installed  ## the tests that need no vLLM
 	$(DEV)/bin/python -m pytest tests --ignore tests/vllm --ignore tests/e2e
@@ -56,6 +57,9 @@ test-matrix: $(VLLM_OLD)/.test-installed  ## the connector's tests on vLLM 0.30
 
 test-architectures: $(VLLM)/.test-installed  ## the counts of every MoE architecture that vLLM runs on the CPU
 	ELDR_ARCHITECTURES=all $(VLLM)/bin/python -m pytest tests/vllm/test_architectures.py
+
+test-sglang: $(DEV)/.installed  ## a real pair of SGLang's workers behind the router: PREFILL=URL DECODE=URL, and PLAIN=URL to compare with
+	ELDR_SGLANG_PREFILL=$(PREFILL) ELDR_SGLANG_DECODE=$(DECODE) ELDR_SGLANG_PLAIN=$(PLAIN) $(DEV)/bin/python -m pytest tests/sglang
 
 test-compiled: $(COMPILED)/.compiled  ## the router's tests on a compiled router
 	$(COMPILED)/bin/python -m pytest tests/router

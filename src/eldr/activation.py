@@ -1,16 +1,18 @@
 """Activation predictors: from the expert counts of a prompt, how likely one decode step activates each expert.
 
 There are two. `own_frequencies` needs no fit: it takes the prompt's own expert frequencies, shrunk towards the fleet's
-mean. `ActivationModel` is fitted to recorded traffic: a linear map from prompt frequencies to the decode activation
-profile. Most of that map is its diagonal, because decode tends to use the experts that the prompt used. So the diagonal
-is fitted first, and a reduced-rank ridge regression (Mukherjee and Zhu 2011) fits the residual. Ridge alone would
-shrink the diagonal towards zero. Vectors are flat: D = L * E.
+mean. `ActivationModel` corrects them by what recorded traffic taught: a linear map from prompt frequencies to the
+decode activation profile. Most of that map is its diagonal, because decode tends to use the experts that the prompt
+used. So the diagonal is fitted first, and a reduced-rank ridge regression (Mukherjee and Zhu 2011) fits the residual.
+Ridge alone would shrink the diagonal towards zero. How much of the correction is applied is a number, the model's
+trust. Vectors are flat: D = L * E.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,14 @@ LEAST, MOST = 1e-4, 0.98
 FOLDS = 4
 STRENGTHS = (0.1, 0.3, 1.0, 3.0)
 RANKS = (0, 4, 8, 16)
+# The share of its correction that a fitted map is trusted with before it is judged. Own frequencies err by the noise of
+# a prompt, a map by what was special about its calibration. Their mean is better than either on traffic that was not
+# recorded, and as good as the map on traffic that was.
+TRUST = 0.5
+# The weight of that share when lessons judge the map, in lessons.
+TRUST_LESSONS = 20
+# Overlaps are at most halved or doubled: a few requests can show any gain by chance.
+LEAST_GAIN, MOST_GAIN = 2**-0.5, 2**0.5
 # How strongly the slopes of the diagonal are pulled to their common value, in requests of average spread.
 SLOPE_PRIOR_REQUESTS = 20.0
 
@@ -70,17 +80,33 @@ def to_probabilities(scores: Floats, layers: int, top_k: int) -> Floats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActivationModel:
-    """A fitted linear predictor: profile = mean_profile + slope * x + up.T @ (down @ x).
+    """A fitted linear map from prompt frequencies to decode profiles, as a correction of the prompt's own frequencies.
 
-    x is the prompt's own frequencies minus mean_frequency.
+    With x, the prompt's own frequencies minus the fleet's mean, the map alone says
+    mean + mean_profile - mean_frequency + slope * x + up.T @ (down @ x). The fleet's mean is that of the traffic being
+    served: the map was fitted to how requests differ from each other, and carries over to another mix better than the
+    mean of the requests it was fitted to. The prediction is
+
+        mean + mean_profile - mean_frequency + gain * (x + share * ((slope - 1) * x + up.T @ (down @ x)))
+
+    where share is `trust`, and less if the fleet's requests differ more from each other than those of the fit did
+    (`share`). At 1 it is the map, at 0 own frequencies with the mean shifted from prompts to decode steps. The gain
+    makes up for what the least squared error takes away: a regression of each (layer, expert) shrinks it by all the
+    noise of its prompt, but two requests share experts over all layers, where noise averages out. Shrunk predictions
+    understate what similar requests save together, and routing lives on that.
 
     mean_frequency, mean_profile, slope: float32 [D].
     down, up: float32 [R, D]. R may be 0.
     layers: L, the number of MoE layers.
     top_k: experts per token.
     strength: the ridge strength, relative to the mean squared length of x.
-    r2: the share of the variance of decode profiles that the model explains, cross-validated on the calibration
+    r2: the share of the variance of decode profiles that the map alone explains, cross-validated on the calibration
         requests.
+    spread: the mean squared distance of the calibration's frequencies from their mean. Infinite if it is not known, as
+        in files of 0.1.0.
+    trust: the share of the correction that is applied, 0 to 1. `judged` sets it from lessons.
+    gain: how much recorded deviations from the mean profile exceed those that the map predicts, by the overlaps of
+        requests, cross-validated.
     """
 
     mean_frequency: Floats
@@ -92,23 +118,76 @@ class ActivationModel:
     top_k: int
     strength: float
     r2: float
+    spread: float = math.inf
+    trust: float = TRUST
+    gain: float = 1.0
+    # What every prediction needs: slope - 1, and the shift of the mean from prompts to decode steps.
+    _excess: Floats = field(init=False, repr=False)
+    _shift: Floats = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_excess", self.slope - np.float32(1))
+        object.__setattr__(self, "_shift", self.mean_profile - self.mean_frequency)
 
     @property
     def rank(self) -> int:
         """R, the rank of the map beyond its diagonal."""
         return len(self.down)
 
-    def predict(self, counts: ExpertCounts) -> Floats:
-        """Predict the probability that one decode step activates each expert, float32 [D]."""
-        x = own_frequencies(counts, self.mean_frequency) - self.mean_frequency
-        scores = self.slope * x + self.mean_profile
+    def share(self, fleet_spread: float | None) -> float:
+        """The share of the correction to apply to a fleet whose requests differ this much from each other.
+
+        Regression shrinks a difference between prompts by the part of it that is noise. Of a fleet with a larger spread
+        than the calibration's, the excess is no noise that the map has seen. Let n be the noise, c = 1 - n / spread the
+        slope fitted. The right slope for the fleet is 1 - n / fleet_spread, and it is that of own frequencies and the
+        map, mixed in the proportion spread / fleet_spread.
+
+        fleet_spread: the mean squared distance of the frequencies of the fleet's requests from their mean. None if it
+            is not known.
+        """
+        if fleet_spread is None or fleet_spread <= self.spread:
+            return self.trust
+        return self.trust * self.spread / fleet_spread
+
+    def predict(self, frequency: Floats, fleet_mean: Floats, share: float) -> Floats:
+        """Predict the probability that one decode step activates each expert, float32 [D].
+
+        frequency: float32 [D], the prompt's own frequencies, mixed with the fleet's mean.
+        fleet_mean: float32 [D], the mean frequencies of the requests being served.
+        share: the share of the correction to apply.
+        """
+        x = frequency - fleet_mean
+        scores = self._excess * x
         if self.rank:
             # Multiply row by row and layer by layer: numpy passes products this small to BLAS one at a time, and BLAS
             # does not use threads for them. On busy cores threads take milliseconds to synchronise.
             latent = np.matmul(self.down[:, None, :], x[:, None]).reshape(1, -1)
             of_layer = self.up.reshape(self.rank, self.layers, -1).transpose(1, 0, 2)
             scores += np.matmul(latent, of_layer).reshape(-1)
+        scores *= np.float32(share)
+        scores += x
+        scores *= np.float32(self.gain)
+        scores += fleet_mean
+        scores += self._shift
         return to_probabilities(scores, self.layers, self.top_k)
+
+    def judged(self, frequencies: Floats, profiles: Floats) -> ActivationModel:
+        """The same map with the trust that it deserves by n lessons, which it must not have been fitted on.
+
+        This is the share with the least squared error on the lessons, where TRUST counts as TRUST_LESSONS lessons.
+
+        frequencies: float32 [n, D], the own frequencies of requests.
+        profiles: float32 [n, D], the profiles that their decode steps had.
+        """
+        x = frequencies - frequencies.mean(axis=0)
+        y = profiles - profiles.mean(axis=0)
+        correction = self._excess * x + (x @ self.down.T) @ self.up
+        squares = float((correction * correction).sum())
+        if squares == 0:
+            return self
+        found = float(((y - x) * correction).sum()) / squares
+        share = (found * len(x) + TRUST * TRUST_LESSONS) / (len(x) + TRUST_LESSONS)
+        return replace(self, trust=min(max(share, 0.0), 1.0))
 
     @classmethod
     def fit(
@@ -134,20 +213,45 @@ class ActivationModel:
         """
         recorded = decode_profiles.any(axis=(1, 2))
         requests = int(recorded.sum())
-        if requests < 2 * FOLDS:
-            raise ActivationError(
-                f"{requests} requests with decode steps are too few to fit a predictor; record at least {2 * FOLDS}"
-            )
-        layers = counts.shape[1]
+        _check_enough(requests)
         flat_counts = counts[recorded].reshape(requests, -1).astype(np.float32)
         tokens = prompt_tokens[recorded].astype(np.float32)[:, None]
         profiles = decode_profiles[recorded].reshape(requests, -1)
         mean = (flat_counts / tokens).mean(axis=0)
         frequencies = (flat_counts + PRIOR_TOKENS * mean) / (tokens + PRIOR_TOKENS)
-        strength, rank, r2 = _cross_validate(frequencies, profiles, layers, top_k, seed, ranks, strengths)
+        return cls.fit_lessons(
+            frequencies, profiles, counts.shape[1], top_k, seed=seed, ranks=ranks, strengths=strengths
+        )
+
+    @classmethod
+    def fit_lessons(
+        cls,
+        frequencies: Floats,
+        profiles: Floats,
+        layers: int,
+        top_k: int,
+        *,
+        seed: int = 0,
+        ranks: Sequence[int] = RANKS,
+        strengths: Sequence[float] = STRENGTHS,
+    ) -> ActivationModel:
+        """Fit the model to n requests of which both are known: float32 [n, D], own frequencies and decode profiles.
+
+        The other parameters are those of `fit`. Raises ActivationError if they are fewer than two a fold.
+        """
+        _check_enough(len(frequencies))
+        strength, rank, r2, gain = _cross_validate(frequencies, profiles, layers, top_k, seed, ranks, strengths)
         ridge = _Ridge(frequencies, profiles)
         down, up = ridge.reduced(strength, rank)
-        return cls(ridge.mean_x, ridge.mean_y, ridge.slope, down, up, layers, top_k, strength, r2)
+        spread = float((ridge.x * ridge.x).sum()) / len(frequencies)
+        return cls(ridge.mean_x, ridge.mean_y, ridge.slope, down, up, layers, top_k, strength, r2, spread, gain=gain)
+
+
+def _check_enough(requests: int) -> None:
+    if requests < 2 * FOLDS:
+        raise ActivationError(
+            f"{requests} requests with decode steps are too few to fit a predictor; record at least {2 * FOLDS}"
+        )
 
 
 class _Ridge:
@@ -196,10 +300,13 @@ def _cross_validate(
     seed: int,
     ranks: Sequence[int],
     strengths: Sequence[float],
-) -> tuple[float, int, float]:
-    """Return the (strength, rank, r2) with the least squared error on held-out profiles."""
+) -> tuple[float, int, float, float]:
+    """Return the strength and rank with the least squared error on held-out profiles, their r2, and their gain."""
     fold = np.random.default_rng(seed).permutation(len(x)) % FOLDS
     errors = np.zeros((len(strengths), len(ranks)))
+    # For each held-out fold its requests and what the diagonal says of them, and for each strength the rest of the map.
+    held_out: list[tuple[NDArray[np.bool_], Floats]] = []
+    rest: list[list[tuple[Floats, Floats]]] = [[] for _ in strengths]
     spread = 0.0
     for held in range(FOLDS):
         train, test = fold != held, fold == held
@@ -207,16 +314,44 @@ def _cross_validate(
         x_test, y_test = x[test] - ridge.mean_x, y[test]
         spread += float(((y_test - ridge.mean_y) ** 2).sum())
         diagonal = ridge.mean_y + ridge.slope * x_test
+        held_out.append((test, diagonal))
         for row, strength in enumerate(strengths):
             down, up = ridge.reduced(strength, max(ranks))
             latent = x_test @ down.T
+            rest[row].append((latent, up))
             for column, rank in enumerate(ranks):
                 scores = diagonal + latent[:, :rank] @ up[:rank]
                 error = to_probabilities(scores, layers, top_k) - y_test
                 errors[row, column] += float((error * error).sum())
     best_row, best_column = np.unravel_index(int(errors.argmin()), errors.shape)
     r2 = 1 - float(errors.min()) / spread if spread > 0 else 0.0
-    return strengths[int(best_row)], ranks[int(best_column)], r2
+    rank = ranks[int(best_column)]
+    predicted = np.empty_like(y)
+    for (test, diagonal), (latent, up) in zip(held_out, rest[int(best_row)], strict=True):
+        predicted[test] = to_probabilities(diagonal + latent[:, :rank] @ up[:rank], layers, top_k)
+    return strengths[int(best_row)], rank, r2, overlap_gain(predicted, y)
+
+
+def overlap_gain(predicted: Floats, recorded: Floats) -> float:
+    """The factor by which predicted deviations from the mean must be stretched for overlaps to be right.
+
+    The overlap of two requests is the scalar product of their deviations from the mean profile: to first order, the
+    experts that they save by sharing a batch. The result is the square root of the least-squares slope of recorded on
+    predicted overlaps, over all pairs. It is kept within LEAST_GAIN..MOST_GAIN, and is 1 if nothing varies.
+
+    predicted, recorded: float32 [n, D]. Predictions must be held out.
+    """
+    overlaps = []
+    for profiles in (predicted, recorded):
+        deviations = profiles - profiles.mean(axis=0)
+        products = (deviations @ deviations.T).astype(np.float64)
+        np.fill_diagonal(products, 0.0)
+        overlaps.append(products)
+    squares = float((overlaps[0] * overlaps[0]).sum())
+    if squares == 0:
+        return 1.0
+    slope = float((overlaps[0] * overlaps[1]).sum()) / squares
+    return min(max(math.sqrt(max(slope, 0.0)), LEAST_GAIN), MOST_GAIN)
 
 
 def busiest_rank_experts(active: NDArray[Any], layers: int, ranks: int) -> NDArray[Any]:

@@ -7,9 +7,10 @@ fitted for, how well each transform predicts, its provenance, and a two-dimensio
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,15 +23,15 @@ from eldr.activation import ActivationError, ActivationModel, effective_tokens
 from eldr.counts import MAX_EXPERTS, MAX_LAYERS
 from eldr.errors import EldrError
 from eldr.fileio import ArraySpec, NpzError, parse_meta, read_npz, reason_of, write_npz
-from eldr.prompt.fit import fit_prompt_model
+from eldr.prompt.fit import Choice, fit_prompt_model, held_out_profiles
 from eldr.prompt.model import PromptModel
 from eldr.prompt.stored import SPECS as PROMPT_SPECS
 from eldr.prompt.stored import check_shapes as check_prompt_shapes
 from eldr.prompt.stored import read_stored, stored
-from eldr.prompt.words import words_of_text
+from eldr.prompt.words import Words, words_of_text
 from eldr.signature import DEFAULT_TRANSFORM, TRANSFORMS, SignatureError, SignatureModel
 from eldr.trace import Trace
-from eldr.zones import balanced_kmeans
+from eldr.zones import align_zones, balanced_kmeans
 
 FORMAT = "eldr-calibration-v1"
 # Workers report counts, not gate scores.
@@ -45,6 +46,7 @@ SPECS: Mapping[str, ArraySpec] = {
     "idf": ArraySpec(("f4",), 2),
     "layer_mask": ArraySpec(("b1",), 1),
     "centroids": ArraySpec(("f4",), 2),
+    "prompt_centroids": ArraySpec(("f4",), 2, optional=True),
     "zone_sizes": ArraySpec(("i8",), 1),
     "picture_points": ArraySpec(("f4",), 2),
     "picture_zones": ArraySpec(("i8",), 1),
@@ -58,6 +60,7 @@ SPECS: Mapping[str, ArraySpec] = {
     **PROMPT_SPECS,
     "meta": ArraySpec(("U",), 0),
 }
+ACTIVATION_NUMBERS = ("strength", "r2", "spread", "trust", "gain")
 ACTIVATION_ARRAYS = ("mean_frequency", "mean_profile", "slope", "down", "up")
 
 
@@ -75,6 +78,10 @@ class Geometry:
     layers: int
     experts: int
     top_k: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.layers, self.experts, self.top_k
 
     def __str__(self) -> str:
         return f"{self.layers} layers x {self.experts} experts, top-{self.top_k}"
@@ -111,6 +118,9 @@ class Calibration:
     predictor: predicts decode profiles from expert counts. None if the file has no predictor, or if the trace was too
         small to fit one.
     prompts: predicts them from the words of prompts. None if the trace held no prompts, or too few.
+    prompt_centroids: float32 [K, D], the zones of signatures that are predicted from words. Predictions are more alike
+        than what they predict, so the other zones would not divide them evenly. Zone k is the nearest to the other zone
+        k. None without `prompts`.
     """
 
     signature: SignatureModel
@@ -122,11 +132,22 @@ class Calibration:
     picture: Picture
     predictor: ActivationModel | None = None
     prompts: PromptModel | None = None
+    prompt_centroids: NDArray[np.float32] | None = None
 
     @property
     def workers(self) -> int:
         """K, the number of zones and so of decode workers."""
         return len(self.centroids)
+
+    def expected_counts(self, profiles: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the counts of prompts are expected to be, in proportion, if these are the profiles of their decodes.
+
+        profiles: float32 [..., D]. The result is float32 [..., L, E]. Prompts use experts a little differently.
+        """
+        predictor, geometry = self.predictor, self.geometry
+        if predictor is not None:
+            profiles = np.maximum(profiles + (predictor.mean_frequency - predictor.mean_profile), 0)
+        return np.asarray(profiles.reshape(*profiles.shape[:-1], geometry.layers, geometry.experts), dtype=np.float32)
 
     def save(self, path: str | Path) -> None:
         """Write the calibration to `path` atomically. Raises CalibrationError if it cannot be written."""
@@ -139,7 +160,9 @@ class Calibration:
         }
         predictor = self.predictor
         if predictor is not None:
-            meta["activation"] = {"strength": predictor.strength, "r2": predictor.r2}
+            numbers = {name: getattr(predictor, name) for name in ACTIVATION_NUMBERS}
+            # JSON has no infinity: the spread that 0.1.0 did not write stays out.
+            meta["activation"] = {name: value for name, value in numbers.items() if math.isfinite(value)}
         of_prompts: dict[str, NDArray[Any]] = {}
         if self.prompts is not None:
             of_prompts, meta["prompt"] = stored(self.prompts)
@@ -154,6 +177,8 @@ class Calibration:
             "picture_centroids": self.picture.centroids,
             "meta": np.array(json.dumps(meta, allow_nan=False)),
         }
+        if self.prompt_centroids is not None:
+            arrays["prompt_centroids"] = self.prompt_centroids
         if predictor is not None:
             arrays |= {f"activation_{name}": getattr(predictor, name) for name in ACTIVATION_ARRAYS}
         try:
@@ -205,7 +230,7 @@ def fit_calibration(
     signatures = signature.transform(trace.prefill_counts)
     zones = balanced_kmeans(signatures, workers, seed=seed)
     tell("predictor of decode profiles")
-    return Calibration(
+    fitted = Calibration(
         signature=signature,
         centroids=zones.centroids,
         zone_sizes=zones.sizes,
@@ -214,8 +239,38 @@ def fit_calibration(
         provenance=_provenance(trace, profiles, seed),
         picture=_picture(signatures, zones.labels, trace.label, zones.centroids, seed),
         predictor=_fit_predictor(trace, profiles, seed),
-        prompts=_fit_prompts(trace, profiles, seed),
     )
+    if not trace.has_prompts:
+        return fitted
+    tell("prompt model")
+    return with_prompt_zones(replace(fitted, prompts=_fit_prompts(trace, profiles, seed)), trace, profiles, seed)
+
+
+def with_prompt_zones(calibration: Calibration, trace: Trace, profiles: NDArray[np.float32], seed: int) -> Calibration:
+    """Add the zones of signatures that are predicted from words, one for each zone that there is.
+
+    trace: what the calibration was fitted to. profiles: its decode profiles, float32 [N, L, E].
+    """
+    model = calibration.prompts
+    if model is None:
+        return calibration
+    words, found = _with_decodes(trace, profiles)
+    choice = Choice(model.strength, model.idf, model.rank, model.r2, model.gain)
+    predicted = held_out_profiles(words, found, *_layers_and_top_k(trace), choice, seed=seed)
+    signatures = calibration.signature.transform(calibration.expected_counts(predicted))
+    zones = balanced_kmeans(signatures, calibration.workers, seed=seed).centroids
+    return replace(calibration, prompt_centroids=zones[align_zones(calibration.centroids, zones)])
+
+
+def _with_decodes(trace: Trace, profiles: NDArray[np.float32]) -> tuple[list[Words], NDArray[np.float32]]:
+    """The words and profiles, float32 [n, D], of the requests with decode steps."""
+    decoded = np.flatnonzero(profiles.any(axis=(1, 2)))
+    words = [words_of_text(trace.prompt(request)) for request in decoded.tolist()]
+    return words, profiles[decoded].reshape(len(decoded), -1)
+
+
+def _layers_and_top_k(trace: Trace) -> tuple[int, int]:
+    return trace.meta.layers, trace.meta.top_k
 
 
 def _fit_predictor(trace: Trace, profiles: NDArray[np.float32], seed: int) -> ActivationModel | None:
@@ -226,13 +281,9 @@ def _fit_predictor(trace: Trace, profiles: NDArray[np.float32], seed: int) -> Ac
 
 
 def _fit_prompts(trace: Trace, profiles: NDArray[np.float32], seed: int) -> PromptModel | None:
-    if not trace.has_prompts:
-        return None
-    decoded = np.flatnonzero(profiles.any(axis=(1, 2)))
-    words = [words_of_text(trace.prompt(request)) for request in decoded.tolist()]
-    found = profiles[decoded].reshape(len(decoded), -1)
+    words, found = _with_decodes(trace, profiles)
     try:
-        return fit_prompt_model(words, found, trace.meta.layers, trace.meta.top_k, seed=seed)
+        return fit_prompt_model(words, found, *_layers_and_top_k(trace), seed=seed)
     except ActivationError:
         return None
 
@@ -334,18 +385,17 @@ def load_calibration(path: str | Path) -> Calibration:
         ),
         predictor=_predictor(arrays, meta),
         prompts=prompts,
+        prompt_centroids=arrays.get("prompt_centroids"),
     )
 
 
 def _predictor(arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> ActivationModel | None:
     if "activation" not in meta:
         return None
-    fitted = {name: arrays[f"activation_{name}"] for name in ACTIVATION_ARRAYS}
+    fitted: dict[str, Any] = {name: arrays[f"activation_{name}"] for name in ACTIVATION_ARRAYS}
     layers = len(arrays["idf"])
-    activation = meta["activation"]
-    return ActivationModel(
-        **fitted, layers=layers, top_k=meta["top_k"], strength=activation["strength"], r2=activation["r2"]
-    )
+    numbers = {name: meta["activation"][name] for name in ACTIVATION_NUMBERS if name in meta["activation"]}
+    return ActivationModel(**fitted, **numbers, layers=layers, top_k=meta["top_k"])
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -369,6 +419,8 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
         rank, dimension = shapes["activation_down"][0], layers * experts
         expected |= {f"activation_{name}": (dimension,) for name in ("mean_frequency", "mean_profile", "slope")}
         expected |= {f"activation_{name}": (rank, dimension) for name in ("down", "up")}
+    if "prompt_centroids" in shapes:
+        expected["prompt_centroids"] = shapes["centroids"]
     for name, shape in expected.items():
         if shapes.get(name) != shape:
             raise NpzError(f"array {name} has shape {shapes.get(name)}, expected {shape}")
@@ -393,12 +445,17 @@ def _parse_meta(text: str) -> dict[str, Any]:
         and all(type(activation.get(key)) is float and np.isfinite(activation[key]) for key in ("strength", "r2"))
     ):
         raise NpzError("meta: the predictor's strength or r2 is missing")
+    for key, most in (("spread", math.inf), ("trust", 1.0), ("gain", 2.0)):
+        value = (activation or {}).get(key, 0.0)  # 0.1.0 wrote none of them
+        if not (type(value) is float and np.isfinite(value) and 0 <= value <= most):
+            raise NpzError(f"meta: the predictor's {key} is {value!r}")
     return meta
 
 
 def _check_values(arrays: Mapping[str, NDArray[Any]]) -> None:
     predictor = [f"activation_{name}" for name in ACTIVATION_ARRAYS if f"activation_{name}" in arrays]
-    for name in ("idf", "centroids", "picture_points", "picture_centroids", *predictor):
+    of_prompts = [name for name in ("prompt_centroids",) if name in arrays]
+    for name in ("idf", "centroids", "picture_points", "picture_centroids", *of_prompts, *predictor):
         if not np.isfinite(arrays[name]).all():
             raise NpzError(f"array {name} holds NaN or infinity")
     if (arrays["idf"] < 0).any():

@@ -14,6 +14,7 @@ import math
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,22 +27,26 @@ import eldr.kernels
 import eldr.kernels._json
 import eldr.kernels._words
 from eldr.calibration import CalibrationError, load_calibration
-from eldr.counts import CountsError, decode_counts, encode_counts
+from eldr.counts import CountsError, ExpertCounts, decode_counts, encode_counts
 from eldr.event_stream import EventReader
 from eldr.expert_rows import decode_rows, encode_rows
-from eldr.kernels import NO_OBJECT, JsonTextError
+from eldr.kernels import NO_OBJECT, JsonNames, JsonObject, JsonTextError
 from eldr.kernels._types import TOO_MANY_MEMBERS
 from eldr.prompt.words import MOST_TEXT_BYTES, words_of_text
-from eldr.router.config.endpoint import UrlError, worker_urls
+from eldr.router.config.endpoint import ROLES, UrlError, worker_urls
+from eldr.router.experts.base import MoeGeometry
+from eldr.router.experts.connector_reports import read_batch, take_reports
+from eldr.router.experts.expected import ExpectedReports
+from eldr.router.experts.routed_experts import VllmRoutedExperts
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import ExchangeError
 from eldr.router.http.content_coding import DECODERS, PIECE_BYTES, BodyDecoder
 from eldr.router.http.errors import ApiError
 from eldr.router.observe.counters import Metrics
 from eldr.router.protocols import openai
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.prompt_start import SYSTEM, prompt_start
 from eldr.router.protocols.prompt_text import prompt_text, prompt_words
+from eldr.router.protocols.sglang import Sglang
 from eldr.router.protocols.streams import FORMS
 from eldr.router.protocols.vllm_nixl import VllmNixl
 from eldr.router.request.answer import DecodeAnswer, TokenTimes
@@ -207,11 +212,65 @@ def rows(data: bytes) -> None:
             assert (decode_rows(encode_rows(found)) == found).all()
 
 
+def reports(data: bytes) -> None:
+    """A worker's reports: a refusal of the batch, or one outcome for each, and nothing believed that is not so."""
+    heard = _Heard()
+    metrics = Metrics()
+    expected = ExpectedReports(heard, {"": MoeGeometry(2, 8, 2)}, metrics)
+    for name in ("one", "two"):
+        expected.expect(name, name + "/0", None, 100)
+    outcomes: Counter[str] = Counter()
+    try:
+        batch = read_batch(data)
+    except ApiError:
+        return
+    take_reports(batch, expected, outcomes)
+    assert outcomes.total() == len(batch) == sum(metrics.expert_reports.values())
+    assert len(set(heard.names)) == len(heard.names) == outcomes["accepted"]
+    assert set(heard.names) <= {"one/0", "two/0"}
+
+
+class _Heard:
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def report(self, request_id: str, decode: ExpertCounts) -> None:
+        assert decode.counts.shape == (2, 8)
+        assert (decode.counts.sum(axis=1) == decode.prompt_tokens * 2).all()
+        assert decode.prompt_tokens <= 100
+        self.names.append(request_id)
+
+
+CHOICES = JsonNames(("choices",))
+
+
+def routed_experts(data: bytes) -> None:
+    """A stock worker's answer: with its experts cut out it is still JSON, and only sound rows are counted."""
+    engine = VllmRoutedExperts()
+    try:
+        answer = JsonObject(data, CHOICES)
+    except JsonTextError:
+        texts = [data, base64.b64encode(data)]  # the file itself
+    else:
+        span = answer.span("choices")
+        if span is not None and data[span[0]] != ord("["):
+            return
+        kept, texts = engine.take(data, span)
+        JsonObject(kept, JsonNames(()))
+        assert (kept == data) == (not texts)
+        assert engine.take(kept, JsonObject(kept, CHOICES).span("choices"))[1] == []
+    for text in texts:
+        with contextlib.suppress(CountsError):
+            found = engine.decode(text, 3, 4, MoeGeometry(2, 8, 2))
+            found.check()
+            assert (found.layers, found.experts, found.prompt_tokens) == (2, 8, 3)
+
+
 def handoff(data: bytes) -> None:
     """Answers of prefill workers: a hand-off or none, with a lease that is a number and can be sent on as JSON."""
     protocol = VllmNixl()
     try:
-        answer = JsonObject(data, protocol.answer_members)
+        answer = JsonObject(data, protocol.answer_names)
     except JsonTextError:
         return
     found = protocol.read_handoff(answer, Worker("http://p:1", "prefill", 1), 0.0)
@@ -225,9 +284,11 @@ def handoff(data: bytes) -> None:
 def body(data: bytes) -> None:
     """Bodies of clients: ApiError, or requests to both legs without what only the router may say."""
     protocol = VllmNixl()
+    reserved = openai.body_names(protocol.reserved)
     for endpoint in openai.ENDPOINTS.values():
+        names = openai.body_names(endpoint.members | protocol.members)
         try:
-            fields = openai.read_body(endpoint, data, endpoint.members | protocol.members, protocol.reserved)
+            fields = openai.read_body(endpoint, data, names, reserved)
             why = protocol.why_whole(endpoint, fields)
             openai.wants_usage(fields)
             protocol.refuse_early(endpoint, fields, 100)
@@ -240,7 +301,7 @@ def body(data: bytes) -> None:
         others = [name for name, _ in sent if name not in OWNED]
         prefill, decode = (
             _members(protocol.prefill_body(endpoint, fields, False, "leg")),
-            _members(protocol.decode_body(endpoint, fields, None, False, "leg")),
+            _members(protocol.whole_body(endpoint, fields, False, "leg")),
         )
         assert [name for name, _ in prefill if name not in OWNED] == others
         mine = {"stream": False, "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
@@ -253,13 +314,36 @@ def body(data: bytes) -> None:
         assert not any(name.startswith("eldr_") for name, _ in decode)
         limit = openai.max_tokens(endpoint, fields)
         assert limit is None or limit >= 0
+    _pair_bodies(data)
+
+
+def _pair_bodies(data: bytes) -> None:
+    """The same for both legs at once: what says where they meet is there once, and from the router."""
+    protocol = Sglang()
+    met = protocol.rendezvous(Worker("http://p:1", "prefill", 1, bootstrap_port=8998))
+    for endpoint in openai.ENDPOINTS.values():
+        names = openai.body_names(endpoint.members | protocol.members | protocol.reserved)
+        try:
+            fields = openai.read_body(endpoint, data, names, openai.body_names(protocol.reserved))
+            protocol.refuse_early(endpoint, fields, 100)
+        except ApiError:
+            continue
+        name = "request_id" if endpoint.path == openai.RESPONSES else "rid"
+        owned = {*protocol.reserved, "rid", "request_id"}
+        for role in ROLES:
+            left_out = owned if role == "decode" else owned | {"stream", "stream_options"}
+            leg = _members(protocol.leg_body(endpoint, fields, role, met, "leg"))
+            assert [key for key, _ in leg[-4:]] == [name, "bootstrap_host", "bootstrap_port", "bootstrap_room"]
+            assert repr(leg[:-4]) == repr([each for each in _members(fields.text) if each[0] not in left_out])
 
 
 def words(data: bytes) -> None:
     """Words of prompts: of every body that is taken, the same from both readers, and of no more than the end."""
     for endpoint in openai.ENDPOINTS.values():
         try:
-            fields = openai.read_body(endpoint, data, endpoint.members, frozenset())
+            fields = openai.read_body(
+                endpoint, data, openai.body_names(endpoint.members), openai.body_names(frozenset())
+            )
         except ApiError:
             continue
         found = prompt_words(endpoint, fields)
@@ -297,7 +381,8 @@ def json_text(data: bytes) -> None:
     results: list[Any] = []
     for reader in (eldr.kernels, eldr.kernels._json):
         try:
-            results.append(reader.json_members(data, 0, len(data), frozenset(("a", "messages", "")), "eldr_"))
+            read = reader.JsonObject(data, reader.JsonNames(("a", "messages", ""), "eldr_"))
+            results.append((read.members, read.spliced(frozenset(("a", "eldr_b")), b'"a":1')))
         except JsonTextError as error:
             results.append(error.fault if error.fault in (NO_OBJECT, TOO_MANY_MEMBERS) else 0)
     assert results[0] == results[1]
@@ -311,7 +396,7 @@ def json_text(data: bytes) -> None:
     if not isinstance(value, dict):
         assert results[0] == NO_OBJECT
     elif results[0] != TOO_MANY_MEMBERS:
-        found = {name: json.loads(data[start:end], parse_int=str) for name, _, start, end, _ in results[0][0]}
+        found = {name: json.loads(data[start:end], parse_int=str) for name, start, end in results[0][0]}
         assert repr(found) == repr({name: value[name] for name in found})
 
 
@@ -385,6 +470,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
         *(http, coding, upstream, sse, events, body, words, json_text, urls),
-        *(counts, rows, handoff, calibration, trace),
+        *(counts, rows, handoff, reports, routed_experts, calibration, trace),
     )
 }

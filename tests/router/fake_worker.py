@@ -53,6 +53,7 @@ class FakeWorker:
     delay_s: how late every answer is, to probes as well.
     behaviour: called instead of the normal answer for completion and chat requests while it is set.
     metrics: what /metrics says; 404 while it is None.
+    info: what /server_info says: status, body. 404 while it is None.
     base_path: what its URL has behind the port. Other paths are not found.
     others: path -> status, body and content type of further endpoints; each waits while `behaviour` is set, as above.
     max_model_len: what /v1/models says of the model's length.
@@ -87,6 +88,7 @@ class FakeWorker:
         self.lease: object = {"left_s": 30.0}
         self.api_key: str | None = None
         self.metrics: str | None = None
+        self.info: tuple[int, bytes] | None = None
         self.others: dict[str, tuple[int, bytes, str]] = {}
         self.connections = 0
         self.open_connections = 0
@@ -168,6 +170,8 @@ class FakeWorker:
             await reply(writer, *(self.list_answer or (200, self.model_list())))
         elif path == "/metrics" and self.metrics is not None:
             await reply(writer, 200, self.metrics.encode(), "content-type: text/plain\r\n")
+        elif path == "/server_info" and self.info is not None:
+            await reply(writer, *self.info)
         elif path in GENERATES or (path in self.others and self.behaviour is not None):
             await self._generate(seen, reader, writer)
         elif path in self.others:

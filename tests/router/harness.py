@@ -9,7 +9,7 @@ import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -22,6 +22,7 @@ from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import ShortestQueue
 from eldr.router.app import Router, policy_maker
 from eldr.router.config.settings import RouterConfig
+from eldr.router.experts.base import ExpertSink
 from eldr.router.request import answer
 from tests.router.fake_worker import FakeWorker
 
@@ -76,6 +77,7 @@ class Setup:
     router: Router
     prefill: list[FakeWorker]
     decode: list[FakeWorker]
+    aggregated: list[FakeWorker]
     session: aiohttp.ClientSession
 
     @property
@@ -116,33 +118,40 @@ async def running(
     prepare: Callable[[Setup], None] | None = None,
     worker_tls: ssl.SSLContext | None = None,
     worker_path: str = "",
+    expert_sink: ExpertSink | None = None,
+    aggregated: int = 0,
+    fake: Callable[..., FakeWorker] = FakeWorker,
     **settings: Any,
 ) -> AsyncIterator[Setup]:
     """A started router with its fake workers; `prepare` may change the workers before the router probes them.
 
     policy: an object for all models, or the name of one that the settings make.
+    fake: makes the workers.
     """
-    prefills = [
-        await FakeWorker("prefill", ssl_context=worker_tls, base_path=worker_path).start() for _ in range(prefill)
-    ]
-    decodes = [await FakeWorker("decode", ssl_context=worker_tls, base_path=worker_path).start() for _ in range(decode)]
+
+    async def start(role: str, count: int) -> list[FakeWorker]:
+        return [await fake(role, ssl_context=worker_tls, base_path=worker_path).start() for _ in range(count)]
+
+    prefills, decodes = await start("prefill", prefill), await start("decode", decode)
+    wholes = await start("plain", aggregated)
     config = RouterConfig.of(
         prefill=tuple(worker.url for worker in prefills),
         decode=tuple(worker.url for worker in decodes),
+        worker=tuple(worker.url for worker in wholes),
         port=0,
         **{"health_interval_s": 0.1, **({"policy": policy} if isinstance(policy, str) else {}), **settings},
     )
     given = None if isinstance(policy, str) else policy or ShortestQueue()
-    router = Router(config, policy_maker(config) if given is None else lambda group: given)
+    router = Router(config, policy_maker(config) if given is None else lambda group: given, expert_sink=expert_sink)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        setup = Setup(router, prefills, decodes, session)
+        setup = Setup(router, prefills, decodes, wholes, session)
         if prepare is not None:
             prepare(setup)
         try:
             await router.start()
             yield setup
         finally:
-            for worker in (*prefills, *decodes):
+            for worker in (*prefills, *decodes, *wholes):
                 await worker.stop()
             await router.stop(0)
 
@@ -184,6 +193,7 @@ class Scripted(Policy):
         kept = DecodeRequest(
             request.request_id, request.prompt_tokens, request.counts, request.label, request.max_tokens
         )
+        kept.cached_tokens, kept.computes_prompt = request.cached_tokens, request.computes_prompt
         self.asked.append((kept, dict(in_flight)))
         return Decision(self.rule(request, in_flight), "scripted")
 
@@ -198,6 +208,11 @@ class Scripted(Policy):
 
     def left(self, worker: str) -> None:
         self.heard.append(("left", worker))
+
+
+def aggregated(workers: int = 1, **kwargs: Any) -> AbstractAsyncContextManager[Setup]:
+    """A started router in front of aggregated workers alone."""
+    return running(0, 0, aggregated=workers, **kwargs)
 
 
 def preferring(worker: FakeWorker) -> Rule:

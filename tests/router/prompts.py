@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from eldr.router.protocols.json_object import JsonObject
+from eldr.kernels import JsonNames, JsonObject
 from eldr.router.protocols.openai import ENDPOINTS
 from eldr.router.protocols.prompt_start import prompt_start
 
@@ -13,7 +13,7 @@ from eldr.router.protocols.prompt_start import prompt_start
 def start(path: bytes, body: dict[str, Any] | bytes, window_bytes: int = 1024) -> bytes:
     """The start of the prompt in a body, given as it is sent or as what it says."""
     endpoint = ENDPOINTS[path]
-    fields = JsonObject(body if isinstance(body, bytes) else json.dumps(body).encode(), endpoint.members)
+    fields = JsonObject(body if isinstance(body, bytes) else json.dumps(body).encode(), JsonNames(endpoint.members))
     at, end = fields.span(endpoint.input) or (0, 0)
     return prompt_start(endpoint, fields.text, at, end, window_bytes)
 

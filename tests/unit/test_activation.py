@@ -1,6 +1,7 @@
 """The predictor against a plain primal regression, on traffic with a structure that can be predicted."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from hypothesis import strategies as st
 from eldr.activation import (
     LEAST,
     MOST,
+    TRUST,
     ActivationError,
     ActivationModel,
     busiest_rank_experts,
     effective_tokens,
     expected_union,
     of_a_step,
+    overlap_gain,
     own_frequencies,
     to_probabilities,
 )
@@ -41,6 +44,11 @@ def fit(trace: Trace, **options: Any) -> ActivationModel:
     return ActivationModel.fit(
         trace.prefill_counts, trace.prompt_tokens, trace.decode_profiles(), trace.meta.top_k, **options
     )
+
+
+@pytest.fixture(scope="module")
+def model(trace: Trace) -> ActivationModel:
+    return fit(trace)
 
 
 def test_own_frequencies_are_shrunk_to_the_mean(trace: Trace) -> None:
@@ -91,14 +99,110 @@ def test_it_predicts_held_out_requests_better_than_their_own_frequencies(trace: 
     profiles = trace.decode_profiles().reshape(120, -1)
     held = [request for request in range(60, 120) if profiles[request].any()]
     mean = profiles[train].mean(axis=0)
-    errors = {"fitted": 0.0, "own": 0.0, "mean": 0.0}
+    errors = {"fitted": 0.0, "half": 0.0, "own": 0.0, "mean": 0.0}
     for request in held:
-        counts = counts_of(trace, request)
-        own = own_frequencies(counts, mean)
-        for name, predicted in (("fitted", model.predict(counts)), ("own", own), ("mean", mean)):
+        own = own_frequencies(counts_of(trace, request), model.mean_frequency)
+        for name, predicted in (
+            ("fitted", model.predict(own, model.mean_frequency, 1.0)),
+            ("half", model.predict(own, model.mean_frequency, 0.5)),
+            ("own", own),
+            ("mean", mean),
+        ):
             errors[name] += float(((predicted - profiles[request]) ** 2).sum())
-    assert errors["fitted"] < errors["own"] < errors["mean"]
+    assert errors["fitted"] < errors["half"] < errors["own"] < errors["mean"]
     assert model.r2 == pytest.approx(1 - errors["fitted"] / errors["mean"], abs=0.1)
+
+
+@given(st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_a_prediction_is_the_one_of_its_definition(
+    trace: Trace, model: ActivationModel, share: float, seed: int
+) -> None:
+    """Own frequencies, shifted from prompts to decode steps, plus a share of what the map says beyond them."""
+    rng = np.random.default_rng(seed)
+    fleet = rng.dirichlet(np.ones(16), 3).reshape(-1).astype(np.float32) * 2
+    own = own_frequencies(counts_of(trace, int(rng.integers(120))), fleet)
+    x = (own - fleet).astype(float)
+    map_alone = [
+        fleet[i]
+        + model.mean_profile[i]
+        - model.mean_frequency[i]
+        + model.slope[i] * x[i]
+        + sum(model.up[r, i] * float(model.down[r].astype(float) @ x) for r in range(model.rank))
+        for i in range(48)
+    ]
+    middle = fleet + model.mean_profile - model.mean_frequency
+    shifted = own + model.mean_profile - model.mean_frequency
+    scores = middle + model.gain * ((1 - share) * shifted + share * np.array(map_alone) - middle)
+    expected = to_probabilities(scores.astype(np.float32), 3, 2)
+    assert model.predict(own, fleet, share) == pytest.approx(expected, abs=2e-5)
+
+
+def test_a_fleet_with_a_larger_spread_gets_less_of_the_correction() -> None:
+    """Against the regression that such a fleet would fit: prompts are decode profiles with noise of one size.
+
+    The variance of what requests have in common with their prompts grows by 6, the noise stays. The best slope goes
+    from 1 / (1 + 1) to 6 / (6 + 1).
+    """
+    rng = np.random.default_rng(8)
+    true, noise = rng.normal(size=(4000, 48)) * 0.02, rng.normal(size=(4000, 48)) * 0.02
+    base = np.full(48, 0.125)
+    narrow, wide = true + base, true * 6**0.5 + base
+    model = ActivationModel.fit_lessons(
+        (narrow + noise).astype(np.float32), narrow.astype(np.float32), 3, 2, ranks=(0,), strengths=(1.0,)
+    )
+    model = dataclasses.replace(model, trust=1.0)
+    assert model.slope.mean() == pytest.approx(1 / 2, abs=0.02)
+    x = wide + noise - (wide + noise).mean(axis=0)
+    y = wide - wide.mean(axis=0)
+    best = float((x * y).sum() / (x * x).sum())
+    share = model.share(float((x * x).sum(axis=1).mean()))
+    assert 1 - share + share * float(model.slope.mean()) == pytest.approx(best, abs=0.02)
+    assert model.share(0.5 * model.spread) == model.share(model.spread) == 1.0
+
+
+def test_the_gain_is_the_one_of_all_pairs() -> None:
+    """Against a loop over pairs, and against the factor by which predictions were shrunk."""
+    rng = np.random.default_rng(4)
+    recorded = rng.uniform(0, 0.3, (9, 12)).astype(np.float32)
+    predicted = (0.8 * recorded + rng.uniform(0, 0.02, (9, 12))).astype(np.float32)
+    p, r = (profiles.astype(float) - profiles.astype(float).mean(axis=0) for profiles in (predicted, recorded))
+    pairs = [(i, j) for i in range(9) for j in range(9) if i != j]
+    products = sum((p[i] @ p[j]) * (r[i] @ r[j]) for i, j in pairs)
+    squares = sum((p[i] @ p[j]) ** 2 for i, j in pairs)
+    assert overlap_gain(predicted, recorded) == pytest.approx((products / squares) ** 0.5, rel=1e-4)
+    for shrunk, gain in ((0.8, 1.25), (1.0, 1.0), (1.1, 1 / 1.1), (0.1, 2**0.5), (3.0, 2**-0.5), (0.0, 1.0)):
+        assert overlap_gain(recorded * np.float32(shrunk), recorded) == pytest.approx(gain, rel=1e-4)
+
+
+def test_the_gain_makes_up_for_shrunk_overlaps() -> None:
+    """Profiles of a few topics, prompts with noise in each expert: regression of each shrinks, their sum is clear."""
+    rng = np.random.default_rng(5)
+    topics = rng.normal(size=(3, 96)) * 0.03
+    mixed = rng.normal(size=(600, 3)) @ topics + 0.1
+    noisy = (mixed + rng.normal(size=mixed.shape) * 0.06).astype(np.float32)
+    model = ActivationModel.fit_lessons(noisy, mixed.astype(np.float32), 6, 2, ranks=(0,), strengths=(1.0,))
+    slope = float(model.slope.mean())
+    assert slope < 0.6
+    # Overlaps keep slope^2 of the signal, and little of the noise: 96 experts are averaged.
+    assert model.gain == pytest.approx(min(1 / slope, 2**0.5), abs=0.1)
+
+
+def test_lessons_move_the_trust(trace: Trace, model: ActivationModel) -> None:
+    """Lessons that follow the map raise it towards 1, lessons that follow own frequencies lower it towards 0."""
+    assert model.trust == TRUST
+    flat = trace.prefill_counts.reshape(120, -1).astype(np.float32)
+    own = ((flat + 4 * model.mean_frequency) / (trace.prompt_tokens[:, None] + 4)).astype(np.float32)
+    x = own - own.mean(axis=0)
+    by_map = model.slope * x + x @ model.down.T @ model.up
+
+    def trust(share: float) -> float:
+        return model.judged(own, (share * by_map + (1 - share) * x).astype(np.float32)).trust
+
+    # Each share with the weight of 120 lessons, and TRUST with that of 20.
+    assert [trust(share) for share in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(
+        [10 / 140, 40 / 140, 0.5, 130 / 140], abs=1e-3
+    )
+    assert (trust(3.0), trust(-1.0)) == (1.0, 0.0)
 
 
 def test_the_same_seed_gives_the_same_model(trace: Trace) -> None:
@@ -128,8 +232,9 @@ def test_round_trip_in_the_calibration_file(trace: Trace, tmp_path: Path) -> Non
     assert loaded is not None
     for field in dataclasses.fields(loaded):
         assert np.array_equal(getattr(loaded, field.name), getattr(calibration.predictor, field.name)), field.name
-    counts = counts_of(trace, 0)
-    assert np.array_equal(loaded.predict(counts), calibration.predictor.predict(counts))
+    frequency = own_frequencies(counts_of(trace, 0), loaded.mean_frequency)
+    predicted = [model.predict(frequency, frequency * 0 + 0.1, 0.3) for model in (loaded, calibration.predictor)]
+    assert np.array_equal(predicted[0], predicted[1])
 
 
 def test_a_calibration_without_predictor_stays_one(tmp_path: Path) -> None:
@@ -144,6 +249,9 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     "other rank": ({"activation_up": np.zeros((1, 48), np.float32)}, "activation_up has shape"),
     "short slope": ({"activation_slope": np.zeros(7, np.float32)}, "activation_slope has shape"),
     "NaN": ({"activation_slope": np.full(48, np.nan, np.float32)}, "activation_slope holds NaN"),
+    "trust": ({"trust": 1.5}, "predictor's trust is 1.5"),
+    "spread": ({"spread": "wide"}, "predictor's spread is 'wide'"),
+    "gain": ({"gain": 3.0}, "predictor's gain is 3.0"),
     "no down": ({"activation_down": None}, "predictor is incomplete"),
 }
 
@@ -153,7 +261,12 @@ def test_a_damaged_predictor_is_refused(trace: Trace, tmp_path: Path, case: str)
     change, message = DAMAGE[case]
     fit_calibration(trace, 3).save(tmp_path / "c.npz")
     with np.load(tmp_path / "c.npz") as file:
-        arrays = {**file, **change}
+        arrays = {**file}
+    if set(change) <= {"trust", "spread", "gain"}:
+        meta = json.loads(str(arrays["meta"]))
+        meta["activation"] |= change
+        change = {"meta": np.array(json.dumps(meta))}
+    arrays |= change
     write_npz(tmp_path / "c.npz", {name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(CalibrationError, match=message):
         load_calibration(tmp_path / "c.npz")

@@ -67,7 +67,7 @@ def test_the_entry_point_is_a_command_of_eldr(capsys: pytest.CaptureFixture[str]
     assert program in PROJECT["scripts"]
     # Unknown flags end in SystemExit, a fleet without workers in an error of eldr's own.
     assert main(arguments) == 2
-    assert "prefill is empty" in capsys.readouterr().err
+    assert "no workers are given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False), (None, False)])

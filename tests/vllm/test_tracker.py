@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from eldr.counts import decode_counts
+from eldr.counts import ExpertCounts, decode_counts
 from eldr.engines.vllm.scheduler import RequestTracker
 from eldr.engines.vllm.table import BlockTable
 from eldr.engines.vllm.worker import ExpertCounter
@@ -49,6 +49,7 @@ class Job:
     blocks: list[int] = field(default_factory=list)
     countable: bool | None = None
     restarted: bool = False
+    recorded: bool = True
     drafts: list[int] = field(default_factory=list)  # computed in this step after the other tokens, right or wrong
 
     @property
@@ -69,12 +70,31 @@ class Capture:
         return tokens <= STEP_TOKENS
 
 
+class Reports:
+    """Keeps what it is told, of most requests."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, ExpertCounts] = {}
+        self.missing = 0
+
+    def draws(self, request_id: str) -> bool:
+        return not request_id.endswith("7")
+
+    def put(self, request_id: str, counts: ExpertCounts) -> None:
+        assert request_id not in self.told
+        self.told[request_id] = counts
+
+    def incomplete(self) -> None:
+        self.missing += 1
+
+
 class Simulation:
     def __init__(self, rng: random.Random, draft_tokens: int = 0) -> None:
         self.rng = rng
         self.draft_tokens = draft_tokens
         self.drafted: set[int] = set()  # blocks
-        self.tracker = RequestTracker(group=1, block_size=BLOCK_SIZE, draft_tokens=draft_tokens)
+        self.reports = Reports()
+        self.tracker = RequestTracker(group=1, block_size=BLOCK_SIZE, draft_tokens=draft_tokens, reports=self.reports)
         self.capture = Capture()
         self.counter = ExpertCounter(self.capture, BlockTable(BLOCKS, BLOCK_SIZE, LAYERS, EXPERTS, device="cpu"))  # type: ignore[arg-type]
         self.free = deque(range(BLOCKS))
@@ -313,6 +333,10 @@ class Simulation:
         return answer
 
     def check(self, job: Job, answer: dict[str, Any] | None) -> None:
+        self.check_report(job)
+        if not job.recorded:
+            assert answer is None
+            return
         assert answer is not None
         # A job that could not be counted may be preempted, and counted when its prompt is computed again.
         if job.countable or "unavailable" not in answer["eldr_counts"]:
@@ -335,6 +359,22 @@ class Simulation:
         assert rows.shape == (len(job.output) - 1, LAYERS, TOP_K)
         np.testing.assert_array_equal(rows.reshape(-1), np.array(expected_rows, dtype=int).reshape(-1))
 
+    def check_report(self, job: Job) -> None:
+        """Each decode row counts once, however often it was computed."""
+        told = self.reports.told.pop(job.name, None)
+        if self.draft_tokens or not self.reports.draws(job.name) or len(job.output) == 1:
+            assert told is None
+            return
+        assert told is not None
+        expected = np.zeros((LAYERS, EXPERTS), dtype=np.int64)
+        for end in range(1, len(job.output)):
+            for layer, chosen in enumerate(experts_of(tuple(job.prompt + job.output[:end]))):
+                expected[layer, chosen] += 1
+        np.testing.assert_array_equal(told.counts, expected)
+        assert told.prompt_tokens == len(job.output) - 1
+        told.check()
+        self.outcomes.append("reported")
+
 
 def simulate(seed: int, jobs: int, draft_tokens: int = 0) -> Simulation:
     rng = random.Random(seed)
@@ -349,12 +389,14 @@ def simulate(seed: int, jobs: int, draft_tokens: int = 0) -> Simulation:
             stems.append(prompt)
             output = [rng.randrange(3) for _ in range(rng.randrange(1, 12))]
             job = Job(f"job{submitted}", prompt, output, load=rng.random() < 0.25)
-            simulation.tracker.arrived(job.name, len(prompt), {"eldr_record": True})
+            job.recorded = rng.random() < 0.8
+            simulation.tracker.arrived(job.name, len(prompt), {"eldr_record": True} if job.recorded else None)
             simulation.waiting.append(job)
             submitted += 1
         if simulation.running and rng.random() < 0.03:
             simulation.finish(rng.choice(simulation.running))
         simulation.step()
+    assert simulation.reports.missing == 0
     return simulation
 
 
@@ -370,6 +412,7 @@ def test_the_simulation_reaches_both_outcomes(draft_tokens: int) -> None:
     outcomes = [outcome for seed in range(5) for outcome in simulate(seed, 40, draft_tokens).outcomes]
     assert outcomes.count("counted") > 50
     assert outcomes.count("unavailable") > 10
+    assert (outcomes.count("reported") > 50) == (draft_tokens == 0)
 
 
 def test_blocks_beyond_the_hit_that_vllm_settled_on_are_emptied() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from eldr.replay.changes import FleetChange
     from eldr.replay.experiment import Cell, Laboratory
+    from eldr.replay.prompts import SharedPrefixes
     from eldr.replay.workload import ServedKind
 
 SUMMARY = "compare policies on a recorded trace, without a fleet"
@@ -28,6 +29,7 @@ EXAMPLES = """examples:
   eldr replay trace.npz --workers 8 --fleet-change 0.3:-1,0.6:+1 --json -
   eldr replay trace.npz --signature prompt --learn online --calibrate-fraction 0
   eldr replay trace.npz --workload task --kind math=gsm8k,mgsm --workers 16 --batch 5
+  eldr replay trace.npz --aggregated --prompt-tokens azure_conv.csv --policies prefix-affinity,expected-union
 
 The load balancers rr, random, p2c and jsq always run, because changes are given against the best of them.
 These policies exist only in the replay:
@@ -74,8 +76,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--arrivals", default="poisson", metavar="poisson|trace|FILE",
          help="poisson, or recorded arrival times stretched to the rate: those of the trace, or of a .csv, .jsonl "
          "or text file (poisson)")  # fmt: skip
+    flag(
+        "--aggregated",
+        action="store_true",
+        help="every worker also computes the prompts of its requests, --prefill-chunk tokens a step",
+    )
+    flag("--prompt-tokens", default="trace", metavar="trace|FILE",
+         help="lengths of the prompts: those of the trace, or of a .csv (Azure) or .jsonl file (Mooncake, with the "
+         "prefixes that its prompts share) (trace)")  # fmt: skip
+    flag(
+        "--shared-prefixes",
+        type=_prefixes,
+        metavar="N:TOKENS",
+        help="with --aggregated: prompts begin with one of N prefixes of so many tokens, the i-th as often as 1/i",
+    )
     flag("--max-num-seqs", type=_whole, default=256, metavar="N", help="requests that a worker runs at once (256)")
-    flag("--kv-tokens", type=_whole, metavar="N", help="tokens that a worker's KV cache holds (no limit)")
+    flag("--kv-tokens", type=_whole, metavar="N",
+         help="tokens that a worker's KV cache holds, and its prefix cache (no limit)")  # fmt: skip
     flag("--json", metavar="FILE|-", help="write the results as JSON to a file, or to standard output (-)")
     add_flags(parser, PolicyOptions)
 
@@ -105,6 +122,7 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
     from eldr.replay.arrivals import read_arrivals
     from eldr.replay.errors import ReplayError
     from eldr.replay.experiment import Laboratory, Settings, check_names
+    from eldr.replay.prompts import read_prompts
     from eldr.replay.split import Mix
     from eldr.replay.worker import WorkerLimits
     from eldr.trace import read_trace
@@ -118,6 +136,14 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
             raise ReplayError(f"{arguments.trace} has no arrival times; omit --arrivals trace")
     elif arguments.arrivals != "poisson":
         recorded = read_arrivals(Path(arguments.arrivals))
+    options = PolicyOptions.from_settings(given(arguments, PolicyOptions))
+    if arguments.shared_prefixes is not None and not arguments.aggregated:
+        raise ReplayError("--shared-prefixes needs --aggregated")
+    if arguments.aggregated and arguments.max_num_seqs > options.prefill_chunk:
+        raise ReplayError(
+            f"--prefill-chunk {options.prefill_chunk} is less than --max-num-seqs {arguments.max_num_seqs}: a step "
+            "must have room for a token of every request"
+        )
     kinds, output_tokens = _workload(arguments, trace.label.tolist())
     labels = tuple(label for kind in kinds for label in kind.labels) or None
     settings = Settings(
@@ -135,7 +161,10 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
         learn_share=arguments.learn_share,
         limits=WorkerLimits(arguments.max_num_seqs, arguments.kv_tokens),
         recorded_arrivals_s=recorded,
-        options=PolicyOptions.from_settings(given(arguments, PolicyOptions)),
+        options=options,
+        aggregated=arguments.aggregated,
+        recorded_prompts=None if arguments.prompt_tokens == "trace" else read_prompts(Path(arguments.prompt_tokens)),
+        shared_prefixes=arguments.shared_prefixes,
     )
     calibration = None if arguments.calibration is None else load_calibration(arguments.calibration)
     return Laboratory(trace, settings, calibration)
@@ -176,7 +205,8 @@ def _compare(
     cells = compare(
         laboratory, arguments.policies, workers, rate, batch, arguments.seeds, lambda done: advance(done, 0)
     )
-    objects = [as_object(cell, cells, laboratory.settings.options.cost_scope) for cell in cells]
+    settings = laboratory.settings
+    objects = [as_object(cell, cells, settings.options.cost_scope, settings.aggregated) for cell in cells]
     if arguments.switch_at is not None or arguments.fleet_change:
         for entry, cell in zip(objects, cells, strict=True):
             entry["timeline_tpot_mean_ms"] = timeline_ms(cell)
@@ -242,6 +272,15 @@ def _changes(text: str) -> tuple[FleetChange, ...]:
         return parse_changes(text)
     except ReplayError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _prefixes(text: str) -> SharedPrefixes:
+    from eldr.replay.prompts import SharedPrefixes
+
+    count, colon, tokens = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N:TOKENS, such as 32:1024")
+    return SharedPrefixes(_whole(count), _whole(tokens))
 
 
 def _whole(text: str) -> int:

@@ -29,8 +29,8 @@ from eldr.errors import EldrError
 from eldr.load.client import Target, run_closed
 from eldr.load.outcome import Outcome
 from eldr.policies import POLICY_NAMES
+from eldr.record import Connector, RecordOptions, record
 from eldr.record import Prompt as RecordPrompt
-from eldr.record import RecordOptions, record
 from eldr.trace import write_trace
 
 EXIT_FAILED = 1
@@ -154,7 +154,7 @@ class _Demo:
             concurrency=CALIBRATION_IN_FLIGHT,
         )
         with self.view.step("record calibration prompts", len(prompts)) as step:
-            recording = await asyncio.to_thread(record, prompts, options, step.advance)
+            recording = await asyncio.to_thread(record, prompts, Connector(options), step.advance)
             if recording.failures:
                 raise DemoError(f"{len(recording.failures)} prompts were not recorded: {recording.failures[0]}")
             write_trace(recording.trace, self.options.output / "trace.npz")

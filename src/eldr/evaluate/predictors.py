@@ -20,12 +20,16 @@ Predict = Callable[[ExpertCounts], NDArray[np.float32]]
 
 
 def predictors(fitted: ActivationModel) -> dict[str, Predict]:
-    """Return the fitted predictor, and the prompt's own frequencies that are used without a calibration."""
+    """The fitted predictor on traffic like the calibration's, and the frequencies that are used without one."""
 
     def own(counts: ExpertCounts) -> NDArray[np.float32]:
         return to_probabilities(own_frequencies(counts, fitted.mean_frequency), counts.layers, counts.top_k)
 
-    return {"fitted": fitted.predict, "own frequencies": own}
+    def corrected(counts: ExpertCounts) -> NDArray[np.float32]:
+        frequency = own_frequencies(counts, fitted.mean_frequency)
+        return fitted.predict(frequency, fitted.mean_frequency, fitted.trust)
+
+    return {"fitted": corrected, "own frequencies": own}
 
 
 def _run(bench: Bench, part: Part) -> list[Row]:

@@ -20,7 +20,9 @@ from eldr.kernels._types import (
     FleetState,
     JsonMember,
     JsonTextError,
+    JsonValue,
     PlacementWeights,
+    PrefillTerms,
 )
 
 # The compiled kernels carry no type annotations. Their signatures are those of the numpy kernels.
@@ -45,15 +47,19 @@ __all__ = [
     "WORD_BUCKETS",
     "FleetState",
     "JsonMember",
+    "JsonNames",
+    "JsonObject",
     "JsonTextError",
+    "JsonValue",
     "PlacementWeights",
+    "PrefillTerms",
+    "add_prefill",
     "encode_exposure",
     "encode_signature",
     "from_fractions",
     "json_chat_start",
     "json_elements",
     "json_known_parts",
-    "json_members",
     "json_start",
     "json_texts",
     "latent_to_scores",
@@ -72,12 +78,14 @@ __all__ = [
 
 COMPILED = _chosen.__name__.endswith("._compiled")
 
+JsonNames = _reader.JsonNames
+JsonObject = _reader.JsonObject
+add_prefill = _chosen.add_prefill
 encode_exposure = _chosen.encode_exposure
 encode_signature = _chosen.encode_signature
 json_chat_start = _reader.json_chat_start
 json_elements = _reader.json_elements
 json_known_parts = _reader.json_known_parts
-json_members = _reader.json_members
 json_start = _reader.json_start
 json_texts = _counter.json_texts
 latent_to_scores = _counter.latent_to_scores

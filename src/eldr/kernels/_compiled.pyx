@@ -6,20 +6,24 @@ reads or writes outside of an array. Arrays are taken through numpy's C API. A t
 and a placement has eight arrays and takes 200 ns in all.
 """
 
+cimport cython
 from cpython.long cimport PyLong_AsSsize_t
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.object cimport PyObject
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.math cimport sqrtf
 from libc.stdint cimport UINT32_MAX, int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcmp
+from libc.string cimport memchr, memcmp, memcpy
 
 cimport numpy as cnp
 from numpy cimport NPY_FLOAT32, NPY_FLOAT64, NPY_INT8, NPY_INT64, NPY_UINT8, NPY_UINT16, NPY_UINT32
 
 from json import loads
+from math import copysign, inf
+from sys import intern
 
-from eldr.kernels._types import NO_OBJECT, TOO_MANY_MEMBERS, FleetState, JsonTextError, PlacementWeights
+from eldr.kernels._types import NO_OBJECT, TOO_MANY_MEMBERS, FleetState, JsonTextError, PlacementWeights, PrefillTerms
 from eldr.kernels._types import JSON_MEMBERS as _MEMBERS
 
 cdef Py_ssize_t MOST_MEMBERS = _MEMBERS
@@ -55,6 +59,18 @@ cdef extern from "loops.h" nogil:
         Py_ssize_t count
         const double *at_random
 
+    struct Prefill "prefill":
+        double experts
+        double missed
+        double chunk_tokens
+        double others
+
+    struct Prompt "prompt":
+        const int64_t *waiting
+        const int64_t *uncached
+        double tokens
+        double scale
+
     int unpack_layers(const uint8_t *data, Py_ssize_t length, int low_bits, int high_bits, Py_ssize_t layers,
                       Py_ssize_t experts, uint64_t sum, uint32_t most, uint32_t *out)
     void frequencies(const uint32_t *counts, const float *mean, float prior, float scale, Py_ssize_t size, float *out)
@@ -70,7 +86,10 @@ cdef extern from "loops.h" nogil:
                    float *out)
     void products(const float *row, const float *vector, Py_ssize_t rows, Py_ssize_t size, double *out)
     void fraction_products(const uint16_t *row, const float *vector, Py_ssize_t rows, Py_ssize_t size, double *out)
-    Py_ssize_t place(const Fleet *of, const Weights *by, const Request *asked, const Candidates *among, double *cost)
+    Py_ssize_t place(const Fleet *of, const Weights *by, const Request *asked, const Candidates *among, double allowed_s,
+                     double *cost, double *limit_s)
+    Py_ssize_t add_prompt(const Fleet *of, const Prefill *by, const Prompt *asked, const Candidates *among,
+                          double *cost)
 
 
 cdef object unfit(str name, str wanted):
@@ -233,7 +252,8 @@ def row_products(rows, vector, out):
         products(<float *> readable(rows, "rows", NPY_FLOAT32, count * size), factors, count, size, found)
 
 
-def placement_cost(fleet, weights, added, products, at_random, rows, load, double context_tokens, out):
+def placement_cost(fleet, weights, added, products, at_random, rows, load, double context_tokens, double allowed_s,
+                   out):
     if type(fleet) is not FleetState or type(weights) is not PlacementWeights:
         raise TypeError("a placement takes a FleetState and PlacementWeights")
     columns, union, context, length = <tuple> fleet
@@ -259,6 +279,8 @@ def placement_cost(fleet, weights, added, products, at_random, rows, load, doubl
     among.count = count
     among.at_random = <double *> readable(at_random, "at_random", NPY_FLOAT64, batches)
     cdef double *cost = <double *> writable(out, "out", NPY_FLOAT64, count)
+    cdef double limit_s
+    cdef Py_ssize_t best
 
     cdef int64_t *numbers = <int64_t *> PyMem_Malloc((count + workers) * sizeof(int64_t))
     if numbers == NULL:
@@ -273,7 +295,50 @@ def placement_cost(fleet, weights, added, products, at_random, rows, load, doubl
                 raise unfit("load", f"below the {batches - 1} requests of at_random")
         among.load = numbers
         of.context = numbers + count
-        return place(&of, &by, &asked, &among, cost)
+        best = place(&of, &by, &asked, &among, allowed_s, cost, &limit_s)
+        return best, limit_s
+    finally:
+        PyMem_Free(numbers)
+
+
+def add_prefill(fleet, terms, rows, load, waiting, uncached, double prompt_tokens, double scale, out):
+    if type(fleet) is not FleetState or type(terms) is not PrefillTerms:
+        raise TypeError("a prompt's price takes a FleetState and PrefillTerms")
+    columns, union, context, _ = <tuple> fleet
+    experts, missed, chunk_tokens, others = <tuple> terms
+    cdef Prefill by = Prefill(experts, missed, chunk_tokens, others)
+
+    cdef Py_ssize_t workers = size_of(columns) // 4, count = size_of(rows), i
+    if count < 1:
+        raise unfit("rows", "at least one worker")
+    cdef Fleet of
+    of.columns = <double *> readable(columns, "columns", NPY_FLOAT64, workers * 4)
+    of.unions = <double *> readable(union, "union", NPY_FLOAT64, workers)
+    of.workers = workers
+    cdef Candidates among
+    among.rows = <int64_t *> readable(rows, "rows", NPY_INT64, count)
+    among.count = count
+    cdef double *cost = <double *> writable(out, "out", NPY_FLOAT64, count)
+    cdef Prompt asked
+    asked.tokens = prompt_tokens
+    asked.scale = scale
+
+    cdef int64_t *numbers = <int64_t *> PyMem_Malloc((3 * count + workers) * sizeof(int64_t))
+    if numbers == NULL:
+        raise MemoryError
+    try:
+        take_whole_numbers(load, "load", count, numbers)
+        take_whole_numbers(waiting, "waiting", count, numbers + count)
+        take_whole_numbers(uncached, "uncached", count, numbers + 2 * count)
+        take_whole_numbers(context, "context", workers, numbers + 3 * count)
+        for i in range(count):
+            if not 0 <= among.rows[i] < workers:
+                raise unfit("rows", f"of {workers} workers")
+        among.load = numbers
+        asked.waiting = numbers + count
+        asked.uncached = numbers + 2 * count
+        of.context = numbers + 3 * count
+        return add_prompt(&of, &by, &asked, &among, cost)
     finally:
         PyMem_Free(numbers)
 
@@ -323,36 +388,300 @@ cdef Py_ssize_t first_in(const uint8_t *data, Py_ssize_t start, Py_ssize_t end, 
     return json_space(data, at + 1, end) if at < end and data[at] == opening else -1
 
 
-def json_members(bytes text not None, Py_ssize_t start, Py_ssize_t end, frozenset wanted not None, str prefix not None):
-    cdef const uint8_t *data = part_of(text, start, end)
-    cdef Py_ssize_t at = first_in(data, start, end, b"{"), count = 0
-    cdef bint of_all = bool(prefix), closed
-    cdef int fault
-    cdef Member member
-    cdef str name
-    cdef list found = []
-    cdef dict last = {}
-    if at < 0:
-        raise no_object(data, start, end)
-    closed = at < end and data[at] == b"}"
-    while not closed:
-        fault = json_member_at(data, at, end, True, &member)
-        if fault:
-            raise JsonTextError(fault, member.next)
-        count += 1
-        name = string_at(text, member.name, member.name_end + 1, member.escaped)
-        if name in wanted or (of_all and name.startswith(prefix)):
-            if len(found) == MOST_MEMBERS:
-                raise JsonTextError(TOO_MANY_MEMBERS, at)
-            each = (name, member.name, member.value, member.value_end, member.next)
-            found.append(each)
-            last[name] = each
-        at = member.next
-        closed = member.last
-    start = json_space(data, at + 1, end)
-    if start < end:
-        raise JsonTextError(JSON_EXTRA, start)
-    return found, last, count, at
+cdef extern from "Python.h":
+    PyObject *PyTuple_GET_ITEM(object items, Py_ssize_t at)
+    int PyUnicode_CHECK_INTERNED(object text)
+
+cdef enum:
+    NAME_BUCKETS = 64
+    NOT_WANTED = -1
+    PREFIXED = -2
+    FEW_MEMBERS = 8
+
+# A name that is wanted, in UTF-8, and the next one of its bucket.
+cdef struct WantedName:
+    const char *text
+    Py_ssize_t size
+    int next
+
+# A member that was found: which name it has, and the positions of _json._Found.
+cdef struct Found:
+    int slot
+    Py_ssize_t name
+    Py_ssize_t value
+    Py_ssize_t value_end
+    Py_ssize_t next
+
+
+cdef inline int bucket(const char *name, Py_ssize_t size) noexcept:
+    return (size * 7 + <uint8_t> name[0] * 3 + <uint8_t> name[size - 1]) & (NAME_BUCKETS - 1) if size else 0
+
+
+@cython.final
+cdef class JsonNames:
+    cdef readonly frozenset names
+    cdef readonly str prefix
+    cdef tuple by_slot  # the names as str and in UTF-8
+    cdef tuple in_utf8
+    cdef dict slots
+    cdef bytes prefix_utf8
+    cdef WantedName *wanted
+    cdef int[NAME_BUCKETS] first
+
+    def __cinit__(self, names, str prefix not None=""):
+        cdef Py_ssize_t i
+        cdef int at
+        self.names = frozenset(names)
+        self.prefix = prefix
+        self.prefix_utf8 = prefix.encode("utf-8", "surrogatepass")
+        self.by_slot = tuple([intern(name) for name in self.names])
+        self.in_utf8 = tuple([name.encode("utf-8", "surrogatepass") for name in self.by_slot])
+        self.slots = {name: i for i, name in enumerate(self.by_slot)}
+        self.wanted = <WantedName *> PyMem_Malloc((len(self.by_slot) + 1) * sizeof(WantedName))
+        if self.wanted == NULL:
+            raise MemoryError
+        for at in range(NAME_BUCKETS):
+            self.first[at] = NOT_WANTED
+        for i in range(len(self.by_slot)):
+            self.wanted[i].text = <bytes> self.in_utf8[i]
+            self.wanted[i].size = len(<bytes> self.in_utf8[i])
+            at = bucket(self.wanted[i].text, self.wanted[i].size)
+            self.wanted[i].next = self.first[at]
+            self.first[at] = <int> i
+
+    def __dealloc__(self):
+        PyMem_Free(self.wanted)
+
+    cdef int slot_of(self, bytes text, Member *member) except -3:
+        """Which wanted name a member has. Only a name with escapes is made a str for that."""
+        cdef const char *name = <const char *> text + member.name + 1
+        cdef Py_ssize_t size = member.name_end - member.name - 1, prefix_size = len(self.prefix_utf8)
+        cdef int slot
+        if member.escaped:
+            return self.slot_of_str(string_at(text, member.name, member.name_end + 1, True))
+        slot = self.first[bucket(name, size)]
+        while slot != NOT_WANTED:
+            if self.wanted[slot].size == size and memcmp(self.wanted[slot].text, name, size) == 0:
+                return slot
+            slot = self.wanted[slot].next
+        if prefix_size and size >= prefix_size and memcmp(<const char *> self.prefix_utf8, name, prefix_size) == 0:
+            return PREFIXED
+        return NOT_WANTED
+
+    cdef int slot_of_str(self, str name) except -3:
+        slot = self.slots.get(name)
+        if slot is not None:
+            return slot
+        return PREFIXED if self.prefix_utf8 and name.startswith(self.prefix) else NOT_WANTED
+
+
+@cython.final
+@cython.no_gc
+@cython.freelist(8)
+cdef class JsonObject:
+    cdef readonly bytes text
+    cdef JsonNames names
+    cdef Py_ssize_t start, end, close  # of the object with the spaces around it; its closing brace
+    cdef Py_ssize_t members_in_all, count, room
+    cdef bint has_prefixed
+    cdef Found *found
+    cdef Found[FEW_MEMBERS] few
+
+    def __cinit__(self, bytes text not None, JsonNames names not None, Py_ssize_t start=0, end=None):
+        self.text = text
+        self.names = names
+        self.start = start
+        self.end = len(text) if end is None else end
+        self.found = self.few
+        self.room = FEW_MEMBERS
+        self.read(part_of(text, start, self.end))
+
+    def __dealloc__(self):
+        if self.found != self.few:
+            PyMem_Free(self.found)
+
+    cdef bint read(self, const uint8_t *data) except False:
+        cdef Py_ssize_t end = self.end, at = first_in(data, self.start, end, b"{")
+        cdef bint closed
+        cdef int fault, slot
+        cdef Member member
+        if at < 0:
+            raise no_object(data, self.start, end)
+        closed = at < end and data[at] == b"}"
+        while not closed:
+            fault = json_member_at(data, at, end, True, &member)
+            if fault:
+                raise JsonTextError(fault, member.next)
+            self.members_in_all += 1
+            slot = self.names.slot_of(self.text, &member)
+            if slot != NOT_WANTED:
+                self.keep(slot, &member)
+            at = member.next
+            closed = member.last
+        self.close = at
+        at = json_space(data, at + 1, end)
+        if at < end:
+            raise JsonTextError(JSON_EXTRA, at)
+        return True
+
+    cdef bint keep(self, int slot, Member *member) except False:
+        self.has_prefixed |= slot == PREFIXED
+        if self.count == self.room or self.count == MOST_MEMBERS:
+            self.make_room(member.name)
+        self.found[self.count] = Found(slot, member.name, member.value, member.value_end, member.next)
+        self.count += 1
+        return True
+
+    cdef bint make_room(self, Py_ssize_t at) except False:
+        cdef Found *more
+        if self.count == MOST_MEMBERS:
+            raise JsonTextError(TOO_MANY_MEMBERS, at)
+        more = <Found *> PyMem_Malloc(2 * self.room * sizeof(Found))
+        if more == NULL:
+            raise MemoryError
+        memcpy(more, self.found, self.count * sizeof(Found))
+        if self.found != self.few:
+            PyMem_Free(self.found)
+        self.found = more
+        self.room *= 2
+        return True
+
+    cdef Found *last(self, str name) except? NULL:
+        """The last member of this name; NULL if there is none."""
+        cdef int slot
+        cdef Py_ssize_t i
+        # Nearly every name is a constant. Interned strings are equal only if they are the same object.
+        if not self.has_prefixed and PyUnicode_CHECK_INTERNED(name):
+            for i in range(self.count - 1, -1, -1):
+                if PyTuple_GET_ITEM(self.names.by_slot, self.found[i].slot) == <PyObject *> name:
+                    return &self.found[i]
+            return NULL
+        known = self.names.slots.get(name)
+        slot = PREFIXED if known is None else known
+        for i in range(self.count - 1, -1, -1):
+            if self.found[i].slot == slot and (slot != PREFIXED or self.name_of(&self.found[i]) == name):
+                return &self.found[i]
+        return NULL
+
+    cdef str name_of(self, Found *found):
+        cdef Py_ssize_t at = found.name
+        cdef bint escaped = False
+        if found.slot >= 0:
+            return <str> self.names.by_slot[found.slot]
+        json_string(self.text, &at, self.end, &escaped)
+        return string_at(self.text, found.name, at, escaped)
+
+    @property
+    def members(self):
+        cdef list members = []
+        cdef Py_ssize_t i
+        for i in range(self.count):
+            members.append((self.name_of(&self.found[i]), self.found[i].value, self.found[i].value_end))
+        return members
+
+    def __contains__(self, str name not None):
+        return self.last(name) != NULL
+
+    def has_any(self, JsonNames names not None):
+        cdef Py_ssize_t i
+        for i in range(self.count):
+            if names.slot_of_str(self.name_of(&self.found[i])) != NOT_WANTED:
+                return True
+        return False
+
+    def span(self, str name not None):
+        cdef Found *found = self.last(name)
+        return None if found == NULL else (found.value, found.value_end)
+
+    def raw(self, str name not None):
+        cdef Found *found = self.last(name)
+        return None if found == NULL else part(self.text, found.value, found.value_end)
+
+    def get(self, str name not None):
+        cdef Found *found = self.last(name)
+        return None if found == NULL else value_at(self.text, found.value, found.value_end)
+
+    def inner(self, str name not None, JsonNames names not None):
+        cdef Found *found = self.last(name)
+        if found == NULL or (<const uint8_t *> self.text)[found.value] != b"{":
+            return None
+        try:
+            return JsonObject(self.text, names, found.value, found.value_end)
+        except JsonTextError:
+            return None
+
+    def spliced(self, frozenset owned not None, bytes added not None=b""):
+        cdef const char *text = self.text
+        cdef Py_ssize_t left = self.members_in_all, at = self.start, i, size
+        cdef bint ends_in_comma = False
+        cdef bytes out
+        cdef char *to
+        cdef Found *found
+        # No byte is written twice: each is kept, added, a comma or the brace.
+        out = PyBytes_FromStringAndSize(NULL, self.close - self.start + len(added) + 2)
+        to = out
+        for i in range(self.count):
+            found = &self.found[i]
+            if self.name_of(found) in owned:
+                memcpy(to, text + at, found.name - at)
+                to += found.name - at
+                left -= 1
+                ends_in_comma = found.next == self.close
+                at = found.next
+        if at == self.start and not added:
+            return part(self.text, self.start, self.end)
+        memcpy(to, text + at, self.close - at)
+        to += self.close - at
+        if added:
+            if left and not ends_in_comma:
+                to[0] = b","
+                to += 1
+            memcpy(to, <const char *> added, len(added))
+            to += len(added)
+        elif ends_in_comma and left:
+            while (to - 1)[0] != b",":  # nothing but spaces is behind it
+                to -= 1
+            to -= 1
+        to[0] = b"}"
+        size = to + 1 - <char *> out
+        return out if size == len(out) else out[:size]
+
+
+cdef inline bytes part(bytes text, Py_ssize_t start, Py_ssize_t end):
+    """text[start:end]"""
+    if start == 0 and end == len(text):
+        return text
+    return PyBytes_FromStringAndSize(<const char *> text + start, end - start)
+
+
+cdef object value_at(bytes text, Py_ssize_t start, Py_ssize_t end):
+    """The value that stands at text[start:end], which is JSON."""
+    cdef const uint8_t *data = text
+    cdef uint8_t first = data[start]
+    cdef Py_ssize_t at = start
+    cdef int64_t number = 0
+    if first == b'"':
+        return string_at(text, start, end, memchr(data + start, b"\\", end - start) != NULL)
+    if first == b"{" or first == b"[":
+        return part(text, start, end)
+    if first == b"t":
+        return True
+    if first == b"f":
+        return False
+    if first == b"n":
+        return None
+    while at < end and at < start + 18 and c"0" <= data[at] <= c"9":
+        number = number * 10 + (data[at] - c"0")
+        at += 1
+    if at == end:
+        return number
+    while at < end and (data[at] == c"-" or c"0" <= data[at] <= c"9"):
+        at += 1
+    written = text[start:end]
+    try:
+        return int(written) if at == end else float(written)
+    except ValueError:  # an integer with more digits than Python reads
+        return copysign(inf, float(written))
 
 
 cdef object no_object(const uint8_t *data, Py_ssize_t start, Py_ssize_t end):

@@ -8,8 +8,10 @@ escaped or in three bytes of UTF-8.
 from __future__ import annotations
 
 import json
+import math
 import re
-from typing import cast
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 from eldr.kernels._types import (
     JSON_DEPTH,
@@ -19,6 +21,7 @@ from eldr.kernels._types import (
     TOO_MANY_MEMBERS,
     JsonMember,
     JsonTextError,
+    JsonValue,
 )
 
 SPACE = re.compile(rb"[ \t\n\r]*+")
@@ -36,37 +39,137 @@ NO_VALUE, NO_NAME, NO_COLON, NO_COMMA = 1, 2, 3, 4
 UTF8, EXTRA, TOO_DEEP = (JSON_FAULTS.index(fault) for fault in ("Invalid UTF-8", "Extra data", JSON_FAULTS[10]))
 
 
-def json_members(
-    text: bytes, start: int, end: int, wanted: frozenset[str], prefix: str
-) -> tuple[list[JsonMember], dict[str, JsonMember], int, int]:
-    """Check that text[start:end] is a JSON object, and find the members whose names are wanted or begin with `prefix`.
+class _Found(NamedTuple):
+    """A member that was found: its name, where that and the value begin, where the value ends, and where the next is.
 
-    An empty prefix adds none. Names are compared without their escapes. Returns the members in their order, duplicates
-    included; the last one of each name; how many members there are, wanted or not; and where the closing brace is.
-    Raises JsonTextError.
+    next: of the last one, where the closing brace is.
     """
-    _check_utf8(text, start, end)
-    at = _space(text, start, end)
-    if text[at : min(at + 1, end)] != b"{":
-        _no_more(text, _value(text, at, end), end)
-        raise JsonTextError(NO_OBJECT, at)
-    found: list[JsonMember] = []
-    count = 0
-    at = _space(text, at + 1, end)
-    closed = text[at : min(at + 1, end)] == b"}"
-    while not closed:
-        value = _name(text, at, end)
-        value_end = _value(text, value, end)
-        following, closed = _behind(text, value_end, end, b"}")
-        count += 1
-        name = cast(str, json.loads(text[at : text.rindex(b'"', at, value) + 1]))
-        if name in wanted or (prefix and name.startswith(prefix)):
-            if len(found) == JSON_MEMBERS:
-                raise JsonTextError(TOO_MANY_MEMBERS, at)
-            found.append((name, at, value, value_end, following))
-        at = following
-    _no_more(text, at + 1, end)
-    return found, {member[0]: member for member in found}, count, at
+
+    member: str
+    name: int
+    value: int
+    value_end: int
+    next: int
+
+
+class JsonNames:
+    """The names of the members that somebody wants to know, for any number of texts.
+
+    names: as they are without escapes.
+    prefix: members whose names begin so are found as well, unless it is empty.
+    """
+
+    def __init__(self, names: Iterable[str], prefix: str = "") -> None:
+        self.names = frozenset(names)
+        self.prefix = prefix
+
+    def want(self, name: str) -> bool:
+        return name in self.names or (self.prefix != "" and name.startswith(self.prefix))
+
+
+class JsonObject:
+    """The text of an object, and where in it the members stand that somebody wants to know or to replace.
+
+    Of duplicates the last one counts, as it does for Python's readers. It takes the memory of its text and a little
+    more, and no value is parsed before it is asked for.
+
+    text: UTF-8. The object is text[start:end], with spaces around it.
+    names: the members to find. Names are compared without their escapes.
+    Raises JsonTextError if that is not an object that CPython's json would read.
+    """
+
+    def __init__(self, text: bytes, names: JsonNames, start: int = 0, end: int | None = None) -> None:
+        self.text = text
+        self._start = start
+        self._end = end = len(text) if end is None else end
+        self._found: list[_Found] = []
+        self._members_in_all = 0
+        _check_utf8(text, start, end)
+        at = _space(text, start, end)
+        if text[at : min(at + 1, end)] != b"{":
+            _no_more(text, _value(text, at, end), end)
+            raise JsonTextError(NO_OBJECT, at)
+        at = _space(text, at + 1, end)
+        closed = text[at : min(at + 1, end)] == b"}"
+        while not closed:
+            value = _name(text, at, end)
+            value_end = _value(text, value, end)
+            following, closed = _behind(text, value_end, end, b"}")
+            self._members_in_all += 1
+            name = cast(str, json.loads(text[at : text.rindex(b'"', at, value) + 1]))
+            if names.want(name):
+                if len(self._found) == JSON_MEMBERS:
+                    raise JsonTextError(TOO_MANY_MEMBERS, at)
+                self._found.append(_Found(name, at, value, value_end, following))
+            at = following
+        _no_more(text, at + 1, end)
+        self._close = at
+        self._last = {found.member: found for found in self._found}
+
+    @property
+    def members(self) -> list[JsonMember]:
+        """What was found, in order, with duplicates."""
+        return [(found.member, found.value, found.value_end) for found in self._found]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._last
+
+    def has_any(self, names: JsonNames) -> bool:
+        """Whether there is a member that `names` want. They must be among those that were looked for."""
+        return any(names.want(name) for name in self._last)
+
+    def span(self, name: str) -> tuple[int, int] | None:
+        """Where in `text` the value of a member begins and ends. None if there is no such member."""
+        found = self._last.get(name)
+        return None if found is None else (found.value, found.value_end)
+
+    def raw(self, name: str) -> bytes | None:
+        """The text of a member's value."""
+        found = self._last.get(name)
+        return None if found is None else self.text[found.value : found.value_end]
+
+    def get(self, name: str) -> JsonValue:
+        """A member's value. None if there is no such member, or if it is null."""
+        raw = self.raw(name)
+        return None if raw is None else _value_of(raw)
+
+    def inner(self, name: str, names: JsonNames) -> JsonObject | None:
+        """An object that is the value of a member. None if that is none, or repeats itself too often."""
+        found = self._last.get(name)
+        if found is None or self.text[found.value] != ord("{"):
+            return None
+        try:
+            return JsonObject(self.text, names, found.value, found.value_end)
+        except JsonTextError:
+            return None
+
+    def spliced(self, owned: frozenset[str], added: bytes = b"") -> bytes:
+        """Return the object without the members in `owned`, and with those written in `added` at its end.
+
+        owned: names that were wanted. All duplicates go, so that nothing is smuggled and no strict reader finds two.
+        added: the text of members, without braces.
+        All other bytes are those of `text`, in their order.
+        """
+        kept: list[bytes] = []
+        left, at = self._members_in_all, self._start
+        ends_in_comma = False
+        for found in self._found:
+            if found.member in owned:
+                kept.append(self.text[at : found.name])
+                left -= 1
+                ends_in_comma = found.next == self._close
+                at = found.next
+        if not kept and not added:
+            return self.text[self._start : self._end]
+        kept.append(self.text[at : self._close])
+        if added:
+            if left and not ends_in_comma:
+                kept.append(b",")
+            kept.append(added)
+        elif ends_in_comma and left:  # nothing but spaces is behind it
+            kept = [b"".join(kept).rstrip(b" \t\r\n").removesuffix(b",")]
+        kept.append(b"}")
+        return b"".join(kept)
 
 
 def json_elements(text: bytes, start: int, end: int, most: int) -> list[tuple[int, int]]:
@@ -131,6 +234,17 @@ def json_chat_start(text: bytes, start: int, end: int, leading: frozenset[bytes]
         else:
             rest.append(whole)
     return b"".join(system), b"".join(rest)[: max(0, most)]
+
+
+def _value_of(text: bytes) -> JsonValue:
+    """The value of a text that was found to be JSON."""
+    if text[0] in b"{[":
+        return text
+    try:
+        value: str | int | float | bool | None = json.loads(text)
+    except ValueError:  # an integer with more digits than Python reads
+        return math.copysign(math.inf, float(text))
+    return value
 
 
 def _pieces(text: bytes, start: int, end: int) -> list[bytes]:

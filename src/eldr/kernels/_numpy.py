@@ -7,7 +7,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.kernels._types import CERTAIN, Counts, Doubles, FleetState, Floats, PlacementWeights
+from eldr.kernels._types import CERTAIN, Counts, Doubles, FleetState, Floats, PlacementWeights, PrefillTerms
 
 
 def unpack_counts(
@@ -145,11 +145,13 @@ def placement_cost(
     rows: NDArray[np.int64],
     load: list[int],
     context_tokens: float,
+    allowed_s: float,
     out: Doubles,
-) -> int:
-    """Write the cost that expected-union minimises to `out` [N], in seconds per step. Returns the index of the lowest.
+) -> tuple[int, float]:
+    """Write the cost that expected-union minimises to `out` [N], in seconds per step.
 
-    The cost is infinity for a worker that the tail guard rules out.
+    The cost is infinity for a worker that the tail guard rules out. Returns the index of the lowest cost, and the
+    longest step in seconds that the guard would let pass without `allowed_s`.
 
     fleet: the state of all workers.
     weights: the weights of the cost's terms.
@@ -160,6 +162,7 @@ def placement_cost(
     rows: [N], the workers to choose from.
     load: [N], the load of those workers.
     context_tokens: the tokens of the request's prompt.
+    allowed_s: the guard never rules out a step that is not longer than this, in seconds.
     """
     loads, contexts = np.array(load, dtype=np.float64), np.array(fleet.context, dtype=np.float64)
     base_s, expert_s, token_s, context_s = fleet.columns[:, rows]
@@ -174,5 +177,50 @@ def placement_cost(
     random_experts = at_random[np.array(load) + 1]
     saved_s = max(float((expert_s * (random_experts - then)).sum()) / len(rows), 0.0)
     margin_s = weights.tail_guard * (saved_s + weights.guard_share * expert_time_s) + 1e-12
-    out[longer_s > float(longer_s.sum()) / len(rows) + margin_s] = np.inf
+    limit_s = float(longer_s.sum()) / len(rows) + margin_s
+    out[longer_s > max(limit_s, allowed_s)] = np.inf
+    return int(out.argmin()), limit_s
+
+
+def add_prefill(
+    fleet: FleetState,
+    terms: PrefillTerms,
+    rows: NDArray[np.int64],
+    load: list[int],
+    waiting: list[int],
+    uncached: list[int],
+    prompt_tokens: float,
+    scale: float,
+    out: Doubles,
+) -> int:
+    """Add to `out` [N] what a prompt costs the newcomer and the requests there, in seconds, times `scale`.
+
+    Returns the index of the lowest sum. `eldr.policies.prefill` explains the price.
+
+    fleet: the state of all workers.
+    terms: what it depends on.
+    rows: [N], the workers to choose from.
+    load: [N], the load of those workers.
+    waiting, uncached: [N], the tokens of other prompts, and of this one, that each of them has to compute.
+    prompt_tokens: the length of this prompt.
+    """
+    loads, queued, own = (np.array(numbers, dtype=np.float64) for numbers in (load, waiting, uncached))
+    base_s, expert_s, token_s, context_s = fleet.columns[:, rows]
+    union, context = fleet.union[rows], np.array(fleet.context, dtype=np.float64)[rows]
+    unused = np.maximum(terms.experts - union, 0.0)
+    room = np.maximum(terms.chunk_tokens - loads, 1.0)
+
+    def chunks_s(tokens: Doubles) -> tuple[Doubles, Doubles]:
+        """The chunks that so many tokens take, and the time that they add to the steps that they are part of."""
+        chunks = np.ceil(tokens / room)
+        activated = unused * (1 - terms.missed ** np.minimum(tokens, room))
+        return chunks, token_s * tokens + chunks * expert_s * activated
+
+    own_chunks, own_s = chunks_s(own)
+    chunks, until_first_token_s = chunks_s(queued + own)
+    # Every chunk reads what was computed before it: the cached part and, on average, half of the rest.
+    read_s = context_s * (prompt_tokens + (own_chunks - 1) * (prompt_tokens - own / 2))
+    decode_s = base_s + expert_s * union + token_s * loads + context_s * context
+    newcomer_s = chunks * decode_s + until_first_token_s + read_s
+    out += scale * (newcomer_s + terms.others * loads * (own_s + read_s))
     return int(out.argmin())

@@ -45,6 +45,21 @@ class PlacementWeights(NamedTuple):
     guard_share: float
 
 
+class PrefillTerms(NamedTuple):
+    """What the price of a prompt depends on, on workers that compute prompts.
+
+    experts: the experts that a step can wait for, summed over layers.
+    missed: the probability that a token of a prompt activates none of one expert.
+    chunk_tokens: the tokens of a step, decodes included.
+    others: the weight of the time that the requests there wait.
+    """
+
+    experts: float
+    missed: float
+    chunk_tokens: float
+    others: float
+
+
 # The buckets of the words of a text: 16 bits of their hashes.
 WORD_BUCKETS = 65536
 # Of a prompt in more pieces than this, the last ones are looked at.
@@ -77,9 +92,10 @@ JSON_FAULTS = (
 NO_OBJECT = JSON_FAULTS.index("Expecting an object")
 TOO_MANY_MEMBERS = len(JSON_FAULTS) - 1
 
-# A member of a JSON object: its name, where its name, its value, and what follows its value begin and end, in bytes:
-# (name, start of the name's quotes, start of the value, end of the value, start of the next name or closing brace).
-JsonMember = tuple[str, int, int, int, int]
+# A JSON value. An array or an object is its own text.
+JsonValue = str | int | float | bool | bytes | None
+# A member of a JSON object: its name, and where its value begins and ends, in bytes.
+JsonMember = tuple[str, int, int]
 
 
 class JsonTextError(ValueError):

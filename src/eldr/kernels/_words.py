@@ -13,7 +13,7 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.kernels._json import json_elements, json_members
+from eldr.kernels._json import JsonNames, JsonObject, json_elements
 from eldr.kernels._types import JSON_FAULTS, WORD_BUCKETS, WORD_NEAR_BYTES, WORD_PIECES, Floats, JsonTextError
 
 MOST_OF_A_WORD = 65535
@@ -139,8 +139,7 @@ def _check_part(text: bytes, start: int, end: int) -> None:
 
 def _member(text: bytes, start: int, end: int, name: str) -> tuple[int, int] | None:
     """Where the value of a member is: of duplicates, the last."""
-    found = json_members(text, start, end, frozenset((name,)), "")[1].get(name)
-    return None if found is None else (found[2], found[3])
+    return JsonObject(text, JsonNames((name,)), start, end).span(name)
 
 
 def _parts(text: bytes, start: int, end: int) -> list[tuple[int, int]]:

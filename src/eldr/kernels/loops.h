@@ -311,9 +311,10 @@ static inline double similarity_to(const struct fleet *fleet, const struct reque
     return request->products[worker] / (length > 1e-6f ? length : 1e-6f);
 }
 
-/* The cost of each candidate into `cost`, infinity behind the tail guard. Returns the place of the least. */
+/* The cost of each candidate into `cost`, infinity behind the tail guard, which lets steps of `allowed_s` pass. Its own
+   limit goes to `limit_s`. Returns the place of the least. */
 static ptrdiff_t place(const struct fleet *fleet, const struct weights *weights, const struct request *request,
-                       const struct candidates *among, double *cost) {
+                       const struct candidates *among, double allowed_s, double *cost, double *limit_s) {
     const double *base_s = fleet->columns, *expert_s = base_s + fleet->workers, *token_s = expert_s + fleet->workers;
     const double *context_s = token_s + fleet->workers;
     const ptrdiff_t count = among->count;
@@ -334,6 +335,8 @@ static ptrdiff_t place(const struct fleet *fleet, const struct weights *weights,
     saved = saved > 0 ? saved / (double)count : 0;
     const double limit =
         longer / (double)count + weights->tail_guard * (saved + weights->guard_share * experts) + 1e-12;
+    *limit_s = limit;
+    const double most = limit > allowed_s ? limit : allowed_s;
     const double distance_s = weights->anchor * (loads / (double)count + 1) * experts;
     ptrdiff_t best = 0;
     for (ptrdiff_t i = 0; i < count; i++) {
@@ -342,7 +345,52 @@ static ptrdiff_t place(const struct fleet *fleet, const struct weights *weights,
         const double similarity = similarity_to(fleet, request, w);
         const double total =
             cost[i] + weights->others * (double)among->load[i] * added_s + distance_s * (nearest - similarity);
-        cost[i] = cost[i] > limit ? INFINITY : total;
+        cost[i] = cost[i] > most ? INFINITY : total;
+        best = cost[i] < cost[best] ? i : best;
+    }
+    return best;
+}
+
+/* What the price of a prompt depends on: see PrefillTerms. */
+struct prefill {
+    double experts, missed, chunk_tokens, others;
+};
+
+/* A prompt, by candidate: tokens of other prompts and of this one to be computed there; each [count]. */
+struct prompt {
+    const int64_t *waiting, *uncached;
+    double tokens, scale;
+};
+
+/* Steps that compute a chunk of so many tokens, and the time that all chunks add to them, into `added_s`. */
+static inline double chunks_of(double tokens, double room, double token_s, double expert_s, double missed,
+                               double *added_s) {
+    const double chunks = ceil(tokens / room);
+    *added_s = token_s * tokens + chunks * expert_s * (1 - pow(missed, tokens < room ? tokens : room));
+    return chunks;
+}
+
+/* Add the price of the prompt to the cost of each candidate. Returns the place of the least. */
+static ptrdiff_t add_prompt(const struct fleet *fleet, const struct prefill *terms, const struct prompt *prompt,
+                            const struct candidates *among, double *cost) {
+    const double *base_s = fleet->columns, *expert_s = base_s + fleet->workers, *token_s = expert_s + fleet->workers;
+    const double *context_s = token_s + fleet->workers;
+    ptrdiff_t best = 0;
+    for (ptrdiff_t i = 0; i < among->count; i++) {
+        const int64_t w = among->rows[i];
+        const double load = (double)among->load[i], own = (double)prompt->uncached[i];
+        const double unused = terms->experts - fleet->unions[w];
+        const double room = terms->chunk_tokens - load > 1 ? terms->chunk_tokens - load : 1;
+        const double unused_s = expert_s[w] * (unused > 0 ? unused : 0);
+        double own_s, queued_s;
+        const double own_chunks = chunks_of(own, room, token_s[w], unused_s, terms->missed, &own_s);
+        const double chunks =
+            chunks_of((double)prompt->waiting[i] + own, room, token_s[w], unused_s, terms->missed, &queued_s);
+        const double read_s = context_s[w] * (prompt->tokens + (own_chunks - 1) * (prompt->tokens - own / 2));
+        const double decode_s =
+            base_s[w] + expert_s[w] * fleet->unions[w] + token_s[w] * load + context_s[w] * (double)fleet->context[w];
+        const double newcomer_s = chunks * decode_s + queued_s + read_s;
+        cost[i] += prompt->scale * (newcomer_s + terms->others * load * (own_s + read_s));
         best = cost[i] < cost[best] ? i : best;
     }
     return best;

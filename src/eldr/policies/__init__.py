@@ -11,6 +11,7 @@ from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.load import PowerOfTwo, Random, RoundRobin, ShortestQueue
 from eldr.policies.locality_band import LocalityBand
 from eldr.policies.options import PolicyError, PolicyOptions
+from eldr.policies.prefix_affinity import PrefixAffinity
 from eldr.policies.refit import CAPACITY
 
 if TYPE_CHECKING:
@@ -24,8 +25,20 @@ _Maker = Callable[["Calibration | None", PolicyOptions, int], Policy]
 def _locality_band(calibration: Calibration | None, options: PolicyOptions, seed: int) -> Policy:
     if calibration is None:
         raise PolicyError("policy locality-band needs a calibration file (eldr record, then eldr fit)")
+    if options.signature == "prompt" and calibration.prompt_centroids is None:
+        raise PolicyError(
+            "policy locality-band cannot know requests by their prompts: the calibration holds no prompt model; record "
+            "a trace with --keep-prompts, and fit it"
+        )
     remember = CAPACITY if options.refits else 0
-    return LocalityBand(calibration, tau=options.tau, two_nearest=options.two_nearest, remember=remember, seed=seed)
+    return LocalityBand(
+        calibration,
+        signature=options.signature,
+        tau=options.tau,
+        two_nearest=options.two_nearest,
+        remember=remember,
+        seed=seed,
+    )
 
 
 def _expected_union(calibration: Calibration | None, options: PolicyOptions, seed: int) -> Policy:
@@ -39,6 +52,7 @@ _MAKERS: dict[str, _Maker] = {
     "random": lambda calibration, options, seed: Random(seed),
     "p2c": lambda calibration, options, seed: PowerOfTwo(seed),
     "jsq": lambda calibration, options, seed: ShortestQueue(seed),
+    "prefix-affinity": lambda calibration, options, seed: PrefixAffinity(seed),
     "domain": lambda calibration, options, seed: Domain(seed),
     "locality-band": _locality_band,
     "expected-union": _expected_union,

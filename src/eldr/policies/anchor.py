@@ -46,15 +46,13 @@ class Anchor:
             array[row] = array[last]
         self.length = self.length[:-1]
 
-    def direction(
-        self, frequency: NDArray[np.float32], mean_frequency: NDArray[np.float32]
-    ) -> NDArray[np.float32] | None:
-        """Unit vector from the fleet's mean expert frequencies to those of a request, float32 [A].
+    def direction(self, profile: NDArray[np.float32], mean_profile: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """Unit vector from the fleet's mean profile to that of a request, float32 [A].
 
-        frequency, mean_frequency: float32 [D]. Returns None if they are equal.
+        profile, mean_profile: float32 [D]. Returns None if they are equal.
         """
         direction = np.empty(self._entries, dtype=np.float32)
-        found = kernels.unit_direction(frequency, mean_frequency, self._layers, self._every, direction)
+        found = kernels.unit_direction(profile, mean_profile, self._layers, self._every, direction)
         return direction if found else None
 
     def turn(self, row: int, direction: NDArray[np.float32]) -> None:

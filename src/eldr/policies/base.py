@@ -1,5 +1,7 @@
 """The interface of a decode policy, which chooses the decode worker for a request once its prefill has ended.
 
+With aggregated workers there is no prefill before: the policy then chooses the worker that also computes the prompt.
+
 The router and the replay run the same policy objects. A policy reads neither a clock nor a socket. Load and time are
 passed in, and random choices come from a seeded generator, so every decision can be repeated from a log.
 """
@@ -38,6 +40,11 @@ class DecodeRequest:
         were not decoded.
     words: the words of the prompt. None if it was not looked at.
     latent: float32 [R], what the prompt model in use makes of the words. The policy sets it; a log repeats it.
+    computes_prompt: whether the chosen worker also computes the prompt, as an aggregated worker does. Then
+        `prompt_tokens` is an estimate.
+    cached_tokens: worker -> tokens of the prompt that are probably in its prefix cache. A worker that is not there has
+        none. None if nothing is known.
+    generated_tokens: how many tokens it generated, set before `finished`. None if nobody knows.
     """
 
     request_id: str
@@ -48,6 +55,9 @@ class DecodeRequest:
     counts_wire: Mapping[str, Any] | None
     words: Words | None
     latent: NDArray[np.float32] | None
+    computes_prompt: bool
+    cached_tokens: Mapping[str, int] | None
+    generated_tokens: int | None
 
     def __init__(
         self,
@@ -58,6 +68,8 @@ class DecodeRequest:
         max_tokens: int | None = None,
         counts_wire: Mapping[str, Any] | None = None,
         words: Words | None = None,
+        computes_prompt: bool = False,
+        cached_tokens: Mapping[str, int] | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_tokens = prompt_tokens
@@ -67,6 +79,14 @@ class DecodeRequest:
         self.counts_wire = counts_wire
         self.words = words
         self.latent = None
+        self.computes_prompt = computes_prompt
+        self.cached_tokens = cached_tokens
+        self.generated_tokens = None
+
+    def uncached_tokens(self, worker: str) -> int:
+        """The tokens of the prompt that `worker` would have to compute. At least the last one is always computed."""
+        cached = 0 if self.cached_tokens is None else self.cached_tokens.get(worker, 0)
+        return max(self.prompt_tokens - cached, 1)
 
     def forget_counts(self) -> None:
         """Drop the counts and the words. They take more memory than everything else about a running stream."""
@@ -159,6 +179,13 @@ class Policy(ABC):
     # Hooks for policies that keep state. A policy that only looks at the load needs none of them.
     def started(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027
         """`request` was sent to `worker`. Its counts may be dropped afterwards."""
+
+    def prompt_computed(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027
+        """`worker` has computed the prompt of `request`, which has `computes_prompt`. Its first token is there.
+
+        Called at most once, between `started` and `finished`. A driver that cannot see a request's first token calls it
+        right after `started`: such a prompt then never counts as waiting.
+        """
 
     def finished(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027
         """`request` has stopped running on `worker`: it completed, failed or was cancelled.

@@ -6,15 +6,18 @@ per step in expectation, where q = prod over R of (1 - p[r]). One more request a
 T = a + b U + c B + d context grows by dT = b dU + c + d context(r). The newcomer pays T + dT in every step, and each of
 the B requests already there pays dT.
 
+A worker that also computes the prompt (aggregated serving) asks for more: time once for the prompt, which
+`eldr.policies.prefill` prices. Divided by the steps that the request will probably make, it is added to the cost.
+
 Two more terms look beyond the time added now:
 
 - The *self-anchor* rewards sending a request where similar ones went recently. Every worker keeps a moving average of
-  the direction in which the expert frequencies of its requests differ from the fleet's mean. A request pays for its
-  distance to the nearest direction. In this way workers find their own zones without a fit, and the zones follow the
-  traffic.
+  the direction in which the profiles of its requests differ from the fleet's mean. A request pays for its distance to
+  the nearest direction. In this way workers find their own zones without a fit, and the zones follow the traffic.
 - The *tail guard* leaves out a worker if its step would become longer than the mean step elsewhere by more than
   locality saves on that mean. Without it locality may fill one worker with its kind of request, and such workers make
-  the tail of TPOT. The saving is known: the mean profile tells how many experts random batches would activate.
+  the tail of TPOT. The saving is known: the mean profile tells how many experts random batches would activate. The tail
+  is made at the fleet's busiest times, so at all others a step may be as long as it could be then.
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel
 from eldr.counts import ExpertCounts
 from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
 from eldr.policies.learned import Learned
-from eldr.policies.load import least_loaded
 from eldr.policies.placement import Placement
+from eldr.policies.prefill import Backlog, OutputLength
+from eldr.policies.prefix_affinity import most_cached
 from eldr.policies.request_model import Arrival, CountsPredictor, PromptPredictor, first_means
 from eldr.policies.rows import WorkerRows
 from eldr.policies.unions import Geometry, Profile, Unions
@@ -41,10 +45,16 @@ from eldr.prompt.model import ProfileMap, PromptModel
 
 # Weight of the self-anchor per unit of cosine similarity, relative to the expert time of an average worker's batch.
 ANCHOR = 0.1
-# How much longer than the mean a step may become, in units of what locality saves on the mean step. GUARD_EXPERT_SHARE
-# of the expert time is allowed in addition, because steps differ that much by chance even if nothing can be saved.
-TAIL_GUARD = 1.25
+# How much longer than the mean a step may become, in units of what locality saves on the mean step: at 1, up to the
+# mean step of a fleet routed by load alone. GUARD_EXPERT_SHARE of the expert time is allowed in addition, because steps
+# differ that much by chance even if nothing can be saved.
+TAIL_GUARD = 1.0
 GUARD_EXPERT_SHARE = 0.01
+# Weight of the time that a prompt costs. 1 is its true share at once. More finds more cached prefixes, which the next
+# requests find again, and costs nothing in TPOT up to about here.
+PREFILL_WEIGHT = 4.0
+# Tokens of a step of an aggregated worker, decodes included. vLLM's default of max_num_batched_tokens on most GPUs.
+PREFILL_CHUNK = 2048
 
 
 class ExpectedUnion(Policy):
@@ -64,6 +74,9 @@ class ExpectedUnion(Policy):
         (`eldr.activation.of_a_step`).
     ranks: expert-parallel ranks per worker. A step then waits for the rank with the most active experts
         (`eldr.activation.busiest_rank_experts`).
+    prefill_weight: the weight of the time that a prompt costs if its worker computes it. 1 is its true share. More
+        favours TTFT.
+    prefill_chunk: the tokens that an aggregated worker computes in a step, at most, decodes included.
     seed: the seed of random choices.
 
     A request without usable counts goes where the fleet's mean profile adds least. The state is exact: after any number
@@ -86,6 +99,8 @@ class ExpectedUnion(Policy):
         tail_guard: float = TAIL_GUARD,
         step_tokens: float = 1.0,
         ranks: int = 1,
+        prefill_weight: float = PREFILL_WEIGHT,
+        prefill_chunk: int = PREFILL_CHUNK,
         seed: int = 0,
     ) -> None:
         self._predictor = predictor
@@ -98,6 +113,10 @@ class ExpectedUnion(Policy):
         self._worker_costs = WorkerCosts(cost, scope, worker_costs or {}, step_tokens)
         self._weights = kernels.PlacementWeights(others_weight, anchor, tail_guard, GUARD_EXPERT_SHARE)
         self._ranks = ranks
+        self._prefill_weight = prefill_weight
+        self._prefill_chunk = prefill_chunk
+        self._backlog = Backlog()
+        self._length = OutputLength()
         self._rng = random.Random(seed)
         self._rows = WorkerRows()
         self._running: dict[tuple[str, str], Profile] = {}
@@ -114,7 +133,7 @@ class ExpectedUnion(Policy):
     def _make_placement(self, layers: int, experts: int, top_k: int) -> Placement:
         geometry = Geometry(layers, experts, self._ranks)
         means = first_means(geometry, top_k, self._predictor, self._by_prompt.profiles, self._step_tokens)
-        self._placement = placement = Placement(geometry, top_k, self._weights, means)
+        self._placement = placement = Placement(geometry, top_k, self._weights, means, self._prefill_chunk)
         for worker in self._rows.names:
             placement.append(self._worker_costs.step_cost(worker, layers))
         return placement
@@ -144,24 +163,43 @@ class ExpectedUnion(Policy):
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
         placement = self._placement_for(request.counts)
         if placement is None:
-            return Decision(least_loaded(in_flight, self._rng), _why_unusable(request.counts))
+            return Decision(most_cached(request, in_flight, self._rng), _why_unusable(request.counts))
         self._latest = arrival = self._look_at(request, placement)
         workers = list(in_flight)
-        best, _ = placement.costs(arrival, self._rows.rows(workers), list(in_flight.values()))
+        best, _ = self._costs(request, arrival, placement, in_flight)
         return Decision(workers[best], arrival.reason)
 
     def costs(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> dict[str, float] | None:
         """Return the costs that `choose` compares, or None while the model is unknown.
 
-        A cost is the seconds of decode time per step that `request` would add on a worker, anchor included. It is
-        infinity for a worker that the tail guard rules out.
+        A cost is the seconds of decode time per step that `request` would add on a worker, anchor and prefill
+        included. It is infinity for a worker that the tail guard rules out.
         """
         placement = self._placement_for(request.counts)
         if placement is None:
             return None
-        rows = self._rows.rows(list(in_flight))
-        _, costs = placement.costs(self._look_at(request, placement), rows, list(in_flight.values()))
+        _, costs = self._costs(request, self._look_at(request, placement), placement, in_flight)
         return dict(zip(in_flight, costs.tolist(), strict=True))
+
+    def _costs(
+        self, request: DecodeRequest, arrival: Arrival, placement: Placement, in_flight: Mapping[str, int]
+    ) -> tuple[int, NDArray[np.float64]]:
+        """The position of the best of the W eligible workers, and the cost of each, float64 [W]."""
+        workers, load = list(in_flight), list(in_flight.values())
+        rows = self._rows.rows(workers)
+        best, costs = placement.costs(arrival, rows, load)
+        if request.computes_prompt:
+            waiting = self._backlog.tokens
+            best = placement.add_prefill(
+                costs,
+                request.prompt_tokens,
+                rows,
+                load,
+                [waiting.get(worker, 0) for worker in workers],
+                [request.uncached_tokens(worker) for worker in workers],
+                self._prefill_weight / self._length.steps(request.max_tokens),
+            )
+        return best, costs
 
     @property
     def unions(self) -> Unions | None:
@@ -178,7 +216,7 @@ class ExpectedUnion(Policy):
         if self._uses_counts and counts is not None and _shape(counts) == placement.shape:
             frequency = own_frequencies(counts, means.frequency)
             profile = self.predict(request, counts, frequency)
-            direction = placement.anchor.direction(frequency, means.frequency)
+            direction = placement.anchor.direction(profile, means.profile)
             return Arrival(request, profile, frequency, direction, "expected_union", True)
         latent = self._by_prompt.latent(request) if self._uses_prompts else None
         predicted = None if latent is None else self._by_prompt.profile(latent)
@@ -196,9 +234,12 @@ class ExpectedUnion(Policy):
         counts: its expert counts.
         frequency: float32 [D], its own expert frequencies, mixed with the fleet's mean.
         """
-        return self._by_counts.profile(counts, frequency)
+        means = None if self._placement is None else self._placement.means
+        return self._by_counts.profile(counts, frequency, means)
 
     def started(self, request: DecodeRequest, worker: str) -> None:
+        if request.computes_prompt:
+            self._backlog.add(request.request_id, worker, request.uncached_tokens(worker))
         placement = self._placement_for(request.counts)
         if placement is None:
             return
@@ -207,7 +248,13 @@ class ExpectedUnion(Policy):
             arrival = self._look_at(request, placement)
         self._running[request.request_id, worker] = placement.start(self._rows.row_of[worker], arrival)
 
+    def prompt_computed(self, request: DecodeRequest, worker: str) -> None:
+        self._backlog.remove(request.request_id, worker)
+
     def finished(self, request: DecodeRequest, worker: str) -> None:
+        if request.computes_prompt:
+            self._backlog.remove(request.request_id, worker)
+            self._length.ended(request.generated_tokens)
         profile = self._running.pop((request.request_id, worker), None)
         if profile is not None and self._placement is not None:
             self._placement.finish(self._rows.row_of[worker], profile)
@@ -219,6 +266,7 @@ class ExpectedUnion(Policy):
 
     def left(self, worker: str) -> None:
         row = self._rows.remove(worker)
+        self._backlog.leave(worker)
         self._running = {key: profile for key, profile in self._running.items() if key[1] != worker}
         if self._placement is not None:
             self._placement.remove(row)

@@ -8,7 +8,7 @@ every restart of the router writes another one.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +115,8 @@ class LoggedPolicy(Policy):
             "worker": None,
             "started": False,
         }
+        if request.computes_prompt:
+            event["cached_tokens"] = self._by_number(request.cached_tokens)
         self._write_chosen()
         self._chosen = event
         try:
@@ -127,6 +129,13 @@ class LoggedPolicy(Policy):
         event["worker"] = decision.worker
         event["reason"] = decision.reason
         return decision
+
+    def _by_number(self, cached_tokens: Mapping[str, int] | None) -> list[tuple[int, int]] | None:
+        """The (number, cached tokens) of each worker that still belongs to the fleet."""
+        if cached_tokens is None:
+            return None
+        numbers = self._numbers
+        return [(numbers[worker], tokens) for worker, tokens in cached_tokens.items() if worker in numbers]
 
     def _write_chosen(self) -> None:
         event, self._chosen = self._chosen, None
@@ -168,8 +177,15 @@ class LoggedPolicy(Policy):
             self._write_event({"event": "started", "id": request.request_id, "worker": worker})
         self._policy.started(request, worker)
 
+    def prompt_computed(self, request: DecodeRequest, worker: str) -> None:
+        self._write_event({"event": "prompt_computed", "id": request.request_id, "worker": worker})
+        self._policy.prompt_computed(request, worker)
+
     def finished(self, request: DecodeRequest, worker: str) -> None:
-        self._write_event({"event": "finished", "id": request.request_id, "worker": worker})
+        event: dict[str, Any] = {"event": "finished", "id": request.request_id, "worker": worker}
+        if request.generated_tokens is not None:
+            event["generated_tokens"] = request.generated_tokens
+        self._write_event(event)
         self._policy.finished(request, worker)
 
     def joined(self, worker: str) -> None:
@@ -198,15 +214,22 @@ def _counts_wire(request: DecodeRequest) -> Mapping[str, Any] | None:
     return wire if len(wire) == len(COUNTS_KEYS) else {key: wire[key] for key in COUNTS_KEYS}
 
 
-def request_of(event: Mapping[str, Any]) -> DecodeRequest:
-    """Build the request of a choose event. Raises CountsError, KeyError or TypeError if the event is not valid."""
-    counts, latent = event["counts"], event.get("latent")  # 0.1.0 knew no latents
+def request_of(event: Mapping[str, Any], workers: Sequence[str]) -> DecodeRequest:
+    """Build the request of a choose event.
+
+    workers: every worker of the log so far, in joining order.
+    Raises CountsError, IndexError, KeyError, TypeError or ValueError if the event is not valid.
+    """
+    counts, cached = event["counts"], event.get("cached_tokens")
+    latent = event.get("latent")  # 0.1.0 knew no latents
     request = DecodeRequest(
         request_id=event["id"],
         prompt_tokens=event["prompt_tokens"],
         counts=None if counts is None else decode_counts(counts),
         label=event["label"],
         max_tokens=event["max_tokens"],
+        computes_prompt="cached_tokens" in event,
+        cached_tokens=None if cached is None else {workers[number]: tokens for number, tokens in cached},
     )
     request.latent = None if latent is None else decode_floats(latent)
     return request

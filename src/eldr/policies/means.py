@@ -10,6 +10,9 @@ from eldr.policies.unions import Geometry, RandomBatches
 
 # Length of the moving averages, in requests.
 MEAN_REQUESTS = 500
+# The weight of a calibration's means at the start. Traffic may differ from what was recorded, and directions from the
+# mean of other traffic all point the same way.
+CALIBRATION_REQUESTS = 20
 
 
 class FleetMeans:
@@ -18,6 +21,7 @@ class FleetMeans:
     frequency: float32 [D], the mean of the expert frequencies of those with counts.
     profile: float32 [D], the mean of the probabilities that a decode step activates each expert.
     at_random: batches of requests with the mean profile.
+    spread: the mean squared distance of these frequencies from their mean. None if nobody asks for it.
     with_counts, requests: the weight of the initial means, in requests. With 0 the first request replaces them.
     """
 
@@ -28,18 +32,23 @@ class FleetMeans:
         profile: NDArray[np.float32],
         with_counts: int,
         requests: int,
+        spread: float | None = None,
     ) -> None:
         self.frequency = frequency
         self.profile = profile
         self.at_random = RandomBatches(geometry)
         self.at_random.set_mean(profile)
         self._with_counts = with_counts
+        self.spread = spread
         self._requests = requests
 
     def move(self, frequency: NDArray[np.float32] | None, profile: NDArray[np.float32]) -> None:
         """Count one more request. frequency: float32 [D], None without counts. profile: float32 [D]."""
         if frequency is not None:
             self._with_counts = min(self._with_counts + 1, MEAN_REQUESTS)
+            if self.spread is not None:
+                distance = frequency - self.frequency
+                self.spread += (float(distance @ distance) - self.spread) / self._with_counts
             kernels.move_towards(self.frequency, frequency, 1 / self._with_counts)
         self._requests = min(self._requests + 1, MEAN_REQUESTS)
         kernels.move_towards(self.profile, profile, 1 / self._requests)

@@ -8,7 +8,7 @@ from typing import Any
 
 from eldr.cost import DEFAULT_PRESET, PRESETS, SCOPES, CostError, CostModel, cost_from_wire, find_cost
 from eldr.errors import EldrError
-from eldr.policies.expected_union import ANCHOR, TAIL_GUARD
+from eldr.policies.expected_union import ANCHOR, PREFILL_CHUNK, PREFILL_WEIGHT, TAIL_GUARD
 from eldr.policies.request_model import SIGNATURES
 from eldr.settings import SettingError, build, check, parsed, setting, text
 
@@ -96,6 +96,16 @@ class PolicyOptions:
         1, "number of ranks that share the experts of a decode worker",
         least=1, most=1024, flag=True, metavar="R", section=UNION,
     )  # fmt: skip
+    prefill_weight: float = setting(
+        PREFILL_WEIGHT, "weight of the time that a prompt costs if its worker computes it: 1 is its true share, more "
+        "favours TTFT",
+        flag=True, section=UNION, page="policies.md#prompts-that-workers-compute",
+    )  # fmt: skip
+    prefill_chunk: int = setting(
+        PREFILL_CHUNK, "tokens that an aggregated worker computes in a step, at most, decodes included: vLLM's "
+        "`--max-num-batched-tokens`",
+        least=1, flag=True, metavar="TOKENS", section=UNION, page="policies.md#prompts-that-workers-compute",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         try:
@@ -121,6 +131,8 @@ class PolicyOptions:
             "tail_guard": self.tail_guard,
             "step_tokens": self.step_tokens,
             "ranks": self.expert_parallel,
+            "prefill_weight": self.prefill_weight,
+            "prefill_chunk": self.prefill_chunk,
         }
 
     def to_wire(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from eldr import kernels
 from eldr.cost import StepCost
 from eldr.policies.anchor import Anchor
+from eldr.policies.heavy_times import HeavyTimes
 from eldr.policies.means import FleetMeans
 from eldr.policies.request_model import Arrival
 from eldr.policies.unions import Geometry, Profile, RandomBatches, Unions, encode_exposure
@@ -27,9 +28,17 @@ class Placement:
     unions: the experts that each worker's requests activate.
     anchor: the directions of each worker's requests.
     means: the means over the fleet's requests.
+    chunk_tokens: the tokens of a step of a worker that computes prompts.
     """
 
-    def __init__(self, geometry: Geometry, top_k: int, weights: kernels.PlacementWeights, means: FleetMeans) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        top_k: int,
+        weights: kernels.PlacementWeights,
+        means: FleetMeans,
+        chunk_tokens: int,
+    ) -> None:
         self.shape = (geometry.layers, geometry.experts, top_k)
         self.unions = Unions(geometry)
         self.anchor = Anchor(geometry)
@@ -38,6 +47,10 @@ class Placement:
         self._uniform = RandomBatches(geometry)
         self._least = np.zeros(0)
         self._uniform.set_mean(np.full(geometry.dimension, top_k / geometry.experts, dtype=np.float32))
+        self._prefill = kernels.PrefillTerms(
+            geometry.dimension / geometry.ranks, 1 - top_k / geometry.experts, chunk_tokens, weights.others
+        )
+        self._heavy = HeavyTimes()
         self._set_columns(np.zeros((4, 0)))
 
     def _set_columns(self, columns: NDArray[np.float64]) -> None:
@@ -61,7 +74,7 @@ class Placement:
         self._set_columns(np.ascontiguousarray(columns[:, :-1]))
 
     def costs(self, arrival: Arrival, rows: NDArray[np.int64], load: list[int]) -> tuple[int, NDArray[np.float64]]:
-        """Choose among the workers in `rows`.
+        """Choose among the workers in `rows`, and note the guard's limit in the arrival.
 
         rows: int64 [N], rows of the eligible workers.
         load: their N requests in flight.
@@ -96,7 +109,7 @@ class Placement:
         unions = self.unions
         direction = arrival.direction if self._weights.anchor > 0 else None
         costs = np.empty(len(load))
-        best = kernels.placement_cost(
+        best, arrival.limit_s = kernels.placement_cost(
             self._fleet,
             self._weights,
             added,
@@ -105,9 +118,29 @@ class Placement:
             rows,
             load,
             arrival.context_tokens,
+            self._heavy.limit_s,
             costs,
         )
         return best, costs
+
+    def add_prefill(
+        self,
+        costs: NDArray[np.float64],
+        prompt_tokens: int,
+        rows: NDArray[np.int64],
+        load: list[int],
+        waiting: list[int],
+        uncached: list[int],
+        scale: float,
+    ) -> int:
+        """Add to `costs` what the workers in `rows` and their requests pay for a prompt, times `scale`.
+
+        waiting, uncached: the tokens of other prompts, and of this one, that each of them has to compute.
+        The other parameters are those of `costs`. Returns the position of the best worker.
+        """
+        return kernels.add_prefill(
+            self._fleet, self._prefill, rows, load, waiting, uncached, prompt_tokens, scale, costs
+        )
 
     def start(self, row: int, arrival: Arrival) -> Profile:
         """Add a request to a worker. Returns the profile to hand to `finish`."""
@@ -117,6 +150,8 @@ class Placement:
             self.anchor.turn(row, arrival.direction)
         if arrival.known:
             self.means.move(arrival.frequency, arrival.profile)
+        if arrival.limit_s is not None:
+            self._heavy.add(arrival.limit_s)
         return profile
 
     def finish(self, row: int, profile: Profile) -> None:

@@ -6,6 +6,7 @@ mean. Each of the first two is a predictor of a request's profile.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -15,7 +16,7 @@ from eldr.activation import ActivationModel, of_a_step, to_probabilities
 from eldr.counts import ExpertCounts
 from eldr.policies.base import DecodeRequest
 from eldr.policies.learned import Learned
-from eldr.policies.means import MEAN_REQUESTS, FleetMeans
+from eldr.policies.means import CALIBRATION_REQUESTS, FleetMeans
 from eldr.policies.unions import Geometry
 from eldr.prompt.model import ProfileMap, PromptModel, WordTable
 
@@ -30,12 +31,13 @@ class Arrival:
     context_tokens: the tokens of its prompt.
     profile: float32 [D], the probabilities that a decode step activates each expert.
     frequency: float32 [D], its own expert frequencies. None if its counts cannot be used.
-    direction: float32 [A], the unit vector from the fleet's mean to it. None if there is none.
+    direction: float32 [A], the unit vector from the fleet's mean profile to its own. None if there is none.
     reason: why the decision about it is what it is, for `Decision`.
     known: whether the profile is its own, and not the fleet's mean.
+    limit_s: the longest step that the tail guard let pass when a worker was chosen for it. None before that.
     """
 
-    __slots__ = ("context_tokens", "direction", "frequency", "known", "profile", "reason", "request_id")
+    __slots__ = ("context_tokens", "direction", "frequency", "known", "limit_s", "profile", "reason", "request_id")
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class Arrival:
         self.direction = direction
         self.reason = reason
         self.known = known
+        self.limit_s: float | None = None
 
 
 class CountsPredictor:
@@ -66,14 +69,18 @@ class CountsPredictor:
         self._fitted = fitted
         self._step_tokens = step_tokens
 
-    def profile(self, counts: ExpertCounts, frequency: NDArray[np.float32]) -> NDArray[np.float32]:
+    def profile(
+        self, counts: ExpertCounts, frequency: NDArray[np.float32], means: FleetMeans | None
+    ) -> NDArray[np.float32]:
         """Predict the probability that one decode step of a request activates each expert, float32 [D].
 
         counts: its expert counts.
         frequency: float32 [D], its own expert frequencies, mixed with the fleet's mean.
+        means: the fleet's means. A fitted model needs them.
         """
-        if self._fitted is not None:
-            token = self._fitted.predict(counts)
+        fitted = self._fitted
+        if fitted is not None and means is not None:
+            token = fitted.predict(frequency, means.frequency, fitted.share(means.spread))
         else:
             token = to_probabilities(frequency, counts.layers, counts.top_k)
         return of_a_step(token, self._step_tokens)
@@ -120,7 +127,9 @@ def first_means(
     if fitted is None:
         uniform = np.full(geometry.dimension, top_k / geometry.experts, dtype=np.float32)
         if prompts is not None:
-            return FleetMeans(geometry, uniform, of_a_step(prompts.mean.copy(), step_tokens), 0, MEAN_REQUESTS)
+            return FleetMeans(geometry, uniform, of_a_step(prompts.mean.copy(), step_tokens), 0, CALIBRATION_REQUESTS)
         return FleetMeans(geometry, uniform, of_a_step(uniform.copy(), step_tokens), 0, 0)
     profile = of_a_step(fitted.mean_profile.astype(np.float32), step_tokens)
-    return FleetMeans(geometry, fitted.mean_frequency.astype(np.float32), profile, MEAN_REQUESTS, MEAN_REQUESTS)
+    frequency = fitted.mean_frequency.astype(np.float32)
+    spread = fitted.spread if math.isfinite(fitted.spread) else None
+    return FleetMeans(geometry, frequency, profile, CALIBRATION_REQUESTS, CALIBRATION_REQUESTS, spread)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.counts import ExpertCounts
 from eldr.policies.refit import SignatureWindow
 from eldr.signature import TRANSFORMS, SignatureModel
 
@@ -32,12 +33,13 @@ class ZoneScores:
         # centroid . (entries * idf) = (centroid * idf) . entries: one matrix-vector product scores all zones.
         self._weights = np.ascontiguousarray(centroids * self._idf)
 
-    def similarities(self, counts: ExpertCounts, window: SignatureWindow | None) -> NDArray[np.float32] | None:
+    def similarities(self, source: NDArray[Any], window: SignatureWindow | None) -> NDArray[np.float32] | None:
         """Cosine similarity of the signature to each centroid, float32 [K]. None if the signature is zero.
 
+        source: [L, E], the counts of a prompt, or numbers in proportion to what they are expected to be.
         window: remembers the signature for a refit. None if there are no refits.
         """
-        entries = self._entries(counts.counts[self._layers]).reshape(-1)
+        entries = self._entries(source[self._layers]).reshape(-1)
         weighted = entries * self._idf
         # Use einsum, not BLAS: on busy cores BLAS threads take milliseconds to synchronise for a product this small.
         norm = np.sqrt(np.einsum("d,d->", weighted, weighted))

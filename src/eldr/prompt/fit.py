@@ -87,6 +87,19 @@ def fit_prompt_model(
     )
 
 
+def held_out_profiles(
+    prompts: Sequence[Words], profiles: Floats, layers: int, top_k: int, choice: Choice, *, seed: int = 0
+) -> Floats:
+    """Predict the profile of each prompt by a model of others, float32 [N, D]: as alike as those of new prompts are."""
+    fold = np.random.default_rng(seed).permutation(len(prompts)) % FOLDS
+    predicted = np.empty_like(profiles)
+    for held in range(FOLDS):
+        train, test = np.flatnonzero(fold != held).tolist(), np.flatnonzero(fold == held).tolist()
+        model = fit_prompt_model([prompts[i] for i in train], profiles[train], layers, top_k, choice=choice)
+        predicted[test] = [model.predict(prompts[i]) for i in test]
+    return predicted
+
+
 def word_weights(prompts: Sequence[Words], idf: bool) -> Floats:
     """The weight of each bucket, float32 [65536]: 0 for buckets without a word."""
     seen = vocabulary(prompts)

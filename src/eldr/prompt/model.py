@@ -93,6 +93,11 @@ class PromptModel:
     gain: float
     requests: int
 
+    @property
+    def rank(self) -> int:
+        """R, the numbers in a latent."""
+        return self.words.rank
+
     def predict(self, words: Words) -> Floats:
         """The predicted profile of a prompt, float32 [D]: the mean profile if the model knows none of its words."""
         latent = self.words.latent(words)

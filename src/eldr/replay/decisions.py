@@ -199,13 +199,17 @@ class _Run:
             policy.left(event["worker"])
         elif kind == "started":
             _tell(policy.started, self._requests[event["id"]], event["worker"])
+        elif kind == "prompt_computed":
+            _tell(policy.prompt_computed, self._requests[event["id"]], event["worker"])
         elif kind == "finished":
-            _tell(policy.finished, self._requests.pop(event["id"]), event["worker"])
+            request = self._requests.pop(event["id"])
+            request.generated_tokens = event.get("generated_tokens")
+            _tell(policy.finished, request, event["worker"])
         else:
             raise KeyError(kind)
 
     def _choose(self, event: dict[str, Any], line: Line) -> DecodeRequest:
-        request = request_of(event)
+        request = request_of(event, self._workers)
         eligible = [self._workers[number] for number in event["eligible"]]
         in_flight = dict(zip(eligible, event["load"], strict=True))
         self._requests[request.request_id] = request

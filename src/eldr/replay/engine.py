@@ -1,4 +1,4 @@
-"""The simulation: a fleet of decode workers under one policy, each worker stepping its batch.
+"""The simulation: a fleet of workers under one policy, each worker stepping its batch.
 
 The workers compute whole runs of steps (`eldr.replay.worker`). An arrival cuts the run of its worker at the next step
 boundary.
@@ -80,25 +80,33 @@ class Engine:
         while (index := self.clock.next_end(until_s)) is not None:
             worker = self.fleet.workers[index]
             self._window.add(worker.run, len(worker.batch))
-            for entry in worker.complete_run():
+            computed, ended = worker.complete_run()
+            for entry in computed:
+                self._policy.prompt_computed(entry.request, worker.name)
+            for entry in ended:
                 self._end(entry, worker)
             end_s = worker.begin_run(self._trace, self.clock.now_s)
             if end_s is not None:
                 self.clock.plan(index, end_s)
 
     def _arrive(self, arrival: int) -> None:
-        trace = self._trace
+        trace, aggregated = self._trace, self._workload.aggregated
         index = self._draws.draw(arrival)
+        prompt = self._workload.prompt(arrival, trace.prompt_tokens[index])
         request = DecodeRequest(
             request_id=f"{arrival}.{index}",
-            prompt_tokens=trace.prompt_tokens[index],
+            prompt_tokens=prompt.tokens,
             counts=trace.counts[index] if self._workload.with_counts else None,
             label=trace.label[index],
             max_tokens=self._workload.max_tokens,
             words=None if trace.prompts is None else trace.prompts[index],
+            computes_prompt=aggregated,
+            cached_tokens=self.fleet.cached_tokens(prompt) if aggregated and prompt.blocks else None,
         )
         name = self._policy.choose(request, self.fleet.in_flight).worker
         worker = self.fleet.by_name[name]
+        uncached = request.uncached_tokens(name) if aggregated else 0
+        worker.cache.keep(prompt)
         entry = Running(
             arrival=arrival,
             arrived_s=self.clock.now_s,
@@ -106,14 +114,16 @@ class Engine:
             trace_index=index,
             row=trace.first_row[index],
             end_row=trace.end_row[index],
-            context_tokens=request.prompt_tokens,
-            reserved_tokens=request.prompt_tokens + trace.steps(index),
+            context_tokens=prompt.tokens - uncached,
+            reserved_tokens=prompt.tokens + trace.steps(index),
+            prompt_left=uncached,
+            first_token_s=self.clock.now_s,
         )
         worker.add(entry)
-        self._log.placed(arrival, index, worker.index)
+        self._log.placed(arrival, index, worker.index, prompt.tokens, prompt.tokens - uncached)
         self.fleet.started(request, name)
         end_s = None
-        if not worker.batch:
+        if worker.idle:
             end_s = worker.begin_run(trace, self.clock.now_s)
         elif len(worker.waiting) == 1 and worker.fits(entry):
             end_s = worker.cut_run(self.clock.now_s)
@@ -123,7 +133,9 @@ class Engine:
     def _end(self, entry: Running, worker: DecodeWorker) -> None:
         """Log and release a finished request."""
         moe_s = worker.moe_s - entry.moe_at_start_s
-        self._log.ended(entry.arrival, self.clock.now_s, entry.admitted_s - entry.arrived_s, moe_s)
+        wait_s = entry.admitted_s - entry.arrived_s
+        self._log.ended(entry.arrival, self.clock.now_s, entry.first_token_s, wait_s, moe_s)
+        entry.request.generated_tokens = self._trace.steps(entry.trace_index) + 1
         self._draws.release(entry.trace_index)
         self.fleet.finished(entry.request, worker.name)
         if self._learning is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.calibration import Calibration, fit_calibration
+from eldr.calibration import Calibration, fit_calibration, with_prompt_zones
 from eldr.learning.learner import Learner
 from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Policy
@@ -25,6 +25,7 @@ from eldr.replay.learning import SimulatedLearning
 from eldr.replay.measurements import RunResult
 from eldr.replay.oracle import Clairvoyant, TrueProfiles
 from eldr.replay.packed import PackedTrace, pack_trace
+from eldr.replay.prompts import RecordedPrompts, SharedPrefixes, draw_prompts
 from eldr.replay.split import Mix, Split, split_trace, take_requests
 from eldr.replay.worker import WorkerLimits, worker_name
 from eldr.replay.workload import (
@@ -66,6 +67,9 @@ class Settings:
     fleet_changes: workers that join or leave during the measured run.
     learn: one of LEARN: whether policies learn from finished requests.
     learn_share: the share of the finished requests whose experts become known.
+    aggregated: whether every worker also computes the prompts of its requests, `options.prefill_chunk` tokens a step.
+    recorded_prompts: prompts whose lengths, and shared blocks if they have any, replace those of the trace.
+    shared_prefixes: prefixes that the prompts begin with. They have an effect on aggregated workers only.
     """
 
     requests: int = 2000
@@ -78,6 +82,9 @@ class Settings:
     fleet_changes: tuple[FleetChange, ...] = ()
     learn: str = "off"
     learn_share: float = 1.0
+    aggregated: bool = False
+    recorded_prompts: RecordedPrompts | None = None
+    shared_prefixes: SharedPrefixes | None = None
 
 
 class Laboratory:
@@ -132,6 +139,9 @@ class Laboratory:
             signatures = fitted.signature.transform(self.trace.prefill_counts[chosen])
             zones = balanced_kmeans(signatures, workers, seed=seed)
             fitted = dataclasses.replace(fitted, centroids=zones.centroids, zone_sizes=zones.sizes)
+            if fitted.prompts is not None:
+                part = take_requests(self.trace, chosen)
+                fitted = with_prompt_zones(fitted, part, part.decode_profiles(), seed)
             self._fitted[seed] = fitted
         return fitted
 
@@ -186,8 +196,16 @@ class Laboratory:
         for change in settings.fleet_changes if requests is None else ():
             arrival = warm_up + round(change.at * measured)
             changes[arrival] = changes.get(arrival, 0) + change.workers
-        window = range(warm_up, warm_up + measured)
-        return Workload(arrival_s, request, window, settings.max_output, fleet_changes=changes)
+        prompt_rng = np.random.default_rng([seed, 3])
+        return Workload(
+            arrival_s,
+            request,
+            range(warm_up, warm_up + measured),
+            settings.max_output,
+            fleet_changes=changes,
+            aggregated=settings.aggregated,
+            prompts=draw_prompts(settings.recorded_prompts, settings.shared_prefixes, count, prompt_rng),
+        )
 
     def _draw(
         self, pool: NDArray[np.int64], count: int, in_flight: float, rng: np.random.Generator
@@ -207,7 +225,7 @@ class Laboratory:
         return FleetSpec(
             tuple(model.step_cost(layers, options.cost_scope) for model in models),
             tuple(model.step_cost(layers, "moe") for model in models),
-            self.settings.limits,
+            dataclasses.replace(self.settings.limits, prefill_chunk=options.prefill_chunk),
         )
 
     def run(
@@ -255,7 +273,9 @@ class Laboratory:
 
     def batch_at(self, rate: float, workers: int, seed: int = 0) -> float:
         """Estimate the mean batch at a rate from the step times of random batches. It grows until it fits the rate."""
-        per_worker = rate / workers * self.served_steps(seed)
+        # What is left of a worker's time when it has computed the prompts.
+        left = max(1 - rate / workers * self._prompt_s(seed), 0.05)
+        per_worker = rate / workers * self.served_steps(seed) / left
         batch = 1.0
         for _ in range(60):
             wanted = per_worker * self._random_step_s(max(1, round(batch)), seed)
@@ -265,6 +285,24 @@ class Laboratory:
             if batch * workers > len(self.split(seed).serve):
                 break
         return max(batch, 0.05)
+
+    def _prompt_tokens(self, seed: int) -> float:
+        """Mean length of the prompts of the served requests."""
+        settings = self.settings
+        recorded, shared = settings.recorded_prompts, settings.shared_prefixes
+        if recorded is not None:
+            own = float(recorded.tokens.mean())
+        else:
+            own = float(np.array(self.packed.prompt_tokens)[self.split(seed).serve].mean())
+        return own if shared is None else own + shared.tokens
+
+    def _prompt_s(self, seed: int) -> float:
+        """The time that an average prompt takes on an aggregated worker, at most: every chunk reads every expert."""
+        if not self.settings.aggregated:
+            return 0.0
+        tokens, packed, cost = self._prompt_tokens(seed), self.packed, self.fleet(1).costs[0]
+        chunks = math.ceil(tokens / self.settings.options.prefill_chunk)
+        return cost.per_token_s * tokens + chunks * cost.per_expert_s * packed.layers * packed.experts
 
     def _random_step_s(self, batch: int, seed: int) -> float:
         """Step time of a batch of random requests, each at a random point of its decode."""
@@ -287,7 +325,8 @@ class Laboratory:
         """Find the rate that gives mean batch `batch` under jsq, by secant steps on logarithms."""
         self._check_in_flight(batch, workers, seed)
         requests = max(600, int(6 * workers * batch))
-        rate = workers * batch / (self.served_steps(seed) * self._random_step_s(max(1, round(batch)), seed))
+        decode_s = self.served_steps(seed) * self._random_step_s(max(1, round(batch)), seed)
+        rate = workers * batch / (decode_s + batch * self._prompt_s(seed))
         slope, previous = 1.5, None
         for _ in range(RATE_TRIALS):
             measured = self.run("jsq", workers, rate, batch, seed, requests).batch_mean

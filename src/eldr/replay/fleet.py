@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from eldr.cost import StepCost
 from eldr.policies.base import DecodeRequest, Policy
 from eldr.replay.errors import ReplayError
+from eldr.replay.prompts import Prompt
 from eldr.replay.worker import DecodeWorker, WorkerLimits
 
 
@@ -54,6 +55,11 @@ class SimulatedFleet:
         for name in list(self.in_flight)[: max(0, -workers)]:
             self._draining[name] = self.in_flight.pop(name)
             self._leave_if_idle(name)
+
+    def cached_tokens(self, prompt: Prompt) -> dict[str, int]:
+        """Eligible worker -> tokens of `prompt` that it has in its cache. Workers without any are left out."""
+        found = {name: self.by_name[name].cache.cached_tokens(prompt) for name in self.in_flight}
+        return {name: tokens for name, tokens in found.items() if tokens}
 
     def started(self, request: DecodeRequest, name: str) -> None:
         """A request was sent to an eligible worker."""

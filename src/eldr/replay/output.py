@@ -34,6 +34,21 @@ def _statistic(values: Any, percent: float | None) -> float:
     return 1e3 * float(values.mean() if percent is None else np.percentile(values, percent))
 
 
+def ttft_ms(percent: float | None) -> Measure:
+    """The same for the time to the first token."""
+    return lambda run: _statistic(run.ttft_s, percent)
+
+
+def request_ms(percent: float | None) -> Measure:
+    """The same for the time from arrival to the last token."""
+    return lambda run: _statistic(run.request_s, percent)
+
+
+def prefix_hit_share(run: RunResult) -> float:
+    """The share of all tokens of prompts that were cached."""
+    return float(run.cached_tokens.sum() / run.prompt_tokens.sum())
+
+
 STATISTICS: dict[str, float | None] = {"p50": 50.0, "p99": 99.0, "mean": None}
 
 
@@ -44,8 +59,11 @@ def change_against_best(cell: Cell, cells: Sequence[Cell], measure: Measure) -> 
     return paired_change(cell.per_seed(measure), best)
 
 
-def as_object(cell: Cell, cells: Sequence[Cell], scope: str) -> dict[str, Any]:
-    """Return the JSON object of one (policy, workers, rate)."""
+def as_object(cell: Cell, cells: Sequence[Cell], scope: str, aggregated: bool = False) -> dict[str, Any]:
+    """Return the JSON object of one (policy, workers, rate).
+
+    aggregated: whether the workers computed the prompts. The object then tells how long that took.
+    """
 
     def mean(measure: Measure) -> float:
         return float(cell.per_seed(measure).mean())
@@ -76,6 +94,21 @@ def as_object(cell: Cell, cells: Sequence[Cell], scope: str) -> dict[str, Any]:
     jsq = next(other for other in cells if other.policy == "jsq")
     change = paired_change(cell.per_seed(tpot_ms(99)), jsq.per_seed(tpot_ms(99)))
     result |= {"vs_jsq_p99": change.percent, "vs_jsq_p99_lo": _known(change.low), "vs_jsq_p99_hi": _known(change.high)}
+    return result | _of_prompts(cell, jsq) if aggregated else result
+
+
+def _of_prompts(cell: Cell, jsq: Cell) -> dict[str, Any]:
+    """The members of a result that exist only where workers compute prompts. Changes are against jsq."""
+    result: dict[str, Any] = {
+        "chunk_time_share": float(cell.per_seed(lambda run: run.chunk_time_share).mean()),
+        "prefix_hit_share": float(cell.per_seed(prefix_hit_share).mean()),
+    }
+    for prefix, of in (("ttft", ttft_ms), ("request", request_ms)):
+        for name, percent in STATISTICS.items():
+            values, baseline = cell.per_seed(of(percent)), jsq.per_seed(of(percent))
+            change, key = paired_change(values, baseline), f"{prefix}_vs_jsq_{name}"
+            result |= {f"{prefix}_{name}_ms": float(values.mean()), key: change.percent}
+            result |= {f"{key}_lo": _known(change.low), f"{key}_hi": _known(change.high)}
     return result
 
 
@@ -103,10 +136,10 @@ def recoveries_s(cell: Cell, changes: Sequence[FleetChange]) -> list[float | Non
 
 
 def as_tables(objects: Sequence[dict[str, Any]], title: str) -> list[Table]:
-    """Return two tables that fit a terminal of 80 columns, one row per (policy, workers, rate).
+    """Return tables that fit a terminal of 80 columns, one row per (policy, workers, rate).
 
     The first has TPOT, the second its change against the best load balancer. For a goodput search the second has the
-    change of the rate.
+    change of the rate. Aggregated serving has two more, of the time to the first token.
     """
     absolute = _table(f"{title}\nTPOT in ms", ("workers", "req/s", "p50", "p95", "p99", "mean", "experts", "batch"))
     if "goodput_limit_ms" in objects[0]:
@@ -130,6 +163,28 @@ def as_tables(objects: Sequence[dict[str, Any]], title: str) -> list[Table]:
             f"{row['batch_mean']:.2f}",
         )
         change.add_row(row["policy"], str(workers), *_changes(row))
+    return [absolute, change, *_prompt_tables(objects)] if "ttft_p50_ms" in objects[0] else [absolute, change]
+
+
+def _prompt_tables(objects: Sequence[dict[str, Any]]) -> list[Table]:
+    absolute = _table(
+        "TTFT in ms; percent of the time in which prompts were computed, and of prompt tokens that were cached",
+        ("workers", "p50", "p99", "mean", "computing", "cached"),
+    )
+    change = _table(
+        "change in percent against jsq, of TTFT and of the mean time of a request", ("workers", "p50", "p99", "request")
+    )
+    for row in objects:
+        workers = str(row["workers"])
+        shares = (row["chunk_time_share"], row["prefix_hit_share"])
+        absolute.add_row(
+            row["policy"],
+            workers,
+            *(f"{row[f'ttft_{name}_ms']:.1f}" for name in ("p50", "p99", "mean")),
+            *(f"{100 * share:.1f}" for share in shares),
+        )
+        changes = (("ttft", "p50"), ("ttft", "p99"), ("request", "mean"))
+        change.add_row(row["policy"], workers, *(_interval(row, f"{prefix}_vs_jsq_{name}") for prefix, name in changes))
     return [absolute, change]
 
 

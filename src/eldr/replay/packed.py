@@ -68,6 +68,26 @@ class PackedTrace:
         bits = np.unpackbits(union.view(np.uint8), axis=1, bitorder="little")[:, : self.layers * self.experts]
         return busiest_rank_experts(bits, self.layers, self.ranks).astype(np.int64)
 
+    def untouched(self, request: int, tokens: int) -> NDArray[np.float64]:
+        """Probability that so many tokens of a request's prompt activate none of each (layer, expert), float64 [L * E].
+
+        Each token counts as an independent draw from the experts that the whole prompt used.
+        """
+        counts = self.counts[request]
+        return np.asarray((1 - counts.counts.reshape(-1) / counts.prompt_tokens) ** tokens)
+
+    def expected_experts(self, union: NDArray[np.uint64], untouched: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Experts that each step waits for if a chunk of prompts shares it, summed over layers, float64 [steps].
+
+        union: unions of the rows of decoding requests, [steps, words].
+        untouched: float64 [L * E], the probability that the chunk activates none of each.
+        """
+        bits = np.unpackbits(union.view(np.uint8), axis=1, bitorder="little")[:, : self.layers * self.experts]
+        active = 1 - (1 - bits) * untouched
+        if self.ranks == 1:
+            return np.asarray(active.sum(axis=1))
+        return np.asarray(busiest_rank_experts(active, self.layers, self.ranks))
+
 
 def pack_trace(trace: Trace, max_output: int | None = None, ranks: int = 1) -> PackedTrace:
     """Pack `trace` into bit sets. Each request is cut after `max_output` generated tokens.
@@ -121,6 +141,8 @@ def pack_rows(decode_experts: NDArray[np.unsignedinteger[Any]], experts: int) ->
 
 def union_rows(words: NDArray[np.uint64], rows: list[int], steps: int) -> NDArray[np.uint64]:
     """The experts of each step as bit sets, uint64 [steps, words]. Step s is the union over the rows `row + s`."""
+    if not rows:
+        return np.zeros((steps, words.shape[1]), dtype=np.uint64)
     union = words[rows[0] : rows[0] + steps]
     if len(rows) > 1:
         union = union | words[rows[1] : rows[1] + steps]

@@ -1,7 +1,14 @@
-"""A simulated decode worker: the requests that wait and run, and the steps that it makes.
+"""A simulated worker: the requests that wait and run, and the steps that it makes.
 
-A worker makes one decode step after another. A step generates one token for every running request, and costs what the
-cost model says for the true union of their experts. Between two changes of a worker's batch, all its steps are computed
+A worker makes one step after another. A step generates one token for every running request, and costs what the cost
+model says for the true union of their experts.
+
+An aggregated worker computes prompts too, in chunks, as vLLM does: a step has a budget of tokens. Every running request
+takes one, and the prompts take the rest, first come, first served. A chunk activates the experts that so many tokens of
+its prompt are expected to activate. Expectation is exact where it matters, since time is linear in experts, and it adds
+no noise to the comparison of policies.
+
+Between two changes of a worker's batch, all its steps are computed
 at once, as a run: OR over the batch of [steps, words] bit sets, popcount, cumulative sum of step times.
 """
 
@@ -17,6 +24,7 @@ from eldr.cost import StepCost
 from eldr.policies.base import DecodeRequest
 from eldr.replay.errors import ReplayError
 from eldr.replay.packed import PackedTrace, union_rows
+from eldr.replay.prompts import PrefixCache
 
 # At most this many steps are computed at once. It bounds memory, and the work that an arrival throws away.
 MAX_RUN_STEPS = 256
@@ -31,10 +39,13 @@ class WorkerLimits:
 
     max_num_seqs: requests in a batch, at most.
     kv_tokens: tokens of context in the KV cache, at most. None for no limit.
+    prefill_chunk: tokens that a step of an aggregated worker computes, decodes included. At least max_num_seqs, so that
+        a prompt that has begun goes on in every step.
     """
 
     max_num_seqs: int = 256
     kv_tokens: int | None = None
+    prefill_chunk: int = 2048
 
 
 @dataclass(slots=True)
@@ -47,9 +58,11 @@ class Running:
     trace_index: the index into the trace.
     row: the next row of the trace.
     end_row: one past the last row.
-    context_tokens: the tokens of its prompt and of the steps made.
+    context_tokens: the tokens of its context: of its prompt, as far as that was computed, and of the steps made.
     reserved_tokens: the tokens of KV cache that it reserves.
-    admitted_s: when it joined the batch.
+    prompt_left: the tokens of its prompt that this worker has yet to compute.
+    admitted_s: when its first step here began.
+    first_token_s: when its first token was made. A request whose prompt was computed elsewhere arrives with it.
     moe_at_start_s: the worker's `moe_s` when it joined the batch.
     """
 
@@ -61,7 +74,9 @@ class Running:
     end_row: int
     context_tokens: int
     reserved_tokens: int
+    prompt_left: int = 0
     admitted_s: float = 0.0
+    first_token_s: float = 0.0
     moe_at_start_s: float = 0.0
 
 
@@ -69,14 +84,24 @@ class Running:
 class Run:
     """Steps of one batch.
 
+    began_s: when the first step began.
     ends_s: float64 [S], the end of each step.
-    experts: int64 [S], the active experts of each step, summed over layers.
+    experts: float64 [S], the active experts of each step, summed over layers. Expected ones with a chunk.
     planned: how many steps will be made before the batch changes.
+    chunk: the prompts that share every step, with the tokens of each per step. A prompt ends with the last step or not
+        at all.
     """
 
+    began_s: float
     ends_s: NDArray[np.float64]
-    experts: NDArray[np.int64]
+    experts: NDArray[np.float64]
     planned: int
+    chunk: tuple[tuple[Running, int], ...] = ()
+
+    @property
+    def chunk_tokens(self) -> int:
+        """The tokens of the chunk."""
+        return sum([tokens for _, tokens in self.chunk])
 
 
 class DecodeWorker:
@@ -84,8 +109,10 @@ class DecodeWorker:
 
     cost, moe_cost: the time of a step, and of its MoE layers alone.
     batch: the running requests.
+    computing: the requests whose prompts have begun, in order of arrival.
     waiting: the other requests, in order of arrival.
-    run: the current run while there is a batch.
+    cache: the prompts that it has kept.
+    run: the current run while it is not idle.
     moe_s: the time that its MoE layers have taken since the start.
     """
 
@@ -95,11 +122,18 @@ class DecodeWorker:
         self.cost = cost
         self.moe_cost = moe_cost
         self.batch: list[Running] = []
+        self.computing: list[Running] = []
         self.waiting: deque[Running] = deque()
-        self.run = Run(np.empty(0), np.empty(0, dtype=np.int64), 0)
+        self.cache = PrefixCache(limits.kv_tokens)
+        self.run = Run(0.0, np.empty(0), np.empty(0), 0)
         self.moe_s = 0.0
         self._limits = limits
         self._reserved_tokens = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether it makes no steps."""
+        return not self.batch and not self.computing
 
     def add(self, entry: Running) -> None:
         """Let a request wait. Raises ReplayError if it needs more KV cache than the worker has."""
@@ -112,34 +146,64 @@ class DecodeWorker:
         self.waiting.append(entry)
 
     def fits(self, entry: Running) -> bool:
-        """Whether there is room for one more request in the batch."""
+        """Whether there is room for one more request."""
         limits = self._limits
-        if len(self.batch) >= limits.max_num_seqs:
+        if len(self.batch) + len(self.computing) >= limits.max_num_seqs:
             return False
         return limits.kv_tokens is None or self._reserved_tokens + entry.reserved_tokens <= limits.kv_tokens
 
     def begin_run(self, trace: PackedTrace, now_s: float) -> float | None:
-        """Admit the waiting requests that fit, and compute the steps until the next request ends.
+        """Admit the waiting requests that fit, and compute the steps until the next request or prompt ends.
 
         Returns when the run ends, or None if there is nothing to run.
         """
-        while self.waiting and self.fits(self.waiting[0]):
-            entry = self.waiting.popleft()
-            entry.admitted_s = now_s
-            entry.moe_at_start_s = self.moe_s
-            self._reserved_tokens += entry.reserved_tokens
-            self.batch.append(entry)
+        chunk = self._admit(now_s)
         batch = self.batch
-        if not batch:
+        if not batch and not chunk:
             return None
-        steps = min(*[entry.end_row - entry.row for entry in batch], MAX_RUN_STEPS)
-        experts = trace.active_experts(union_rows(trace.words, [entry.row for entry in batch], steps))
-        context = sum([entry.context_tokens for entry in batch])
-        context_tokens = context + len(batch) * np.arange(1, steps + 1, dtype=np.float64)
-        step_s = self.cost.step_s(experts.astype(np.float64), len(batch), context_tokens)
-        ends_s = now_s + np.cumsum(step_s)
-        self.run = Run(ends_s, experts, steps)
+        # As long as the first prompt takes the whole budget, all steps are alike.
+        alike = [entry.prompt_left // tokens for entry, tokens in chunk]
+        steps = min([*[entry.end_row - entry.row for entry in batch], *alike, MAX_RUN_STEPS])
+        union = union_rows(trace.words, [entry.row for entry in batch], steps)
+        nth = np.arange(1, steps + 1, dtype=np.float64)
+        context_tokens = sum([entry.context_tokens for entry in batch]) + len(batch) * nth
+        computed = 0
+        if chunk:
+            untouched = np.ones(trace.layers * trace.experts)
+            for entry, tokens in chunk:
+                untouched *= trace.untouched(entry.trace_index, tokens)
+                context_tokens += entry.context_tokens + tokens * nth
+                computed += tokens
+            experts = trace.expected_experts(union, untouched)
+        else:
+            experts = trace.active_experts(union).astype(np.float64)
+        ends_s = now_s + np.cumsum(self.cost.step_s(experts, len(batch) + computed, context_tokens))
+        self.run = Run(now_s, ends_s, experts, steps, chunk)
         return float(ends_s[-1])
+
+    def _admit(self, now_s: float) -> tuple[tuple[Running, int], ...]:
+        """Admit the waiting requests that fit. Returns the prompts that the next step computes, and how far."""
+        chunk: list[tuple[Running, int]] = []
+        budget = self._limits.prefill_chunk - len(self.batch)
+        for entry in self.computing:
+            chunk.append((entry, min(entry.prompt_left, budget)))
+            budget -= chunk[-1][1]
+        waiting = self.waiting
+        while waiting and self.fits(waiting[0]) and (budget > 0 or not waiting[0].prompt_left):
+            entry = waiting.popleft()
+            entry.admitted_s = now_s
+            self._reserved_tokens += entry.reserved_tokens
+            if entry.prompt_left:
+                self.computing.append(entry)
+                chunk.append((entry, min(entry.prompt_left, budget)))
+                budget -= chunk[-1][1]
+            else:
+                self._begin_decode(entry)
+        return tuple(chunk)
+
+    def _begin_decode(self, entry: Running) -> None:
+        entry.moe_at_start_s = self.moe_s
+        self.batch.append(entry)
 
     def cut_run(self, now_s: float) -> float | None:
         """End the run after the current step, so that a waiting request can join.
@@ -153,11 +217,15 @@ class DecodeWorker:
         run.planned = steps
         return float(run.ends_s[steps - 1])
 
-    def complete_run(self) -> list[Running]:
-        """Take the planned steps as made. Returns the requests that ended with the last one."""
-        steps, batch, moe = self.run.planned, self.batch, self.moe_cost
-        total = int(self.run.experts[:steps].sum())
-        self.moe_s += steps * moe.step_s(0.0, len(batch), 0.0) + moe.per_expert_s * total
+    def complete_run(self) -> tuple[list[Running], list[Running]]:
+        """Take the planned steps as made.
+
+        Returns the requests whose prompts ended with the last one, and the requests that ended with it.
+        """
+        run, batch, moe = self.run, self.batch, self.moe_cost
+        steps = run.planned
+        total = float(run.experts[:steps].sum())
+        self.moe_s += steps * moe.step_s(0.0, len(batch) + run.chunk_tokens, 0.0) + moe.per_expert_s * total
         still: list[Running] = []
         ended: list[Running] = []
         for entry in batch:
@@ -169,13 +237,23 @@ class DecodeWorker:
                 self._reserved_tokens -= entry.reserved_tokens
                 ended.append(entry)
         self.batch = still
-        return ended
+        computed: list[Running] = []
+        for entry, tokens in run.chunk:
+            entry.prompt_left -= steps * tokens
+            entry.context_tokens += steps * tokens
+            if not entry.prompt_left:
+                computed.append(entry)
+                entry.first_token_s = float(run.ends_s[steps - 1])
+                self._begin_decode(entry)
+        if computed:
+            self.computing = [entry for entry in self.computing if entry.prompt_left]
+        return computed, ended
 
     def future_rows(self, now_s: float) -> list[tuple[int, int]]:
         """The (next row, end row) of every request here, waiting ones included."""
         made = int(np.searchsorted(self.run.ends_s[: self.run.planned], now_s))
         running = [(entry.row + made, entry.end_row) for entry in self.batch]
-        return running + [(entry.row, entry.end_row) for entry in self.waiting]
+        return running + [(entry.row, entry.end_row) for entry in (*self.computing, *self.waiting)]
 
 
 def worker_name(index: int) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr.replay.errors import ReplayError
+from eldr.replay.prompts import Prompt, Prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class Workload:
     max_tokens: the limit that every request states. None for none.
     with_counts: whether the policy sees expert counts.
     fleet_changes: arrival -> workers that join before it (positive), or that start to drain there (negative).
+    aggregated: whether the worker that is chosen for a request also computes its prompt.
+    prompts: the lengths and shared blocks of the prompts. None for the lengths of the trace.
     """
 
     arrival_s: NDArray[np.float64]
@@ -47,6 +50,12 @@ class Workload:
     max_tokens: int | None = None
     with_counts: bool = True
     fleet_changes: Mapping[int, int] = field(default_factory=dict)
+    aggregated: bool = False
+    prompts: Prompts | None = None
+
+    def prompt(self, arrival: int, trace_tokens: int) -> Prompt:
+        """The prompt of an arrival. trace_tokens: its length in the trace."""
+        return Prompt(trace_tokens) if self.prompts is None else self.prompts.of(arrival, trace_tokens)
 
 
 def poisson_arrivals(rate_per_s: float, count: int, rng: np.random.Generator) -> NDArray[np.float64]:

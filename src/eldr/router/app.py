@@ -21,12 +21,19 @@ from eldr.policies.options import PolicyOptions
 from eldr.policies.refit import RefitSchedule
 from eldr.prompt.stored import PromptModelError, load_model
 from eldr.router.api.admin import AdminApi
+from eldr.router.api.experts import ExpertReports
 from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
 from eldr.router.api.routes import ClientApi
 from eldr.router.api.ui.state import UiState
 from eldr.router.config.groups import PlacementSettings
 from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port, read_key
+from eldr.router.experts.answers import ExpertAnswers
+from eldr.router.experts.base import ExpertSink, MoeGeometry
+from eldr.router.experts.expected import ExpectedReports
+from eldr.router.experts.routed_experts import VllmRoutedExperts
+from eldr.router.experts.sglang import SglangRoutedExperts
+from eldr.router.experts.watch import ExpertSources
 from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.discovery.dns import DnsSource
 from eldr.router.fleet.discovery.file import FileSource
@@ -52,6 +59,8 @@ from eldr.router.placement.admission import Admission
 from eldr.router.placement.lanes import Lanes, MakePolicy
 from eldr.router.placement.learning import Learning
 from eldr.router.placement.refits import ZoneRefits
+from eldr.router.protocols.base import LegProtocol
+from eldr.router.protocols.sglang import Sglang
 from eldr.router.protocols.vllm_nixl import VllmNixl
 from eldr.router.request.attempts import Retries
 from eldr.router.request.intake import Intake
@@ -75,6 +84,7 @@ class Router:
     make_policy: makes the policy of each group of workers.
     config_file: the file to watch, and a function that reads it again. None if there is no file.
     inherited: sockets that already listen, for clients and then for the admin API. Missing ones are opened.
+    expert_sink: who learns from the experts of finished requests. None for the policies.
 
     It has many attributes because it holds every part that must be started, stopped or reloaded.
     """
@@ -85,6 +95,7 @@ class Router:
         make_policy: MakePolicy,
         config_file: tuple[Path, Callable[[], RouterConfig]] | None = None,
         inherited: Sequence[socket.socket] = (),
+        expert_sink: ExpertSink | None = None,
     ) -> None:
         self._config = config
         self._dns_names = config.workers.dns_names
@@ -119,10 +130,12 @@ class Router:
         for part in (self._lanes, self._outcomes, lists, admission):
             fleet.on_change(part.fleet_changed)
 
+        self._experts = _expert_sources(config, expert_sink or self._lanes, metrics)
+        self.report_key = AdminKey(config.experts.report_key_file)
         quotas = Quotas()
         if self._keys is not None:
             quotas.adopt(self._keys.limits)
-        protocol = VllmNixl()
+        protocol: LegProtocol = Sglang() if config.workers.engine == "sglang" else VllmNixl()
         legs = Legs(fleet, pools, self._outcomes, protocol, metrics)
         retries = Retries(config.retry, lists, self._outcomes, metrics)
         tracing = None if observe.otel_endpoint is None else Tracing(observe.otel_endpoint, observe.otel_sampling)
@@ -140,6 +153,7 @@ class Router:
             self._outcomes,
             fleet,
             metrics,
+            self._experts,
         )
         self.membership = Membership(
             config.workers,
@@ -153,7 +167,8 @@ class Router:
         )
         collector = RouterCollector(metrics, fleet, admission, self._lanes, memory, self._decision_log, quotas)
         cors = Cors(listen.allowed_origins)
-        self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector)
+        reports = None if self._experts is None else ExpertReports(self._experts, self.report_key)
+        self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector, reports)
         self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services))
         self._listeners = Listeners(config.clients, memory, self._tls, inherited)
 
@@ -248,6 +263,8 @@ class Router:
             pool.close()
         if self._decision_log is not None:
             self._decision_log.close()
+        if self._experts is not None:
+            self._experts.close()
         if self.services.intake.tracing is not None:
             await asyncio.to_thread(self.services.intake.tracing.close)
 
@@ -267,7 +284,7 @@ class Router:
 
         Keeps the current version of anything that cannot be used, and logs the error.
         """
-        for read in (self.reload_secrets, self.admin_key.reload):
+        for read in (self.reload_secrets, self.admin_key.reload, self.report_key.reload):
             try:
                 read()
             except ConfigError as error:
@@ -332,6 +349,19 @@ def _file_name(model: str) -> str:
     """A file name for what was learned about a model, whose own name a worker may have made up."""
     readable = re.sub("[^A-Za-z0-9._-]", "_", model)[:100]
     return f"{readable}-{zlib.crc32(model.encode('utf-8', 'surrogatepass')):08x}.npz"
+
+
+def _expert_sources(config: RouterConfig, sink: ExpertSink | None, metrics: Metrics) -> ExpertSources | None:
+    """Return the sources of finished requests' experts that are configured. None if there is none."""
+    experts = config.experts
+    reports, share = experts.report_key_file is not None, experts.routed_experts_share
+    if not reports and not share:
+        return None
+    geometries = {model: MoeGeometry(*geometry) for model, geometry in experts.expert_geometry.items()}
+    expected = ExpectedReports(sink, geometries, metrics)
+    engine = SglangRoutedExperts() if config.workers.engine == "sglang" else VllmRoutedExperts()
+    answers = ExpertAnswers(engine, share, expected) if share else None
+    return ExpertSources(expected, reports, answers)
 
 
 def _logged(make_policy: MakePolicy, placement: PlacementSettings, decision_log: DecisionLog) -> MakePolicy:

@@ -22,22 +22,28 @@ from eldr.settings import given as given_flags
 
 ROOT = Path(__file__).parents[3]
 TWO = {"prefill": ["http://p:1"], "decode": ["http://d:1"]}
+WORKERS = {*TWO, "worker"}
 ALL = {one.key: one for one in settings_of(RouterConfig)}
 # What a running router takes over without a restart.
 LIVE = {
-    "prefill", "decode", "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s", "worker_wait_s",
-    "prefill_timeout_s", "decode_first_byte_timeout_s", "decode_idle_timeout_s", "decode_answer_timeout_s",
-    "stream_keepalive_s", "request_timeout_s", "drain_timeout_s", "max_bodies_bytes", "shutdown_delay_s", "grace_s",
-    "log_level", "allowed_origins",
+    "prefill", "decode", "worker", "model", "max_inflight", "max_streams", "max_queued", "queue_timeout_s",
+    "worker_wait_s", "prefill_timeout_s", "decode_first_byte_timeout_s", "decode_idle_timeout_s",
+    "decode_answer_timeout_s", "stream_keepalive_s", "request_timeout_s", "drain_timeout_s", "max_bodies_bytes",
+    "shutdown_delay_s", "grace_s", "log_level", "allowed_origins",
 }  # fmt: skip
 
 # A file with every key, none at its default. Files like it are in use: keys must not move or change their meaning.
 FILE = """
 prefill = ["http://p:1"]
 decode = ["http://d:1", "http://d:2"]
+worker = ["http://w:1"]
+engine = "sglang"
 model = "m"
 policy = "expected-union"
 calibration = "zones.npz"
+signature = "prompt"
+learn = "off"
+learned_dir = "i"
 tau = 0.2
 two_nearest = false
 refit_interval_s = 9
@@ -49,6 +55,8 @@ anchor = 0
 tail_guard = inf
 step_tokens = 1.5
 expert_parallel = 4
+prefill_weight = 2
+prefill_chunk = 512
 seed = 7
 host = "::1"
 port = 0
@@ -99,6 +107,9 @@ shutdown_delay_s = 0.16
 grace_s = 0
 otel_endpoint = "http://collector:4318/v1/traces"
 otel_sampling = 1
+report_key_file = "h"
+routed_experts_share = 0.25
+expert_geometry = "48x128x8"
 log_level = "error"
 
 [worker_costs]
@@ -107,13 +118,17 @@ log_level = "error"
 
 # Every flag, for the same reason.
 FLAGS = """
---prefill http://p:1 --decode http://d:1 --decode http://d:2 --policy rr --calibration c.npz
---calibration m=d.npz --seed 3
+--prefill http://p:1 --decode http://d:1 --decode http://d:2 --worker http://w:1 --worker http://w:2
+--engine sglang --policy rr
+--calibration c.npz --calibration m=d.npz --seed 3
 --decision-log l --host h --port 1 --max-inflight 2 --api-key-file a --tls-cert b --tls-key c --worker-ca d
 --worker-api-key-file e --admin-key-file f --admin-listen 127.0.0.1:1 --otel-endpoint http://o
 --otel-sampling 0.5 --log-level debug --tau 0.2 --no-two-nearest --refit-interval 1 --refit-window 2 --cost x
 --worker-cost http://d:1=y --cost-scope moe --others-weight 3 --anchor 4 --tail-guard inf --step-tokens 5
---expert-parallel 6 --allowed-origins https://app.example --allowed-origins https://b.example
+--expert-parallel 6 --prefill-weight 2.5 --prefill-chunk 4096
+--allowed-origins https://app.example --allowed-origins https://b.example
+--signature counts --learn off --learned-dir s
+--report-key-file r --routed-experts-share 0.5 --expert-geometry 48x128x8 --expert-geometry m=24x32x4
 """
 
 
@@ -128,16 +143,18 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
     config = RouterConfig.load(tmp_path / "eldr.toml", {})
     files = {key: Path(written[key]) for key in written if key in (
         "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file",
-        "decision_log",
+        "decision_log", "report_key_file", "learned_dir",
     )}  # fmt: skip
     cost = PRESETS[DEFAULT_PRESET]
     assert values(config) == written | files | {
         "prefill": ("http://p:1",),
         "decode": ("http://d:1", "http://d:2"),
+        "worker": ("http://w:1",),
         "allowed_origins": ("https://app.example", "http://localhost:3000"),
         "cost": cost,
         "worker_costs": {"http://d:2": cost},
         "calibration": {"": Path("zones.npz")},
+        "expert_geometry": {"": (48, 128, 8)},
     }
     default = values(RouterConfig.of(**TWO))
     # There is one preset only.
@@ -149,15 +166,19 @@ def test_every_flag() -> None:
     serve.add_arguments(parser)
     arguments = parser.parse_args(FLAGS.split())
     assert given_flags(arguments, RouterConfig) == {
-        "prefill": ["http://p:1"], "decode": ["http://d:1", "http://d:2"], "policy": "rr",
-        "calibration": [("", "c.npz"), ("m", "d.npz")],
+        "prefill": ["http://p:1"], "decode": ["http://d:1", "http://d:2"], "worker": ["http://w:1", "http://w:2"],
+        "engine": "sglang", "policy": "rr", "calibration": [("", "c.npz"), ("m", "d.npz")],
         "seed": 3, "decision_log": Path("l"), "host": "h", "port": 1, "max_inflight": 2,
         "api_key_file": Path("a"), "tls_cert": Path("b"), "tls_key": Path("c"), "worker_ca": Path("d"),
         "worker_api_key_file": Path("e"), "admin_key_file": Path("f"), "admin_listen": "127.0.0.1:1",
         "otel_endpoint": "http://o", "otel_sampling": 0.5, "log_level": "debug", "tau": 0.2, "two_nearest": False,
         "refit_interval_s": 1.0, "refit_window_s": 2.0, "cost": "x", "worker_costs": [("http://d:1", "y")],
         "cost_scope": "moe", "others_weight": 3.0, "anchor": 4.0, "tail_guard": math.inf, "step_tokens": 5.0,
-        "expert_parallel": 6, "allowed_origins": ["https://app.example", "https://b.example"],
+        "expert_parallel": 6, "prefill_weight": 2.5, "prefill_chunk": 4096,
+        "allowed_origins": ["https://app.example", "https://b.example"],
+        "signature": "counts", "learn": "off", "learned_dir": Path("s"),
+        "report_key_file": Path("r"), "routed_experts_share": 0.5,
+        "expert_geometry": [("", "48x128x8"), ("m", "24x32x4")],
     }  # fmt: skip
     assert {one.flag for one in ALL.values() if one.flag} == {
         text for text in re.findall(r"--[a-z-]+", parser.format_usage()) if text != "--config"
@@ -169,7 +190,7 @@ def test_the_live_settings() -> None:
 
 
 # Settings whose default is not shown as a value of TOML.
-NOT_SHOWN = ("cost", "worker_costs", "allowed_origins", "calibration")
+NOT_SHOWN = ("cost", "worker_costs", "allowed_origins", "calibration", "expert_geometry")
 
 
 def rows() -> dict[str, list[str]]:
@@ -186,7 +207,7 @@ def test_the_page_lists_every_setting_with_its_default() -> None:
     for key, (flag, shown, live, _) in rows().items():
         assert flag.strip("`") == ALL[key].flag
         assert (live == "yes") == (key in LIVE)
-        if key not in {*TWO, *NOT_SHOWN} and default[key] is not None:
+        if key not in {*WORKERS, *NOT_SHOWN} and default[key] is not None:
             text = shown.replace("`", '"')
             assert tomllib.loads(f"value = {text}")["value"] == default[key], key
 
@@ -215,12 +236,14 @@ def toml_value(value: object) -> str:
 
 
 def valid(one: Setting) -> st.SearchStrategy[Any]:
-    if one.key in TWO:
+    if one.key in WORKERS:
         return st.lists(st.integers(1, 9).map(lambda port: f"http://w:{port}"), min_size=1, max_size=3, unique=True)
     if one.key == "allowed_origins":
         return st.lists(st.sampled_from(["*", "https://a.example", "http://[::1]:3000", "app://x"]), unique=True)
     if one.key == "calibration":
         return st.sampled_from(["c.npz", {"m": "c.npz", "": "d.npz"}])
+    if one.key == "expert_geometry":
+        return st.sampled_from(["48x128x8", {"m": "24x32x4", "": "1x8x2"}, {}])
     if one.key == "cost":
         return st.just(DEFAULT_PRESET)
     if one.choices:
@@ -236,14 +259,17 @@ def valid(one: Setting) -> st.SearchStrategy[Any]:
 
 
 def wrong(one: Setting) -> st.SearchStrategy[Any]:
-    if one.key in TWO:
-        return st.sampled_from(["http://w:1", 1, [1], ["w:1"], ["http://w:1", "http://w:1"], ["http://w:0"], []])
+    if one.key in WORKERS:
+        more: list[str] = [] if one.key in TWO else TWO["decode"]
+        return st.sampled_from(["http://w:1", 1, [1], ["w:1"], ["http://w:1", "http://w:1"], ["http://w:0"], more])
     if one.key == "allowed_origins":
         return st.sampled_from(["*", 1, [1], ["null"], ["https://a.example/"], ["a.example"], ["https://a b"], [""]])
     if one.key == "worker_costs":
         return st.text(max_size=9).map(lambda cost: {"http://d:1": cost})
     if one.key == "calibration":
         return st.sampled_from(["", 1, [], ["c.npz"], {"m": 1}, {"m": ""}, [("m", "")]])
+    if one.key == "expert_geometry":
+        return st.sampled_from(["", 1, [], ["48x128x8"], "48x128", {"m": 1}, {"m": "1x2x3"}, [("m", "")]])
     if one.key == "cost":
         return st.text(max_size=9)
     others = st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(), st.integers(), max_size=2)
@@ -263,7 +289,7 @@ def wrong(one: Setting) -> st.SearchStrategy[Any]:
 
 
 # Those that are of no use alone, or name another.
-TOGETHER = {"tls_cert", "tls_key", "admin_listen", "admin_key_file", "worker_costs"}
+TOGETHER = {"tls_cert", "tls_key", "admin_listen", "admin_key_file", "worker_costs", "routed_experts_share"}
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +300,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=50)
 @given(st.data())
 def test_values_of_a_file_arrive_as_they_were_written(folder: Path, data: st.DataObject) -> None:
-    keys = data.draw(st.sets(st.sampled_from(sorted(ALL.keys() - TOGETHER - TWO.keys()))))
+    keys = data.draw(st.sets(st.sampled_from(sorted(ALL.keys() - TOGETHER - WORKERS))))
     flat = {key: data.draw(valid(ALL[key]), key) for key in [*TWO, *sorted(keys)]}
     (folder / "eldr.toml").write_text(toml(flat))
     found = values(RouterConfig.load(folder / "eldr.toml", {}))
@@ -289,6 +315,9 @@ def test_values_of_a_file_arrive_as_they_were_written(folder: Path, data: st.Dat
         elif key == "calibration":
             files = {"": flat[key]} if isinstance(flat[key], str) else flat[key]
             assert value == {model: Path(file) for model, file in files.items()}
+        elif key == "expert_geometry":
+            texts = {"": flat[key]} if isinstance(flat[key], str) else flat[key]
+            assert value == {model: tuple(map(int, text.split("x"))) for model, text in texts.items()}
         else:
             assert value == (Path(flat[key]) if isinstance(value, Path) else flat[key])
 

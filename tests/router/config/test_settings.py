@@ -50,7 +50,7 @@ def test_options_of_policies_from_a_file_and_flags(tmp_path: Path) -> None:
         ({"worker_costs": "x"}, "worker_costs is 'x', expected a table"),
         (
             {"worker_costs": {"http://d7:8200": DEFAULT_PRESET}},
-            "worker_costs names http://d7:8200, which is not one of the decode workers",
+            "worker_costs names http://d7:8200, which is not one of the workers that decode",
         ),
         ({"worker_costs": {"http://d0:8200": 1}}, "worker_costs of http://d0:8200 is 1, expected text"),
         ({"worker_costs": {"d0": "x"}}, "'d0' is not a worker's URL"),

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eldr.router.config.endpoint import ROLES, Role
+from eldr.router.config.endpoint import LEGS, ROLES, Role
 from eldr.router.fleet.workers import Fleet, Worker
 
 BASES = ("m1", "m2", "m3")
@@ -53,7 +53,7 @@ def test_every_name_leads_to_the_workers_that_list_it(steps: list[Any]) -> None:
     workers: dict[int, Worker] = {}
     asked_s = 0.0
     for what, number, bases, adapters in steps:
-        role = ROLES[number % 2]
+        role = ROLES[number % 3]
         worker = workers.get(number)
         asked_s += 1
         if what == "join" and worker is None:
@@ -88,6 +88,10 @@ def check(fleet: Fleet, workers: list[Worker]) -> None:
         decode = group.workers["decode"].values()
         assert group.eligible == {w.url: w.in_flight for w in decode if w.available and w.in_flight < 4}
         assert group.free == sum(4 - load for load in group.eligible.values())
+        roles = {worker.role for worker in group.members()}
+        assert not roles or group.aggregated == ("aggregated" in roles)
+        available = {worker.leg for worker in group.members() if worker.available}
+        assert group.ready == (available >= set(group.legs))
     for group in groups:
         assert connected([worker.bases for worker in group.members() if worker.models is not None])
     # Workers with a base model in common are together.
@@ -98,11 +102,11 @@ def check(fleet: Fleet, workers: list[Worker]) -> None:
                 assert fleet.group(one) is fleet.group(other)
     for name in (*BASES, *ADAPTERS):
         served = fleet.served(name)
-        listing = {worker.url for worker in in_service if worker.role == "decode" and name in (worker.models or ())}
+        listing = {worker.url for worker in in_service if worker.leg == "decode" and name in (worker.models or ())}
         if served is None:
             assert not listing
             continue
-        for role in ROLES:
+        for role in LEGS:
             for worker in served.workers(role):
                 assert worker.models is None or name in worker.models
                 assert fleet.group(worker) is served.group
@@ -126,8 +130,8 @@ def connected(sets: list[frozenset[str]]) -> bool:
 def test_groups_that_one_worker_made_one_part_again() -> None:
     for leaves in (False, True):
         fleet = Fleet()
-        ones = [join(fleet, f"http://{role}:1", role, {"m1"}) for role in ROLES]
-        others = [join(fleet, f"http://{role}:2", role, {"m2"}) for role in ROLES]
+        ones = [join(fleet, f"http://{role}:1", role, {"m1"}) for role in LEGS]
+        others = [join(fleet, f"http://{role}:2", role, {"m2"}) for role in LEGS]
         between = join(fleet, "http://between", "decode", {"m1", "m2"})
         assert len(fleet.groups) == 1
         assert fleet.served(None) is not None

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eldr.router.fleet.load_watch import Capacity, EngineLoad, parse_active_experts, parse_load
+from eldr.router.fleet.load_watch import (
+    Capacity,
+    EngineLoad,
+    parse_active_experts,
+    parse_cache_tokens,
+    parse_load,
+)
 from tests.router.engine_metrics import said
 from tests.router.harness import on_uvloop, running, until
 
@@ -36,6 +42,22 @@ def test_active_experts_are_read_of_one_engine() -> None:
     )
     assert parse_active_experts(text.encode(), 1) == (51.0, 5.0)
     assert parse_active_experts(text.encode(), 2) is None
+
+
+# From the exposition of vLLM 0.32, shortened.
+CACHE = (
+    'vllm:cache_config_info{{_block_size_resolved="True",block_size="{}",cache_dtype="auto",enable_prefix_caching="{}",'
+    'engine="{}",kv_cache_size_tokens="{}",mamba_block_size="None",num_gpu_blocks="{}"}} 1.0\n'
+)
+
+
+def test_the_size_of_the_cache_is_read_of_one_engine() -> None:
+    two = "# TYPE vllm:cache_config_info gauge\n" + CACHE.format(16, True, 0, 64, 5) + CACHE.format(16, True, 1, 80, 9)
+    assert [parse_cache_tokens(two.encode(), engine) for engine in (0, 1, 2)] == [64, 80, None]
+    assert parse_cache_tokens(CACHE.format(32, True, 0, "None", 5).encode(), 0) == 160
+    assert parse_cache_tokens(CACHE.format(32, True, 0, "None", "None").encode(), 0) is None
+    assert parse_cache_tokens(CACHE.format(32, False, 0, 160, 5).encode(), 0) == 0
+    assert parse_cache_tokens(said().encode(), 0) is None
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eldr.router.config.endpoint import Role
+from eldr.router.config.endpoint import LegName
 from eldr.router.config.groups import EjectionSettings
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet
@@ -140,7 +140,7 @@ async def test_a_long_streams_trial_ends_with_its_first_event() -> None:
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
-async def test_the_only_worker_is_never_ejected(role: Role) -> None:
+async def test_the_only_worker_is_never_ejected(role: LegName) -> None:
     async with running(**EJECTING, retries=0) as s:
         worker = getattr(s, role)[0]
         worker.behaviour = fail

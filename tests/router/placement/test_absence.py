@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from eldr.router.config.endpoint import Role
+from eldr.router.config.endpoint import LegName
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.client import ConnectError, WorkerConnection
 from tests.router.fake_worker import FakeWorker, Seen, reply
@@ -19,7 +19,7 @@ async def hold(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, wri
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
-async def test_requests_wait_for_a_worker_that_is_restarted(role: Role) -> None:
+async def test_requests_wait_for_a_worker_that_is_restarted(role: LegName) -> None:
     async with running(prefill=1, decode=1) as s:
         worker = getattr(s, role)[0]
         await worker.stop()
@@ -37,7 +37,7 @@ async def test_requests_wait_for_a_worker_that_is_restarted(role: Role) -> None:
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
-async def test_the_request_that_finds_the_last_worker_gone_waits_too(role: Role) -> None:
+async def test_the_request_that_finds_the_last_worker_gone_waits_too(role: LegName) -> None:
     async with running(prefill=1, decode=1, health_interval_s=0.3) as s:
         worker = getattr(s, role)[0]
         await worker.stop()
@@ -50,7 +50,7 @@ async def test_the_request_that_finds_the_last_worker_gone_waits_too(role: Role)
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
-async def test_a_request_whose_only_worker_died_is_tried_again_on_its_successor(role: Role) -> None:
+async def test_a_request_whose_only_worker_died_is_tried_again_on_its_successor(role: LegName) -> None:
     async with running(prefill=1, decode=1) as s:
         worker = getattr(s, role)[0]
         worker.behaviour = hold
@@ -69,7 +69,7 @@ async def test_a_request_whose_only_worker_died_is_tried_again_on_its_successor(
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
-async def test_a_role_that_stays_away_is_refused(role: Role) -> None:
+async def test_a_role_that_stays_away_is_refused(role: LegName) -> None:
     async with running(prefill=1, decode=1, worker_wait_s=0.2, health_interval_s=60) as s:
         await getattr(s, role)[0].stop()
         first = await s.post()
@@ -120,7 +120,7 @@ async def test_a_client_that_leaves_waits_no_more() -> None:
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
 async def test_a_worker_that_answers_probes_and_takes_no_request_is_not_asked_for_ever(
-    role: Role, monkeypatch: pytest.MonkeyPatch
+    role: LegName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(prefill=1, decode=1, health_interval_s=60, worker_wait_s=3600) as s:
         services = s.router.services

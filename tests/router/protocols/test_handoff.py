@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
+from eldr.kernels import JsonObject
 from eldr.router.fleet.workers import Worker
 from eldr.router.protocols.handoff import UNKNOWN_LEASE_S, HandOff, Lease
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.vllm_nixl import VllmNixl
 from tests.router.fake_worker import counts_wire
 
 
 def read_handoff(value: object, sent_s: float) -> HandOff | None:
     protocol = VllmNixl()
-    answer = JsonObject(json.dumps(value).encode(), protocol.answer_members)
+    answer = JsonObject(json.dumps(value).encode(), protocol.answer_names)
     return protocol.read_handoff(answer, Worker("http://p:1", "prefill", 1), sent_s)
 
 
@@ -74,7 +74,7 @@ def test_an_answer_without_a_handoff(value: Any) -> None:
 def test_parameters_are_sent_on_as_they_were_written() -> None:
     params = b'{"do_remote_prefill": true, "remote_block_ids": [18446744073709551617], "x": 1e999, "eldr_lease": null}'
     protocol = VllmNixl()
-    answer = JsonObject(b'{"kv_transfer_params":%b}' % params, protocol.answer_members)
+    answer = JsonObject(b'{"kv_transfer_params":%b}' % params, protocol.answer_names)
     handoff = protocol.read_handoff(answer, Worker("http://p:1", "prefill", 1), 0.0)
     assert handoff is not None
     assert handoff.spend(record=False) == params.replace(b', "eldr_lease": null', b"")

@@ -8,21 +8,22 @@ from typing import Any
 import pytest
 
 from eldr.prompt.words import MOST_TEXT_BYTES, Words, words_of_text, words_of_tokens
-from eldr.router.protocols.openai import CHAT, COMPLETIONS, ENDPOINTS, MESSAGES, RESPONSES, read_body
+from eldr.router.protocols.openai import CHAT, COMPLETIONS, ENDPOINTS, MESSAGES, RESPONSES, body_names, read_body
 from eldr.router.protocols.prompt_text import prompt_text, prompt_words
 
+NONE = body_names(frozenset())
 USER = {"role": "user", "content": "what is it"}
 
 
 def text_of(path: bytes, body: object) -> bytes | None:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     endpoint = ENDPOINTS[path]
-    return prompt_text(endpoint, read_body(endpoint, raw, endpoint.members, frozenset()))
+    return prompt_text(endpoint, read_body(endpoint, raw, body_names(endpoint.members), NONE))
 
 
 def words_of(path: bytes, body: object) -> Words:
     endpoint = ENDPOINTS[path]
-    return prompt_words(endpoint, read_body(endpoint, json.dumps(body).encode(), endpoint.members, frozenset()))
+    return prompt_words(endpoint, read_body(endpoint, json.dumps(body).encode(), body_names(endpoint.members), NONE))
 
 
 def same(one: Words, other: Words) -> bool:
@@ -78,7 +79,7 @@ def test_token_ids_are_words(prompt: object) -> None:
 )
 def test_a_body_without_text_has_no_words(path: bytes, body: bytes) -> None:
     endpoint = ENDPOINTS[path]
-    found = prompt_words(endpoint, read_body(endpoint, body, endpoint.members, frozenset()))
+    found = prompt_words(endpoint, read_body(endpoint, body, body_names(endpoint.members), NONE))
     assert not len(found)
 
 

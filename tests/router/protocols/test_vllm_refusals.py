@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from eldr.kernels import JsonNames, JsonObject
 from eldr.router.http.errors import ApiError
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.openai import CHAT, COMPLETIONS, ENDPOINTS
 from eldr.router.protocols.vllm_nixl import VllmNixl
 
@@ -22,7 +22,7 @@ def refusal(path: bytes, body: dict[str, Any] | bytes, max_model_len: int | None
     endpoint = ENDPOINTS[path]
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
-        PROTOCOL.refuse_early(endpoint, JsonObject(raw, endpoint.members | PROTOCOL.members), max_model_len)
+        PROTOCOL.refuse_early(endpoint, JsonObject(raw, JsonNames(endpoint.members | PROTOCOL.members)), max_model_len)
     except ApiError as error:
         return error
     return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from eldr.kernels import JsonObject
 from eldr.router.http.errors import ApiError
 from eldr.router.protocols import openai
 from eldr.router.protocols.vllm_nixl import VllmNixl
@@ -17,10 +18,14 @@ OFTEN = b",".join([b'"type":"message"'] * 2000)
 SAID: list[Any] = [{"role": "user", "content": "hello"}]
 
 
+def read(protocol: VllmNixl, endpoint: openai.Endpoint, body: bytes) -> JsonObject:
+    names = openai.body_names(endpoint.members | protocol.members)
+    return openai.read_body(endpoint, body, names, openai.body_names(frozenset()))
+
+
 def why(path: bytes, body: dict[str, Any]) -> str | None:
     protocol, endpoint = VllmNixl(), openai.ENDPOINTS[path]
-    members = endpoint.members | protocol.members
-    return protocol.why_whole(endpoint, openai.read_body(endpoint, json.dumps(body).encode(), members, frozenset()))
+    return protocol.why_whole(endpoint, read(protocol, endpoint, json.dumps(body).encode()))
 
 
 @pytest.mark.parametrize(
@@ -75,9 +80,9 @@ def test_responses(body: dict[str, Any], reason: str | None) -> None:
 )
 def test_names_that_are_repeated_without_end_are_refused(path: bytes, body: bytes) -> None:
     protocol, endpoint = VllmNixl(), openai.ENDPOINTS[path]
-    read = openai.read_body(endpoint, body, endpoint.members | protocol.members, frozenset())
+    fields = read(protocol, endpoint, body)
     with pytest.raises(ApiError) as refused:
-        protocol.why_whole(endpoint, read)
+        protocol.why_whole(endpoint, fields)
     assert refused.value.status == 400
 
 
@@ -140,7 +145,7 @@ def test_an_image_is_found_however_it_is_written() -> None:
         rb' "content": [{"typ\u0065": "im\u0061ge"}]}]}]}'
     )
     protocol, endpoint = VllmNixl(), openai.ENDPOINTS[openai.MESSAGES]
-    body = openai.read_body(endpoint, raw, endpoint.members | protocol.members, frozenset())
+    body = read(protocol, endpoint, raw)
     assert protocol.why_whole(endpoint, body) == "multimodal"
 
 
@@ -148,9 +153,9 @@ def test_an_image_is_found_however_it_is_written() -> None:
 def test_the_name_of_a_leg_is_written_once(extra: dict[str, Any]) -> None:
     protocol, endpoint = VllmNixl(), openai.ENDPOINTS[openai.RESPONSES]
     raw = json.dumps({"input": "x", "store": True, "enable_response_messages": True, **extra}).encode()
-    body = openai.read_body(endpoint, raw, endpoint.members | protocol.members, frozenset())
+    body = read(protocol, endpoint, raw)
     for leg in ("mine", "mine-prefill-1", 'odd"name\\'):
-        decode = protocol.decode_body(endpoint, body, None, False, leg)
+        decode = protocol.whole_body(endpoint, body, False, leg)
         prefill = protocol.prefill_body(endpoint, body, False, leg)
         own = extra.get("request_id") == "mine" and leg.startswith("mine")
         for written in (decode, prefill):

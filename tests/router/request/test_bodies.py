@@ -205,15 +205,23 @@ async def test_answers_keep_what_only_python_reads() -> None:
 
     async def odd(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         fields = json.dumps(worker.whole(seen, ["a"], False)).encode()
-        await reply(writer, 200, fields[:-1] + b"," + extra + b"}")
+        if worker is s.decode[0]:
+            fields = fields.replace(b"null", params)
+        sent.append(fields[:-1] + b"," + extra + b"}")
+        await reply(writer, 200, sent[-1])
 
     async with running() as s:
         s.prefill[0].behaviour = s.decode[0].behaviour = odd
-        answer = await s.post()
-        assert answer.status == 200
-        assert extra in answer.body
-        assert answer.body.count(KV) == 1
-        assert answer.body.endswith(b'"kv_transfer_params":null}')
+        for params in (b"null", b'{"remote_host": "10.0.0.1"}'):
+            sent: list[bytes] = []
+            answer = await s.post()
+            assert answer.status == 200
+            if params == b"null":
+                assert answer.body == sent[-1]
+            else:
+                assert extra in answer.body
+                assert answer.body.count(KV) == 1
+                assert answer.body.endswith(b'"kv_transfer_params":null}')
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -16,7 +16,7 @@ import pytest
 
 from tests.router.certificates import certificate
 from tests.router.fake_worker import FakeWorker, Seen, begin_stream, chunk, reply
-from tests.router.harness import ASK, Setup, bearer, on_uvloop, ours, running, until
+from tests.router.harness import ASK, Setup, aggregated, bearer, on_uvloop, ours, running, until
 from tests.router.wire import BODY, POST, exchange, post
 
 
@@ -45,6 +45,16 @@ async def test_a_request_leaves_no_cycle(body: dict[str, object], keepalive_s: f
     async with running(stream_keepalive_s=keepalive_s) as s, no_cycles(s):
         for _ in range(5):
             await s.post(body)
+
+
+@pytest.mark.parametrize("body", [ASK, {**ASK, "stream": True, "prompt": "x" * 5000}])
+@pytest.mark.usefixtures("collector")
+@on_uvloop
+async def test_a_request_to_an_aggregated_worker_leaves_no_cycle(body: dict[str, object]) -> None:
+    async with aggregated(2) as s, no_cycles(s):
+        s.aggregated[0].behaviour = closes
+        for _ in range(5):
+            assert (await s.post(body)).status == 200
 
 
 @pytest.mark.parametrize(

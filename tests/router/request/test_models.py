@@ -15,7 +15,7 @@ from eldr.calibration import fit_calibration
 from eldr.cli.main import main
 from eldr.policies import PolicyError
 from eldr.router.app import policy_maker
-from eldr.router.config.endpoint import ROLES, Role
+from eldr.router.config.endpoint import LEGS, LegName
 from eldr.router.config.settings import RouterConfig
 from tests.router.admin import ask_admin, until_state
 from tests.router.fake_worker import EXPERTS, LAYERS, TOP_K, FakeWorker, Seen, counts_wire, reply
@@ -104,7 +104,7 @@ async def test_a_worker_that_hangs_does_not_keep_an_answer_waiting() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @on_uvloop
-async def test_a_worker_that_has_just_unloaded_the_adapter_is_passed_over(role: Role, stream: bool) -> None:
+async def test_a_worker_that_has_just_unloaded_the_adapter_is_passed_over(role: LegName, stream: bool) -> None:
     both = adapters("sql", on=lambda s: [*s.prefill, *s.decode])
     async with running(2, 2, "rr", both, health_interval_s=60) as s:
         assert (await s.post(ADAPTED)).status == 200
@@ -356,7 +356,7 @@ async def test_who_waits_without_any_worker_gets_one_of_its_own_model(path: str,
             worker.others = {"/v1/embeddings": (200, b"{}", "application/json")}
 
     async with running(2, 2, prepare=prepare, worker_wait_s=30.0, **admin) as s:
-        everybody = [(role, worker) for role in ROLES for worker in (s.prefill if role == "prefill" else s.decode)]
+        everybody = [(role, worker) for role in LEGS for worker in (s.prefill if role == "prefill" else s.decode)]
         for role, worker in everybody:
             await ask_admin(s, "DELETE", "/admin/workers", {"url": worker.url})
             await until_state(s, role, worker.url, "gone")
@@ -437,10 +437,10 @@ async def test_a_model_joins_although_its_calibration_was_replaced(tmp_path: Pat
     file = make_calibration(tmp_path / "all.npz", LAYERS, EXPERTS)
     used = hashlib.sha256(file.read_bytes()).hexdigest()
     path = tmp_path / "decisions.jsonl"
-    new = [await FakeWorker(role, model="big").start() for role in ROLES]
+    new = [await FakeWorker(role, model="big").start() for role in LEGS]
     async with running(policy="locality-band", calibration=file, decision_log=path, **admin) as s:
         file.unlink()
-        for role, worker in zip(ROLES, new, strict=True):
+        for role, worker in zip(LEGS, new, strict=True):
             await ask_admin(s, "POST", "/admin/workers", {"url": worker.url, "role": role})
             await until_state(s, role, worker.url, "up")
         assert (await s.post({**ASK, "model": "big"})).status == 200

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import eldr.kernels
 import eldr.kernels._numpy
 from eldr.counts import pack
-from eldr.kernels import FleetState, PlacementWeights
+from eldr.kernels import FleetState, PlacementWeights, PrefillTerms
 
 NUMPY = eldr.kernels._numpy
 needs_compiler = pytest.mark.skipif(not eldr.kernels.COMPILED, reason="this installation could not compile the kernels")
@@ -197,8 +197,12 @@ def test_row_products(kernels: ModuleType) -> None:
 
 
 def plain_placement_cost(
-    columns: NDArray[np.float64], workers: Sequence[tuple[float, ...]], context_tokens: float, weights: PlacementWeights
-) -> list[float]:
+    columns: NDArray[np.float64],
+    workers: Sequence[tuple[float, ...]],
+    context_tokens: float,
+    weights: PlacementWeights,
+    allowed_s: float,
+) -> tuple[list[float], float]:
     others_weight, anchor, tail_guard, guard_share = weights
     base, expert, token, context = columns.tolist()
     count = len(base)
@@ -213,16 +217,26 @@ def plain_placement_cost(
     mean_load = sum(worker[5] for worker in workers) / count
     nearest = max(worker[3] for worker in workers)
     limit = sum(longer) / count + tail_guard * (max(saved, 0) + guard_share * experts) + 1e-12
-    return [
-        math.inf if longer[w] > limit else cost[w] + anchor * (mean_load + 1) * experts * (nearest - workers[w][3])
+    most = max(limit, allowed_s)
+    costs = [
+        math.inf if longer[w] > most else cost[w] + anchor * (mean_load + 1) * experts * (nearest - workers[w][3])
         for w in range(count)
     ]
+    return costs, limit
 
 
-@given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from((0.0, 0.3, math.inf)), st.booleans())
+@given(
+    st.integers(1, 40),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from((0.0, 0.3, math.inf)),
+    st.sampled_from((0.0, 0.01, 0.02, 1.0)),
+    st.booleans(),
+)
 @settings(max_examples=40)
 @pytest.mark.parametrize("kernels", BOTH)
-def test_placement_cost(kernels: ModuleType, workers: int, seed: int, tail_guard: float, dense: bool) -> None:
+def test_placement_cost(
+    kernels: ModuleType, workers: int, seed: int, tail_guard: float, allowed_s: float, dense: bool
+) -> None:
     rng = np.random.default_rng(seed)
     columns = rng.random((4, workers)) * [[1e-3], [1e-5], [1e-5], [1e-9]]
     union, added, context = (
@@ -236,12 +250,14 @@ def test_placement_cost(kernels: ModuleType, workers: int, seed: int, tail_guard
     load = rng.integers(0, 64, len(rows)).tolist()
     fleet, weights = FleetState(columns, union, context, length), PlacementWeights(1.0, 0.1, tail_guard, 0.02)
     out = np.empty(len(rows))
-    best = kernels.placement_cost(fleet, weights, added, products, at_random, rows, load, 500, out)
+    best, limit_s = kernels.placement_cost(fleet, weights, added, products, at_random, rows, load, 500, allowed_s, out)
     of = [
         (union[w], added[w], context[w], products[w] / length[w], at_random[int(own) + 1], own)
         for w, own in zip(rows, load, strict=True)
     ]
-    assert out.tolist() == pytest.approx(plain_placement_cost(columns[:, rows], of, 500, weights), rel=1e-9)
+    costs, limit = plain_placement_cost(columns[:, rows], of, 500, weights, allowed_s)
+    assert out.tolist() == pytest.approx(costs, rel=1e-9)
+    assert limit_s == pytest.approx(limit, rel=1e-9)
     assert math.isfinite(out[best])
     assert out[best] == min(out)
 
@@ -269,9 +285,17 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     ) -> None:
         at_random, out = np.zeros(batches), np.zeros(len(rows))
         fleet = fitting._replace(**changes)
-        _compiled.placement_cost(fleet, weights, added, products, at_random, np.array(rows), load, 1, out)
+        _compiled.placement_cost(fleet, weights, added, products, at_random, np.array(rows), load, 1, 0, out)
+
+    terms: Any = PrefillTerms(8.0, 0.5, 9.0, 1.0)
+
+    def prefill(rows: Any, numbers: Any, terms: Any = terms, **changes: Any) -> None:
+        given: Any = {"load": numbers, "waiting": numbers, "uncached": numbers} | changes
+        fleet = fitting._replace(**{key: given.pop(key) for key in list(given) if key in FleetState._fields})
+        _compiled.add_prefill(fleet, terms, np.array(rows), *given.values(), 1.0, 1.0, np.zeros(len(rows)))
 
     cost([7], [3], 5)
+    prefill([7], [3])
     for call in (
         lambda: _compiled.unpack_counts(b"123456", 8, 0, 2, 3, 0, 0, np.zeros(5, np.uint32)),
         lambda: _compiled.unpack_counts(b"123456", 17, 16, 2, 3, 0, 0, np.zeros(6, np.uint32)),
@@ -302,6 +326,15 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         lambda: _compiled.row_products(np.zeros((2, 7), np.float32), floats, np.zeros(2)),
         lambda: _compiled.row_products(np.zeros((2, 8)), floats, np.zeros(2)),
         lambda: _compiled.row_products([floats], floats, np.zeros(1)),
+        lambda: prefill([8], [3]),
+        lambda: prefill([-1], [3]),
+        lambda: prefill([], []),
+        lambda: prefill([7], [3, 4]),
+        lambda: prefill([7], [3], waiting=[]),
+        lambda: prefill([7], [3], uncached=(3,)),
+        lambda: prefill([7], [3], context=[0] * 7),
+        lambda: prefill([7], [3], union=np.zeros(7)),
+        lambda: prefill([7], [3], columns=np.zeros(31)),
         lambda: cost([8], [3], 5),
         lambda: cost([-1], [3], 5),
         lambda: cost([7], [4], 5),
@@ -324,6 +357,9 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match="does not fit"):
             call()
     for call in (
+        lambda: prefill([7], [3], load=[3.5]),
+        lambda: prefill([7], [3], terms=(8.0, 0.5, 9.0, 1.0)),
+        lambda: prefill([7], [3], terms=terms._replace(missed="a")),
         lambda: cost([7], [3.0], 5),
         lambda: cost([7], [2**70], 5),
         lambda: cost([7], [3], 5, weights=(1.0, 1.0, 1.0, 1.0)),

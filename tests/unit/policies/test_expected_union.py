@@ -14,6 +14,7 @@ from eldr.counts import ExpertCounts
 from eldr.policies import PolicyError, PolicyOptions
 from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import GUARD_EXPERT_SHARE, ExpectedUnion
+from eldr.policies.request_model import first_means
 from eldr.policies.unions import Geometry, Profile, RandomBatches, encode_exposure
 from tests.synthetic import make_trace
 
@@ -116,6 +117,36 @@ def test_the_anchor_draws_a_request_to_where_its_kind_went() -> None:
     for _ in range(5):  # without the anchor two idle workers tie, and the first wins
         assert policy.choose(request(41, counts_of_kind(1)), {"a": 0, "b": 0}).worker == "b"
         assert policy.choose(request(40, counts_of_kind(0)), {"a": 0, "b": 0}).worker == "a"
+
+
+def test_the_anchor_looks_at_what_is_predicted() -> None:
+    """Prompts that are all alike, of requests that are predicted to decode with experts of two kinds."""
+    policy = Given(one_hot_profiles(), anchor=0.2)
+    for worker in ("a", "b"):
+        policy.joined(worker)
+    for row in range(40):
+        policy.started(request(row), "ab"[row % 2])
+        policy.finished(request(row), "ab"[row % 2])
+    assert policy.choose(request(41), {"a": 0, "b": 0}).worker == "b"
+    assert policy.choose(request(40), {"a": 0, "b": 0}).worker == "a"
+
+
+def test_a_calibration_of_other_traffic_gives_way() -> None:
+    """The fleet's mean and spread are those of the requests served, not of those that were recorded."""
+    trace = make_trace(requests=40, layers=LAYERS, experts=EXPERTS)
+    model = ActivationModel.fit(trace.prefill_counts, trace.prompt_tokens, trace.decode_profiles(), TOP_K)
+    means = first_means(Geometry(LAYERS, EXPERTS), TOP_K, model, None, 1.0)
+    assert means.spread == model.spread
+    rng = np.random.default_rng(0)
+    served = rng.dirichlet(np.ones(EXPERTS) * 0.1, (300, LAYERS)).reshape(300, -1).astype(np.float32) * TOP_K
+    for frequency in served:
+        means.move(frequency, frequency)
+    # 20 of 320 requests are the calibration's.
+    expected = (20 * model.mean_frequency + served.sum(axis=0)) / 320
+    assert means.frequency == pytest.approx(expected, abs=1e-4)
+    spread = float(((served - served.mean(axis=0)) ** 2).sum(axis=1).mean())
+    assert means.spread == pytest.approx((20 * model.spread + 300 * spread) / 320, rel=0.05)
+    assert model.share(means.spread) == pytest.approx(model.trust * min(1, model.spread / means.spread))
 
 
 def test_the_tail_guard_is_the_one_of_its_definition() -> None:
@@ -230,6 +261,29 @@ def test_the_tail_guard_leaves_out_a_worker_whose_steps_are_long() -> None:
             policy.started(request(row), "a" if row < 20 else "b")
         assert policy.choose(request(30), {"a": 20, "b": 10}).worker == chosen
         assert policy.choose(request(30), {"a": 20}).worker == "a"
+
+
+def test_the_tail_guard_lets_a_step_pass_that_was_usual_when_the_fleet_was_busy() -> None:
+    """Kind 0 runs on a, kind 1 on b. A second request of kind 0 adds little to a, and a lot to b, which is shorter.
+
+    The guard is closed: no step may be longer than the mean. But the fleet has just been much busier.
+    """
+    kinds = one_hot_profiles()
+    load = {"a": 1, "b": 1}
+    for busy, chosen in ((False, "b"), (True, "a")):
+        slower = CostModel("slower", "none", "made up", MoeLayerCost(120.0, 10.0, 1.0))
+        policy = Given(kinds, anchor=0, tail_guard=0.0, worker_costs={"a": slower})
+        policy.joined("a")
+        policy.joined("b")
+        policy.started(request(0), "a")
+        policy.started(request(1), "b")
+        crowd = range(2, 50) if busy else range(0)
+        for row in crowd:
+            policy.choose(request(row), {"a": row // 2, "b": row // 2})
+            policy.started(request(row), "ab"[row % 2])
+        for row in crowd:
+            policy.finished(request(row), "ab"[row % 2])
+        assert policy.choose(request(50), load).worker == chosen
 
 
 def test_unequal_hardware() -> None:

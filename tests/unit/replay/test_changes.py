@@ -106,10 +106,25 @@ def test_bad_changes_are_refused(text: str) -> None:
 
 def run_of(tpot_s: NDArray[np.float64] | list[float]) -> RunResult:
     count = len(tpot_s)
-    other = np.zeros(count)
-    arrival_s = np.arange(count) / 10
-    whole = np.zeros(count, dtype=np.int64)
-    return RunResult(np.asarray(tpot_s, float), other, other, arrival_s, whole, whole, 0.0, 0.0, 0, 0, 0)
+    other, whole = np.zeros(count), np.zeros(count, dtype=np.int64)
+    return RunResult(
+        tpot_s=np.asarray(tpot_s, float),
+        ttft_s=other,
+        request_s=other,
+        moe_tpot_s=other,
+        wait_s=other,
+        arrival_s=np.arange(count) / 10,
+        request=whole,
+        worker=whole,
+        prompt_tokens=whole,
+        cached_tokens=whole,
+        active_experts_mean=0.0,
+        batch_mean=0.0,
+        steps=0,
+        tokens=0,
+        replayed_tokens=0,
+        chunk_time_share=0.0,
+    )
 
 
 def test_recovery_is_measured_from_the_change_to_the_later_level() -> None:

@@ -41,7 +41,9 @@ def make(name: str, calibration: Calibration, seed: int = 5) -> Any:
     return make_policy(name, calibration=calibration, seed=seed)
 
 
-def record(policy: Any, trace: Trace, events: int = 200, header: LogHeader | None = None) -> list[str]:
+def record(
+    policy: Any, trace: Trace, events: int = 200, header: LogHeader | None = None, aggregated: bool = False
+) -> list[str]:
     """A log of requests that start, finish and fail while workers come and go."""
     header = header or LogHeader(policy.name, 5, PolicyOptions())
     lines = [header.to_wire()]
@@ -64,6 +66,7 @@ def record(policy: Any, trace: Trace, events: int = 200, header: LogHeader | Non
             del load["b"]
         if running and rng.random() < 0.45:
             request, worker = running.pop(int(rng.integers(len(running))))
+            request.generated_tokens = int(rng.integers(1, 20)) if aggregated else None
             logged.finished(request, worker)
             load[worker] -= 1
         at = number % 60
@@ -72,12 +75,26 @@ def record(policy: Any, trace: Trace, events: int = 200, header: LogHeader | Non
         wire = None if number % 5 == 0 else {**encode_counts(counts), "prompt": "a secret"}
         given = (None, None) if number % 11 == 0 else (counts, wire)
         request = DecodeRequest(f"r{number}", int(trace.prompt_tokens[at]), given[0], label, None, given[1])
+        if aggregated:
+            request.computes_prompt = True
+            request.prompt_tokens *= 100
+            request.cached_tokens = (
+                None
+                if number % 9 == 0
+                else {
+                    worker: int(rng.integers(request.prompt_tokens))
+                    for worker in ("a", "c", "d", "gone")
+                    if rng.random() < 0.4
+                }
+            )
         eligible = {worker: count for worker, count in load.items() if rng.random() < 0.9} or dict(load)
         eligible = dict(sorted(eligible.items(), key=lambda item: rng.random()))
         worker = logged.choose(request, eligible).worker
         logged.started(request, worker)
         load[worker] += 1
         running.append((request, worker))
+        if aggregated and rng.random() < 0.5:
+            logged.prompt_computed(*running[int(rng.integers(len(running)))])
     return [json.dumps(event) for event in lines]
 
 
@@ -95,6 +112,28 @@ def test_a_repeated_log_gives_the_same_choices(trace: Trace, calibration: Calibr
     assert repetition.decisions == 200
     assert repetition.logged == repetition.chosen
     assert "secret" not in "".join(lines)
+
+
+@pytest.mark.parametrize("name", ["jsq", "prefix-affinity", "expected-union"])
+def test_a_repeated_log_of_aggregated_workers_gives_the_same_choices(
+    trace: Trace, calibration: Calibration, name: str
+) -> None:
+    lines = record(make(name, calibration), trace, aggregated=True)
+    repetition = repeat(lines, make(name, calibration))
+    assert repetition.equal
+    assert repetition.decisions == 200
+
+
+@pytest.mark.parametrize("left_out", ["cached_tokens", "generated_tokens", "prompt_computed"])
+def test_what_a_policy_hears_of_prompts_is_in_the_log(trace: Trace, calibration: Calibration, left_out: str) -> None:
+    """Without one of the three kinds of news the choices come out differently."""
+    events = [json.loads(line) for line in record(make("expected-union", calibration), trace, aggregated=True)]
+    if left_out == "prompt_computed":
+        events = [event for event in events if event["event"] != left_out]
+    for event in events:
+        if event["event"] == "finished" or left_out == "cached_tokens":
+            event.pop(left_out, None)
+    assert not repeat([json.dumps(event) for event in events], make("expected-union", calibration)).equal
 
 
 def test_another_policy_differs(trace: Trace, calibration: Calibration) -> None:

@@ -169,7 +169,24 @@ def test_one_seed_has_no_interval() -> None:
 def result(tpot_s: list[int]) -> RunResult:
     tpot = np.array(tpot_s, dtype=float)
     none = np.zeros(len(tpot), dtype=int)
-    return RunResult(tpot, tpot / 2, tpot * 0, tpot, none, none, 3.0, 2.0, 1, 1, 1)
+    return RunResult(
+        tpot_s=tpot,
+        ttft_s=tpot * 3,
+        request_s=tpot * 4,
+        moe_tpot_s=tpot / 2,
+        wait_s=tpot * 0,
+        arrival_s=tpot,
+        request=none,
+        worker=none,
+        prompt_tokens=none + 40,
+        cached_tokens=none + 10,
+        active_experts_mean=3.0,
+        batch_mean=2.0,
+        steps=1,
+        tokens=1,
+        replayed_tokens=1,
+        chunk_time_share=0.5,
+    )
 
 
 def test_changes_are_against_the_best_load_balancer_of_all_seeds() -> None:
@@ -190,6 +207,12 @@ def test_changes_are_against_the_best_load_balancer_of_all_seeds() -> None:
     assert entry["moe_tpot_p50_ms"] == pytest.approx(1000)
     single = [Cell(cell.policy, 2, 1.0, cell.runs[:1]) for cell in cells]
     assert as_object(single[-1], single, "step")["vs_best_baseline_p99_lo"] is None
+    assert "ttft_p50_ms" not in entry
+    entry = as_object(cells[-1], cells, "step", aggregated=True)
+    assert entry["ttft_mean_ms"] == pytest.approx(6000)
+    assert entry["ttft_vs_jsq_p99"] == pytest.approx((-50 - 25) / 2)
+    assert entry["request_mean_ms"] == pytest.approx(8000)
+    assert (entry["prefix_hit_share"], entry["chunk_time_share"]) == (0.25, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +334,39 @@ def test_the_command_writes_json(trace: Trace, tmp_path: Path, capsys: pytest.Ca
     assert "expected-union" in printed.err
 
 
+def test_the_command_replays_aggregated_serving(
+    trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_trace(trace, tmp_path / "t.npz")
+    (tmp_path / "p.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "x,100,1\n" + "x,700,1\n")
+    words = (
+        "--aggregated",
+        "--batch",
+        2,
+        "--requests",
+        80,
+        "--seeds",
+        2,
+        "--workers",
+        2,
+        "--json",
+        tmp_path / "r.json",
+    )
+    prompts = ("--prompt-tokens", tmp_path / "p.csv", "--shared-prefixes", "40:512", "--kv-tokens", 12000)
+    policies = ("--policies", "prefix-affinity,expected-union")
+    assert run_cli(tmp_path / "t.npz", *words, *prompts, *policies) == 0
+    objects = {entry["policy"]: entry for entry in json.loads((tmp_path / "r.json").read_text())}
+    for entry in objects.values():
+        assert 0 < entry["ttft_p50_ms"] < entry["ttft_p99_ms"]
+        assert 0 < entry["chunk_time_share"] < 1
+        assert 0 < entry["prefix_hit_share"] < 512 / 612
+    assert objects["jsq"]["ttft_vs_jsq_p50"] == 0
+    assert objects["prefix-affinity"]["prefix_hit_share"] > 1.1 * objects["jsq"]["prefix_hit_share"]
+    printed = capsys.readouterr().out
+    assert "TTFT in ms" in printed
+    assert "…" not in printed
+
+
 def test_the_command_finds_goodput(trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_trace(trace, tmp_path / "t.npz")
     words = ("--goodput", 2.0, "--requests", 60, "--seeds", 1, "--workers", 2, "--json", tmp_path / "r.json")
@@ -332,6 +388,9 @@ def test_the_command_finds_goodput(trace: Trace, tmp_path: Path, capsys: pytest.
         (("--cost", "nowhere"), "neither a file nor a preset"),
         (("--serve-labels", "poetry"), "no request with the label 'poetry'"),
         (("--batch", "500"), "requests in flight"),
+        (("--shared-prefixes", "4:64"), "needs --aggregated"),
+        (("--aggregated", "--prefill-chunk", "100"), "less than --max-num-seqs 256"),
+        (("--prompt-tokens", "/nowhere/p.csv"), "No such file"),
         (("--json", "/nowhere/r.json", "--requests", "20", "--seeds", "1", "--batch", "1"), "cannot be written"),
     ],
 )

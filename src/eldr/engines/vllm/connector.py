@@ -26,9 +26,11 @@ from eldr.engines.vllm.lease import PullGuard, deadline_unix_s, grant
 from eldr.engines.vllm.messages import StepPlan, StepResult
 from eldr.engines.vllm.plugin import register
 from eldr.engines.vllm.quiet import quiet_nixl
+from eldr.engines.vllm.reports import KEY as REPORTS
+from eldr.engines.vllm.reports import Reporter, report_options
 from eldr.engines.vllm.scheduler import RequestTracker
 from eldr.engines.vllm.stats import EldrPromMetrics, EldrStats
-from eldr.engines.vllm.support import check_engine, full_attention_group, options
+from eldr.engines.vllm.support import UnsupportedError, check_engine, full_attention_group, options
 from eldr.engines.vllm.worker import ExpertCounter, make_counter
 
 if TYPE_CHECKING:
@@ -57,10 +59,17 @@ class EldrConnector(NixlPullConnector):
         group = full_attention_group(kv_cache_config)
         self._group = group
         speculation = vllm_config.speculative_config
+        reports = report_options(extra)
+        if reports is not None and speculation is not None:
+            raise UnsupportedError(
+                f"{REPORTS} cannot be used with speculative decoding: generated tokens cannot be told from drafts"
+            )
+        self._reporter = None if reports is None else Reporter(reports)
         self._tracker = RequestTracker(
             group,
             kv_cache_config.kv_cache_groups[group].kv_cache_spec.block_size,
             draft_tokens=speculation.num_speculative_tokens if speculation is not None else 0,
+            reports=self._reporter,
         )
         self._lease_s = float(extra.get("kv_lease_duration", 30))
         self._margin_s = own["eldr_lease_margin_s"]
@@ -145,7 +154,9 @@ class EldrConnector(NixlPullConnector):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         nixl = super().get_kv_connector_stats()
-        if self.role == KVConnectorRole.SCHEDULER or self._counter is None:
+        if self.role == KVConnectorRole.SCHEDULER:
+            return nixl if self._reporter is None else EldrStats.of(nixl, reports=self._reporter.take_outcomes())
+        if self._counter is None:
             return nixl
         stats = EldrStats.of(nixl, self._counter.take_distinct(), self._guard.events)
         self._guard.events.clear()

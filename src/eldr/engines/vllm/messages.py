@@ -29,7 +29,7 @@ class EndedPrefill:
 
 @dataclass(slots=True)
 class RecordedSpan:
-    """Consecutive generated tokens of a recorded request, as the slots that this step computes."""
+    """Consecutive generated tokens of a request whose experts are wanted, as the slots that this step computes."""
 
     request_id: str
     first_position: int
@@ -48,7 +48,7 @@ class StepPlan:
         that the step does not write to. None if all tokens are generated ones.
     padding: slots of tokens that are neither of the prompt nor generated.
     drafted: blocks with drafts, from the first step in which there are some.
-    recorded: generated tokens of recorded requests.
+    recorded: generated tokens of requests that are recorded or reported.
     deadlines_unix_s: for each pull that starts in this step, until when the prefill worker holds its blocks. None if
         the worker did not say.
     """
@@ -66,21 +66,24 @@ class StepPlan:
 
 @dataclass(slots=True)
 class RecordedRows:
-    """Experts [T, L, k] of the tokens of one RecordedSpan."""
+    """Experts [T, L, k] of the tokens of all spans of a step, one span after the other.
 
-    first_position: int
+    spans: request, first position and number of tokens of each.
+    """
+
+    spans: list[tuple[str, int, int]]
     experts: HostCopy
 
 
 @dataclass
 class StepResult(KVConnectorWorkerMetadata):
-    """What a worker read from one step: packed sums of BlockTable, and recorded rows, by request."""
+    """What a worker read from one step: packed sums of BlockTable, by request, and recorded rows."""
 
     geometry: Geometry
     sums: dict[str, HostCopy] = field(default_factory=dict)
-    rows: dict[str, RecordedRows] = field(default_factory=dict)
+    rows: RecordedRows | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Return this result unchanged. Only one rank of an engine counts, because every rank routes every token."""
         assert isinstance(other, StepResult)
-        return StepResult(self.geometry, other.sums | self.sums, other.rows | self.rows)
+        return StepResult(self.geometry, other.sums | self.sums, self.rows or other.rows)

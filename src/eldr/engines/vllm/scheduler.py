@@ -4,15 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eldr.counts import CountsError, ExpertCounts, encode_counts, encode_unavailable
-from eldr.engines.vllm.messages import EndedPrefill, Geometry, RecordedSpan, StepPlan, StepResult
+from eldr.engines.vllm.messages import EndedPrefill, Geometry, RecordedRows, RecordedSpan, StepPlan, StepResult
 from eldr.engines.vllm.table import unpack_sum
 from eldr.expert_rows import encode_rows
+
+
+class Reports(Protocol):
+    """Takes the experts of finished requests (reports.py)."""
+
+    def draws(self, request_id: str) -> bool: ...
+
+    def put(self, request_id: str, counts: ExpertCounts) -> None: ...
+
+    def incomplete(self) -> None: ...
+
+
+class _Tally:
+    """Counts the decode rows of a request that will be reported.
+
+    A position counts once, when it is first seen. A preempted request computes its tokens again.
+    """
+
+    __slots__ = ("_complete", "_counts", "_next", "_rows")
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self._next = prompt_tokens
+        self._rows = 0
+        self._counts: NDArray[np.uint32] | None = None
+        self._complete = True
+
+    def add(self, first_position: int, rows: NDArray[np.integer[Any]], geometry: Geometry) -> None:
+        """Count `rows`, [T, L, k], of consecutive positions."""
+        if self._counts is None:
+            self._counts = np.zeros((geometry.layers, geometry.experts), dtype=np.uint32)
+        fresh = rows[max(0, self._next - first_position) :]
+        if first_position > self._next or (fresh < 0).any():
+            self._complete = False
+        if not self._complete:
+            return
+        layers = np.arange(geometry.layers)[:, None]
+        for row in fresh:
+            self._counts[layers, row] += 1  # a token chooses an expert once
+        self._rows += len(fresh)
+        self._next += len(fresh)
+
+    def counts(self, generated_tokens: int, geometry: Geometry) -> ExpertCounts | None:
+        """The counts of all decode rows. None if they are not all there."""
+        if self._counts is None or not self._complete or self._rows != generated_tokens - 1:
+            return None
+        return ExpertCounts(self._counts, self._rows, geometry.top_k)
 
 
 @dataclass(slots=True)
@@ -20,6 +66,7 @@ class _Request:
     prompt_tokens: int
     counted: bool
     recorded: bool
+    tally: _Tally | None = None
     blocks: list[int] = field(default_factory=list)
     local_hit_tokens: int = 0
     counts: dict[str, Any] | None = None
@@ -34,24 +81,31 @@ class RequestTracker:
     block_size: tokens per block of that group.
     draft_tokens: the most tokens that are drafted for a request in a step (speculative decoding). If there are any,
         generated tokens cannot be attributed to positions.
+    reports: takes the experts of finished requests. None if nobody does.
     """
 
-    def __init__(self, group: int, block_size: int, *, draft_tokens: int = 0) -> None:
+    def __init__(self, group: int, block_size: int, *, draft_tokens: int = 0, reports: Reports | None = None) -> None:
         self._group = group
         self._block_size = block_size
         self._draft_tokens = draft_tokens
+        self._reports = None if draft_tokens else reports
         self._geometry: Geometry | None = None  # known after the first result
         self._requests: dict[str, _Request] = {}
         self._plan = StepPlan()
         # Requests that finished in the step whose result is still to come, with the answer that was already returned.
-        self._answered: dict[str, tuple[_Request, int, dict[str, Any]]] = {}
+        # It is None for requests that are only reported.
+        self._answered: dict[str, tuple[_Request, int, dict[str, Any] | None]] = {}
 
     def arrived(self, request_id: str, prompt_tokens: int, params: dict[str, Any] | None) -> None:
         """A request was added. params: its kv_transfer_params."""
         params = params or {}
         recorded = params.get("eldr_record") is True
         counted = recorded or bool(params.get("do_remote_decode"))
-        self._requests[request_id] = _Request(prompt_tokens, counted, recorded)
+        reports = self._reports
+        # The one token that a prefill worker generates has no decode row.
+        reported = reports is not None and not params.get("do_remote_decode") and reports.draws(request_id)
+        tally = _Tally(prompt_tokens) if reported else None
+        self._requests[request_id] = _Request(prompt_tokens, counted, recorded, tally)
 
     def looked_up(self, request_id: str, local_hit_tokens: int) -> None:
         """The prefix cache holds the request's first `local_hit_tokens` tokens."""
@@ -101,13 +155,36 @@ class RequestTracker:
             # A preempted request ends its prefill a second time, with generated tokens in the last block.
             if request and (request.counts is None or "unavailable" in request.counts):
                 request.counts = _encode(packed.numpy(), request.prompt_tokens, result.geometry)
-        for request_id, span in result.rows.items():
-            if request := self._find(request_id):
-                for offset, row in enumerate(span.experts.numpy()):
-                    request.rows[span.first_position + offset] = row
-        for request, generated_tokens, answer in self._answered.values():
-            self._fill(request, generated_tokens, answer)
+        if result.rows is not None:
+            self._received_rows(result.rows, result.geometry)
+        for request_id, (request, generated_tokens, answer) in self._answered.items():
+            if answer is not None:
+                self._fill(request, generated_tokens, answer)
+            if request.tally is not None:
+                self._report(request_id, request.tally, generated_tokens, result.geometry)
         self._answered.clear()
+
+    def _received_rows(self, found: RecordedRows, geometry: Geometry) -> None:
+        rows, at = found.experts.numpy(), 0
+        for request_id, first_position, tokens in found.spans:
+            own, at = rows[at : at + tokens], at + tokens
+            request = self._find(request_id)
+            if request is None:
+                continue
+            if request.recorded:
+                for offset, row in enumerate(own):
+                    request.rows[first_position + offset] = row
+            if request.tally is not None:
+                request.tally.add(first_position, own, geometry)
+
+    def _report(self, request_id: str, tally: _Tally, generated_tokens: int, geometry: Geometry) -> None:
+        if self._reports is None or generated_tokens < 2:
+            return
+        counts = tally.counts(generated_tokens, geometry)
+        if counts is None:
+            self._reports.incomplete()
+        else:
+            self._reports.put(request_id, counts)
 
     def finished(self, request_id: str, generated_tokens: int, params: dict[str, Any] | None) -> dict[str, Any] | None:
         """The request finished. Returns the kv_transfer_params of its answer; `params` are NIXL's.
@@ -116,7 +193,11 @@ class RequestTracker:
         filled in between.
         """
         request = self._requests.pop(request_id, None)
-        if request is None or not request.counted or (params is None and not request.recorded):
+        if request is None:
+            return params
+        if not request.counted or (params is None and not request.recorded):
+            if request.tally is not None:
+                self._answered[request_id] = (request, generated_tokens, None)
             return params
         answer = {} if params is None else params
         self._fill(request, generated_tokens, answer)
@@ -155,7 +236,7 @@ class RequestTracker:
         first = max(computed, request.prompt_tokens)
         if first >= end:
             return 0
-        if request.recorded and not self._draft_tokens:
+        if (request.recorded or request.tally is not None) and not self._draft_tokens:
             plan.recorded.append(RecordedSpan(request_id, first, self._slots(request, first, end)))
         assert plan.decode_slots is not None
         # Asynchronous scheduling takes the drafts of the step before for accepted. The tokens' true positions are lower

@@ -17,6 +17,9 @@ from eldr.errors import EldrError
 # Older ones are known not to work. Newer ones than the last may work: they were not tried.
 FIRST_VERSION, LAST_VERIFIED_VERSION = (0, 30), (0, 32)
 
+# Options that are not numbers, and are read elsewhere (reports.py).
+OWN_FORM = ("eldr_reports",)
+
 # A child of vLLM's own logger, which writes to the worker's log.
 logger = logging.getLogger("vllm.eldr")
 
@@ -84,7 +87,7 @@ def full_attention_group(kv_cache: KVCacheConfig) -> int:
 
 
 def options(extra: dict[str, Any]) -> dict[str, float]:
-    """Return eldr's own keys of kv_connector_extra_config, with defaults filled in.
+    """Return eldr's own numbers in kv_connector_extra_config, with defaults filled in.
 
     eldr_lease_margin_s: the decode side stops trusting a lease this long before it ends. The margin covers the
         difference between the clocks of two workers. eldr_nixl_delay_us: how long NIXL's progress thread sleeps on CPU
@@ -92,10 +95,12 @@ def options(extra: dict[str, Any]) -> dict[str, float]:
     """
     known: dict[str, float] = {"eldr_lease_margin_s": 2.0, "eldr_nixl_delay_us": 1000}
     for key, value in extra.items():
-        if not key.startswith("eldr_"):
+        if not key.startswith("eldr_") or key in OWN_FORM:
             continue
         if key not in known:
-            raise UnsupportedError(f"kv_connector_extra_config has an unknown key {key!r}; known: {', '.join(known)}")
+            raise UnsupportedError(
+                f"kv_connector_extra_config has an unknown key {key!r}; known: {', '.join((*known, *OWN_FORM))}"
+            )
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             raise UnsupportedError(f"kv_connector_extra_config: {key} is {value!r}, expected a number of at least 0")
         known[key] = value

@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from eldr.engines.vllm.hooks import ExpertCapture
 from eldr.engines.vllm.hostcopy import HostCopy
-from eldr.engines.vllm.messages import Geometry, RecordedRows, StepPlan, StepResult
+from eldr.engines.vllm.messages import Geometry, RecordedRows, RecordedSpan, StepPlan, StepResult
 from eldr.engines.vllm.routing import distinct_experts, experts_at, tokens_at
 from eldr.engines.vllm.support import full_attention_group
 from eldr.engines.vllm.table import BlockTable
@@ -62,10 +62,7 @@ class ExpertCounter:
             self._result = StepResult(
                 self._geometry,
                 {done.request_id: HostCopy(self._table.sum(done.blocks, done.tokens)) for done in plan.ended},
-                {
-                    span.request_id: RecordedRows(span.first_position, HostCopy(experts_at(slots, experts, span.slots)))
-                    for span in plan.recorded
-                },
+                _rows_of(plan.recorded, slots, experts) if plan.recorded else None,
             )
 
     def _warn_of_gaps(self) -> None:
@@ -87,6 +84,13 @@ class ExpertCounter:
         while self._distinct and self._distinct[0].ready():
             values += self._distinct.popleft().numpy().tolist()
         return values
+
+
+def _rows_of(recorded: list[RecordedSpan], slots: torch.Tensor, experts: torch.Tensor) -> RecordedRows:
+    """The rows of all spans, read and copied in one piece: each kernel costs more than its work."""
+    spans = [(span.request_id, span.first_position, len(span.slots)) for span in recorded]
+    wanted = [slot for span in recorded for slot in span.slots]
+    return RecordedRows(spans, HostCopy(experts_at(slots, experts, wanted)))
 
 
 def make_counter(

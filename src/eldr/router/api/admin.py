@@ -10,7 +10,7 @@ import orjson
 
 from eldr.router.api.ui.page import TYPE, page
 from eldr.router.api.ui.state import UiState
-from eldr.router.config.endpoint import Endpoint, Role, UrlError, worker_url
+from eldr.router.config.endpoint import ROLES, Endpoint, Role, UrlError, worker_url
 from eldr.router.fleet.membership import Membership, MembershipError
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.admin_key import AdminKey
@@ -92,7 +92,7 @@ class AdminApi:
         _only(fields, "url", "role")
         role = _role(fields)
         if role is None:
-            raise ApiError(400, "role must be prefill or decode", param="role")
+            raise _no_role()
         try:
             worker = self._membership.join(Endpoint(_url(fields), role), SOURCE)
         except MembershipError as error:
@@ -130,7 +130,7 @@ def describe(worker: Worker) -> dict[str, Any]:
         "problem": worker.problem,
         "source": worker.source,
         "in_flight": worker.in_flight,
-        "max_inflight": worker.max_inflight if worker.role == "decode" else None,
+        "max_inflight": worker.max_inflight if worker.leg == "decode" else None,
         "waiting": None if worker.load is None else worker.load[0],
         "kv_usage": None if worker.load is None else worker.load[1],
         "models": None if worker.models is None else sorted(worker.models),
@@ -152,6 +152,10 @@ def _url(fields: dict[str, Any]) -> str:
 
 def _role(fields: dict[str, Any]) -> Role | None:
     role = fields.get("role")
-    if role not in (None, "prefill", "decode"):
-        raise ApiError(400, "role must be prefill or decode", param="role")
+    if role not in (None, *ROLES):
+        raise _no_role()
     return role
+
+
+def _no_role() -> ApiError:
+    return ApiError(400, f"role must be one of {', '.join(ROLES)}", param="role")

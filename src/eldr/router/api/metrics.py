@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from eldr.policies.base import Picture
-from eldr.router.config.endpoint import ROLES
+from eldr.router.config.endpoint import LEGS, ROLES
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.media_types import accepts
@@ -35,12 +35,11 @@ FRESH_PER_S = 5.0
 
 # The labels of fault counters. Their series exist from the start, because Prometheus's rate() misses the count with
 # which a series begins, and for a rare fault that is the one that matters.
-LEGS = ROLES
 ENDPOINTS = tuple(path.decode() for path in openai.ENDPOINTS)
 STATUSES = (200, 400, 429, 500, 502, 503, 504)
 QUEUE_REFUSALS = ("full", "displaced", "timeout")
 COUNTS_ERRORS = ("missing", "unavailable", "malformed", "version", "inconsistent")
-FAILURES = ("refused", "failed", "status", "wrong_answer", "timeout", "broken_stream")
+FAILURES = ("refused", "failed", "status", "wrong_answer", "timeout", "broken_stream", "transfer")
 EJECTIONS = ("consecutive", "rate", "trial")
 RETRIES = ("refused", "failed", "status", "overloaded", "wrong_answer", "timeout", "lease", "unserved")
 TIMEOUTS = ("connect", "prefill", "first_byte", "answer", "idle", "total")
@@ -102,13 +101,26 @@ class RouterCollector(Collector):
         yield _counter("eldr_handoffs", "Prefill answers with a hand-off.", (), {(): m.handoffs})
         errors = _from_zero(COUNTS_ERRORS, m.counts_errors)
         yield _counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), errors)
-        yield _counter("eldr_passthrough", "Requests that ran whole on one decode worker.", ("reason",), m.passthrough)
+        reports = _from_zero((), m.expert_reports)
+        yield _counter(
+            "eldr_expert_reports", "Experts of finished requests that became known.", ("source", "outcome"), reports
+        )
+        yield _counter("eldr_passthrough", "Requests that could not be handed off.", ("reason",), m.passthrough)
         retries = _from_zero(product(LEGS, RETRIES), m.retries)
         yield _counter("eldr_retries", "Legs that were tried again.", ("leg", "reason"), retries)
         denied = _from_zero(product(LEGS, ("tries", "budget")), m.retries_denied)
         yield _counter("eldr_retries_denied", "Failed legs that were not tried again.", ("leg", "reason"), denied)
         yield _counter("eldr_timeouts", "Deadlines that passed.", ("leg",), _from_zero(TIMEOUTS, m.timeouts))
         yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
+        yield _counter(
+            "eldr_prompt_tokens", "Estimated tokens of prompts sent to aggregated workers.", (), {(): m.prompt_tokens}
+        )
+        yield _counter(
+            "eldr_prompt_tokens_cached",
+            "Estimated tokens among them that the worker had in its prefix cache.",
+            (),
+            {(): m.prompt_tokens_cached},
+        )
         yield _counter("eldr_broken_streams", "Streams that a worker did not finish.", (), {(): m.broken_streams})
         yield _counter("eldr_stream_events", "Server-sent events forwarded to clients.", (), {(): m.stream_events})
         decisions = self._decision_log
@@ -186,8 +198,9 @@ class RouterCollector(Collector):
             "eldr_model_workers", "Available workers that serve the model.", labels=("model", "role")
         )
         for served in self._fleet.listed():
-            for role in ROLES:
-                workers.add_metric((served.name, role), sum(worker.available for worker in served.workers(role)))
+            for leg in LEGS:
+                available = sum(worker.available for worker in served.workers(leg))
+                workers.add_metric((served.name, served.role(leg)), available)
         yield workers
         policies = GaugeMetricFamily(
             "eldr_model_policy", "The policy that places the model's requests.", labels=("model", "policy")
@@ -218,16 +231,16 @@ class RouterCollector(Collector):
         expected = GaugeMetricFamily(
             "eldr_expected_active_experts", "Distinct experts per layer, as expected of the next step.", labels=labels
         )
-        for _, picture in self._lanes.pictures():
+        for group, picture in self._lanes.pictures():
             for url, experts in expected_active_experts(picture).items():
-                expected.add_metric(("decode", url), experts)
+                expected.add_metric((group.whole.role("decode"), url), experts)
         for role in ROLES:
-            for worker in self._fleet.workers(role).values():
+            for worker in self._fleet.of_role(role):
                 key = (role, worker.url)
                 up.add_metric(key, worker.healthy)
                 ejected.add_metric(key, worker.ejected or worker.on_trial)
                 in_flight.add_metric(key, worker.in_flight)
-                if role == "decode":
+                if worker.leg == "decode":
                     limit.add_metric(key, worker.max_inflight)
                 if worker.load is not None:
                     waiting.add_metric(key, worker.load[0])
@@ -241,7 +254,7 @@ class RouterCollector(Collector):
         yield from (up, ejected, in_flight, limit, waiting, kv_usage, skew, tpot, active, expected)
 
     def _worker_faults(self) -> Iterator[Metric]:
-        here = [(role, url) for role in LEGS for url in self._fleet.workers(role)]
+        here = [(role, worker.url) for role in ROLES for worker in self._fleet.of_role(role)]
         for name, text, reasons, counts in (
             ("eldr_worker_failures", "Legs that failed through the worker's fault.", FAILURES, self._metrics.failures),
             ("eldr_ejections", "Workers taken out of service for their failures.", EJECTIONS, self._metrics.ejections),

@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/MODEL: what the decode workers serve together."""
+"""GET /v1/models and /v1/models/MODEL: what the workers that generate serve together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FRESH_S = 1.0
 
 
 class ModelsFlow:
-    """Answers one request with the models that any available decode worker serves, base models first.
+    """Answers one request with the models that any available worker that generates serves, base models first.
 
     Each entry is as a worker lists it.
     """
@@ -85,7 +85,7 @@ class ModelsFlow:
         else:
             await lists.look(time.monotonic() - FRESH_S)
         if not fleet.any_available("decode"):
-            raise NoWorkerError("decode")
+            raise NoWorkerError(fleet.groups[0].whole.role("decode"))
         listed = sorted(fleet.listed(), key=lambda served: served.adapter)
         cards = {served.name: served.card for served in listed if served.card is not None and _is_listed(served)}
         if any(worker.models is None for worker in fleet.available("decode")):
@@ -113,7 +113,7 @@ class ModelsFlow:
                 continue
         if not required:
             return []
-        raise NoWorkerError("decode") if refused is None else _RefusedError(refused)
+        raise NoWorkerError(fleet.groups[0].whole.role("decode")) if refused is None else _RefusedError(refused)
 
     def _respond_error(self, error: ApiError) -> None:
         self._exchange.respond_error(error, self._headers)
@@ -124,7 +124,7 @@ class ModelsFlow:
 
 
 def _is_listed(served: Served) -> bool:
-    """Whether an available decode worker lists it, and not only may serve it."""
+    """Whether an available worker lists it, and not only may serve it."""
     return any(worker.available and worker.models is not None for worker in served.workers("decode"))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from eldr.router.api.experts import PATH as REPORTS
+from eldr.router.api.experts import ExpertReports
 from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
 from eldr.router.api.models import LIST, ModelsFlow
@@ -17,7 +19,9 @@ from eldr.router.http.message import Request
 from eldr.router.http.server import ClientConnection
 from eldr.router.placement.admission import RETRY_AFTER_S
 from eldr.router.protocols import openai
+from eldr.router.protocols.base import ConcurrentLegs
 from eldr.router.request.flow import Flow
+from eldr.router.request.pair import PairFlow
 from eldr.router.request.passthrough import ENDPOINTS, PassThrough
 from eldr.router.request.services import Services
 
@@ -39,11 +43,18 @@ class ClientApi:
     """Answers clients. It is a handler of `ClientConnection`.
 
     keys: the API keys. None if everybody is allowed in.
+    reports: takes workers' reports of experts. None if nobody may report.
     closing: whether the router is stopping. Requests are still answered, but /ready says 503.
     """
 
     def __init__(
-        self, services: Services, keys: ApiKeys | None, admin_key: AdminKey, cors: Cors, collector: RouterCollector
+        self,
+        services: Services,
+        keys: ApiKeys | None,
+        admin_key: AdminKey,
+        cors: Cors,
+        collector: RouterCollector,
+        reports: ExpertReports | None,
     ) -> None:
         self._services = services
         self._keys = keys
@@ -53,6 +64,7 @@ class ClientApi:
         self._running: dict[asyncio.Task[None], AnyFlow] = {}
         self.connections: set[ClientConnection] = set()
         self.closing = False
+        self._flow = PairFlow if isinstance(services.protocol, ConcurrentLegs) else Flow
         self._routes: dict[bytes, tuple[bytes, Callable[[Request, ClientExchange], None]]] = {
             **dict.fromkeys(openai.ENDPOINTS, (b"POST", self._completion)),
             LIST: (b"GET", self._models),
@@ -62,6 +74,9 @@ class ClientApi:
             b"/load": (b"GET", self._load),
             b"/metrics": (b"GET", self._metrics),
         }
+        self._reports = reports
+        if reports is not None:
+            self._routes[REPORTS] = (b"POST", reports.handle)
         for path, endpoint in ENDPOINTS.items():
             self._routes[path] = (endpoint.method, self._pass_through)
 
@@ -76,6 +91,8 @@ class ClientApi:
     def permit(self, method: bytes, path: bytes, headers: dict[bytes, bytes]) -> str:
         if path in OPEN_PATHS or self.cors.is_preflight(method, headers):
             return ""
+        if path == REPORTS and self._reports is not None:
+            return self._reports.permit(headers)
         client = "" if self._keys is None else self._keys.client(headers)
         # Also if the router requires no keys: the keys of a client with a name go to no worker.
         if not client and self._admin_key.is_in(headers):
@@ -143,7 +160,7 @@ class ClientApi:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _completion(self, request: Request, exchange: ClientExchange) -> None:
-        self._run(Flow(self._services, exchange, request))
+        self._run(self._flow(self._services, exchange, request))
 
     def _models(self, request: Request, exchange: ClientExchange) -> None:
         self._run(ModelsFlow(self._services, exchange, request))
@@ -169,11 +186,14 @@ class ClientApi:
         if fleet.ready and not self.closing:
             exchange.respond(200, b"{}")
             return
-        missing = [role for role in ROLES if not fleet.any_available(role)]
-        if missing:
+        needed = {group.whole.role(leg) for group in fleet.groups for leg in group.legs}
+        missing = [role for role in ROLES if role in needed and not fleet.any_of_role_available(role)]
+        if fleet.ready:
+            why = "stopping"
+        elif missing:
             why = f"no {' and no '.join(missing)} worker is available"
         else:
-            why = "stopping" if fleet.ready else "no model has both a prefill and a decode worker"
+            why = "no model has both a prefill and a decode worker"
         exchange.respond_error(ApiError(503, why))
 
     def _metrics(self, request: Request, exchange: ClientExchange) -> None:

@@ -9,8 +9,12 @@ from urllib.parse import urlsplit
 
 from eldr.errors import EldrError
 
-Role = Literal["prefill", "decode"]
-ROLES: tuple[Role, ...] = ("prefill", "decode")
+# What a worker is there for. An aggregated worker computes prompts and generates, with no hand-off to another.
+Role = Literal["prefill", "decode", "aggregated"]
+ROLES: tuple[Role, ...] = ("prefill", "decode", "aggregated")
+# The parts of a request. All of it is the decode leg if one worker does it all.
+LegName = Literal["prefill", "decode"]
+LEGS: tuple[LegName, ...] = ("prefill", "decode")
 
 # A host name or IPv4 address, or an IPv6 address in brackets, and then a port. No user.
 AUTHORITY = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
@@ -25,6 +29,11 @@ RANKS = re.compile(r"dp=([1-9][0-9]{0,3})")
 
 class UrlError(EldrError):
     """Text that is not the URL of a worker."""
+
+
+def leg_of(role: Role) -> LegName:
+    """The leg of requests that workers of this role run."""
+    return "prefill" if role == "prefill" else "decode"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eldr.counts import CountsError
 from eldr.policies import POLICY_NAMES, PolicyOptions
+from eldr.routed_experts import parse_geometry
 from eldr.router.config.endpoint import ROLES, Endpoint, Endpoints, Role, UrlError, worker_urls
 from eldr.settings import SettingError, group, setting
 
@@ -17,6 +19,7 @@ DNS = "dns+"
 # The ports that browsers leave out of an origin.
 OWN_PORTS = {"http": "80", "https": "443"}
 ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>[0-9]{1,5}))?")
+ENGINES = ("vllm", "sglang")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # The smallest time limit allowed. A smaller one can only be a mistake.
 LEAST_S = 0.01
@@ -64,6 +67,20 @@ def _origins(key: str, value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(origins))
 
 
+def _geometries(key: str, value: Any) -> dict[str, tuple[int, int, int]]:
+    """Model -> MoE layers, experts and top-k, with an empty name for those given alone."""
+    if isinstance(value, str):
+        value = {"": value}
+    if value and isinstance(value, list) and all(isinstance(pair, tuple) for pair in value):  # flags
+        value = dict(value)
+    if not isinstance(value, Mapping) or not all(isinstance(text, str) for text in value.values()):
+        raise SettingError(f"{key} is {value!r}, expected LAYERSxEXPERTSxTOP_K, or a table: model = such a text")
+    try:
+        return {model: parse_geometry(text) for model, text in value.items()}
+    except CountsError as error:
+        raise SettingError(f"{key}: {error}") from None
+
+
 def _calibrations(key: str, value: Any) -> dict[str, Path]:
     """Model -> file, with an empty name for a file that is given alone."""
     if isinstance(value, str | Path):
@@ -87,12 +104,18 @@ class WorkerSettings:
         (), "URL of a decode worker", parse=_urls, flag=True, metavar="URL", live=True,
         page="fleet.md#where-workers-come-from",
     )  # fmt: skip
+    worker: tuple[str, ...] = setting(
+        (), "URL of an aggregated worker, which does both", parse=_urls, flag=True, metavar="URL", live=True,
+        page="fleet.md#aggregated-workers",
+    )  # fmt: skip
+    engine: str = setting("vllm", "what the workers run", choices=ENGINES, flag=True, metavar="NAME", page="sglang.md")
     model: str | None = setting(
         None, "a model name that every worker must serve; others get no requests", live=True,
         shown="workers may serve different models", page="fleet.md#several-models",
     )  # fmt: skip
     max_inflight: int = setting(
-        256, "most requests at one decode worker (vLLM's `--max-num-seqs`); lower while requests wait inside it",
+        256,
+        "most requests at a decode or aggregated worker (vLLM's `--max-num-seqs`); lower while requests wait inside it",
         least=1, flag=True, live=True, page="fleet.md#load-limits-per-worker",
     )  # fmt: skip
     worker_api_key_file: Path | None = setting(
@@ -111,15 +134,19 @@ class WorkerSettings:
     dns_interval_s: float = setting(10.0, "time between two resolutions of a `dns+` name", least=LEAST_S)
     drain_timeout_s: float = setting(300.0, "how long a worker that leaves may take to finish its requests", live=True)
 
+    def urls(self, role: Role) -> tuple[str, ...]:
+        """The URLs given for a role, as they are given."""
+        return self.prefill if role == "prefill" else self.decode if role == "decode" else self.worker
+
     @property
     def endpoints(self) -> Endpoints:
         """The workers given by their own URLs."""
-        return frozenset(Endpoint(url, role) for role in ROLES for url in getattr(self, role) if url[:4] != DNS)
+        return frozenset(Endpoint(url, role) for role in ROLES for url in self.urls(role) if url[:4] != DNS)
 
     @property
     def dns_names(self) -> list[tuple[str, Role]]:
         """The URLs whose hosts are resolved through DNS, without dns+, and their roles."""
-        return [(url[4:], role) for role in ROLES for url in getattr(self, role) if url[:4] == DNS]
+        return [(url[4:], role) for role in ROLES for url in self.urls(role) if url[:4] == DNS]
 
 
 @dataclass(kw_only=True)
@@ -127,7 +154,7 @@ class PlacementSettings:
     """How the router chooses the workers of a request."""
 
     policy: str = setting(
-        "jsq", f"how a decode worker is chosen: {', '.join(POLICY_NAMES)}", flag=True, metavar="NAME",
+        "jsq", f"how a decode or aggregated worker is chosen: {', '.join(POLICY_NAMES)}", flag=True, metavar="NAME",
         page="policies.md",
     )  # fmt: skip
     calibration: Mapping[str, Path] = setting(
@@ -270,6 +297,24 @@ class EjectionSettings:
     eject_share: float = setting(
         0.5, "largest share of a role's workers to eject at once; 0 turns ejection off", most=1
     )
+
+
+@dataclass
+class ExpertSettings:
+    """How the router learns which experts finished requests have used."""
+
+    report_key_file: Path | None = setting(
+        None, "file with the key with which eldr's connector may report experts", flag=True, shown="nobody may",
+        page="vllm.md#reports-of-finished-requests",
+    )  # fmt: skip
+    routed_experts_share: float = setting(
+        0.0, "share of whole answers of stock workers whose routed experts are read; above 0, clients get none",
+        most=1, flag=True, metavar="SHARE", page="vllm.md#routed-experts-of-stock-workers",
+    )  # fmt: skip
+    expert_geometry: Mapping[str, tuple[int, int, int]] = setting(
+        {}, "MoE layers x experts x top-k, such as 48x128x8, of one model or of all others", parse=_geometries,
+        flag=True, metavar="[MODEL=]LxExK", shown="unknown", page="vllm.md#routed-experts-of-stock-workers",
+    )  # fmt: skip
 
 
 @dataclass

@@ -10,10 +10,11 @@ from typing import Any
 
 from eldr.errors import EldrError
 from eldr.policies.options import cost_table
-from eldr.router.config.endpoint import ROLES, UrlError, worker_urls
+from eldr.router.config.endpoint import LEGS, UrlError, worker_urls
 from eldr.router.config.groups import (
     ClientLimits,
     EjectionSettings,
+    ExpertSettings,
     ListenSettings,
     ObserveSettings,
     PlacementSettings,
@@ -44,26 +45,42 @@ class RouterConfig:
     timeouts: Timeouts = group("Timeouts of requests")
     retry: RetrySettings = group("Retries")
     ejection: EjectionSettings = group("Ejection")
+    experts: ExpertSettings = group("Experts of finished requests")
     observe: ObserveSettings = group("Observability")
 
     def __post_init__(self) -> None:
         """Check settings that depend on each other."""
-        listen = self.listen
-        for role in ROLES:
-            if not getattr(self.workers, role) and listen.admin_listen is None:
-                raise ConfigError(f"{role} is empty: give at least one {role} worker, such as http://10.0.0.1:8000")
+        listen, workers = self.listen, self.workers
+        if listen.admin_listen is None and not (workers.prefill or workers.decode or workers.worker):
+            raise ConfigError(
+                "no workers are given: give aggregated ones as worker, such as http://10.0.0.1:8000, or both prefill "
+                "and decode"
+            )
+        for leg in LEGS:
+            if not workers.urls(leg) and listen.admin_listen is None and (workers.prefill or workers.decode):
+                raise ConfigError(f"{leg} is empty: give at least one {leg} worker, such as http://10.0.0.1:8000")
+        for url in workers.worker:
+            if url in workers.decode:
+                raise ConfigError(f"{url} is given as worker and as decode; it can have one role")
         if listen.admin_listen is not None:
             host_and_port("admin_listen", listen.admin_listen)
             if listen.admin_key_file is None:
                 raise ConfigError("admin_listen needs admin_key_file: without a key, nobody could use the admin API")
         if (listen.tls_cert is None) != (listen.tls_key is None):
             raise ConfigError("tls_cert and tls_key go together: give both or neither")
+        if self.experts.routed_experts_share and not self.experts.expert_geometry:
+            raise ConfigError(
+                "routed_experts_share needs expert_geometry, such as 48x128x8: workers do not say how many experts "
+                "there are"
+            )
         # With the admin API or a DNS name, that worker may still join.
-        if listen.admin_listen is None and not any(role == "decode" for _, role in self.workers.dns_names):
+        if listen.admin_listen is None and not any(role != "prefill" for _, role in workers.dns_names):
+            known = (*workers.decode, *workers.worker)
             for url in self.placement.options.worker_costs:
-                if url not in self.workers.decode:
-                    known = ", ".join(self.workers.decode)
-                    raise ConfigError(f"worker_costs names {url}, which is not one of the decode workers: {known}")
+                if url not in known:
+                    raise ConfigError(
+                        f"worker_costs names {url}, which is not one of the workers that decode: {', '.join(known)}"
+                    )
 
     @classmethod
     def of(cls, **settings: Any) -> RouterConfig:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from eldr.router.config.endpoint import Role
+from eldr.router.config.endpoint import LEGS, LegName, Role
 from eldr.router.http.errors import ApiError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Served:
     card: the model's entry in /v1/models. None if no worker lists it.
     max_model_len: how many tokens a prompt and its answer may have together on the decode worker that takes most. None
         while that is unknown for any.
-    prefill, decode: the URLs of the workers that serve it. None if the whole group does.
+    prefill, decode: the URLs of the workers for these legs that serve it. None if all of the group do.
     requests: its requests that wait or run.
     promised: its admitted requests that run on no decode worker yet. A slot is kept free for each.
     """
@@ -75,21 +75,25 @@ class Served:
         if self.decode is not None and not self.promised:
             self.group.narrow.pop(self, None)
 
-    def urls(self, role: Role) -> Urls | None:
-        return self.prefill if role == "prefill" else self.decode
+    def role(self, leg: LegName) -> Role:
+        """The role of the workers that run this leg of its requests."""
+        return "aggregated" if leg == "decode" and self.group.aggregated else leg
 
-    def workers(self, role: Role) -> Iterator[Worker]:
-        """The workers of `role` that serve it, available or not."""
-        urls = self.urls(role)
-        return (worker for url, worker in self.group.workers[role].items() if urls is None or url in urls)
+    def urls(self, leg: LegName) -> Urls | None:
+        return self.prefill if leg == "prefill" else self.decode
 
-    def any_available(self, role: Role) -> bool:
-        return any(worker.available for worker in self.workers(role))
+    def workers(self, leg: LegName) -> Iterator[Worker]:
+        """The workers for `leg` that serve it, available or not."""
+        urls = self.urls(leg)
+        return (worker for url, worker in self.group.workers[leg].items() if urls is None or url in urls)
 
-    def gone_for_s(self, role: Role) -> float | None:
-        """How long no worker of `role` that serves it has been available. None if one is, infinite if none ever was."""
-        since_s = self.group.left_s[role]
-        for worker in self.workers(role):
+    def any_available(self, leg: LegName) -> bool:
+        return any(worker.available for worker in self.workers(leg))
+
+    def gone_for_s(self, leg: LegName) -> float | None:
+        """How long no worker for `leg` that serves it has been available. None if one is, infinite if none ever was."""
+        since_s = self.group.left_s[leg]
+        for worker in self.workers(leg):
             if worker.gone_since_s is None:
                 return None
             since_s = max(since_s, worker.gone_since_s)
@@ -100,25 +104,27 @@ class ModelGroup:
     """Workers with a base model in common.
 
     bases: the names of that base model.
-    workers: role -> URL -> worker, in the order in which they came.
-    eligible: decode workers that may take a request now: URL -> requests in flight. It is updated with every change and
-        never rebuilt.
-    free: how many more requests the decode workers may run.
-    promised: admitted requests that run on no decode worker yet.
-    narrow: those names with promised requests that only some of the decode workers serve.
-    left_s: by role, the monotonic time at which an available worker last left. -inf before the first.
+    aggregated: whether requests run whole, each on one of the workers for decode legs: there is an aggregated worker.
+    workers: leg -> URL -> worker, in the order in which they came.
+    eligible: workers for decode legs that may take a request now: URL -> requests in flight. It is updated with every
+        change and never rebuilt.
+    free: how many more requests these workers may run.
+    promised: admitted requests that run on none of them yet.
+    narrow: those names with promised requests that only some of them serve.
+    left_s: by leg, the monotonic time at which an available worker last left. -inf before the first.
     whole: for requests that name no model.
     unlisted: for requests for names that no worker lists, which workers that list nothing may serve.
     """
 
     def __init__(self) -> None:
         self.bases: frozenset[str] = frozenset()
-        self.workers: dict[Role, dict[str, Worker]] = {"prefill": {}, "decode": {}}
+        self.aggregated = False
+        self.workers: dict[LegName, dict[str, Worker]] = {"prefill": {}, "decode": {}}
         self.eligible: dict[str, int] = {}
         self.free = 0
         self.promised = 0
         self.narrow: dict[Served, None] = {}
-        self.left_s: dict[Role, float] = {"prefill": -math.inf, "decode": -math.inf}
+        self.left_s: dict[LegName, float] = {"prefill": -math.inf, "decode": -math.inf}
         self.whole = Served(self)
         self.unlisted = Served(self)
         self.name_members()
@@ -129,16 +135,21 @@ class ModelGroup:
         return min(self.bases, default="")
 
     @property
+    def legs(self) -> tuple[LegName, ...]:
+        """The legs that its requests have."""
+        return ("decode",) if self.aggregated else LEGS
+
+    @property
     def ready(self) -> bool:
-        """Whether at least one prefill and one decode worker are available."""
-        return self.whole.any_available("prefill") and self.whole.any_available("decode")
+        """Whether a worker is available for each leg that its requests have."""
+        return all(self.whole.any_available(leg) for leg in self.legs)
 
     def members(self) -> Iterator[Worker]:
         for workers in self.workers.values():
             yield from workers.values()
 
     def has(self, worker: Worker) -> bool:
-        return self.workers[worker.role].get(worker.url) is worker
+        return self.workers[worker.leg].get(worker.url) is worker
 
     def shares_base(self, worker: Worker) -> bool:
         """Whether `worker` serves the base model of this group's other workers."""
@@ -168,22 +179,22 @@ class ModelGroup:
         return found
 
     def add(self, worker: Worker) -> None:
-        self.workers[worker.role][worker.url] = worker
+        self.workers[worker.leg][worker.url] = worker
         self.refresh(worker)
 
     def remove(self, worker: Worker) -> None:
-        del self.workers[worker.role][worker.url]
+        del self.workers[worker.leg][worker.url]
         if worker.available:
-            self.left_s[worker.role] = time.monotonic()
+            self.left_s[worker.leg] = time.monotonic()
         elif worker.gone_since_s is not None:
-            self.left_s[worker.role] = max(self.left_s[worker.role], worker.gone_since_s)
+            self.left_s[worker.leg] = max(self.left_s[worker.leg], worker.gone_since_s)
         self.eligible.pop(worker.url, None)
         self.free -= worker.free
         worker.free = 0
 
     def refresh(self, worker: Worker) -> None:
         """Note how many more requests one of its workers may take."""
-        if worker.role != "decode":
+        if worker.leg != "decode":
             return
         free = worker.max_inflight - worker.in_flight
         if free > 0 and worker.available:
@@ -197,23 +208,30 @@ class ModelGroup:
         worker.free = free
 
     def name_members(self) -> None:
-        """Bring `bases` and `unlisted` up to date. A group that has lost its last worker is remembered by its names."""
+        """Bring `bases`, `aggregated` and `unlisted` up to date.
+
+        A group that has lost its last worker stays what it was.
+        """
         bases: set[str] = set()
+        roles: set[Role] = set()
         for worker in self.members():
             bases |= worker.bases
+            roles.add(worker.role)
         if bases:
             self.bases = frozenset(bases)
+        if roles:
+            self.aggregated = "aggregated" in roles
         self.unlisted.prefill = self._unlisted("prefill")
         self.unlisted.decode = self._unlisted("decode")
 
-    def _unlisted(self, role: Role) -> Urls | None:
-        workers = self.workers[role]
+    def _unlisted(self, leg: LegName) -> Urls | None:
+        workers = self.workers[leg]
         urls = frozenset(url for url, worker in workers.items() if worker.models is None)
         return None if urls and len(urls) == len(workers) else urls
 
-    def serving(self, role: Role, name: str) -> Urls | None:
-        """The URLs of the workers that serve `name`, or may serve it. None if all do."""
-        workers = self.workers[role]
+    def serving(self, leg: LegName, name: str) -> Urls | None:
+        """The URLs of the workers for `leg` that serve `name`, or may serve it. None if all do."""
+        workers = self.workers[leg]
         urls = frozenset(url for url, worker in workers.items() if worker.models is None or name in worker.models)
         return None if len(urls) == len(workers) else urls
 
@@ -247,10 +265,9 @@ class Names:
         workers: all workers, also those that are in no group yet.
         """
         group_of: dict[str, ModelGroup] = {}
-        roles: tuple[Role, ...] = ("decode", "prefill")
-        for role in roles:  # an adapter of two base models belongs to one of which decode workers have it
+        for leg in reversed(LEGS):  # an adapter of two base models belongs to one of which decode workers have it
             for group in groups:
-                for worker in group.workers[role].values():
+                for worker in group.workers[leg].values():
                     for name in worker.models or ():
                         group_of.setdefault(name, group)
         named = self._named

@@ -8,9 +8,10 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from eldr.router.config.endpoint import ROLES
+from eldr.router.config.endpoint import LEGS
 from eldr.router.config.groups import WorkerSettings
 from eldr.router.fleet.groups import Served, model_not_found
+from eldr.router.fleet.sglang import name_adapters
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.client import Answer, ExchangeError, UpstreamError
 from eldr.router.http.errors import ApiError
@@ -75,6 +76,8 @@ class ModelLists:
         asked_s = time.monotonic()
         answer = await self.ask(worker, timeout_s)
         cards = None if answer.status in (401, 403) else model_cards(answer)
+        if cards is not None and self._config.engine == "sglang":
+            name_adapters(cards)
         if cards is not None:
             names, wanted = {card["id"] for card in cards}, self._config.model
             if not names or (wanted is not None and wanted not in names):
@@ -134,7 +137,7 @@ class ModelLists:
             self._one.pop(worker, None)
 
     async def _read_all(self) -> None:
-        workers = [worker for role in ROLES for worker in self._fleet.available(role)]
+        workers = [worker for leg in LEGS for worker in self._fleet.available(leg)]
         await asyncio.gather(*map(self._read_again, workers))
 
     async def _read_again(self, worker: Worker) -> None:

@@ -1,4 +1,7 @@
-"""Reads vLLM's own load metrics, and derives how many requests a worker can take."""
+"""Reads the engines' own load metrics, and derives how many requests a worker can take.
+
+How vLLM writes them is said here. `sglang.py` has SGLang's.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from eldr.router.config.endpoint import rank_of
@@ -29,6 +32,10 @@ _WAITING, _WAITING_FOR, _KV_USAGE = (
 )  # fmt: skip
 # From eldr's connector: distinct experts of a decode step in one MoE layer, over all steps and layers so far.
 _ACTIVE_SUM, _ACTIVE_COUNT = b"vllm:eldr_active_experts_sum", b"vllm:eldr_active_experts_count"
+# The engine's settings as labels. vLLM 0.30 has no kv_cache_size_tokens.
+_CACHE = b"vllm:cache_config_info"
+_CACHE_LABEL = re.compile(rb'(?:^|,)(block_size|num_gpu_blocks|kv_cache_size_tokens)="([0-9]{1,15})"')
+_NO_PREFIXES = b'enable_prefix_caching="False"'
 _SAMPLE = re.compile(rb"\{([^\n]*)\} ([0-9.eE+-]+)(?:\n|\Z)")
 _ENGINE = re.compile(rb'engine="([0-9]{1,9})"')
 
@@ -53,7 +60,7 @@ def parse_load(text: bytes) -> dict[int, EngineLoad]:
     found: defaultdict[int, dict[bytes, float]] = defaultdict(dict)
     text = b"\n" + text
     for name in (_WAITING, _WAITING_FOR, _KV_USAGE):
-        for labels, value in _samples(text, name):
+        for labels, value in samples(text, name):
             if name is not _WAITING_FOR or b'reason="capacity"' in labels:
                 engine = _ENGINE.search(labels)
                 found[int(engine[1]) if engine else 0][name] = value
@@ -63,7 +70,7 @@ def parse_load(text: bytes) -> dict[int, EngineLoad]:
     }
 
 
-def _samples(text: bytes, name: bytes) -> Iterator[tuple[bytes, float]]:
+def samples(text: bytes, name: bytes) -> Iterator[tuple[bytes, float]]:
     """Yield the labels and values of a metric, from a text that starts with a line end.
 
     Only a few of several thousand lines matter, and a thousand streams wait meanwhile. So the lines are searched for
@@ -86,11 +93,25 @@ def parse_active_experts(text: bytes, engine: int) -> tuple[float, float] | None
     found: dict[bytes, float] = {}
     text = b"\n" + text
     for name in (_ACTIVE_SUM, _ACTIVE_COUNT):
-        for labels, value in _samples(text, name):
+        for labels, value in samples(text, name):
             named = _ENGINE.search(labels)
             if named is None or int(named[1]) == engine:
                 found[name] = value
     return (found[_ACTIVE_SUM], found[_ACTIVE_COUNT]) if len(found) == 2 else None
+
+
+def parse_cache_tokens(text: bytes, engine: int) -> int | None:
+    """Return how many tokens one engine's KV cache has room for. 0 if it keeps no prefixes, None if it says nothing."""
+    for labels, _ in samples(b"\n" + text, _CACHE):
+        named = _ENGINE.search(labels)
+        if named is not None and int(named[1]) != engine:
+            continue
+        if _NO_PREFIXES in labels:
+            return 0
+        sizes = {name: int(size) for name, size in _CACHE_LABEL.findall(labels)}
+        blocks = sizes.get(b"num_gpu_blocks", 0) * sizes.get(b"block_size", 0)
+        return sizes.get(b"kv_cache_size_tokens", blocks) or None
+    return None
 
 
 class Capacity:
@@ -117,13 +138,24 @@ class Capacity:
 
 
 class LoadWatch:
-    """Reads one worker's metrics every `interval_s` seconds, and sets the limit of a decode worker."""
+    """Reads one worker's metrics every `interval_s` seconds, and sets the limit of one that runs decode legs.
 
-    def __init__(self, fleet: Fleet, worker: Worker, pool: WorkerPool, interval_s: float) -> None:
+    parse: reads the load of each engine out of an exposition.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        worker: Worker,
+        pool: WorkerPool,
+        interval_s: float,
+        parse: Callable[[bytes], dict[int, EngineLoad]] = parse_load,
+    ) -> None:
         self._fleet = fleet
         self._worker = worker
         self._pool = pool
         self._interval_s = interval_s
+        self._parse = parse
         self.capacity = Capacity(worker.max_inflight)
         self._active = (0.0, 0.0)
 
@@ -143,14 +175,15 @@ class LoadWatch:
                 await connection.finish(answer)
         except (UpstreamError, TimeoutError):
             return {}
-        engines = parse_load(answer.body) if answer.status == 200 else {}
+        engines = self._parse(answer.body) if answer.status == 200 else {}
         rank = rank_of(self._worker.url) or 0
-        if self._worker.role == "decode":
+        if self._worker.leg == "decode":
             self._note_active(parse_active_experts(answer.body, rank))
+            self._worker.cache_tokens = parse_cache_tokens(answer.body, rank)
         load = engines.get(rank)
         if load is not None:
             self._worker.load = (load.waiting, load.kv_usage)
-            if self._worker.role == "decode":
+            if self._worker.leg == "decode":
                 self._fleet.set_limit(self._worker, self.capacity.heard(load, self._worker.in_flight))
         return engines
 

@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from eldr.errors import EldrError
-from eldr.router.config.endpoint import Endpoint, Endpoints, Role, rank_of
+from eldr.router.config.endpoint import Endpoint, Endpoints, Role, leg_of, rank_of
 from eldr.router.config.groups import WorkerSettings
+from eldr.router.fleet import sglang
 from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.lists import ModelLists
-from eldr.router.fleet.load_watch import LoadWatch
+from eldr.router.fleet.load_watch import LoadWatch, parse_load
 from eldr.router.fleet.probe import HealthProbe
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.body_memory import BodyMemory
@@ -83,6 +84,7 @@ class Membership:
         self._worker_key = worker_key
         self._ssl_context = ssl_context
         self._memory = memory
+        self._is_sglang = config.engine == "sglang"
         self._members: dict[Worker, _Member] = {}
         self._watching: list[asyncio.Task[None]] = []
 
@@ -99,7 +101,7 @@ class Membership:
             snapshots = aiter(source.watch())
             known = await anext(snapshots)
             for endpoint in sorted(known, key=self._config_order):
-                if self._find(endpoint) is None:
+                if self._at(endpoint) is None:
                     self._add(endpoint, source.name)
             following.append((source.name, snapshots, known))
         with self._fleet.told_together():
@@ -112,25 +114,27 @@ class Membership:
 
     def _config_order(self, endpoint: Endpoint) -> tuple[bool, int, str]:
         """Sort workers given by URL in the order of the configuration, which determines zones and turns."""
-        given = getattr(self._config, endpoint.role)
+        given = self._config.urls(endpoint.role)
         at = given.index(endpoint.url) if endpoint.url in given else len(given)
-        return endpoint.role == "decode", at, endpoint.url
+        return endpoint.role != "prefill", at, endpoint.url
 
     async def _keep_up(self, name: str, snapshots: AsyncIterator[Endpoints], known: Endpoints) -> None:
         async for found in snapshots:
             for endpoint in sorted(found - known, key=self._config_order):
                 self._join_if_new(endpoint, name)
             for endpoint in known - found:
-                worker = self._find(endpoint)
+                worker = self._at(endpoint)
                 # A worker that was added by hand since then is no longer this source's to remove.
-                if worker is not None and worker.source == name:
+                if worker is not None and worker.role == endpoint.role and worker.source == name:
                     self.drain(worker)
             known = found
 
     def _join_if_new(self, endpoint: Endpoint, source: str) -> None:
-        worker = self._find(endpoint)
+        worker = self._at(endpoint)
         if worker is None or worker.draining:
             self.join(endpoint, source)
+        elif worker.role != endpoint.role:
+            self._change_role(worker, endpoint.role)
 
     # By hand.
 
@@ -140,7 +144,8 @@ class Membership:
         if not found:
             raise MembershipError(f"no {role + ' ' if role else ''}worker {url} is in the fleet")
         if len(found) > 1:
-            raise MembershipError(f"{url} is both a prefill and a decode worker; say which with role")
+            roles = " and ".join(worker.role for worker in found)
+            raise MembershipError(f"{url} is {roles} worker; say which with role")
         return found[0]
 
     def workers(self) -> list[Worker]:
@@ -151,19 +156,21 @@ class Membership:
 
         A draining worker stays in the fleet. Raises MembershipError if it is there and not draining.
         """
-        worker = self._find(endpoint)
+        worker = self._at(endpoint)
         if worker is None:
             member = self._add(endpoint, source)
             self._start_watching(member)
             log.info("%s worker %s joins (%s)", endpoint.role, endpoint.url, source)
             return member.worker
         if not worker.draining:
-            raise MembershipError(f"{endpoint.role} worker {endpoint.url} is already in the fleet")
+            raise MembershipError(f"{worker.role} worker {endpoint.url} is already in the fleet")
         member = self._members[worker]
         if member.leaving is not None:
             member.leaving.cancel()
             member.leaving = None
         worker.source = source
+        if worker.role != endpoint.role:
+            self._change_role(worker, endpoint.role)
         self._pools[worker].reopen()  # it may just have been cut off
         self._fleet.set_draining(worker, False)
         return worker
@@ -203,17 +210,23 @@ class Membership:
         log.info("%s worker %s has left", worker.role, worker.url)
 
     def set_max_inflight(self, most: int) -> None:
-        """Change the configured limit of the decode workers, which bounds their learned limits."""
+        """Change the configured limit of the workers for decode legs, which bounds their learned limits."""
         for member in self._members.values():
-            if member.worker.role == "decode":
+            if member.worker.leg == "decode":
                 member.load.capacity.most = most
                 if member.worker.load is None:
                     self._fleet.set_limit(member.worker, most)
 
     # Internal.
 
-    def _find(self, endpoint: Endpoint) -> Worker | None:
-        return self._fleet.workers(endpoint.role).get(endpoint.url)
+    def _at(self, endpoint: Endpoint) -> Worker | None:
+        """The worker that runs the same leg under this URL. It may be of the other role that does."""
+        return self._fleet.workers(leg_of(endpoint.role)).get(endpoint.url)
+
+    def _change_role(self, worker: Worker, role: Role) -> None:
+        log.info("%s worker %s becomes %s", worker.role, worker.url, role)
+        self._members[worker].fit = False  # so that its next probe finds out whether it fits the others
+        self._fleet.set_role(worker, role)
 
     def _add(self, endpoint: Endpoint, source: str) -> _Member:
         config = self._config
@@ -238,7 +251,8 @@ class Membership:
             changed=lambda: self._changed(member),
             check=lambda: self._check(member),
         )
-        load = LoadWatch(self._fleet, worker, pool, config.load_interval_s)
+        parse = sglang.parse_load if self._is_sglang else parse_load
+        load = LoadWatch(self._fleet, worker, pool, config.load_interval_s, parse)
         member = self._members[worker] = _Member(worker, probe, load)
         return member
 
@@ -255,7 +269,12 @@ class Membership:
         """Raise ExchangeError, which keeps the worker out of service, if its requests could not be served."""
         if not member.fit:  # a worker in service does not lose its place because of slow metrics
             engines = await member.load.look()
-            member.refusal = _wrong_rank(member.worker.url, len(engines))
+            if self._is_sglang:
+                await sglang.meet(member.worker, self._pools[member.worker], self._config.health_timeout_s)
+                member.refusal = sglang.why_never(member.worker.url)
+            else:
+                member.refusal = _wrong_rank(member.worker.url, len(engines))
+            member.refusal = member.refusal or self._mixed(member.worker)
         if member.refusal:
             raise ExchangeError(member.refusal)
         if member.worker.models is None and not member.fit and len(self._fleet.groups) > 1:
@@ -264,6 +283,20 @@ class Membership:
                 "it serves; set worker_api_key_file"
             )
         member.fit = True
+
+    def _mixed(self, worker: Worker) -> str:
+        """Why a worker does not fit its model's others. Empty if it does.
+
+        No policy could choose between the two ways: one places a request before its prompt is computed, the other after
+        it, and a slot that is promised to a hand-off is none for a request that runs whole.
+        """
+        other = self._fleet.serving_otherwise(worker)
+        if other is None:
+            return ""
+        return (
+            f"{other.role} worker {other.url} serves the same model: a model has either aggregated workers, or prefill "
+            "and decode workers; let those of the other kind drain first"
+        )
 
     async def close(self) -> None:
         tasks = list(self._watching)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from typing import get_args
 
-from eldr.router.config.endpoint import Role
+from eldr.router.config.endpoint import LEGS, LegName
 from eldr.router.config.groups import EjectionSettings
 from eldr.router.fleet.ejection import EjectionRules, Ejections, Standing
 from eldr.router.fleet.groups import ModelGroup
@@ -31,22 +30,20 @@ class Outcomes:
             share=config.eject_share,
         )
         # Do not use the configured seed, or routers with the same configuration would send their trials together.
-        self._ejections: dict[Role, Ejections] = {
-            role: Ejections(rules, random.getrandbits(64)) for role in get_args(Role)
-        }
+        self._ejections: dict[LegName, Ejections] = {leg: Ejections(rules, random.getrandbits(64)) for leg in LEGS}
 
     def began(self, worker: Worker) -> None:
         """A leg starts at `worker`. If the worker is on trial, this is the trial."""
-        if worker.on_trial and self._ejections[worker.role].began(worker.url):
+        if worker.on_trial and self._ejections[worker.leg].began(worker.url):
             self._apply(worker)
 
     def ended(self, worker: Worker) -> None:
         """A leg is over. If a trial ended without a verdict (its client left), the next leg becomes the trial."""
-        if worker.ejected and self._fleet.has(worker) and self._ejections[worker.role].ended(worker.url):
+        if worker.ejected and self._fleet.has(worker) and self._ejections[worker.leg].ended(worker.url):
             self._apply(worker)
 
     def succeeded(self, worker: Worker) -> None:
-        if self._fleet.has(worker) and self._ejections[worker.role].succeeded(worker.url, time.monotonic()):
+        if self._fleet.has(worker) and self._ejections[worker.leg].succeeded(worker.url, time.monotonic()):
             self._apply(worker)
             _report(logging.INFO, "back in service: its trial succeeded", worker)
 
@@ -57,7 +54,7 @@ class Outcomes:
         self._metrics.failures[worker.role, worker.url, reason] += 1
         if worker.draining:
             return  # it was cut off, or will leave anyway
-        why = self._ejections[worker.role].failed(worker.url, time.monotonic(), self._up_beside(worker))
+        why = self._ejections[worker.leg].failed(worker.url, time.monotonic(), self._up_beside(worker))
         if why is not None:
             self._metrics.ejections[worker.role, worker.url, why] += 1
             self._apply(worker)
@@ -72,9 +69,9 @@ class Outcomes:
 
     def sweep(self, now_s: float) -> None:
         """Start the trials that are due."""
-        for role, ejections in self._ejections.items():
+        for leg, ejections in self._ejections.items():
             if ejections.not_in:
-                workers = self._fleet.workers(role)
+                workers = self._fleet.workers(leg)
                 for url in ejections.due(now_s):
                     self._apply(workers[url])
                     _report(logging.INFO, "on trial", workers[url])
@@ -87,32 +84,32 @@ class Outcomes:
         forever.
         """
         if not self._fleet.has(worker):
-            self._ejections[worker.role].forget(worker.url)
+            self._ejections[worker.leg].forget(worker.url)
             self._metrics.forget(worker.role, worker.url)
         self._relieve(time.monotonic())
 
     def _relieve(self, now_s: float) -> None:
         """End ejections that the other workers of the same model cannot make up for."""
-        for role, ejections in self._ejections.items():
+        for leg, ejections in self._ejections.items():
             if ejections.not_in:
-                workers = self._fleet.workers(role)
+                workers = self._fleet.workers(leg)
                 for group in self._fleet.groups:
-                    for url in ejections.relieve(now_s, _up(group, role)):
+                    for url in ejections.relieve(now_s, _up(group, leg)):
                         self._apply(workers[url])
                         _report(logging.WARNING, "back in service: too few others are left", workers[url])
 
     def _up_beside(self, worker: Worker) -> set[str]:
         """The workers that answer their probes and share the load of `worker`: those of its group."""
         group = self._fleet.group(worker)
-        return set() if group is None else _up(group, worker.role)
+        return set() if group is None else _up(group, worker.leg)
 
     def _apply(self, worker: Worker) -> None:
-        standing = self._ejections[worker.role].standing(worker.url)
+        standing = self._ejections[worker.leg].standing(worker.url)
         self._fleet.set_ejected(worker, standing in (Standing.OUT, Standing.TRYING), standing is Standing.TRIAL)
 
 
-def _up(group: ModelGroup, role: Role) -> set[str]:
-    return {worker.url for worker in group.workers[role].values() if worker.up}
+def _up(group: ModelGroup, leg: LegName) -> set[str]:
+    return {worker.url for worker in group.workers[leg].values() if worker.up}
 
 
 def _report(level: int, what: str, worker: Worker, **fields: object) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eldr.errors import EldrError
-from eldr.router.config.endpoint import Role
+from eldr.router.config.endpoint import LegName, Role, leg_of
 from eldr.router.fleet.groups import ModelGroup, Names, Served
 
 # Length of the moving average of a worker's time per output token, in streams.
@@ -23,7 +23,9 @@ class FleetError(EldrError):
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One engine behind one URL. The URL identifies it within its role. Each attribute is one thing known about it.
+    """One engine behind one URL. The URL identifies it among those that run the same leg of requests.
+
+    Each attribute is one thing known about it.
 
     max_inflight: the most requests it may run at once.
     in_flight: the requests it runs now.
@@ -33,17 +35,19 @@ class Worker:
     problem: why it got no requests at the last check. Empty if nothing was wrong.
     ejected: whether it failed requests and gets nothing new for a while (router/fleet/ejection.py).
     on_trial: whether it was ejected and gets one request to prove itself.
-    free: how many more requests it may take, if it is a decode worker in a group.
+    free: how many more requests it may take, if it runs decode legs and is in a group.
     gone_since_s: the monotonic time since when it has not been available. None while it is, -inf if it never was.
     models: the names that it serves, of base models and adapters. None while unknown.
     bases: the names among them that are of base models.
     listed_s: the monotonic time at which it was asked for that list. -inf before the first answer.
     max_model_len: by name, how many tokens a prompt and its answer may have together. Empty while unknown.
     lease_until_s: the monotonic time until which decode workers may still pull blocks from it.
+    cache_tokens: how many tokens its KV cache has room for; 0 if it keeps no prefixes. None while unknown.
     load: the engine's last report: requests waiting in it, and the share of its KV cache in use. None while unknown.
     active_experts: recent mean of the distinct experts per decode step and layer. None while unknown.
     tpot_s: mean time per output token of its last streams. None before the first.
     clock_skew_s: its clock minus ours, according to its last answer, to a second. None while unknown.
+    bootstrap_port: where decode workers of SGLang ask for its blocks, if it is a prefill worker of SGLang.
     """
 
     url: str
@@ -63,10 +67,17 @@ class Worker:
     bases: frozenset[str] = frozenset()
     listed_s: float = -math.inf
     lease_until_s: float = 0.0
+    cache_tokens: int | None = None
     load: tuple[int, float] | None = None
     active_experts: float | None = None
     tpot_s: float | None = None
     clock_skew_s: float | None = None
+    bootstrap_port: int = 0
+
+    @property
+    def leg(self) -> LegName:
+        """The leg of requests that it runs."""
+        return leg_of(self.role)
 
     @property
     def state(self) -> str:
@@ -101,7 +112,7 @@ class Fleet:
     """
 
     def __init__(self) -> None:
-        self._workers: dict[Role, dict[str, Worker]] = {"prefill": {}, "decode": {}}
+        self._workers: dict[LegName, dict[str, Worker]] = {"prefill": {}, "decode": {}}
         self.groups = [ModelGroup()]
         self._group_of: dict[Worker, ModelGroup] = {}
         self._names = Names()
@@ -142,15 +153,18 @@ class Fleet:
 
         Raises FleetError if the fleet already has it.
         """
-        if url in self._workers[role]:
-            raise FleetError(f"{role} worker {url} is already in the fleet")
         worker = Worker(url, role, max_inflight)
-        self._workers[role][url] = worker
+        workers = self._workers[worker.leg]
+        if url in workers:
+            raise FleetError(f"{workers[url].role} worker {url} is already in the fleet")
+        workers[url] = worker
+        if not any(self.groups[0].members()):  # so that whoever waits for it is told what is missing
+            self.groups[0].aggregated = role == "aggregated"
         self._tell(worker)
         return worker
 
     def remove(self, worker: Worker) -> None:
-        if self._workers[worker.role].pop(worker.url, None) is None:
+        if self._workers[worker.leg].pop(worker.url, None) is None:
             raise FleetError(f"{worker.role} worker {worker.url} is not in the fleet")
         group = self._group_of.pop(worker, None)
         moved: list[Worker] = []
@@ -166,33 +180,40 @@ class Fleet:
 
         Another worker that joined later under the same URL is a different one.
         """
-        return self._workers[worker.role].get(worker.url) is worker
+        return self._workers[worker.leg].get(worker.url) is worker
 
-    def workers(self, role: Role) -> Mapping[str, Worker]:
-        """URL -> worker, in the order in which they were added."""
-        return self._workers[role]
+    def workers(self, leg: LegName) -> Mapping[str, Worker]:
+        """The workers that run this leg: URL -> worker, in the order in which they were added."""
+        return self._workers[leg]
 
-    def available(self, role: Role) -> Iterator[Worker]:
-        """The workers of `role` that may get new requests, whether or not they have room."""
-        return (worker for worker in self._workers[role].values() if worker.available)
+    def of_role(self, role: Role) -> Iterator[Worker]:
+        """The workers of `role`, in the order in which they were added."""
+        return (worker for workers in self._workers.values() for worker in workers.values() if worker.role == role)
 
-    def any_available(self, role: Role) -> bool:
-        """Whether any worker of `role` is available."""
-        return any(self.available(role))
+    def any_of_role_available(self, role: Role) -> bool:
+        return any(worker.available for worker in self.of_role(role))
+
+    def available(self, leg: LegName) -> Iterator[Worker]:
+        """The workers for `leg` that may get new requests, whether or not they have room."""
+        return (worker for worker in self._workers[leg].values() if worker.available)
+
+    def any_available(self, leg: LegName) -> bool:
+        """Whether any worker for `leg` is available."""
+        return any(self.available(leg))
 
     @property
     def eligible(self) -> Mapping[str, int]:
-        """Decode workers of all groups that may take a request now: URL -> requests in flight."""
+        """Workers for decode legs, of all groups, that may take a request now: URL -> requests in flight."""
         return {url: load for group in self.groups for url, load in group.eligible.items()}
 
     @property
     def decode_slots(self) -> int:
-        """How many requests the available decode workers may run at once."""
+        """How many decode legs the available workers may run at once."""
         return self._decode_slots
 
     @property
     def ready(self) -> bool:
-        """Whether some model has at least one prefill and one decode worker that are available."""
+        """Whether some model has available workers for every leg of its requests."""
         return any(group.ready for group in self.groups)
 
     # Models.
@@ -202,7 +223,7 @@ class Fleet:
         return self._group_of.get(worker)
 
     def served(self, model: str | None) -> Served | None:
-        """Who serves `model`. None if no decode worker does, or if it is not given and could be several models."""
+        """Who serves `model`. None if nobody answers for it, or if it is not given and could be several models."""
         if not model:
             return self.groups[0].whole if len(self.groups) == 1 else None
         served = self._names.get(model)
@@ -215,12 +236,24 @@ class Fleet:
         return None
 
     def any_served(self) -> Served:
-        """The workers of a model that has available decode workers. Of any model if none has."""
+        """The workers of a model that some available worker answers for. Of any model if none does."""
         return next((group.whole for group in self.groups if group.whole.any_available("decode")), self.groups[0].whole)
 
     def listed(self) -> Iterator[Served]:
         """Every name that a worker lists."""
         return self._names.listed()
+
+    def serving_otherwise(self, worker: Worker) -> Worker | None:
+        """A worker that serves the model of `worker` in the other way: in two legs, or whole. None if there is none.
+
+        Workers that are draining do not count, so that one way can follow the other.
+        """
+        for group in self.groups:
+            if group.shares_base(worker) if worker.bases else group is self.groups[0]:
+                for other in group.members():
+                    if (other.role == "aggregated") != (worker.role == "aggregated") and not other.draining:
+                        return other
+        return None
 
     def set_models(self, worker: Worker, cards: Sequence[dict[str, Any]] | None, asked_s: float) -> None:
         """Note what a worker serves.
@@ -326,6 +359,14 @@ class Fleet:
     def set_ejected(self, worker: Worker, ejected: bool, on_trial: bool = False) -> None:
         worker.ejected = ejected
         worker.on_trial = on_trial
+        self._changed(worker)
+
+    def set_role(self, worker: Worker, role: Role) -> None:
+        """Let a worker that runs decode legs be of the other role that does."""
+        worker.role = role
+        group = self._group_of.get(worker)
+        if group is not None:
+            group.name_members()
         self._changed(worker)
 
     def set_limit(self, worker: Worker, max_inflight: int) -> None:

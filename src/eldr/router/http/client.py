@@ -125,6 +125,10 @@ class Answer:
     def body(self) -> bytes:
         return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
 
+    def replace_body(self, body: bytes) -> None:
+        """Put a shorter body in the place of the one that was collected."""
+        self._pieces = [body]
+
     def on_head(self, status: int, headers: dict[bytes, bytes]) -> None:
         self.status = status
         self.headers = headers

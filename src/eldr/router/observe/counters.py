@@ -51,6 +51,7 @@ class Metrics:
         self.decisions: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.policy_errors = 0
         self.counts_errors: defaultdict[str, int] = defaultdict(int)
+        self.expert_reports: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.passthrough: defaultdict[str, int] = defaultdict(int)
         self.retries: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.retries_denied: defaultdict[tuple[str, str], int] = defaultdict(int)
@@ -59,6 +60,8 @@ class Metrics:
         self.ejections: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self.handoffs = 0
         self.prefill_spills = 0
+        self.prompt_tokens = 0
+        self.prompt_tokens_cached = 0
         self.broken_streams = 0
         self.stream_events = 0
         self.refits: defaultdict[str, int] = defaultdict(int)

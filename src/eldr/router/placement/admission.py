@@ -3,6 +3,8 @@
 They wait before their prefill, because a hand-off's lease must not run out in a queue. Each name of a model is a line
 of its own, so that no request waits for workers that it cannot use. Higher priorities go first. Within one priority
 clients take turns (`fair_queue`), and each client's requests for a model go first come, first served.
+
+Aggregated workers are decode workers here, since they run the only leg that their requests have.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable
 from typing import cast
 
-from eldr.router.config.endpoint import Role
+from eldr.router.config.endpoint import LegName, Role
 from eldr.router.config.groups import QueueLimits
 from eldr.router.fleet.groups import Served, Urls, model_not_found
 from eldr.router.fleet.workers import Worker
@@ -226,12 +228,12 @@ class Admission:
 
     # Workers that are away.
 
-    def patience_s(self, served: Served, role: Role) -> float:
-        """How much longer to wait for a worker of `role`. Infinite while one is available.
+    def patience_s(self, served: Served, leg: LegName) -> float:
+        """How much longer to wait for a worker that runs `leg`. Infinite while one is available.
 
         A worker that restarts is back within seconds. If all of them stay away, requests are refused at once.
         """
-        gone_s = served.gone_for_s(role)
+        gone_s = served.gone_for_s(leg)
         return math.inf if gone_s is None else self._limits.worker_wait_s - gone_s
 
     def _is_pointless(self, served: Served) -> bool:
@@ -250,11 +252,7 @@ class Admission:
         """A new error for each request: raised, it knows the frames that it passed."""
         if _is_gone(served) and served.name:
             return model_not_found(served.name)
-        return NoWorkerError("decode", self._named(served, "decode"))
-
-    def _named(self, served: Served, role: Role) -> str:
-        """The model to name in an error. Empty if no worker of that role is available for any model of its group."""
-        return served.name if served.group.whole.any_available(role) else ""
+        return _no_worker(served, "decode")
 
     def _look_in(self, delay_s: float) -> None:
         loop = asyncio.get_running_loop()
@@ -277,16 +275,16 @@ class Admission:
                     self.queued -= 1
                     turn.end(self._why_pointless(served))
 
-    async def until_changed(self, served: Served, role: Role, limit_s: float = math.inf) -> bool:
-        """Wait, after admission, until a worker of `role` may have become eligible.
+    async def until_changed(self, served: Served, leg: LegName, limit_s: float = math.inf) -> bool:
+        """Wait, after admission, until a worker that runs `leg` may have become eligible.
 
         Returns False after `limit_s` seconds.
 
         Raises NoWorkerError if there has been none for too long.
         """
-        patience_s = self.patience_s(served, role)
+        patience_s = self.patience_s(served, leg)
         if patience_s <= 0:
-            raise NoWorkerError(role, self._named(served, role))
+            raise _no_worker(served, leg)
         if limit_s <= 0:
             return False
         waiter = asyncio.get_running_loop().create_future()
@@ -315,8 +313,8 @@ class Admission:
 
     def _too_late(self, turn: _Turn) -> None:
         self.refusals["timeout"] += 1
-        wait_s = self._limits.queue_timeout_s
-        self._drop(turn, ApiError(503, f"no decode worker had room within {wait_s:g} s", retry_after_s=self._after_s()))
+        why = f"no {turn.served.role('decode')} worker had room within {self._limits.queue_timeout_s:g} s"
+        self._drop(turn, ApiError(503, why, retry_after_s=self._after_s()))
 
     def _drop(self, turn: _Turn, refusal: ApiError | None) -> None:
         self.queued -= self._queues[turn.claim.priority].remove(turn, turn.claim.client, turn.served)
@@ -333,6 +331,11 @@ class Admission:
 def _is_gone(served: Served) -> bool:
     """Whether no decode worker serves it any more."""
     return served.decode is not None and not served.decode
+
+
+def _no_worker(served: Served, leg: LegName) -> NoWorkerError:
+    """The error for a leg that no worker runs. It names the model if there are workers for others of its group."""
+    return NoWorkerError(served.role(leg), served.name if served.group.whole.any_available(leg) else "")
 
 
 def _spare(served: Served, placing: int) -> set[str]:

@@ -1,4 +1,4 @@
-"""Asks the policy for a decode worker and tells it what happens to the request.
+"""Asks the policy for a decode or aggregated worker and tells it what happens to the request.
 
 A failing policy never fails a request.
 """
@@ -18,6 +18,7 @@ from eldr.router.fleet.workers import Worker
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 from eldr.router.placement.learning import Learning
+from eldr.router.placement.prefixes import Prefix, SeenPrefixes
 
 log = logging.getLogger("eldr.router")
 
@@ -39,7 +40,7 @@ class Placed(NamedTuple):
 
 
 class Placement:
-    """One request on one decode worker, from the decision until the end of its `with` block."""
+    """One request on one worker that decodes, from the decision until the end of its `with` block."""
 
     __slots__ = ("_owner", "_request", "_served", "decision", "worker")
 
@@ -51,6 +52,25 @@ class Placement:
         self._served = served
         self.worker = worker
         self.decision = decision
+
+    @property
+    def request_id(self) -> str:
+        """The request as the policy knows it. Each attempt has its own."""
+        return self._request.request_id
+
+    @property
+    def computes_prompt(self) -> bool:
+        """Whether the worker computes the prompt too."""
+        return self._request.computes_prompt
+
+    def prompt_computed(self) -> None:
+        """The worker has computed the prompt. It may be told to a policy that prices prompts."""
+        if self._request.computes_prompt:
+            self._owner.prompt_computed(self._request, self.worker)
+
+    def generated(self, tokens: int | None) -> None:
+        """The answer had so many tokens. None if nobody knows."""
+        self._request.generated_tokens = tokens
 
     def __enter__(self) -> Placement:
         return self
@@ -84,6 +104,7 @@ class Placements:
         self._fallback = ShortestQueue(seed)
         self._throttle = Throttle()
         self._joined: set[str] = set()
+        self._prefixes = SeenPrefixes()
         self._recent = recent
 
     @property
@@ -104,8 +125,10 @@ class Placements:
 
     def fleet_changed(self, worker: Worker) -> None:
         """A listener of the fleet. The policy learns of a worker when it is first up, and when it leaves."""
-        if worker.role != "decode":
+        if worker.leg != "decode":
             return
+        if not worker.healthy or not self._group.has(worker):  # it may come back as a new process
+            self._prefixes.forget(worker.url)
         if not self._group.has(worker):
             if worker.url in self._joined:
                 self._joined.discard(worker.url)
@@ -115,10 +138,16 @@ class Placements:
             self._tell(self._policy.joined, worker.url)
 
     def place(
-        self, request: DecodeRequest, served: Served, excluded: Collection[str], usable: Collection[str] | None
+        self,
+        request: DecodeRequest,
+        served: Served,
+        excluded: Collection[str],
+        usable: Collection[str] | None,
+        prefix: Prefix | None = None,
     ) -> Placement | None:
         """Choose a worker for `request` and start it there. None if no worker is eligible.
 
+        prefix: the start of the prompt, if the chosen worker computes it. None if it does not.
         Workers in `excluded` are chosen only if no other is eligible, and workers that are not in `usable` never. None
         stands for all.
         """
@@ -129,10 +158,16 @@ class Placements:
             eligible = {url: load for url, load in eligible.items() if url not in excluded} or eligible
         if not eligible:
             return None
+        if prefix is not None:
+            request.cached_tokens = self._prefixes.cached_tokens(prefix, eligible)
         decision = self._decide(request, eligible)
         self._metrics.decisions[self._policy.name, decision.reason] += 1
         worker = self._group.workers["decode"][decision.worker]
         served.release()
+        if prefix is not None:
+            self._metrics.prompt_tokens += request.prompt_tokens
+            self._metrics.prompt_tokens_cached += (request.cached_tokens or {}).get(worker.url, 0)
+            self._prefixes.sent(prefix, worker)
         self._recent.append(
             Placed(
                 time.time(),
@@ -149,6 +184,9 @@ class Placements:
             self._learning.placed(request)
         request.forget_counts()
         return Placement(self, request, served, worker, decision)
+
+    def prompt_computed(self, request: DecodeRequest, worker: Worker) -> None:
+        self._tell(self._policy.prompt_computed, request, worker.url)
 
     def ended(self, request: DecodeRequest, worker: Worker) -> None:
         self._tell(self._policy.finished, request, worker.url)

@@ -1,4 +1,4 @@
-"""What each group of workers has of its own: the ring of its prefill workers, and a policy for its decode workers."""
+"""What each group of workers has of its own: the ring of its prefill workers, and a policy for those that decode."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from eldr.counts import ExpertCounts
 from eldr.policies.base import Picture, Policy
 from eldr.router.fleet.groups import ModelGroup
 from eldr.router.fleet.workers import Fleet, Worker
@@ -95,6 +96,12 @@ class Lanes:
         tasks = [loop.create_task(part.run()) for part in (refits, learning) if part is not None]
         placements = Placements(policy, learning, group, self._metrics, self._seed, self.recent)
         return Lane(group, PrefillRing(group), placements, learning, tasks)
+
+    def report(self, request_id: str, decode: ExpertCounts) -> None:
+        """A finished request's experts became known (`eldr.router.experts.base.ExpertSink`). Raises CountsError."""
+        for lane in self._lanes.values():
+            if lane.learning is not None and lane.learning.expects(request_id):
+                lane.learning.report(request_id, decode)
 
     def pictures(self) -> Iterator[tuple[ModelGroup, Picture]]:
         """Each policy's view of its state, for those that have one."""

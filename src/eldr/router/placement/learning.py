@@ -13,7 +13,6 @@ from pathlib import Path
 from eldr.counts import CountsError, ExpertCounts
 from eldr.errors import EldrError
 from eldr.learning.learner import Learner
-from eldr.learning.lessons import LEAST_ROWS
 from eldr.policies.base import DecodeRequest, Policy
 from eldr.prompt.stored import save_model
 from eldr.prompt.words import Words
@@ -61,24 +60,30 @@ class Learning:
         while len(self._words) > MOST_EXPECTED or self._expected_words > MOST_EXPECTED_WORDS:
             self._forget(next(iter(self._words)))
 
-    def report(self, request_id: str, decode: ExpertCounts) -> None:
-        """A finished request's experts became known (`eldr.router.experts.base.ExpertSink`).
+    def expects(self, request_id: str) -> bool:
+        """Whether the words of this request are known, and its experts are not."""
+        return request_id in self._words
 
-        Raises CountsError if no rows can have them, or if they are those of another model.
+    def report(self, request_id: str, decode: ExpertCounts) -> None:
+        """The experts of an expected request became known.
+
+        Raises CountsError if no rows can have them, or if they are of another model.
         """
-        words = self._forget(request_id)
+        words, lessons = self._forget(request_id), self.learner.lessons
         if words is None:
-            return  # it was placed without its words, or too many requests ago
-        if decode.prompt_tokens < LEAST_ROWS:
-            return  # a short answer says too little
+            return
         decode.check()
-        if not self.learner.take(words, decode):
-            found = f"{decode.layers} layers x {decode.experts} experts, top-{decode.top_k}"
+        shape = decode.layers, decode.experts, decode.top_k
+        if lessons is not None and shape != (lessons.layers, lessons.experts, lessons.top_k):
             if self._throttle.due("geometry"):
                 kept = "" if self._file is None else f"; if the model has changed, remove {self._file} and start anew"
-                log.error("a worker reports %s, which is not what was learned from before%s", found, kept)
-            raise CountsError("geometry", f"{found} are those of another model")
-        self._reported = True
+                log.error(
+                    "a worker reports %s layers x %s experts, top-%s, which is not what was learned from before%s",
+                    *shape,
+                    kept,
+                )
+            raise CountsError("geometry", f"the report is of layers, experts and top-k {shape}: another model's")
+        self._reported |= self.learner.take(words, decode)
 
     def _forget(self, request_id: str) -> Words | None:
         words = self._words.pop(request_id, None)

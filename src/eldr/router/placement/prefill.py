@@ -32,7 +32,7 @@ class PrefillRing:
 
     def fleet_changed(self, worker: Worker) -> None:
         """A listener of the fleet. The ring includes all prefill workers of the group, available or not."""
-        if worker.role == "prefill" and self._group.has(worker) != (worker.url in self._urls):
+        if worker.leg == "prefill" and self._group.has(worker) != (worker.url in self._urls):
             self._rebuild()
 
     def _rebuild(self) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import orjson
 
 from eldr.counts import CountsError, ExpertCounts, decode_counts
+from eldr.kernels import JsonObject
 from eldr.router.fleet.workers import Worker
-from eldr.router.protocols.json_object import JsonObject, tree_of
+from eldr.router.protocols.json_text import tree_of
 
 # How long a hand-off may wait in the router if its lease is unknown, because the prefill worker has no eldr connector.
 # NIXL's own lease is 30 s by default.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from eldr.router.protocols.json_object import Value
+from eldr.kernels import JsonValue
 
 TRUE = frozenset(("1", "on", "t", "true", "y", "yes"))
 FALSE = frozenset(("0", "off", "f", "false", "n", "no"))
 
 
-def whole_number(value: Value) -> int | None:
+def whole_number(value: JsonValue) -> int | None:
     """The integer that a value stands for. None if it stands for none.
 
     A few strings are taken that pydantic does not take, because a worker judges them anyway.
@@ -31,7 +31,7 @@ def whole_number(value: Value) -> int | None:
     return None
 
 
-def boolean(value: Value) -> bool | None:
+def boolean(value: JsonValue) -> bool | None:
     """The boolean that a value stands for. None if it stands for none."""
     if isinstance(value, bool):
         return value
@@ -42,6 +42,6 @@ def boolean(value: Value) -> bool | None:
     return None
 
 
-def is_true(value: Value) -> bool:
+def is_true(value: JsonValue) -> bool:
     """Whether Python takes a value for true, as vLLM's own checks do before pydantic reads it."""
     return bool(value) and not (isinstance(value, bytes) and not value[1:-1].strip())

@@ -7,9 +7,9 @@ from typing import Any
 
 import orjson
 
-from eldr.kernels import NO_OBJECT, JsonTextError
+from eldr.kernels import NO_OBJECT, JsonNames, JsonObject, JsonTextError
 from eldr.router.http.errors import ApiError
-from eldr.router.protocols.json_object import ARRAY, OBJECT, QUOTE, JsonObject, Value, utf8
+from eldr.router.protocols.json_text import ARRAY, OBJECT, QUOTE, utf8
 from eldr.router.protocols.lenient import boolean, whole_number
 
 # Names that begin so are the router's own.
@@ -21,8 +21,11 @@ COMMON = ("model", "priority", "request_id", "stream", "stream_options", "vllm_x
 NOTHING = re.compile(rb'(?:null|""|\[[ \t\r\n]*\])\Z')
 LONG_BYTES = len(b"null")
 # The numbers of prompt tokens in a usage: one of all, or those read from the cache, written to it, and neither.
-PROMPT_USAGE = frozenset(("prompt_tokens", "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
-STREAM_OPTIONS = frozenset(("include_usage", "continuous_usage_stats"))
+PROMPT_USAGE = ("prompt_tokens", "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+# Those of generated tokens.
+GENERATED_USAGE = ("completion_tokens", "output_tokens")
+USAGE = JsonNames((*PROMPT_USAGE, *GENERATED_USAGE))
+STREAM_OPTIONS = JsonNames(("include_usage", "continuous_usage_stats"))
 
 
 class Endpoint:
@@ -130,15 +133,23 @@ ENDPOINTS = {
     )
 }
 
+# The members of an answer that tell what it is. The outputs are those of any endpoint.
+ANSWER = ("error", "id", "usage", *(endpoint.output for endpoint in ENDPOINTS.values()))
 
-def read_body(endpoint: Endpoint, raw: bytes, members: frozenset[str], reserved: frozenset[str]) -> JsonObject:
+
+def body_names(members: frozenset[str]) -> JsonNames:
+    """The names to look for in a client's body: these, and all that are the router's own."""
+    return JsonNames(members, OWN)
+
+
+def read_body(endpoint: Endpoint, raw: bytes, names: JsonNames, reserved: JsonNames) -> JsonObject:
     """Return the body of a request to `endpoint`.
 
-    members: names that the leg protocol wants to know besides the endpoint's.
+    names: `body_names` of what matters to the endpoint and to the leg protocol.
     Raises ApiError 400 like `read_object`, and for a body without a prompt or with a null that no worker answers.
     Raises 400 or 404 for one that needs what a worker stored.
     """
-    body = read_object(raw, members, reserved)
+    body = read_object(raw, names, reserved)
     _check_input(endpoint, body)
     for name in endpoint.never_null:
         if name in body and body.get(name) is None:
@@ -151,17 +162,18 @@ def read_body(endpoint: Endpoint, raw: bytes, members: frozenset[str], reserved:
     return body
 
 
-def read_object(raw: bytes, members: frozenset[str], reserved: frozenset[str]) -> JsonObject:
-    """Return a client's body, in which the members named are of interest.
+def read_object(raw: bytes, names: JsonNames, reserved: JsonNames) -> JsonObject:
+    """Return a client's body.
 
-    reserved: fields that only the router may send, besides those that start with `eldr_`. Null is as good as nothing.
+    names: `body_names` of what matters.
+    reserved: `body_names` of fields that only the router may send. Of those that have no `eldr_`, null is nothing.
     Raises ApiError 400 for a body that is not a JSON object or contains such fields.
     """
     try:
         text = utf8(raw)
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the request body is not valid JSON: it is not {error.encoding}") from None
-    body = object_of(text, members, OWN)
+    body = object_of(text, names)
     _refuse_router_fields(body, reserved)
     return body
 
@@ -177,26 +189,28 @@ def json_object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def object_of(text: bytes, members: frozenset[str], prefix: str = "") -> JsonObject:
-    """Return a client's body, or an object in it, in which the members named are of interest. Raises ApiError 400."""
+def object_of(text: bytes, names: JsonNames, start: int = 0, end: int | None = None) -> JsonObject:
+    """Return a client's body, or the object in it that is text[start:end]. Raises ApiError 400."""
     try:
-        return JsonObject(text, members, prefix)
+        return JsonObject(text, names, start, end)
     except JsonTextError as error:
         if error.fault == NO_OBJECT:
             raise ApiError(400, "the request body must be a JSON object") from None
         raise ApiError(400, f"the request body is not valid JSON: {error}") from None
 
 
-def _refuse_router_fields(body: JsonObject, reserved: frozenset[str]) -> None:
-    text = body.text
-    for name, _, value, end, _ in body.members:
+def _refuse_router_fields(body: JsonObject, reserved: JsonNames) -> None:
+    if "vllm_xargs" not in body and not body.has_any(reserved):
+        return
+    text, theirs = body.text, reserved.names
+    for name, value, end in body.members:
         if name.startswith(OWN):
             _refuse(name)
-        elif name in reserved:
+        elif name in theirs:
             if text[value:end] != b"null":
                 _refuse(name)
         elif name == "vllm_xargs" and text[value] == OBJECT:
-            for inner, _, _, _, _ in object_of(text[value:end], reserved, OWN).members:
+            for inner, _, _ in object_of(text, reserved, value, end).members:
                 _refuse(f"vllm_xargs.{inner}")
 
 
@@ -256,7 +270,7 @@ def max_tokens(endpoint: Endpoint, body: JsonObject) -> int | None:
 
 
 def prompt_tokens(usage: JsonObject) -> int:
-    """How many tokens a prompt had, by a `usage` in which PROMPT_USAGE was looked for. 0 if it states none."""
+    """How many tokens a prompt had, by a `usage` in which USAGE was looked for. 0 if it states none."""
     tokens = 0
     for name in PROMPT_USAGE:
         stated = usage.get(name)
@@ -265,10 +279,21 @@ def prompt_tokens(usage: JsonObject) -> int:
     return tokens
 
 
+def generated_tokens(usage: JsonObject | None) -> int | None:
+    """How many tokens were generated, by a `usage` in which USAGE was looked for. None if it does not say."""
+    for name in GENERATED_USAGE:
+        stated = None if usage is None else usage.get(name)
+        if type(stated) is int and stated >= 0:
+            return stated
+    return None
+
+
 def stream_options(body: JsonObject) -> JsonObject | None:
     """What a client wants of a stream. None if it does not say. Raises ApiError 400."""
-    raw = body.raw("stream_options")
-    return object_of(raw, STREAM_OPTIONS) if raw is not None and raw[0] == OBJECT else None
+    span = body.span("stream_options")
+    if span is None or body.text[span[0]] != OBJECT:
+        return None
+    return object_of(body.text, STREAM_OPTIONS, *span)
 
 
 def wants_usage(body: JsonObject) -> bool:
@@ -279,5 +304,5 @@ def wants_usage(body: JsonObject) -> bool:
 
 def wants_stream(body: JsonObject) -> bool | None:
     """Whether the answer should be streamed. None for a value that is not a boolean, which a worker will refuse."""
-    value: Value = body.get("stream")
+    value = body.get("stream")
     return False if value is None else boolean(value)

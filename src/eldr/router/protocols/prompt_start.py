@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 
 from eldr.kernels import json_chat_start, json_elements, json_start
-from eldr.router.protocols.json_object import ARRAY, QUOTE, SPACES
+from eldr.router.protocols.json_text import ARRAY, QUOTE, SPACES
 from eldr.router.protocols.openai import Endpoint
 
 # A token id in a JSON array takes about this many bytes of text.
@@ -26,12 +26,24 @@ def prompt_start(endpoint: Endpoint, text: bytes, start: int, end: int, window_b
     if text[start] == ARRAY:
         if endpoint.messages:
             return chat_start(text, start, end, window_bytes)
-        first = json_elements(text, start, end, 2)
-        if len(first) == 1 and text[first[0][0]] in (QUOTE, ARRAY):
-            start, end = first[0]
-        if text[start] == ARRAY and len(first) > 0 and text[first[0][0]] != QUOTE:
+        start, end = single_prompt(text, start, end)
+        if array_of_ids(text, start, end):
             return _ids_start(text, start, end, window_bytes)
     return json_start(text, start, end, 1 + window_bytes)
+
+
+def single_prompt(text: bytes, start: int, end: int) -> tuple[int, int]:
+    """Where the only element of the array text[start:end] stands, if that is a text or an array. Else the array."""
+    first = json_elements(text, start, end, 2)
+    return first[0] if len(first) == 1 and text[first[0][0]] in (QUOTE, ARRAY) else (start, end)
+
+
+def array_of_ids(text: bytes, start: int, end: int) -> bool:
+    """Whether text[start:end] is an array with something else than a text in front: token ids, as it should be."""
+    if text[start] != ARRAY:
+        return False
+    first = json_elements(text, start, end, 1)
+    return len(first) > 0 and text[first[0][0]] != QUOTE
 
 
 def system_start(text: bytes, start: int, end: int) -> bytes:

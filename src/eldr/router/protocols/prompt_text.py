@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from eldr.kernels import JsonTextError, json_texts
+from eldr.kernels import JsonObject, JsonTextError, json_texts
 from eldr.prompt.words import MOST_TEXT_BYTES, Words, words_of_text, words_of_tokens
-from eldr.router.protocols.json_object import ARRAY, QUOTE, JsonObject
+from eldr.router.protocols.json_text import ARRAY, QUOTE
 from eldr.router.protocols.openai import Endpoint
 from eldr.router.protocols.prompt_start import SYSTEM
 

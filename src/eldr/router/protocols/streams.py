@@ -56,8 +56,9 @@ class StreamForm:
         """
         if not whole:
             return 400 if ERROR_START.match(data) else 0
-        # A quotation mark inside a JSON string is escaped, so few tokens pass.
-        if b'"error"' not in data:
+        # A quotation mark inside a JSON string is escaped, so few tokens pass. `in` would raise an error and catch it,
+        # because CPython takes the left side for a number first.
+        if data.find(b'"error"') < 0:
             return 0
         try:
             fields = orjson.loads(data)
@@ -140,5 +141,5 @@ FORMS: Final[dict[bytes, StreamForm]] = {
 
 def usage_tokens(data: bytes) -> int:
     """The number of generated tokens that an event states in its usage. 0 if it states none."""
-    found = USAGE.search(data)
+    found = USAGE.search(data) if data.find(b'_tokens"') >= 0 else None
     return int(found[1]) if found else 0

@@ -11,17 +11,26 @@ from typing import ClassVar
 
 import orjson
 
-from eldr.kernels import NO_OBJECT, JsonTextError, json_elements, json_known_parts
+from eldr.kernels import (
+    NO_OBJECT,
+    JsonNames,
+    JsonObject,
+    JsonTextError,
+    JsonValue,
+    json_elements,
+    json_known_parts,
+)
 from eldr.router.fleet.workers import Worker
-from eldr.router.protocols.base import LegProtocol
+from eldr.router.protocols.base import SequentialLegs
 from eldr.router.protocols.handoff import HandOff
-from eldr.router.protocols.json_object import ARRAY, OBJECT, QUOTE, JsonObject, Value, inner_object
+from eldr.router.protocols.json_text import ARRAY, OBJECT, QUOTE
 from eldr.router.protocols.lenient import is_true, whole_number
 from eldr.router.protocols.openai import (
+    ANSWER,
     ENDPOINTS,
     MESSAGES,
-    PROMPT_USAGE,
     RESPONSES,
+    USAGE,
     Endpoint,
     object_of,
     prompt_tokens,
@@ -55,22 +64,22 @@ CLIENTS_TOOLS = frozenset(("function", "custom", "namespace"))
 # A request with more of them runs whole, which is always right.
 MOST_ELEMENTS = 16384
 
-WhyWhole = tuple[str, str, Callable[[Value], bool]]
+WhyWhole = tuple[str, str, Callable[[JsonValue], bool]]
 
 
-def _is_given(value: Value) -> bool:
+def _is_given(value: JsonValue) -> bool:
     return value is not None
 
 
-def _is_not_one(value: Value) -> bool:
+def _is_not_one(value: JsonValue) -> bool:
     return value is not None and value != 1
 
 
-def _is_minus_one(value: Value) -> bool:
+def _is_minus_one(value: JsonValue) -> bool:
     return whole_number(value) == -1
 
 
-def _truncates(value: Value) -> bool:
+def _truncates(value: JsonValue) -> bool:
     return value != "disabled"
 
 
@@ -98,13 +107,14 @@ RESPONSES_WHOLE: tuple[WhyWhole, ...] = (
     ("truncation", "truncate_to_context", _truncates),
     ("previous_input_messages", "previous_input_messages", _is_given),
 )
+MAY_KEEP_WHOLE = JsonNames([name for name, _, _ in (*WHOLE, *RESPONSES_WHOLE)])
 # Members that one endpoint alone knows are looked for only there.
 ENDPOINTS_OWN = frozenset(("prompt_embeds", "suffix", "return_prompt_text"))
-HANDOFF = frozenset(("do_remote_prefill", "remote_request_id", "eldr_counts", "eldr_lease", "eldr_record"))
-RECORD = frozenset(("eldr_counts", "eldr_decode_experts"))
-TYPE = frozenset(("type",))
-CONTENT = frozenset(("content",))
-ITEM = frozenset(("type", "output"))
+HANDOFF = JsonNames(("do_remote_prefill", "remote_request_id", "eldr_counts", "eldr_lease", "eldr_record"))
+RECORD = JsonNames(("eldr_counts", "eldr_decode_experts"))
+TYPE = JsonNames(("type",))
+CONTENT = JsonNames(("content",))
+ITEM = JsonNames(("type", "output"))
 
 
 def _prefill_members(endpoint: Endpoint, record: bool) -> bytes:
@@ -127,7 +137,7 @@ def _request_id(endpoint: Endpoint, body: JsonObject, leg_name: str) -> bytes:
     return b',"request_id":' + orjson.dumps(name)
 
 
-def _type_of(body: JsonObject) -> Value:
+def _type_of(body: JsonObject) -> JsonValue:
     """The `type` of a part, an item or a tool. Not text, and so unknown, if it is neither absent nor a string."""
     kind = body.get("type")
     return kind if kind is None or isinstance(kind, str) else b""
@@ -139,7 +149,7 @@ class _Arrays:
     def __init__(self) -> None:
         self._left = MOST_ELEMENTS
 
-    def objects(self, text: bytes, start: int, end: int, wanted: frozenset[str]) -> list[JsonObject] | None:
+    def objects(self, text: bytes, start: int, end: int, wanted: JsonNames) -> list[JsonObject] | None:
         """The objects of an array. What is none is left out, because a worker refuses it.
 
         None if there are too many elements. Raises ApiError 400.
@@ -148,7 +158,7 @@ class _Arrays:
         self._left -= len(elements)
         if self._left < 0:
             return None
-        return [object_of(text[at:behind], wanted) for at, behind in elements if text[at] == OBJECT]
+        return [object_of(text, wanted, at, behind) for at, behind in elements if text[at] == OBJECT]
 
 
 def _are_clients_tools(body: JsonObject) -> bool:
@@ -198,14 +208,15 @@ def _is_messages_text(text: bytes, start: int, end: int) -> bool:
     return True
 
 
-class VllmNixl(LegProtocol):
+class VllmNixl(SequentialLegs):
     """The prefill worker keeps the blocks for the time of a lease, and the decode worker pulls them once."""
 
     reserved: ClassVar[frozenset[str]] = frozenset(TRANSFER_FIELDS)
     members: ClassVar[frozenset[str]] = (
         frozenset((*TRANSFER_FIELDS, *NOT_FOR_PREFILL, *(name for name, _, _ in WHOLE))) - ENDPOINTS_OWN
     )
-    answer_members: ClassVar[frozenset[str]] = frozenset((*TRANSFER_FIELDS, "usage"))
+    answer_names: ClassVar[JsonNames] = JsonNames((*TRANSFER_FIELDS, *ANSWER))
+    records: ClassVar[bool] = True
 
     def __init__(self) -> None:
         # A request id would be another leg's: the legs have theirs in a header.
@@ -221,10 +232,11 @@ class VllmNixl(LegProtocol):
         }
 
     def why_whole(self, endpoint: Endpoint, body: JsonObject) -> str | None:
-        rules = WHOLE if endpoint.choices else RESPONSES_WHOLE if endpoint.path == RESPONSES else ()
-        for name, label, keeps_whole in rules:
-            if name in body and keeps_whole(body.get(name)):
-                return label
+        if body.has_any(MAY_KEEP_WHOLE):
+            rules = WHOLE if endpoint.choices else RESPONSES_WHOLE if endpoint.path == RESPONSES else ()
+            for name, label, keeps_whole in rules:
+                if name in body and keeps_whole(body.get(name)):
+                    return label
         if endpoint.path == RESPONSES and not _are_clients_tools(body):
             return "builtin_tools"
         span = body.span(endpoint.input)
@@ -248,19 +260,19 @@ class VllmNixl(LegProtocol):
         return body.spliced(self._not_for_prefill[endpoint.path], added)
 
     def read_handoff(self, answer: JsonObject, source: Worker, sent_s: float) -> HandOff | None:
-        params = inner_object(answer.raw("kv_transfer_params"), HANDOFF)
+        params = answer.inner("kv_transfer_params", HANDOFF)
         if params is None or params.raw("do_remote_prefill") != b"true":
             return None
-        usage = inner_object(answer.raw("usage"), PROMPT_USAGE)
+        usage = answer.inner("usage", USAGE)
         tokens = 0 if usage is None else prompt_tokens(usage)
         return HandOff(params, source, params.get("remote_request_id"), tokens, sent_s)
 
-    def decode_body(
-        self, endpoint: Endpoint, body: JsonObject, handoff: HandOff | None, record: bool, leg_name: str
-    ) -> bytes:
+    def decode_body(self, endpoint: Endpoint, body: JsonObject, handoff: HandOff, record: bool, leg_name: str) -> bytes:
         named = _request_id(endpoint, body, leg_name)
-        if handoff is not None:
-            return body.spliced(self._not_for_decode, b'"kv_transfer_params":%b%b' % (handoff.spend(record), named))
+        return body.spliced(self._not_for_decode, b'"kv_transfer_params":%b%b' % (handoff.spend(record), named))
+
+    def whole_body(self, endpoint: Endpoint, body: JsonObject, record: bool, leg_name: str) -> bytes:
+        named = _request_id(endpoint, body, leg_name)
         own = b'"kv_transfer_params":{"eldr_record":true}' if record else b""
         return body.spliced(self._not_for_decode, own + named if own else named[1:])
 
@@ -270,7 +282,11 @@ class VllmNixl(LegProtocol):
 
     def event_is_named_after(self, start: bytes, leg_name: str) -> bool:
         quoted = orjson.dumps(leg_name)
-        return b"-" + quoted[1:] in start or b"_" + quoted[1:] in start or b'"id":' + quoted in start
+        return (
+            start.find(b"-" + quoted[1:]) >= 0
+            or start.find(b"_" + quoted[1:]) >= 0
+            or start.find(b'"id":' + quoted) >= 0
+        )
 
     def handoff_is_named_after(self, handoff: HandOff, leg_name: str) -> bool:
         """vLLM's internal id is the id of the answer followed by a random part, for responses by their turn before."""
@@ -279,27 +295,28 @@ class VllmNixl(LegProtocol):
             f"-{leg_name}-" in name or name.startswith((f"resp_{leg_name}_", f"{leg_name}_"))
         )
 
-    def for_client(self, answer: bytes) -> bytes:
-        """The answer of a plain worker has transfer parameters of null."""
-        # A quotation mark inside a JSON string is escaped, so this can only be a key with the value null.
-        if answer.count(b"_transfer_params") == answer.count(b'_transfer_params":null'):
-            return answer
-        try:
-            fields = JsonObject(answer, self.answer_members)
-        except JsonTextError as error:
-            if error.fault == NO_OBJECT:
+    def for_client(self, answer: bytes, members: JsonObject | None) -> bytes:
+        if members is None:
+            if b"_transfer_params" not in answer:
                 return answer
-            raise
-        nulls = b",".join(b'"%b":null' % name.encode() for name in TRANSFER_FIELDS if name in fields)
-        return fields.spliced(self.reserved, nulls)
+            try:
+                members = JsonObject(answer, self.answer_names)
+            except JsonTextError as error:
+                if error.fault == NO_OBJECT:
+                    return answer
+                raise
+        for name, start, end in members.members:
+            if name in self.reserved and answer[start:end] != b"null":  # those of a plain worker are null
+                nulls = b",".join(b'"%b":null' % name.encode() for name in TRANSFER_FIELDS if name in members)
+                return members.spliced(self.reserved, nulls)
+        return answer
 
-    def recorded(self, answer: bytes, handoff: HandOff | None) -> bytes:
-        fields = JsonObject(answer, self.answer_members)
-        params = inner_object(fields.raw("kv_transfer_params"), RECORD)
+    def recorded(self, answer: JsonObject, handoff: HandOff | None) -> bytes:
+        params = answer.inner("kv_transfer_params", RECORD)
         experts = None if params is None else params.raw("eldr_decode_experts")
         if handoff is not None:
             counts: bytes | None = orjson.dumps(handoff.counts_wire)
         else:
             counts = None if params is None else params.raw("eldr_counts")
         record = b'{"counts":%b,"decode_experts":%b}' % (counts or b"null", experts or b"null")
-        return fields.spliced(self.reserved, b'"kv_transfer_params":null,"eldr_record":%b' % record)
+        return answer.spliced(self.reserved, b'"kv_transfer_params":null,"eldr_record":%b' % record)

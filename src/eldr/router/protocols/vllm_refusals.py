@@ -7,13 +7,14 @@ Where vLLM has plain words, they are used.
 
 from __future__ import annotations
 
+from eldr.kernels import JsonNames, JsonObject, JsonValue
 from eldr.router.http.errors import ApiError
-from eldr.router.protocols.json_object import OBJECT, JsonObject, Value, inner_object
+from eldr.router.protocols.json_text import OBJECT
 from eldr.router.protocols.lenient import boolean, is_true, whole_number
 from eldr.router.protocols.openai import MESSAGES, Endpoint, stream_options
 
 # Members that put the prompt into the answer. A prefill leg goes without.
-THINKING = frozenset(("type", "budget_tokens"))
+THINKING = JsonNames(("type", "budget_tokens"))
 PROMPT_IN_ANSWER = ("return_token_ids", "return_prompt_text")
 
 
@@ -69,7 +70,7 @@ def _check_messages(body: JsonObject, limit: int | None) -> None:
     """What the limit of a prefill leg would hide from anthropic/protocol.py."""
     if limit is None:
         raise ApiError(400, "max_tokens must be an integer", param="max_tokens")
-    thinking = inner_object(body.raw("thinking"), THINKING)
+    thinking = body.inner("thinking", THINKING)
     if thinking is None or thinking.get("type") != "enabled":
         return
     budget = whole_number(thinking.get("budget_tokens"))
@@ -89,17 +90,17 @@ def _check_stream(body: JsonObject) -> None:
         raise ApiError(400, "stream_options must be an object", param="stream_options")
     known = stream_options(body)
     if known is not None:
-        for name, _, _, _, _ in known.members:
+        for name, _, _ in known.members:
             _boolean(f"stream_options.{name}", known.get(name))
 
 
-def _integer(name: str, value: Value) -> int:
+def _integer(name: str, value: JsonValue) -> int:
     number = whole_number(value)
     if number is None:
         raise ApiError(400, f"{name} must be an integer", param=name)
     return number
 
 
-def _boolean(name: str, value: Value) -> None:
+def _boolean(name: str, value: JsonValue) -> None:
     if value is not None and boolean(value) is None:
         raise ApiError(400, f"{name} must be true or false", param=name)

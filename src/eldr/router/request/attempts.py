@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
-from eldr.router.config.endpoint import Role
+from eldr.router.config.endpoint import LegName
 from eldr.router.config.groups import RetrySettings
 from eldr.router.fleet.groups import Served
 from eldr.router.fleet.lists import ModelLists
@@ -24,8 +24,8 @@ MOST_REFUSALS = 3
 NO_MODEL = b"does not exist"
 # How many workers may turn out to have unloaded the model of one request.
 MOST_UNSERVED = 8
-# After these failures of a decode leg, the cause may be the pull, and so the prefill worker.
-PULL_FAILURES = ("status", "timeout")
+# After these failures of a leg, the cause may be the transfer, and so the other worker.
+TRANSFER_FAILURES = ("status", "timeout", "wrong_answer")
 
 
 class RetryBudget:
@@ -77,27 +77,27 @@ class Attempts:
         self._unserved = 0
         # Most requests need neither.
         self._refusals: dict[str, int] = {}
-        self._tried: dict[Role, set[str]] = {}
+        self._tried: dict[LegName, set[str]] = {}
         shared.budget.request()
 
-    def next_name(self, role: Role) -> str:
+    def next_name(self, leg: LegName) -> str:
         """Return the X-Request-Id of the next leg.
 
         Every leg has its own. The client sees the answer of the first decode leg, so that leg uses the request's own
         id.
         """
-        if role == "prefill":
+        if leg == "prefill":
             self._prefills += 1
             return f"{self._id}-prefill-{self._prefills}"
         self._decodes += 1
         return self._id if self._decodes == 1 else f"{self._id}-decode-{self._decodes}"
 
-    def tried(self, role: Role) -> Collection[str]:
-        """Return the URLs of the workers of `role` that failed the request. Other workers are preferred."""
-        return self._tried.get(role, ())
+    def tried(self, leg: LegName) -> Collection[str]:
+        """Return the URLs of the workers that failed this leg of the request. Other workers are preferred."""
+        return self._tried.get(leg, ())
 
     def _avoid(self, worker: Worker) -> None:
-        self._tried.setdefault(worker.role, set()).add(worker.url)
+        self._tried.setdefault(worker.leg, set()).add(worker.url)
 
     def refused(self, refused: LegRefused) -> None:
         """Note a refused connection. No byte was sent, so the leg goes to another worker without using up a retry.
@@ -107,16 +107,16 @@ class Attempts:
         worker, shared = refused.worker, self._shared
         self._refusals[worker.url] = refusals = self._refusals.get(worker.url, 0) + 1
         self._avoid(worker)
-        shared.metrics.retries[worker.role, refused.reason] += 1
+        shared.metrics.retries[worker.leg, refused.reason] += 1
         shared.metrics.timeouts["connect"] += refused.timed_out
         shared.outcomes.refused(worker, refused.reason)
         if refusals == MOST_REFUSALS:
             raise NoWorkerError(worker.role)
 
-    def _has_untried(self, role: Role) -> bool:
-        """Whether an available worker of `role` that serves the request's model has not failed the request yet."""
-        tried = self.tried(role)
-        return any(worker.available and worker.url not in tried for worker in self._served.workers(role))
+    def _has_untried(self, leg: LegName) -> bool:
+        """Whether an available worker that serves the request's model has not failed this leg of it yet."""
+        tried = self.tried(leg)
+        return any(worker.available and worker.url not in tried for worker in self._served.workers(leg))
 
     async def served_elsewhere(self, relayed: RelayedError) -> bool:
         """Whether a worker answered 404 because it no longer serves the model, and others do. They get the request.
@@ -133,7 +133,7 @@ class Attempts:
             return False
         self._avoid(worker)
         self._unserved += 1
-        self._shared.metrics.retries[worker.role, "unserved"] += 1
+        self._shared.metrics.retries[worker.leg, "unserved"] += 1
         return self._unserved < MOST_UNSERVED
 
     def failed(self, failure: LegFailure) -> None:
@@ -141,8 +141,8 @@ class Attempts:
         shared, leg, reason = self._shared, failure.leg, failure.reason
         if failure.worker is not None:
             self._avoid(failure.worker)
-        if failure.source is not None and reason in PULL_FAILURES:
-            self._avoid(failure.source)
+        if failure.partner is not None and reason in TRANSFER_FAILURES:
+            self._avoid(failure.partner)
         why_not = None
         if self._repeated == shared.most or (reason == OVERLOAD and not self._has_untried(leg)):
             why_not = "tries"

@@ -1,4 +1,7 @@
-"""Drives one request through its life: admit, prefill, place, decode, relay."""
+"""Drives one request through its life: admit, prefill, place, decode, relay.
+
+Here, the legs run one after the other. `pair.py` has the flow for engines whose legs run at once.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import logging
 import time
 from typing import Any, cast
 
-from eldr.kernels import JsonTextError
+from eldr.kernels import JsonObject, JsonTextError
 from eldr.policies.base import DecodeRequest
+from eldr.router.experts.watch import ExpertSources, LegWatch
 from eldr.router.fleet.groups import Served
+from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
@@ -17,7 +22,9 @@ from eldr.router.http.forwarding import answer_headers
 from eldr.router.http.media_types import JSON, essence
 from eldr.router.http.message import Request
 from eldr.router.placement.decode import Placement
+from eldr.router.protocols.base import SequentialLegs
 from eldr.router.protocols.handoff import HandOff
+from eldr.router.protocols.openai import USAGE, generated_tokens
 from eldr.router.protocols.prompt_text import prompt_words
 from eldr.router.protocols.streams import FORMS
 from eldr.router.request import intake
@@ -57,6 +64,8 @@ class Flow:
         self._timer: asyncio.TimerHandle | None = None
         self._silence: asyncio.TimerHandle | None = None  # only if the client gets comments
         self._heard_s = request.received_s  # since then, the client has heard nothing
+        self._handoff: HandOff | None = None  # of the current attempt
+        self._whole = False  # it runs on one decode worker
         self._leg: Leg | None = None  # the current decode leg, with its answer
         self._answer: DecodeAnswer | None = None
         self._charge: Charge | None = None  # None if the client has no name
@@ -122,33 +131,41 @@ class Flow:
         served = await self._admit(job)
         attempts = Attempts(services.retries, self._id, served)
         try:
-            handoff: HandOff | None = None
-            whole = self._runs_whole(job.why_whole)
             while True:
                 try:
-                    if handoff is None and not whole:
-                        whole = self._runs_whole("prefill_lacks_model" if served.prefill == frozenset() else None)
-                    if handoff is None and not whole:
-                        handoff = await self._prefill(job, served, attempts)
-                        whole = self._runs_whole("no_handoff" if handoff is None else None)
-                    placement = await self._place(job, served, handoff, attempts)
-                    answer = await self._decode(job, handoff, placement, attempts)
+                    answer, members = await self._attempt(job, served, attempts)
                     break
                 except LegRefused as refused:
                     attempts.refused(refused)
                 except LegFailure as failure:
                     attempts.failed(failure)
-                    handoff = None  # it is spent, or its lease has ended
+                    self._handoff = None  # it is spent, or its lease has ended
                 except RelayedError as relayed:
                     if not await attempts.served_elsewhere(relayed):
                         raise
-                    handoff = None
+                    self._handoff = None
         finally:
             services.admission.leave(served)
         if answer.begun:
             self._count(200)
         else:
-            self._relay(answer, handoff, record=job.record)
+            self._relay(answer, members, record=job.record)
+
+    async def _attempt(self, job: Job, served: Served, attempts: Attempts) -> tuple[DecodeAnswer, JsonObject | None]:
+        """Prefill, place and decode, one after the other. A hand-off that was not sent yet spares the prefill.
+
+        Returns the answer of the decode leg, with the members of a whole one as it is.
+        Raises NoWorkerError, LegRefused, LegFailure or RelayedError.
+        """
+        if not self._whole:
+            self._whole = served.group.aggregated or self._runs_whole(job.why_whole)
+        if self._handoff is None and not self._whole:
+            self._whole = self._runs_whole("prefill_lacks_model" if served.prefill == frozenset() else None)
+        if self._handoff is None and not self._whole:
+            self._handoff = await self._prefill(job, served, attempts)
+            self._whole = self._runs_whole("no_handoff" if self._handoff is None else None)
+        placement = await self._place(job, served, self._handoff, attempts)
+        return await self._decode(job, self._handoff, placement, attempts)
 
     async def _admit(self, job: Job) -> Served:
         """Wait for a turn. Returns who serves the model. Raises ApiError."""
@@ -174,23 +191,15 @@ class Flow:
 
         Raises NoWorkerError, LegRefused, LegFailure or RelayedError.
         """
-        services, config = self._services, self._services.config
-        start, lanes = job.prompt_start, services.lanes
-        if served.adapter:
-            start += served.name.encode()  # the same prompt has other KV blocks
-        while True:
-            lane = lanes.of(served.group)
-            chosen = None if lane is None else lane.ring.choose(start, attempts.tried("prefill"), served.prefill)
-            if chosen is not None:
-                break
+        services, timeouts = self._services, self._services.config.timeouts
+        protocol = cast(SequentialLegs, services.protocol)
+        while (worker := self._prefill_worker(job, served, attempts)) is None:
             await services.admission.until_changed(served, "prefill")
-        worker, spilled = chosen
-        services.metrics.prefill_spills += spilled
         with Leg(services.legs, job, worker) as leg:
             await leg.connect()
             name = attempts.next_name("prefill")
-            body = services.protocol.prefill_body(job.endpoint, job.body, job.record, name)
-            leg.send(name, body, Answer(), config.timeouts.prefill_timeout_s)
+            body = protocol.prefill_body(job.endpoint, job.body, job.record, name)
+            leg.send(name, body, Answer(), timeouts.prefill_timeout_s)
             del body  # a long one would stay until the prefill is done
             handoff = leg.read_handoff(await leg.answered())
         self._notes["prefill"] = worker.url
@@ -198,21 +207,36 @@ class Flow:
             self._charge.prompt_tokens = handoff.prompt_tokens
         return handoff
 
+    def _prefill_worker(self, job: Job, served: Served, attempts: Attempts) -> Worker | None:
+        """Choose a prefill worker by the start of the prompt. None if none is available."""
+        services, start = self._services, job.prompt_start
+        if served.adapter:
+            start += served.name.encode()  # the same prompt has other KV blocks
+        lane = services.lanes.of(served.group)
+        chosen = None if lane is None else lane.ring.choose(start, attempts.tried("prefill"), served.prefill)
+        if chosen is None:
+            return None
+        worker, spilled = chosen
+        services.metrics.prefill_spills += spilled
+        return worker
+
     async def _place(self, job: Job, served: Served, handoff: HandOff | None, attempts: Attempts) -> Placement:
         """Wait for a worker that is eligible before the lease ends.
 
         Raises LegFailure, or NoWorkerError if there is none.
         """
         services, admission = self._services, self._services.admission
+        prefix = job.read_prefix(served) if handoff is None and served.group.aggregated else None
         request: DecodeRequest | None = None
         while True:
             lane = services.lanes.of(served.group)
             if lane is not None:
                 if request is None:
                     wanted = lane.placements.wants_words(handoff is not None and handoff.counts is not None)
-                    request = job.decode_request(handoff, prompt_words(job.endpoint, job.body) if wanted else None)
+                    words = prompt_words(job.endpoint, job.body) if wanted else None
+                    request = job.decode_request(handoff, words, prefix)
                 tried, usable = attempts.tried("decode"), admission.usable(served)
-                placement = lane.placements.place(request, served, tried, usable)
+                placement = lane.placements.place(request, served, tried, usable, prefix)
                 if placement is not None:
                     return placement
             limit_s = WHOLE_WAIT_S if handoff is None else handoff.left_s(time.monotonic())
@@ -221,47 +245,106 @@ class Flow:
 
     async def _decode(
         self, job: Job, handoff: HandOff | None, placement: Placement, attempts: Attempts
-    ) -> DecodeAnswer:
-        """Run the decode leg and forward a stream as it arrives. Raises LegRefused, LegFailure or RelayedError."""
+    ) -> tuple[DecodeAnswer, JsonObject | None]:
+        """Run the decode leg and forward a stream as it arrives.
+
+        Returns its answer, with the members of a whole one as it is. Raises LegRefused, LegFailure or RelayedError.
+        """
         services, timeouts, worker = self._services, self._services.config.timeouts, placement.worker
-        with placement, Leg(services.legs, job, worker, None if handoff is None else handoff.source) as leg:
+        source = None if handoff is None else handoff.source
+        with placement, Leg(services.legs, job, worker, source, placement) as leg:
             await leg.connect()
             if handoff is not None and handoff.left_s(time.monotonic()) <= 0:
                 raise LegFailure("decode", "lease", "the lease ended before the request was sent")
-            times = TokenTimes(services.metrics, self._request.received_s, self._form.opening + job.wants_usage)
-            answer = DecodeAnswer(
-                self._client, times, intake.id_line(self._id), self._form, leg.first_event, job.stream
-            )
+            answer = self._answer_of(job, leg)
             name = attempts.next_name("decode")
+            watch = None if services.experts is None else self._watch(services.experts, job, handoff, placement, name)
+            body = self._decode_body(job, handoff, name)
             leg.send(
                 name,
-                services.protocol.decode_body(job.endpoint, job.body, handoff, job.record, name),
+                body if watch is None else watch.asking(body),
                 answer,
                 self._answer_limit_s(job, handoff),
                 timeouts.decode_idle_timeout_s,
             )
-            self._leg, self._answer = leg, answer
-            if self._client.stalled:
-                leg.pause()
+            del body  # a long one would stay until the answer is there
+            self._listen(leg, answer)
             try:
                 fields = await leg.answered()
+            except BaseException:
+                if watch is not None:
+                    watch.failed()
+                raise
             finally:
-                self._leg = self._answer = None
-                if self._charge is not None:
-                    self._charge.generated_tokens = times.tokens
-            if self._charge is not None:
-                self._charge.know(fields)
-            if answer.broken is not None:
-                leg.broke(answer.broken)
-            elif not answer.cut:
-                leg.succeeded()
-        self._notes["decode"] = worker.url
+                self._listened(answer)
+            if placement.computes_prompt:
+                placement.generated(answer.times.tokens or generated_tokens(fields.inner("usage", USAGE)))
+            as_it_is = watch is None or not self._take_experts(watch, answer, fields)
+            self._judge(leg, answer, fields)
+        self._note_decode(placement, answer)
+        return answer, fields if as_it_is else None
+
+    # The parts of a decode leg.
+
+    def _decode_body(self, job: Job, handoff: HandOff | None, name: str) -> bytes:
+        protocol = self._services.protocol
+        if handoff is None:
+            return protocol.whole_body(job.endpoint, job.body, job.record, name)
+        return cast(SequentialLegs, protocol).decode_body(job.endpoint, job.body, handoff, job.record, name)
+
+    def _answer_of(self, job: Job, leg: Leg) -> DecodeAnswer:
+        """What receives the answer of a decode leg, and forwards a stream to the client."""
+        times = TokenTimes(self._services.metrics, self._request.received_s, self._form.opening + job.wants_usage)
+        return DecodeAnswer(self._client, times, intake.id_line(self._id), self._form, leg.first_event, job.stream)
+
+    def _listen(self, leg: Leg, answer: DecodeAnswer) -> None:
+        """Let the events of the client and the deadlines reach this leg, until `_listened`."""
+        self._leg, self._answer = leg, answer
+        if self._client.stalled:
+            leg.pause()
+
+    def _listened(self, answer: DecodeAnswer) -> None:
+        self._leg = self._answer = None
+        if self._charge is not None:
+            self._charge.generated_tokens = answer.times.tokens
+
+    def _judge(self, leg: Leg, answer: DecodeAnswer, fields: JsonObject) -> None:
+        """Record how an answer ended that was whole or, if it is a stream, had begun. fields: its members."""
+        if self._charge is not None:
+            self._charge.know(fields)
+        if answer.broken is not None:
+            leg.broke(answer.broken)
+        elif not answer.cut:
+            leg.succeeded()
+
+    def _note_decode(self, placement: Placement, answer: DecodeAnswer) -> None:
+        self._notes["decode"] = placement.worker.url
         self._notes["reason"] = placement.decision.reason
         if answer.begun:
-            tpot_s = times.observe(answer.whole)
+            tpot_s = answer.times.observe(answer.whole)
             if tpot_s is not None:
-                worker.observe_tpot(tpot_s)
-        return answer
+                placement.worker.observe_tpot(tpot_s)
+
+    def _watch(
+        self, experts: ExpertSources, job: Job, handoff: HandOff | None, placement: Placement, name: str
+    ) -> LegWatch | None:
+        """Announce a decode leg to the sources of experts. Only whole answers state any."""
+        whole = handoff is None and job.stream is False
+        return experts.watch(name, placement.request_id, job.model, job.max_tokens, job.body if whole else None)
+
+    def _take_experts(self, watch: LegWatch, answer: DecodeAnswer, fields: JsonObject) -> bool:
+        """Take the experts out of a whole answer. Of a stream that broke, nothing that is reported counts.
+
+        Returns whether the answer was changed.
+        """
+        if answer.broken is not None or answer.cut:
+            watch.failed()
+        elif not answer.begun:
+            kept = watch.take(fields)
+            if kept is not None:
+                answer.replace_body(kept)
+                return True
+        return False
 
     def _answer_limit_s(self, job: Job, handoff: HandOff | None) -> float:
         """How long a decode worker may take to answer or, if the answer is streamed, to begin.
@@ -277,7 +360,14 @@ class Flow:
 
     # The answer.
 
-    def _relay(self, answer: Answer, handoff: HandOff | None = None, *, record: bool = False) -> None:
+    def _relay(
+        self,
+        answer: Answer,
+        members: JsonObject | None = None,
+        *,
+        record: bool = False,
+    ) -> None:
+        """Give the client a worker's answer: a completion with its members, or an error."""
         if self._client.streaming:
             self._respond_error(worker_error(answer))
             return
@@ -286,7 +376,10 @@ class Flow:
         if essence(content_type) == JSON:
             protocol = self._services.protocol
             try:
-                body = protocol.recorded(body, handoff) if record else protocol.for_client(body)
+                if record and members is not None:
+                    body = cast(SequentialLegs, protocol).recorded(members, self._handoff)
+                else:
+                    body = protocol.for_client(body, members)
             except JsonTextError:
                 log.warning("request %s: a worker's answer is not JSON", self._id)
                 self._respond_error(ApiError(502, "the worker's answer is not valid JSON"))

@@ -6,9 +6,11 @@ import itertools
 import random
 from collections.abc import Mapping
 
+from eldr.kernels import JsonNames, JsonObject
 from eldr.policies.base import DecodeRequest
 from eldr.prompt.words import Words
 from eldr.router.config.settings import RouterConfig
+from eldr.router.fleet.groups import Served
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.body_memory import Hold
@@ -19,11 +21,12 @@ from eldr.router.http.message import Request
 from eldr.router.http.trace_context import trace_context, trace_lines
 from eldr.router.observe.tracing import RequestTrace, Tracing
 from eldr.router.placement.admission import PRIORITIES, Claim
+from eldr.router.placement.prefixes import Prefix
 from eldr.router.protocols import openai
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.handoff import HandOff
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.openai import Endpoint
+from eldr.router.protocols.prompt_prefix import prompt_prefix
 from eldr.router.protocols.prompt_start import prompt_start, system_start
 from eldr.router.request.deadlines import Deadlines
 
@@ -32,8 +35,10 @@ MAX_LABEL_BYTES = 64
 # The cost of a request in the queue is its text at about four bytes per token, plus the tokens it asks for.
 BYTES_PER_TOKEN = 4
 UNSTATED_TOKENS = 256
+# Why requests run whole whose prompts have something else than text.
+NOT_TEXT = frozenset(("multimodal", "input_item", "prompt_embeds"))
 # The body of a request that needs it no more.
-NO_BODY = JsonObject(b"{}", frozenset())
+NO_BODY = JsonObject(b"{}", JsonNames(()))
 
 PRIORITY_NAMES = {name.encode(): number for number, name in enumerate(PRIORITIES)}
 
@@ -47,6 +52,7 @@ class Job:
     model: the model that it asks for. None if it names none.
     body: what the client sent. NO_BODY once the answer streams.
     prompt_start: by it, requests with a common start find the same prefill worker. Empty if it runs whole.
+    prefix: the same for an aggregated worker's cache. None until it is asked for, and once the answer streams.
     why_whole: why it cannot be handed off. None if it can.
     max_tokens: the client's limit. None if there is none.
     record: whether the client wants its experts recorded.
@@ -86,6 +92,7 @@ class Job:
         self.body = body
         self.prompt_start = prompt_start
         self.why_whole = why_whole
+        self.prefix: Prefix | None = None
         self.record = record
         self.leg_headers = leg_headers
         self.authorization = authorization
@@ -101,19 +108,39 @@ class Job:
     def free_body(self) -> None:
         """Let go of the body. A thousand streams with long prompts would hold a gigabyte."""
         self.body = NO_BODY
+        self.prefix = None
         if self.hold is not None:
             self.hold.release()
 
-    def decode_request(self, handoff: HandOff | None, words: Words | None) -> DecodeRequest:
-        """Return what the policy may know. A client may use an id twice at once, but policies need unique ids."""
+    def read_prefix(self, served: Served) -> Prefix:
+        """Return the start of the prompt as an aggregated worker caches it."""
+        if self.prefix is None:
+            text, bytes_per_token, tokens = prompt_prefix(self.endpoint, self.body)
+            if self.why_whole in NOT_TEXT:  # an image's tokens have nothing to do with its bytes
+                text, tokens = b"", 0
+            elif served.max_model_len is not None:
+                tokens = min(tokens, served.max_model_len)
+            self.prefix = Prefix(text, bytes_per_token, tokens, served.name if served.adapter else "")
+        return self.prefix
+
+    def decode_request(self, handoff: HandOff | None, words: Words | None, prefix: Prefix | None) -> DecodeRequest:
+        """Return what the policy may know. A client may use an id twice at once, but policies need unique ids.
+
+        words: those of the prompt, if they were looked at.
+        prefix: the start of the prompt, if the chosen worker computes it.
+        """
+        prompt_tokens = 0 if handoff is None else handoff.prompt_tokens
+        if prefix is not None:
+            prompt_tokens = prefix.prompt_tokens
         return DecodeRequest(
             f"{self.request_id}/{next(_decode_requests)}",
-            0 if handoff is None else handoff.prompt_tokens,
+            prompt_tokens,
             None if handoff is None else handoff.counts,
             self.label,
             self.max_tokens,
             None if handoff is None else handoff.counts_wire,
             words,
+            prefix is not None,
         )
 
 
@@ -152,34 +179,38 @@ class Intake:
         self._admin_key = admin_key
         self.tracing = tracing
         client_header = config.listen.client_header
-        self._members = {
-            path: endpoint.members | protocol.members | protocol.reserved for path, endpoint in openai.ENDPOINTS.items()
+        self._names = {
+            path: openai.body_names(endpoint.members | protocol.members | protocol.reserved)
+            for path, endpoint in openai.ENDPOINTS.items()
         }
-        self._plain_members = frozenset(("model", "priority", "vllm_xargs")) | protocol.reserved
+        self._reserved = openai.body_names(protocol.reserved)
+        self._plain_names = openai.body_names(frozenset(("model", "priority", "vllm_xargs")) | protocol.reserved)
         self._client_header = None if client_header is None else client_header.lower().encode()
 
     def read(self, request: Request) -> JsonObject:
         """Return the body of a request that goes to one worker as it is. Raises ApiError."""
         _require_json(request.headers)
-        return openai.read_object(request.body, self._plain_members, self._protocol.reserved)
+        return openai.read_object(request.body, self._plain_names, self._reserved)
 
     def take(self, request: Request, request_id: str) -> Job:
         """Return the job of a request. Raises ApiError."""
         headers = request.headers
         _require_json(headers)
         protocol, endpoint = self._protocol, openai.ENDPOINTS[request.path]
-        body = openai.read_body(endpoint, request.body, self._members[request.path], protocol.reserved)
+        body = openai.read_body(endpoint, request.body, self._names[request.path], self._reserved)
         in_body = body.get("request_id")
         if isinstance(in_body, str) and b"x-request-id" not in headers:
             request_id = _visible(in_body.encode("utf-8", "replace"), MAX_ID_BYTES) or request_id
         why_whole = protocol.why_whole(endpoint, body)
         record = self._wants_record(request, body)
+        if record and not protocol.records:
+            raise ApiError(400, "the experts of requests to these workers cannot be recorded")
         if record and why_whole is not None:
             raise ApiError(400, f"a request that is not handed off ({why_whole}) cannot be recorded")
         model = openai.model(body)
         start = b""
-        if why_whole is None:
-            served = self._fleet.served(model)
+        served = self._fleet.served(model)
+        if why_whole is None and (served is None or not served.group.aggregated):
             protocol.refuse_early(endpoint, body, None if served is None else served.max_model_len)
             window_bytes = self._placement.prefix_window_bytes
             at, end = body.span(endpoint.input) or (0, 0)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
 from collections import defaultdict
 from types import TracebackType
+from typing import cast
 
 from eldr.event_stream import Event
-from eldr.router.config.endpoint import Role
+from eldr.kernels import JsonObject
+from eldr.router.config.endpoint import LegName
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.client import Answer, ConnectError, ExchangeError, WorkerConnection
@@ -18,13 +21,20 @@ from eldr.router.http.pool import WorkerPool
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 from eldr.router.placement.admission import RETRY_AFTER_S
-from eldr.router.protocols.base import LegProtocol
+from eldr.router.placement.decode import Placement
+from eldr.router.protocols.base import ConcurrentLegs, LegProtocol, SequentialLegs
 from eldr.router.protocols.handoff import HandOff
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.protocols.streams import FORMS
 from eldr.router.request.answer import DecodeAnswer
 from eldr.router.request.intake import NO_BODY, Job, id_line
-from eldr.router.request.verdict import Names, WorkerStatusError, check_completion, check_first_event, check_status
+from eldr.router.request.verdict import (
+    Names,
+    WorkerStatusError,
+    WrongAnswerError,
+    check_completion,
+    check_first_event,
+    check_status,
+)
 
 log = logging.getLogger("eldr.router")
 
@@ -34,6 +44,8 @@ WORKERS_ERRORS = frozenset((500, 502, 503, 504))
 OVERLOADED = 429
 # Why such a leg failed, as a metric label. It is no fault of the worker.
 OVERLOAD = "overloaded"
+# Why a worker counts as failed whose partner said that the transfer between them failed.
+TRANSFER = "transfer"
 
 
 class RelayedError(Exception):
@@ -63,42 +75,45 @@ class LegFailure(Exception):  # noqa: N818 - it can often be repaired
 
     reason: a metric label.
     worker: the worker that failed. None if there was none.
-    source: the prefill worker whose blocks the leg was to pull.
+    partner: the worker of the other leg, if it can be the cause.
     answer: the worker's own answer, which the client gets if there is no further attempt.
     """
 
     def __init__(
         self,
-        leg: Role,
+        leg: LegName,
         reason: str,
         why: object,
         *,
         worker: Worker | None = None,
-        source: Worker | None = None,
+        partner: Worker | None = None,
         answer: Answer | None = None,
     ) -> None:
         super().__init__(f"{leg} leg: {why}")
         self.leg = leg
         self.reason = reason
         self.worker = worker
-        self.source = source
+        self.partner = partner
         self.answer = answer
 
     @property
     def error(self) -> ApiError:
         """The error that the client gets if there is no answer to pass on."""
+        role = self.leg if self.worker is None else self.worker.role
         if self.reason == "timeout":
-            return ApiError(504, f"the {self.leg} worker did not answer in time", retry_after_s=RETRY_AFTER_S)
-        return ApiError(502, f"no {self.leg} worker completed the request", retry_after_s=RETRY_AFTER_S)
+            return ApiError(504, f"the {role} worker did not answer in time", retry_after_s=RETRY_AFTER_S)
+        return ApiError(502, f"no {role} worker completed the request", retry_after_s=RETRY_AFTER_S)
 
 
 def check_worker(worker: Worker, answer: Answer) -> None:
     """Raise ExchangeError if the status says that the worker failed, and LegFailure if it has too much to do."""
+    if answer.status == 200:
+        return
     check_status(answer.status)
     if answer.status in WORKERS_ERRORS:
         raise WorkerStatusError(f"status {answer.status}")
     if answer.status == OVERLOADED:
-        raise LegFailure(worker.role, OVERLOAD, f"status {answer.status}", worker=worker, answer=answer)
+        raise LegFailure(worker.leg, OVERLOAD, f"status {answer.status}", worker=worker, answer=answer)
 
 
 def no_memory() -> ApiError:
@@ -110,7 +125,8 @@ class Legs:
     """The state that the legs of all requests share.
 
     pools: the connections to each worker.
-    answer_names: by role, path and stream, whether workers name answers after their legs. No prefill is a stream.
+    concurrent: whether both legs of a request run at once.
+    answer_names: by leg, path and stream, whether workers name answers after their legs. No prefill is a stream.
     handoff_names: the same for hand-offs.
     """
 
@@ -126,8 +142,9 @@ class Legs:
         self.pools = pools
         self.outcomes = outcomes
         self.protocol = protocol
+        self.concurrent = isinstance(protocol, ConcurrentLegs)
         self.metrics = metrics
-        self.answer_names: defaultdict[tuple[Role, bytes, bool | None], Names] = defaultdict(Names)
+        self.answer_names: defaultdict[tuple[LegName, bytes, bool | None], Names] = defaultdict(Names)
         self.handoff_names = Names()
         self.throttle = Throttle()
 
@@ -146,7 +163,7 @@ class Legs:
         own deadline, because the worker may only be slow.
         """
         group = self.fleet.group(worker)
-        if group is not None and group.whole.any_available(worker.role):
+        if group is not None and group.whole.any_available(worker.leg):
             moved = self.pools[worker].give_up_waiting("the worker does not answer its probes", most)
             if moved:
                 log.warning("%d waiting exchanges leave %s worker %s", moved, worker.role, worker.url)
@@ -156,18 +173,28 @@ class Leg:
     """One attempt of a request at one worker. Use it in a `with` block.
 
     Inside the block the worker has one more request in flight, the leg may be the worker's trial, and its time is part
-    of the request's trace.
+    of the request's trace. What is not over at the end of the block is given up.
 
-    name: its X-Request-Id, which vLLM uses in the name of the answer.
-    source: the prefill worker whose blocks it pulls.
+    name: its X-Request-Id, which the engine uses in the name of the answer.
+    partner: the other worker that it depends on: the one whose blocks it pulls, or that it runs at once with.
+    placement: what hears that the prompt is computed. None for a prefill.
     """
 
-    def __init__(self, shared: Legs, job: Job, worker: Worker, source: Worker | None = None) -> None:
+    def __init__(
+        self,
+        shared: Legs,
+        job: Job,
+        worker: Worker,
+        partner: Worker | None = None,
+        placement: Placement | None = None,
+    ) -> None:
         self._shared = shared
         self._job = job
-        self._source = source
+        self._partner = partner
+        self._placement = placement
         self._connection: WorkerConnection | None = None
         self._answer: Answer | None = None
+        self._report = b""  # of an error, in the first event of a stream
         self._began_s = 0.0
         self._sent_s = 0.0
         self.worker = worker
@@ -182,13 +209,17 @@ class Leg:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if self._connection is not None and self._answer is None:  # nothing was sent
-            self._shared.pools[self.worker].release(self._connection)
-        self._connection = self._answer = None  # the answer knows this leg: no cycle is left to the collector
+        if self._connection is not None:
+            if self._answer is None:  # nothing was sent
+                self._shared.pools[self.worker].release(self._connection)
+            else:
+                self._connection.abort(self._answer)
+        # The answer knows this leg. No cycle is left to the collector.
+        self._connection = self._answer = self._placement = None
         self._shared.fleet.finished(self.worker)
         self._shared.outcomes.ended(self.worker)
         if self._job.trace is not None:
-            self._job.trace.leg(self.worker.role, self._began_s, self.worker.url, error)
+            self._job.trace.leg(self.worker.leg, self._began_s, self.worker.url, error)
 
     async def connect(self) -> None:
         """Open a connection. Raises LegRefused."""
@@ -211,6 +242,12 @@ class Leg:
         headers = job.leg_headers + id_line(name)
         request = self._shared.pools[self.worker].request(b"POST", job.path, headers, body, job.authorization)
         connection.start(answer, request, limit_s, idle_limit_s)
+
+    @property
+    def over(self) -> asyncio.Future[None]:
+        """Resolves when the answer is complete or has failed."""
+        assert self._answer is not None
+        return self._answer.finished
 
     async def answered(self) -> JsonObject:
         """Wait until all of the answer is there: the members of a whole completion, none of a stream.
@@ -237,8 +274,14 @@ class Leg:
 
     def first_event(self, event: Event) -> None:
         """A stream has begun, so nothing is tried again. Raises WrongAnswerError if it does not belong to this leg."""
-        check_first_event(event, FORMS[self._job.path], self._shared.protocol, self.name, self._names())
+        try:
+            check_first_event(event, FORMS[self._job.path], self._shared.protocol, self.name, self._names())
+        except WrongAnswerError:
+            self._report = event.data
+            raise
         self._job.free_body()
+        if self._placement is not None:
+            self._placement.prompt_computed()
         if self.worker.ejected:  # its trial must not last as long as the stream
             self.succeeded()
 
@@ -248,14 +291,15 @@ class Leg:
         Raises LegFailure for the hand-off of another leg, because its blocks would be read as this prompt's.
         """
         shared, worker = self._shared, self.worker
-        handoff = shared.protocol.read_handoff(answer, worker, self._sent_s)
+        protocol = cast(SequentialLegs, shared.protocol)
+        handoff = protocol.read_handoff(answer, worker, self._sent_s)
         now_s = time.monotonic()
         if handoff is None:
             if shared.throttle.due("no_handoff"):
                 log.warning("prefill worker %s returns no hand-off; its requests run whole", worker.url)
         else:
             try:
-                shared.handoff_names.check(shared.protocol.handoff_is_named_after(handoff, self.name))
+                shared.handoff_names.check(protocol.handoff_is_named_after(handoff, self.name))
             except ExchangeError as error:
                 raise self.failed(error) from None
             shared.count(handoff)
@@ -263,6 +307,12 @@ class Leg:
         shared.metrics.prefill.observe(now_s - self._sent_s)
         self.succeeded()
         return handoff
+
+    def transferred(self) -> None:
+        """The answer to a prefill shows that its blocks are where they are needed."""
+        self._shared.metrics.handoffs += 1
+        self._shared.metrics.prefill.observe(time.monotonic() - self._sent_s)
+        self.succeeded()
 
     def succeeded(self) -> None:
         self._shared.outcomes.succeeded(self.worker)
@@ -272,23 +322,41 @@ class Leg:
 
         answer: the worker's own, for the client.
         """
+        worker, partner = self.worker, self._partner
         if self._is_to_blame(error):
-            self._shared.outcomes.failed(self.worker, error.reason)
-        return LegFailure(self.worker.role, error.reason, error, worker=self.worker, source=self._source, answer=answer)
+            self._shared.outcomes.failed(worker, error.reason)
+            if partner is not None and self._is_transfers(self._report if answer is None else answer.body):
+                self._shared.outcomes.failed(partner, TRANSFER)
+        return LegFailure(worker.leg, error.reason, error, worker=worker, partner=partner, answer=answer)
+
+    def _is_transfers(self, report: bytes) -> bool:
+        """Whether both workers count as failed. If only the one did that noticed first, a worker that receives nothing
+        would take out one sender after the other.
+        """
+        protocol = self._shared.protocol
+        return isinstance(protocol, ConcurrentLegs) and protocol.is_transfers(report)
 
     def _is_to_blame(self, error: ExchangeError) -> bool:
         """Whether the worker is to blame for a failure.
 
-        It is not if the worker whose blocks it was to pull is gone, because that pull would have failed everywhere.
+        It is not if the worker that it depends on is gone, because the transfer would have failed everywhere. Of two
+        that wait for each other, the silence of one may be the fault of the other.
 
-        Of a request that runs whole, the client may be the cause, and would take out one worker after the other. Its
-        prompt may be slow. And vLLM opens a stream of /v1/responses before it has read all that the client wants, and
-        then closes the connection if it refuses that. A worker that is broken fails its probes as well.
+        Of a request that cannot be handed off, the client may be the cause, and would take out one worker after the
+        other. Its prompt may be slow. And vLLM opens a stream of /v1/responses before it has read all that the client
+        wants, and then closes the connection if it refuses that. A worker that is broken fails its probes as well.
+
+        An aggregated worker that does not answer an ordinary request is to blame, as a prefill worker would be.
         """
-        source = self._source
-        if source is not None:
-            return self._shared.fleet.has(source) and source.available
-        if self.worker.role == "prefill":
+        worker, partner = self.worker, self._partner
+        if partner is not None and not (self._shared.fleet.has(partner) and partner.available):
+            return False
+        pair = partner is not None and self._shared.concurrent
+        if not pair and (partner is not None or worker.leg == "prefill"):
+            return True
+        if error.timed_out and worker.role == "aggregated" and self._job.why_whole is None:
+            return True
+        if pair and isinstance(error, WrongAnswerError):
             return True
         return not error.timed_out and not (isinstance(self._answer, DecodeAnswer) and self._answer.opened)
 
@@ -301,12 +369,12 @@ class Leg:
         log.warning("stream broken off: %s", str(error), extra={"fields": fields})
 
     def _names(self) -> Names:
-        stream = self._job.stream if self.worker.role == "decode" else False
-        return self._shared.answer_names[self.worker.role, self._job.path, stream]
+        leg = self.worker.leg
+        return self._shared.answer_names[leg, self._job.path, self._job.stream if leg == "decode" else False]
 
     def _deadline(self) -> str:
         """The metric label of the deadline that `limit_s` enforces."""
-        if self.worker.role == "prefill":
+        if self.worker.leg == "prefill":
             return "prefill"
         return "first_byte" if self._job.stream else "answer"
 

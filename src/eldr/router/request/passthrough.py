@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection
 from typing import Final, NamedTuple
 
-from eldr.kernels import NO_OBJECT, JsonTextError
+from eldr.kernels import NO_OBJECT, JsonNames, JsonObject, JsonTextError
 from eldr.router.fleet.groups import Served
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import Answer, ConnectError, ExchangeError, SilenceError
@@ -27,7 +27,6 @@ from eldr.router.http.message import Request
 from eldr.router.http.trace_context import trace_context, trace_lines
 from eldr.router.placement.admission import Claim
 from eldr.router.protocols import openai
-from eldr.router.protocols.json_object import JsonObject
 from eldr.router.request import intake
 from eldr.router.request.attempts import Attempts
 from eldr.router.request.deadlines import Deadlines
@@ -40,7 +39,7 @@ log = logging.getLogger("eldr.router")
 
 # The longest wait for an answer that needs no engine. A tokenizer reads some MB a second.
 NO_ENGINE_TIMEOUT_S: Final = 60.0
-ANSWER_MEMBERS: Final = frozenset(("error", "usage"))
+ANSWER_NAMES: Final = JsonNames(("error", "usage"))
 # vLLM sends embeddings so if they are asked for as bytes. A header tells their shapes, in the JSON that the body would
 # be otherwise (build_pooling_bytes_streaming_response in vllm/entrypoints/pooling/utils.py).
 BYTES_TYPE: Final = b"application/octet-stream"
@@ -300,13 +299,13 @@ def _members(answer: Answer) -> JsonObject:
     kind = essence(answer.headers.get(b"content-type", JSON))
     if kind == BYTES_TYPE:
         try:
-            return JsonObject(answer.headers.get(BYTES_HEADER, b""), ANSWER_MEMBERS)
+            return JsonObject(answer.headers.get(BYTES_HEADER, b""), ANSWER_NAMES)
         except JsonTextError:
             return intake.NO_BODY
     if kind != JSON:
         raise WrongAnswerError(f"status 200 with {kind.decode('latin-1')}")
     try:
-        fields = JsonObject(answer.body, ANSWER_MEMBERS)
+        fields = JsonObject(answer.body, ANSWER_NAMES)
     except JsonTextError as error:
         if error.fault == NO_OBJECT:
             return intake.NO_BODY

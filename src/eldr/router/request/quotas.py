@@ -15,10 +15,10 @@ from typing import Final
 
 import orjson
 
+from eldr.kernels import JsonObject
 from eldr.router.http.errors import ApiError
 from eldr.router.http.message import Request
-from eldr.router.protocols.json_object import JsonObject, inner_object
-from eldr.router.protocols.openai import PROMPT_USAGE, prompt_tokens
+from eldr.router.protocols.openai import USAGE, generated_tokens, prompt_tokens
 
 # What each limit counts, and over how many seconds.
 REQUESTS: Final = "requests"
@@ -30,9 +30,6 @@ LIMITS: Final[dict[str, tuple[str, float]]] = {
     "tokens_per_day": (TOKENS, 86400.0),
 }
 KINDS: Final = (REQUESTS, TOKENS)
-# The names of the number of generated tokens in a usage, by API.
-GENERATED_USAGE: Final = ("completion_tokens", "output_tokens")
-USAGE: Final = PROMPT_USAGE.union(GENERATED_USAGE)
 
 
 class QuotaError(ApiError):
@@ -147,14 +144,13 @@ class Charge:
 
     def know(self, answer: JsonObject) -> None:
         """Take the numbers of tokens from the `usage` of an answer, as far as it states them."""
-        usage = inner_object(answer.raw("usage"), USAGE)
+        usage = answer.inner("usage", USAGE)
         if usage is None:
             return
         self.prompt_tokens = prompt_tokens(usage) or self.prompt_tokens
-        for name in GENERATED_USAGE:
-            generated = usage.get(name)
-            if type(generated) is int and generated >= 0:
-                self.generated_tokens = generated
+        generated = generated_tokens(usage)
+        if generated is not None:
+            self.generated_tokens = generated
 
     def settle(self, failed: bool) -> None:
         """The request has ended. failed: whether the client got an error, which costs a request, but no tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eldr.router.config.settings import RouterConfig
+from eldr.router.experts.watch import ExpertSources
 from eldr.router.fleet.groups import Served
 from eldr.router.fleet.lists import ModelLists
 from eldr.router.fleet.outcomes import Outcomes
@@ -35,6 +36,7 @@ class Services:
     outcomes: Outcomes
     fleet: Fleet
     metrics: Metrics
+    experts: ExpertSources | None  # None if no source of finished requests' experts is on
 
 
 async def admit(services: Services, claim: Claim, model: str | None) -> Served:

@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from eldr.event_stream import Event
-from eldr.kernels import JsonTextError
+from eldr.kernels import JsonObject, JsonTextError
 from eldr.router.http.client import Answer, ExchangeError
 from eldr.router.http.errors import ApiError
 from eldr.router.http.heads import STATUS_LINES
 from eldr.router.protocols.base import LegProtocol
-from eldr.router.protocols.json_object import ARRAY, JsonObject
+from eldr.router.protocols.json_text import ARRAY
 from eldr.router.protocols.openai import Endpoint
 from eldr.router.protocols.streams import StreamForm
 
@@ -65,7 +65,7 @@ def worker_error(answer: Answer) -> ApiError:
     except ExchangeError:
         fields = None
     if isinstance(fields, dict):
-        error = fields.get("error")
+        error = fields if fields.get("object") == "error" else fields.get("error")  # the former is SGLang's form
         if isinstance(error, dict):
             message, param = error.get("message"), error.get("param")
         else:
@@ -80,7 +80,7 @@ def check_completion(
 ) -> JsonObject:
     """Return the members of a whole completion with status 200. Raises ExchangeError if it is not one."""
     try:
-        fields = JsonObject(answer.body, protocol.answer_members | {"error", "id", endpoint.output})
+        fields = JsonObject(answer.body, protocol.answer_names)
     except JsonTextError as error:
         raise WrongAnswerError(f"status 200 without a completion: {error}") from None
     output = fields.span(endpoint.output)

@@ -45,7 +45,7 @@ class UiState:
             "workers": [
                 _worker(worker, fleet.group(worker), expected.get(worker.url))
                 for role in ROLES
-                for worker in fleet.workers(role).values()
+                for worker in fleet.of_role(role)
             ],
             "pictures": [
                 {"kind": picture.kind, "most": picture.most, "rows": dict(picture.rows)}

@@ -12,7 +12,7 @@ import pytest
 
 from eldr.counts import ExpertCounts, encode_counts, encode_unavailable
 from eldr.expert_rows import encode_rows
-from eldr.record import Prompt, RecordError, RecordOptions, read_prompts, record
+from eldr.record import Connector, Prompt, RecordError, RecordOptions, read_prompts, record
 
 LAYERS, EXPERTS, TOP_K = 2, 4, 2
 
@@ -89,7 +89,9 @@ def prompts(tmp_path: Path) -> list[Prompt]:
 @pytest.mark.parametrize("admin_key", [None, "secret"])
 def test_every_prompt_is_one_request_of_the_trace(server: Server, prompts: list[Prompt], admin_key: str | None) -> None:
     steps = []
-    recording = record(prompts, RecordOptions(server.url + "/v1/", admin_key=admin_key), lambda: steps.append(1))
+    recording = record(
+        prompts, Connector(RecordOptions(server.url + "/v1/", admin_key=admin_key)), lambda: steps.append(1)
+    )
     trace = recording.trace
     assert recording.failures == []
     assert len(steps) == 3
@@ -104,8 +106,8 @@ def test_every_prompt_is_one_request_of_the_trace(server: Server, prompts: list[
 
 
 def test_a_worker_is_asked_in_its_body_a_router_by_header(server: Server, prompts: list[Prompt]) -> None:
-    record(prompts[:1], RecordOptions(server.url, api_key="k"))
-    record(prompts[:1], RecordOptions(server.url, admin_key="a"))
+    record(prompts[:1], Connector(RecordOptions(server.url, api_key="k")))
+    record(prompts[:1], Connector(RecordOptions(server.url, admin_key="a")))
     (_, worker_headers, worker_body), (_, router_headers, router_body) = server.requests
     assert worker_body["kv_transfer_params"] == {"eldr_record": True}
     assert worker_headers["Authorization"] == "Bearer k"
@@ -115,7 +117,7 @@ def test_a_worker_is_asked_in_its_body_a_router_by_header(server: Server, prompt
 
 def test_a_failing_prompt_is_listed_and_the_others_are_kept(server: Server, prompts: list[Prompt]) -> None:
     server.answer = lambda body: (500, b"no memory") if body.get("prompt") == "fghij" else good_answer(body)
-    recording = record(prompts, RecordOptions(server.url))
+    recording = record(prompts, Connector(RecordOptions(server.url)))
     assert recording.trace.prompt_tokens.tolist() == [3, 2]
     assert len(recording.failures) == 1
     assert recording.failures[0].startswith("prompt 3: ")
@@ -140,7 +142,7 @@ def test_a_server_that_cannot_be_recorded_is_found_out_at_once(
 ) -> None:
     server.answer = answer
     with pytest.raises(RecordError, match=message):
-        record(prompts, RecordOptions(server.url))
+        record(prompts, Connector(RecordOptions(server.url)))
     assert len(server.requests) == 1
 
 
@@ -153,20 +155,20 @@ def test_answers_of_two_geometries_are_refused(server: Server, prompts: list[Pro
 
     server.answer = mixed
     with pytest.raises(RecordError, match="differ in layers, experts or top-k"):
-        record(prompts, RecordOptions(server.url))
+        record(prompts, Connector(RecordOptions(server.url)))
 
 
 @pytest.mark.parametrize("models", [[], ["a", "b"]])
 def test_the_model_must_be_named_unless_there_is_one(server: Server, prompts: list[Prompt], models: list[str]) -> None:
     server.models = models
     with pytest.raises(RecordError, match=f"serves {len(models)} models"):
-        record(prompts, RecordOptions(server.url))
-    assert record(prompts, RecordOptions(server.url, model="a")).trace.meta.model == "a"
+        record(prompts, Connector(RecordOptions(server.url)))
+    assert record(prompts, Connector(RecordOptions(server.url, model="a"))).trace.meta.model == "a"
 
 
 def test_a_server_that_is_not_there(prompts: list[Prompt]) -> None:
     with pytest.raises(RecordError, match=r"127\.0\.0\.1:9"):
-        record(prompts, RecordOptions("http://127.0.0.1:9"))
+        record(prompts, Connector(RecordOptions("http://127.0.0.1:9")))
 
 
 @pytest.mark.parametrize(

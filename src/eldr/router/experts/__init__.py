@@ -1,0 +1,1 @@
+"""Where the router learns which experts finished requests have used: one file for each source."""
