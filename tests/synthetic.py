@@ -1,5 +1,6 @@
 """Small traces and calibrations that are true to the format: tokens of each kind of request prefer its experts."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,18 @@ def packed(texts: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Prompts in the form of a trace: `prompt_text` and `prompt_text_offsets`."""
     ends = [sum(map(len, texts[:count])) for count in range(len(texts) + 1)]
     return np.frombuffer(b"".join(texts), dtype=np.uint8), np.array(ends, dtype=np.int64)
+
+
+def with_prompts(trace: Trace, seed: int = 0) -> Trace:
+    """The trace with prompts: some words of the request's label, and some that requests of all labels use."""
+    rng = np.random.default_rng(seed)
+    spoken = {label: f"speech of {chr(97 + place)}" for place, label in enumerate(np.unique(trace.label).tolist())}
+    texts = []
+    for label in trace.label.tolist():
+        own = [spoken[label].replace(" ", "") + chr(97 + letter) for letter in rng.integers(12, size=9).tolist()]
+        texts.append(" ".join([*own, *(f"all{chr(97 + letter)}" for letter in rng.integers(12, size=9).tolist())]))
+    text, offsets = packed([text.encode() for text in texts])
+    return dataclasses.replace(trace, prompt_text=text, prompt_text_offsets=offsets)
 
 
 def make_calibration(

@@ -118,6 +118,12 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
             raise ReplayError(f"{arguments.trace} has no arrival times; omit --arrivals trace")
     elif arguments.arrivals != "poisson":
         recorded = read_arrivals(Path(arguments.arrivals))
+    options = PolicyOptions.from_settings(given(arguments, PolicyOptions))
+    if arguments.learn != "off" and options.signature != "prompt":
+        raise ReplayError(
+            "--learn online needs --signature prompt: every request of a trace has its counts, and where counts are "
+            "used nobody asks for what was learned of words"
+        )
     kinds, output_tokens = _workload(arguments, trace.label.tolist())
     labels = tuple(label for kind in kinds for label in kind.labels) or None
     settings = Settings(
@@ -135,7 +141,7 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
         learn_share=arguments.learn_share,
         limits=WorkerLimits(arguments.max_num_seqs, arguments.kv_tokens),
         recorded_arrivals_s=recorded,
-        options=PolicyOptions.from_settings(given(arguments, PolicyOptions)),
+        options=options,
     )
     calibration = None if arguments.calibration is None else load_calibration(arguments.calibration)
     return Laboratory(trace, settings, calibration)

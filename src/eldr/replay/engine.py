@@ -97,6 +97,8 @@ class Engine:
             max_tokens=self._workload.max_tokens,
             words=None if trace.prompts is None else trace.prompts[index],
         )
+        if self._learning is not None:
+            self._learning.look_at(request, index)
         name = self._policy.choose(request, self.fleet.in_flight).worker
         worker = self.fleet.by_name[name]
         entry = Running(
@@ -126,5 +128,5 @@ class Engine:
         self._log.ended(entry.arrival, self.clock.now_s, entry.admitted_s - entry.arrived_s, moe_s)
         self._draws.release(entry.trace_index)
         self.fleet.finished(entry.request, worker.name)
-        if self._learning is not None:
+        if self._learning is not None and entry.arrival >= self._workload.measured.start:
             self._learning.finished(entry.trace_index)
