@@ -18,20 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr.counts import ExpertCounts
-from eldr.learning.learner import Learner, Taught
+from eldr.learning.learner import Learner, LearnTask, Taught
+from eldr.learning.lessons import CAPACITY
 from eldr.policies.base import DecodeRequest, Policy
 from eldr.policies.learned import Learned
 from eldr.prompt.model import ProfileMap, PromptModel
 from eldr.prompt.words import Words
 from eldr.replay.packed import PackedTrace
 
-# How long a fit takes in the router's second process.
-FIT_S = 1.0
+# How long a fit to CAPACITY lessons takes in the router's second process, with a cross-validation and without, and what
+# every fit takes. It grows with the square of the lessons at least.
+CHOOSING_S, CHOSEN_S, LEAST_S = 6.5, 0.8, 0.1
 FOLDS = 4
 
 
 class SimulatedLearning:
-    """Takes a share of the finished requests as lessons, and hands the policy each model FIT_S seconds after it is due.
+    """Takes a share of the finished requests as lessons, and hands the policy each model when a router would have it.
 
     Requests with equal prompts are in the same fold.
 
@@ -84,7 +86,7 @@ class SimulatedLearning:
             self._fitted[fold] = None
         task = learner.task()
         if task is not None:
-            self._fitted[fold] = now_s + FIT_S, task.run()
+            self._fitted[fold] = now_s + fit_s(task), task.run()
         return learned is not None
 
     def look_at(self, request: DecodeRequest, index: int) -> None:
@@ -92,6 +94,12 @@ class SimulatedLearning:
         if self._models is not None and request.words is not None:
             request.latent = self._models.latent(int(self.folds[index]), request.words)
             request.words = None
+
+
+def fit_s(task: LearnTask) -> float:
+    """How long a fit takes."""
+    whole_s = CHOOSING_S if task.choice is None else CHOSEN_S
+    return LEAST_S + whole_s * (len(task.words) / CAPACITY) ** 2
 
 
 class StackedModels:

@@ -61,8 +61,8 @@ def by_signature_section(rows: Rows, prefix: str) -> Section:
         "How much of the gain is left if the decode worker is chosen before the prefill, by the words of the prompt? "
         + (f"With expected-union, words keep {'; '.join(kept)}. " if kept else "")
         + "Every prediction is of requests that nothing was fitted to. A label is what a client could send that knows "
-        "its own kind. Words and counts together are weighed by their errors on the calibration requests. Where the note "
-        "on a recording says that generated tokens stand in for the prompt, counts know part of the answer and do "
+        "its own kind. Words and counts together are weighed by their errors on the calibration requests. Where the "
+        "note on a recording says that generated tokens stand in for the prompt, counts know part of the answer and do "
         "better here than they could in service."
     )
     columns = {
@@ -119,7 +119,8 @@ def learning_section(rows: Rows, prefix: str) -> Section:
         "that it has taught: the recording is divided into four parts, and a learner that the other three have taught "
         "predicts each. A learner thus hears of three quarters of what a router would hear of. A request "
         "teaches once, so that the recording runs out of lessons after some hundred requests, where real traffic would "
-        f"go on. Each fit is taken to last a second, in which {first['rate']:.0f} requests arrive."
+        f"go on. A fit takes the simulated time that it would take a router: 0.1 s at first, in which "
+        f"{0.1 * first['rate']:.0f} requests arrive."
     )
     columns = {"requests that report": _share, "served": words("served"), "mean % vs jsq": change("vs_jsq_mean")}
     whole = {"requests that report": _share, **AGAINST_JSQ}
