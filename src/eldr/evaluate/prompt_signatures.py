@@ -131,7 +131,7 @@ def combined(laboratory: Laboratory, workers: int, seed: int) -> tuple[Floats, f
     by_counts = _held_out_by_counts(laboratory, predictor, chosen, seed)
     apart = by_words - by_counts
     share = float(np.clip(((true - by_counts) * apart).sum() / max(float((apart**2).sum()), 1e-12), 0, 1))
-    told = np.zeros((packed.requests, true.shape[1]), dtype=np.float32)
+    told = np.tile(true.mean(axis=0), (packed.requests, 1))
     of_counts = predictors(predictor)["fitted"]
     for request in served.tolist():
         told[request] = share * model.predict(packed.prompts[request]) + (1 - share) * of_counts(packed.counts[request])

@@ -41,7 +41,7 @@ def test_what_is_known_of_a_request_pays(bench: Bench) -> None:
     assert f"{kept:.0f} % of the mean reduction of counts" in section.text
 
 
-def test_a_label_is_known_by_the_calibration_requests_alone(bench: Bench) -> None:
+def test_a_label_is_known_by_the_calibration_requests_alone(bench: Bench, tmp_path: Path) -> None:
     laboratory = bench.laboratory
     profiles = bench.trace.decode_profiles().reshape(160, -1)
     chosen = laboratory.split(1).calibrate
@@ -49,12 +49,13 @@ def test_a_label_is_known_by_the_calibration_requests_alone(bench: Bench) -> Non
     for request in (0, 1, 2, 3):
         alike = [other for other in chosen.tolist() if other % 4 == request]
         assert told[request] == pytest.approx(profiles[alike].mean(axis=0), abs=1e-6)
-    unheard = bench.trace.label.copy()
-    unheard[laboratory.split(1).serve[0]] = "of no other"
-    other = Bench(bench.path, 2, 100)
-    other.__dict__["trace"] = dataclasses.replace(bench.trace, label=unheard)
+    stranger = laboratory.split(1).serve[0]
+    labels = bench.trace.label.astype("U12")
+    labels[stranger] = "of no other"
+    write_trace(dataclasses.replace(bench.trace, label=labels), tmp_path / "stranger.npz")
+    other = Bench(tmp_path / "stranger.npz", 2, 100)
     assert np.array_equal(other.laboratory.split(1).calibrate, chosen)
-    mean = prompt_signatures.of_labels(other.laboratory, 1)[laboratory.split(1).serve[0]]
+    mean = prompt_signatures.of_labels(other.laboratory, 1)[stranger]
     assert mean == pytest.approx(profiles[chosen].mean(axis=0), abs=1e-6)
 
 
