@@ -39,6 +39,9 @@ class SimulatedLearning:
 
     trace: a trace with prompts.
     share: of the finished requests, those that report their experts, drawn at random.
+
+    folds: the fold of each request, int64 [N].
+    learners: the learner that predicts each fold.
     """
 
     def __init__(self, policy: Policy, trace: PackedTrace, share: float, seed: int) -> None:
@@ -49,7 +52,7 @@ class SimulatedLearning:
         self._share = share
         self._rng = np.random.default_rng([seed, 3])
         self.folds = deal(trace.prompts, self._rng)
-        self._learners = [Learner(policy.prompts, seed) for _ in range(FOLDS)]
+        self.learners = [Learner(policy.prompts, seed) for _ in range(FOLDS)]
         self._fitted: list[tuple[float, Taught] | None] = [None] * FOLDS
         self._has_taught: set[int] = set()
         self._models: StackedModels | None = None
@@ -60,7 +63,7 @@ class SimulatedLearning:
             return
         self._has_taught.add(index)
         decode = self.report(index)
-        for fold, learner in enumerate(self._learners):
+        for fold, learner in enumerate(self.learners):
             if fold != self.folds[index]:
                 learner.take(self._prompts[index], decode)
 
@@ -72,12 +75,12 @@ class SimulatedLearning:
         """Call this before every choice. Between two choices a new model has no visible effect."""
         learned = [self._advance(fold, now_s) for fold in range(FOLDS)]
         if any(learned):
-            self._models = StackedModels([learner.model for learner in self._learners])
+            self._models = StackedModels([learner.model for learner in self.learners])
             self._policy.learned(Learned(self._models.profiles, None))
 
     def _advance(self, fold: int, now_s: float) -> bool:
         """Let one learner fit what is due. Returns whether it has a new model."""
-        learner, fitted = self._learners[fold], self._fitted[fold]
+        learner, fitted = self.learners[fold], self._fitted[fold]
         learned = None
         if fitted is not None:
             if now_s < fitted[0]:
