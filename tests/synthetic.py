@@ -1,6 +1,5 @@
 """Small traces and calibrations that are true to the format: tokens of each kind of request prefer its experts."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -57,16 +56,21 @@ def packed(texts: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return np.frombuffer(b"".join(texts), dtype=np.uint8), np.array(ends, dtype=np.int64)
 
 
-def with_prompts(trace: Trace, seed: int = 0) -> Trace:
-    """The trace with prompts: some words of the request's label, and some that requests of all labels use."""
-    rng = np.random.default_rng(seed)
-    spoken = {label: f"speech of {chr(97 + place)}" for place, label in enumerate(np.unique(trace.label).tolist())}
+def prompts_of_kinds(requests: int, kinds: int = 3, seed: int = 0) -> dict[str, Any]:
+    """Prompts for `make_trace` whose words tell the kind of each request, but for a word in four that all may have."""
+    rng = np.random.default_rng([seed, 1])
     texts = []
-    for label in trace.label.tolist():
-        own = [spoken[label].replace(" ", "") + chr(97 + letter) for letter in rng.integers(12, size=9).tolist()]
-        texts.append(" ".join([*own, *(f"all{chr(97 + letter)}" for letter in rng.integers(12, size=9).tolist())]))
-    text, offsets = packed([text.encode() for text in texts])
-    return dataclasses.replace(trace, prompt_text=text, prompt_text_offsets=offsets)
+    for request in range(requests):
+        own = [f"{_spelled(request % kinds)}{_spelled(int(word))}" for word in rng.integers(0, 30, 18)]
+        common = [f"the{_spelled(int(word))}" for word in rng.integers(0, 30, 6)]
+        texts.append(" ".join(rng.permutation(own + common).tolist()).encode())
+    text, offsets = packed(texts)
+    return {"prompt_text": text, "prompt_text_offsets": offsets}
+
+
+def _spelled(number: int) -> str:
+    """A number in letters, since digits are words of their own."""
+    return "".join(chr(ord("a") + int(digit)) for digit in str(number))
 
 
 def make_calibration(

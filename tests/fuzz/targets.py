@@ -24,12 +24,14 @@ import orjson
 
 import eldr.kernels
 import eldr.kernels._json
+import eldr.kernels._words
 from eldr.calibration import CalibrationError, load_calibration
 from eldr.counts import CountsError, decode_counts, encode_counts
 from eldr.event_stream import EventReader
 from eldr.expert_rows import decode_rows, encode_rows
 from eldr.kernels import NO_OBJECT, JsonTextError
 from eldr.kernels._types import TOO_MANY_MEMBERS
+from eldr.prompt.words import MOST_TEXT_BYTES, words_of_text
 from eldr.router.config.endpoint import UrlError, worker_urls
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import ExchangeError
@@ -38,7 +40,8 @@ from eldr.router.http.errors import ApiError
 from eldr.router.observe.counters import Metrics
 from eldr.router.protocols import openai
 from eldr.router.protocols.json_object import JsonObject
-from eldr.router.protocols.prompt_start import prompt_start
+from eldr.router.protocols.prompt_start import SYSTEM, prompt_start
+from eldr.router.protocols.prompt_text import prompt_text, prompt_words
 from eldr.router.protocols.streams import FORMS
 from eldr.router.protocols.vllm_nixl import VllmNixl
 from eldr.router.request.answer import DecodeAnswer, TokenTimes
@@ -252,6 +255,23 @@ def body(data: bytes) -> None:
         assert limit is None or limit >= 0
 
 
+def words(data: bytes) -> None:
+    """Words of prompts: of every body that is taken, the same from both readers, and of no more than the end."""
+    for endpoint in openai.ENDPOINTS.values():
+        try:
+            fields = openai.read_body(endpoint, data, endpoint.members, frozenset())
+        except ApiError:
+            continue
+        found = prompt_words(endpoint, fields)
+        assert len(found) == len(found.counts) == len(set(found.buckets.tolist())) <= 2 * MOST_TEXT_BYTES
+        text, span = prompt_text(endpoint, fields), fields.span(endpoint.input)
+        if not text or span is None:
+            continue
+        assert text == eldr.kernels._words.json_texts(fields.text, *span, SYSTEM, MOST_TEXT_BYTES)
+        again = eldr.kernels._words.text_words(text)
+        assert (found.buckets.tolist(), found.counts.tolist()) == (again[0].tolist(), again[1].tolist())
+
+
 # What the router takes out of a prefill's body, or puts into it.
 OWNED = (
     *("stream", "stream_options", "min_tokens", "return_token_ids", "return_prompt_text", "request_id"),
@@ -306,9 +326,11 @@ def urls(data: bytes) -> None:
 
 
 def calibration(data: bytes) -> None:
-    """Calibration files: CalibrationError, or a calibration that can be saved and read again."""
+    """Calibration files: CalibrationError, or a calibration that predicts numbers, can be saved and read again."""
     with contextlib.suppress(CalibrationError):
         found = load_calibration(_file(data, "calibration"))
+        if found.prompts is not None:
+            assert np.isfinite(found.prompts.predict(words_of_text(bytes(range(256))))).all()
         found.save(SCRATCH / "again.npz")
         load_calibration(SCRATCH / "again.npz")
 
@@ -362,7 +384,7 @@ def _file(data: bytes, kind: str) -> Path:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
-        *(http, coding, upstream, sse, events, body, json_text, urls),
+        *(http, coding, upstream, sse, events, body, words, json_text, urls),
         *(counts, rows, handoff, calibration, trace),
     )
 }

@@ -281,6 +281,7 @@ def placement_cost(fleet, weights, added, products, at_random, rows, load, doubl
 cdef extern from "json_text.h" nogil:
     enum:
         JSON_NO_VALUE
+        JSON_OPEN_STRING
         JSON_EXTRA
         JSON_SORTED
 
@@ -593,7 +594,7 @@ cdef bint add_texts(bytes text, Member *value, frozenset leading, int level, Pie
         add_piece(pieces, value)
         return True
     at = first_in(data, value.value, value.value_end, b"[")
-    if at < 0 or at >= value.value_end or data[at] == b"]":
+    if at < 0 or at < value.value_end and data[at] == b"]":
         return True
     while True:
         fault = json_member_at(data, at, value.value_end, False, &each)
@@ -627,6 +628,11 @@ def json_texts(bytes text not None, Py_ssize_t start, Py_ssize_t end, frozenset 
     whole.value, whole.value_end = json_space(data, start, end), end
     if whole.value == end:
         raise JsonTextError(JSON_NO_VALUE, start)
+    if data[whole.value] == b'"':
+        while data[whole.value_end - 1] in (b" ", b"\t", b"\n", b"\r"):
+            whole.value_end -= 1
+        if whole.value_end - whole.value < 2 or data[whole.value_end - 1] != b'"':
+            raise JsonTextError(JSON_OPEN_STRING, whole.value)
     add_texts(text, &whole, leading, 0, &pieces)
     first, left = pieces.count, max(0, most)
     while first > 0 and first > pieces.count - WORD_PIECES and left > 0:

@@ -77,7 +77,11 @@ def json_texts(text: bytes, start: int, end: int, leading: frozenset[bytes], mos
         raise JsonTextError(JSON_FAULTS.index("Expecting value"), start)
     pieces: list[tuple[int, int]] = []
     if text[at] == ord('"'):
-        pieces.append((at + 1, _string_end(text, at)))
+        while text[end - 1] in b" \t\n\r":
+            end -= 1
+        if end - at < 2 or text[end - 1] != ord('"'):
+            raise JsonTextError(JSON_FAULTS.index("Unterminated string"), at)
+        pieces.append((at + 1, end - 1))
     elif text[at] == ord("["):
         in_front = True
         for value, value_end in json_elements(text, at, end, end):
@@ -131,11 +135,6 @@ def _counted(hashes: list[int]) -> tuple[Numbers, Numbers]:
 def _check_part(text: bytes, start: int, end: int) -> None:
     if not 0 <= start <= end <= len(text):
         raise ValueError("start or end does not fit: it must be within the text")
-
-
-def _string_end(text: bytes, at: int) -> int:
-    match = re.compile(rb'"(?:[^"\\]++|\\.)*+', re.DOTALL).match(text, at)
-    return at + 1 if match is None else match.end()
 
 
 def _member(text: bytes, start: int, end: int, name: str) -> tuple[int, int] | None:

@@ -38,9 +38,13 @@ class Learned:
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Learned:
         """Build it from its wire form. Raises KeyError, TypeError or ValueError if that is not valid."""
-        mean = decode_floats(wire["mean"])
-        up = decode_floats(wire["up"]).reshape(wire["rank"], len(mean))
-        return cls(ProfileMap(mean, up, wire["layers"], wire["top_k"]), None)
+        layers, top_k = wire["layers"], wire["top_k"]
+        mean, up = decode_floats(wire["mean"]), decode_floats(wire["up"])
+        if type(layers) is not int or type(top_k) is not int or layers < 1 or len(mean) % layers:
+            raise ValueError(f"{len(mean)} experts in all, top-{top_k!r}, cannot be those of {layers!r} layers")
+        if not 1 <= top_k <= len(mean) // layers:
+            raise ValueError(f"top-{top_k} of {len(mean) // layers} experts")
+        return cls(ProfileMap(mean, up.reshape(wire["rank"], len(mean)), layers, top_k), None)
 
 
 def encode_floats(values: np.ndarray[Any, np.dtype[np.float32]]) -> str:

@@ -55,13 +55,15 @@ def fit_prompt_model(
 ) -> PromptModel:
     """Fit a model to the words of N prompts and the profiles of their decodes.
 
-    prompts: [N].
+    prompts: [N]. Those without words are left out.
     profiles: float32 [N, D].
     layers: L. top_k: experts per token.
     seed: the seed of the folds.
     choice: what to use in place of a cross-validation.
-    Raises ActivationError if there are fewer than 2 * FOLDS requests.
+    Raises ActivationError if fewer than 2 * FOLDS requests have words.
     """
+    worded = [request for request, words in enumerate(prompts) if len(words)]
+    prompts, profiles = [prompts[request] for request in worded], profiles[worded]
     requests = len(prompts)
     if requests < 2 * FOLDS:
         raise ActivationError(f"{requests} prompts with decode steps are too few to fit a model to their words")
@@ -77,7 +79,7 @@ def fit_prompt_model(
     scale = np.maximum(np.abs(table).max(axis=0), 1e-12) / INT8
     codes = np.rint(table / scale).astype(np.int8)
     words = WordTable(weight, codes, scale.astype(np.float32), np.zeros(len(scale), dtype=np.float32))
-    latents = np.array([words.latent(prompt) for prompt in prompts if len(prompt)])
+    latents = np.array([words.latent(prompt) for prompt in prompts])
     words = WordTable(weight, codes, words.scale, latents.mean(axis=0).astype(np.float32))
     up = np.ascontiguousarray(up * np.float32(chosen.gain))
     return PromptModel(
@@ -141,6 +143,14 @@ class WordRows:
         np.fill_diagonal(total, self._length)
         return total
 
+    def known_lengths(self, known: Indices) -> Doubles:
+        """The length of each row over the words of these requests alone, float64 [N]."""
+        there = np.zeros(self.requests, dtype=bool)
+        there[known] = True
+        seen = np.bincount(self._column[there[self._request]], minlength=len(self._used)) > 0
+        value = np.where(seen[self._column], self._value, 0).astype(np.float64)
+        return np.asarray(np.sqrt(np.bincount(self._request, value**2, self.requests)))
+
     def transposed_times(self, dual: Doubles) -> Doubles:
         """X.T @ dual, float64 [65536, R]. dual: [N, R]."""
         table = np.zeros((kernels.WORD_BUCKETS, dual.shape[1]))
@@ -183,15 +193,20 @@ class _Ridge:
 class _Held:
     """One fold of a cross-validation: predictions of held-out requests by a model of all others, as products.
 
-    words, profiles: float64 [N, N], the products of all N requests. held: the requests of the fold. train: the others.
+    rows: the words of all N requests. words, profiles: float64 [N, N], their products.
+    held: the requests of the fold. train: the others.
     """
 
-    def __init__(self, words: Doubles, profiles: Doubles, train: Indices, held: Indices) -> None:
+    def __init__(self, rows: WordRows, words: Doubles, profiles: Doubles, train: Indices, held: Indices) -> None:
         about = _about(profiles, train)
-        self._ridge = _Ridge(words[np.ix_(train, train)], about[np.ix_(train, train)])
-        self._words = words[np.ix_(held, train)] - words[np.ix_(held, train)].mean(axis=1)[:, None]
         of_train = words[np.ix_(train, train)]
-        self._words += of_train.mean() - of_train.mean(axis=0)
+        self._ridge = _Ridge(of_train, about[np.ix_(train, train)])
+        # A model looks at the words that it knows. A request with none of them is predicted the mean.
+        known = rows.known_lengths(train)[held]
+        mean = of_train.mean(axis=0)
+        found = words[np.ix_(held, train)] / np.where(known > 0, known, 1)[:, None]
+        found = np.where(known[:, None] > 0, found, mean)
+        self._words = found - found.mean(axis=1)[:, None] + of_train.mean() - mean
         self.true = about[np.ix_(held, held)]
         self._cross = about[np.ix_(held, train)]
         self._inner = about[np.ix_(train, train)]
@@ -224,8 +239,9 @@ def choose(
     best, best_folds = None, []
     for idf in (False, True):
         # The weights of words know the held-out prompts too, but not their profiles.
-        of_words = WordRows(prompts, word_weights(prompts, idf)).products()
-        folds = [_Held(of_words, of_profiles, *part) for part in parts]
+        rows = WordRows(prompts, word_weights(prompts, idf))
+        of_words = rows.products()
+        folds = [_Held(rows, of_words, of_profiles, *part) for part in parts]
         spread = sum(float(np.trace(one.true)) for one in folds)
         errors = np.zeros((len(strengths), len(ranks)))
         for row, strength in enumerate(strengths):

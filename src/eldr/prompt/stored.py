@@ -28,6 +28,8 @@ SPECS: Mapping[str, ArraySpec] = {
     "prompt_up": ArraySpec(("f4",), 2, optional=True),
 }
 NUMBERS = ("strength", "r2", "gain")
+# Fitted models hold no number that is anywhere near. Sums of larger ones would overflow.
+LARGEST = 1e6
 
 
 class PromptModelError(EldrError):
@@ -35,12 +37,13 @@ class PromptModelError(EldrError):
 
 
 def save_model(model: PromptModel, path: Path) -> None:
-    """Write a model to a file of its own, atomically. Raises PromptModelError."""
+    """Write a model to a file of its own, atomically. Makes its folder. Raises PromptModelError."""
     arrays, meta = stored(model)
     profiles = model.profiles
     shape = {"layers": profiles.layers, "experts": profiles.experts, "top_k": profiles.top_k}
     text = json.dumps({"format": FORMAT, **shape, "prompt": meta}, allow_nan=False)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_npz(path, arrays | {"meta": np.array(text)})
     except OSError as error:
         raise PromptModelError(f"prompt model {path}: {reason_of(error)}") from None
@@ -102,8 +105,8 @@ def read_stored(
     if len(arrays["prompt_mean"]) != layers * experts:
         raise NpzError(f"the prompt model is of {len(arrays['prompt_mean'])} experts, expected {layers * experts}")
     for name in SPECS:
-        if not np.isfinite(arrays[name]).all():
-            raise NpzError(f"array {name} holds NaN or infinity")
+        if not (np.abs(arrays[name].astype(np.float32)) <= LARGEST).all():
+            raise NpzError(f"array {name} holds a number beyond {LARGEST:g}, NaN or infinity")
     if (arrays["prompt_weight"] < 0).any():
         raise NpzError("array prompt_weight holds negative weights")
     words = WordTable(**{name: arrays[PREFIX + name] for name in OF_WORDS})

@@ -45,7 +45,7 @@ CALIBRATED = ("locality-band", "locality-band-refit", "expected-union")
 REFIT_INTERVAL_S = 2.5
 # Requests that warm the fleet up, and that keep it loaded at the end, in multiples of the expected number in flight.
 WARM_UP, COOL_DOWN = 2.0, 1.25
-# Whether a prompt model is learned while serving. A policy with a calibration begins with the one fitted there.
+# Whether a prompt model is learned while serving. It then begins with the policy's fitted one, if that has one.
 LEARN = ("off", "online")
 RATE_TOLERANCE = 0.01
 RATE_TRIALS = 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import socket
 import time
@@ -317,15 +318,20 @@ def _learning(group: ModelGroup, policy: Policy, placement: PlacementSettings, m
         return None
     model, file = policy.prompts, None
     if placement.learned_dir is not None:
-        name = min(group.bases, default="")
-        file = placement.learned_dir / f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{zlib.crc32(name.encode()):08x}.npz"
-        if file.exists():
+        file = placement.learned_dir / _file_name(min(group.bases, default=""))
+        if os.path.exists(file):  # noqa: PTH110 - Path.exists raises where the folder may not be read
             try:
                 model = load_model(file)
                 policy.learned(Learned(model.profiles, model.words))
             except PromptModelError as error:
                 log.error("what was learned before is not used: %s", error)
     return Learning(policy, Learner(model, placement.seed), metrics, file)
+
+
+def _file_name(model: str) -> str:
+    """A file name for what was learned about a model, whose own name a worker may have made up."""
+    readable = re.sub("[^A-Za-z0-9._-]", "_", model)[:100]
+    return f"{readable}-{zlib.crc32(model.encode('utf-8', 'surrogatepass')):08x}.npz"
 
 
 def _logged(make_policy: MakePolicy, placement: PlacementSettings, decision_log: DecisionLog) -> MakePolicy:

@@ -25,13 +25,13 @@ from eldr.report.evaluation import write_evaluation
 from eldr.report.evaluation.comparisons import pools_section, workloads_section
 from eldr.report.style import style
 from eldr.trace import write_trace
-from tests.synthetic import make_trace, with_prompts
+from tests.synthetic import make_trace, prompts_of_kinds
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     path = tmp_path_factory.mktemp("traces") / "small.npz"
-    write_trace(with_prompts(make_trace(requests=90, layers=3, experts=16, kinds=3, steps=25, seed=3)), path)
+    write_trace(make_trace(requests=90, layers=3, experts=16, kinds=3, steps=25, seed=3, **prompts_of_kinds(90)), path)
     return Bench(path, seeds=2, requests=80)
 
 

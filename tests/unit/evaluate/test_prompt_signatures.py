@@ -13,7 +13,7 @@ from eldr.evaluate.run import Plan, evaluate
 from eldr.prompt.words import words_of_text
 from eldr.report.evaluation.prompt_signatures import by_signature_section, kept_percent, learning_section
 from eldr.trace import write_trace
-from tests.synthetic import make_trace, with_prompts
+from tests.synthetic import make_trace, prompts_of_kinds
 
 EXPERIMENTS = (prompt_signatures.BY_SIGNATURE, prompt_signatures.LEARNING, prompt_signatures.CHANGE)
 
@@ -21,7 +21,7 @@ EXPERIMENTS = (prompt_signatures.BY_SIGNATURE, prompt_signatures.LEARNING, promp
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     path = tmp_path_factory.mktemp("traces") / "spoken.npz"
-    write_trace(with_prompts(make_trace(requests=160, experts=32, kinds=4, steps=500, seed=3)), path)
+    write_trace(make_trace(requests=160, experts=32, kinds=4, steps=500, seed=3, **prompts_of_kinds(160, 4)), path)
     return Bench(path, seeds=3, requests=300)
 
 

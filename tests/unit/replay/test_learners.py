@@ -18,14 +18,14 @@ from eldr.replay.learning import FOLDS, SimulatedLearning, StackedModels, deal
 from eldr.replay.packed import PackedTrace, pack_trace
 from eldr.replay.split import Mix
 from eldr.trace import Trace
-from tests.synthetic import make_trace, packed, with_prompts
+from tests.synthetic import make_trace, packed, prompts_of_kinds
 
 REQUESTS = 160
 
 
 def trace_with_strangers(strangers: tuple[int, ...]) -> Trace:
     """A trace whose prompts tell the kinds apart, but for some that have all their words to themselves."""
-    trace = with_prompts(make_trace(requests=REQUESTS, kinds=3, steps=24, seed=1))
+    trace = make_trace(requests=REQUESTS, kinds=3, steps=24, seed=1, **prompts_of_kinds(REQUESTS))
     texts = [trace.prompt(request) for request in range(trace.requests)]
     for place, request in enumerate(strangers):
         texts[request] = " ".join("qxz"[place % 3] * 3 + chr(97 + place) + letter for letter in "abcde").encode()
@@ -73,7 +73,7 @@ def test_equal_prompts_are_on_one_side() -> None:
 
 def test_a_stack_of_models_predicts_what_each_of_them_would() -> None:
     rng = np.random.default_rng(5)
-    trace = with_prompts(make_trace(requests=60, steps=24, seed=2))
+    trace = make_trace(requests=60, steps=24, seed=2, **prompts_of_kinds(60))
     words = [words_of_text(trace.prompt(request)) for request in range(60)]
     profiles = trace.decode_profiles().reshape(60, -1)
     models = []
@@ -112,7 +112,7 @@ class Spy(ExpectedUnion):
 
 
 def laboratory(share: float = 1.0, signature: str = "prompt", learn: str = "online") -> Laboratory:
-    trace = with_prompts(make_trace(requests=REQUESTS, kinds=3, steps=250, seed=1))
+    trace = make_trace(requests=REQUESTS, kinds=3, steps=250, seed=1, **prompts_of_kinds(REQUESTS))
     options = PolicyOptions(signature=signature)
     mix = Mix(calibrate_fraction=0)
     return Laboratory(trace, Settings(requests=300, options=options, mix=mix, learn=learn, learn_share=share))

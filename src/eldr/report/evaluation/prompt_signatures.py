@@ -173,8 +173,9 @@ def change_section(rows: Rows, prefix: str) -> Section:
     )
     text = (
         "The recording's kinds are cut in half along the main axis of their expert use. The fleet was fitted to one "
-        "half and serves the other. Words lose more by that than counts, because words of other kinds say little, and "
-        "what is learned while serving makes up for it. As above, nobody is predicted by a model that it has taught."
+        "half and serves the other. Words lose more by that than counts, because words of other kinds say little. "
+        "Learning while serving wins back what the recording has lessons for. As above, nobody is predicted by a model "
+        "that it has taught."
     )
     columns = {
         "fitted to": words("fitted"),

@@ -24,8 +24,10 @@ log = logging.getLogger("eldr.router")
 
 # How often it looks for enough new lessons.
 LOOK_S = 1.0
-# The words of so many placed requests are kept until their experts are reported: 16 MB of long prompts.
+# The words of placed requests are kept until their experts are reported: of so many requests, and so many in all. A
+# word takes 4 bytes.
 MOST_EXPECTED = 8192
+MOST_EXPECTED_WORDS = 4 * 2**20
 
 
 class Learning:
@@ -43,6 +45,7 @@ class Learning:
         self._helper = Helper()
         self._throttle = Throttle()
         self._words: dict[str, Words] = {}
+        self._expected_words = 0
         self._reported = False
 
     def placed(self, request: DecodeRequest) -> None:
@@ -52,21 +55,28 @@ class Learning:
             return
         if request.counts is not None and not self._reported:
             self.learner.take(words, request.counts)
-        if len(self._words) >= MOST_EXPECTED:
-            del self._words[next(iter(self._words))]
         self._words[request.request_id] = words
+        self._expected_words += len(words)
+        while len(self._words) > MOST_EXPECTED or self._expected_words > MOST_EXPECTED_WORDS:
+            self._forget(next(iter(self._words)))
 
     def report(self, request_id: str, decode: ExpertCounts) -> None:
         """A finished request's experts became known (`eldr.router.experts.base.ExpertSink`).
 
         Raises CountsError if they cannot be used.
         """
-        words = self._words.pop(request_id, None)
+        words = self._forget(request_id)
         if words is None:
             return  # it was placed without its words, or too many requests ago
         if not self.learner.take(words, decode):
             raise CountsError("geometry", "the experts are those of another model, or of too few tokens")
         self._reported = True
+
+    def _forget(self, request_id: str) -> Words | None:
+        words = self._words.pop(request_id, None)
+        if words is not None:
+            self._expected_words -= len(words)
+        return words
 
     async def run(self) -> None:
         """Learn until cancelled."""

@@ -1,0 +1,247 @@
+"""Learning from finished requests: what is taken, when a fit is due, and which model is used afterwards."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from eldr.counts import ExpertCounts
+from eldr.learning.learner import CHOOSE_AGAIN, EVERY, FIRST, Learner, LearnTask, Taught, explained
+from eldr.learning.lessons import CAPACITY, LEAST_ROWS, Lessons, decoded, profile_of
+from eldr.prompt.fit import Choice, fit_prompt_model
+from eldr.prompt.model import PromptModel
+from eldr.prompt.words import Words, words_of_text
+
+LAYERS, EXPERTS, TOP_K = 2, 8, 2
+KINDS = 3
+
+
+def words_of(request: int) -> Words:
+    """A prompt whose words tell its kind, request % KINDS, and what else it is about."""
+    rng = np.random.default_rng([request, 1])
+    own = "abcdefghij"[request % KINDS]
+    return words_of_text(" ".join(own * int(n) + "x" for n in rng.integers(1, 9, 12)).encode())
+
+
+@functools.cache
+def report_of(kind: int, rows: int = 32, layers: int = LAYERS, experts: int = EXPERTS) -> ExpertCounts:
+    """What a worker says of a request whose rows prefer the experts of its kind."""
+    rng = np.random.default_rng([kind, rows])
+    counts = np.zeros((layers, experts), dtype=np.uint32)
+    for layer in range(layers):
+        weights = np.where(np.arange(experts) // 2 == kind, 20.0, 1.0)
+        for _ in range(rows):
+            counts[layer, rng.choice(experts, TOP_K, replace=False, p=weights / weights.sum())] += 1
+    return ExpertCounts(counts, rows, TOP_K)
+
+
+def fill(learner: Learner, requests: int, first: int = 0, lie: bool = False) -> None:
+    for request in range(first, first + requests):
+        kind = int(np.random.default_rng([request, 2]).integers(KINDS)) if lie else request % KINDS
+        assert learner.take(words_of(request), report_of(kind))
+
+
+def due(learner: Learner) -> LearnTask:
+    task = learner.task()
+    assert task is not None
+    return task
+
+
+def learn(learner: Learner) -> PromptModel | None:
+    """One fit. Returns the new model, or None if nothing changes."""
+    learned = learner.taught(due(learner).run())
+    return None if learned is None else learner.model
+
+
+def fitted_model(requests: int = 60, lie: bool = False) -> PromptModel:
+    kinds = np.arange(requests) % KINDS
+    if lie:
+        kinds = np.random.default_rng(0).permutation(kinds)
+    profiles = np.stack([profile_of(report_of(int(kind))) for kind in kinds])
+    return fit_prompt_model([words_of(request) for request in range(requests)], profiles, LAYERS, TOP_K)
+
+
+def agreement(model: PromptModel, kind: int) -> float:
+    """The share of the experts of a kind in what a model predicts for a prompt of it, from 0 to 1."""
+    predicted = model.predict(words_of(9000 + kind)).reshape(LAYERS, EXPERTS)
+    return float(predicted[:, 2 * kind : 2 * kind + 2].sum() / (LAYERS * TOP_K))
+
+
+# Lessons.
+
+
+def test_a_profile_is_the_share_of_steps_of_each_expert() -> None:
+    counts = np.array([[4, 2, 2, 0], [0, 4, 1, 3]], dtype=np.uint32)
+    assert profile_of(ExpertCounts(counts, 4, 2)).tolist() == [1, 0.5, 0.5, 0, 0, 1, 0.25, 0.75]
+
+
+def test_the_last_lessons_are_kept() -> None:
+    lessons = Lessons(1, 4, 2, capacity=3)
+    for number in range(5):
+        lessons.add(words_of(number), np.full(4, number / 5, dtype=np.float32))
+    assert (len(lessons), lessons.taken) == (3, 5)
+    kept = {
+        round(5 * float(row[0])): words for row, words in zip(decoded(lessons.codes()), lessons.words(), strict=True)
+    }
+    assert set(kept) == {2, 3, 4}
+    for number, words in kept.items():
+        assert words.buckets.tolist() == words_of(number).buckets.tolist(), "words stand by their profile"
+
+
+def test_profiles_lose_less_than_a_hundredth() -> None:
+    shares: NDArray[np.float32] = np.linspace(0, 1, 1001, dtype=np.float32)
+    lessons = Lessons(1, len(shares), 2)
+    lessons.add(words_of(0), shares)
+    found = decoded(lessons.codes())[0]
+    assert np.abs(found - shares).max() < 0.005
+    assert (found[0], found[-1]) == (0, 1)
+
+
+def test_codes_do_not_change_with_later_lessons() -> None:
+    """A task is sent to another process while lessons go on."""
+    learner = Learner(None)
+    fill(learner, FIRST)
+    task = due(learner)
+    before = task.codes.copy()
+    fill(learner, CAPACITY, first=FIRST)
+    assert len(task.words) == FIRST
+    assert np.array_equal(task.codes, before)
+
+
+# What is taken.
+
+
+def test_what_says_nothing_is_not_taken() -> None:
+    learner = Learner(None)
+    assert not learner.take(words_of(0), report_of(0, rows=LEAST_ROWS - 1))
+    assert not learner.take(words_of_text(b" "), report_of(0))
+    assert learner.lessons is None
+    assert learner.take(words_of(0), report_of(0, rows=LEAST_ROWS))
+
+
+@pytest.mark.parametrize("fitted", [None, fitted_model()])
+def test_experts_of_another_model_are_not_taken(fitted: PromptModel | None) -> None:
+    learner = Learner(fitted)
+    assert learner.take(words_of(0), report_of(0))
+    assert not learner.take(words_of(1), report_of(0, layers=LAYERS + 1))
+    assert not learner.take(words_of(1), report_of(0, experts=2 * EXPERTS))
+    other = report_of(0)
+    assert not learner.take(words_of(1), ExpertCounts(other.counts, other.prompt_tokens, TOP_K + 1))
+    assert learner.lessons is not None
+    assert learner.lessons.taken == 1
+
+
+# When a fit is due.
+
+
+def test_fits_are_due_after_so_many_new_lessons() -> None:
+    learner = Learner(None)
+    assert learner.task() is None
+    at = []
+    for number in range(600):
+        fill(learner, 1, first=number)
+        if learner.task() is not None:
+            at.append(number + 1)
+    assert at[:4] == [FIRST, FIRST + EVERY, FIRST + 2 * EVERY, FIRST + 3 * EVERY]
+    gaps = np.diff(at)
+    assert gaps.tolist() == sorted(gaps.tolist())
+    assert 40 < gaps[-1] < 60, "a tenth of what there is"
+
+
+def test_a_choice_is_made_anew_now_and_then() -> None:
+    """A choice takes most of a fit's time, so most fits use the last one."""
+    learner = Learner(None)
+    chosen = []
+    for number in range(0, 3 * CAPACITY, 8):
+        fill(learner, 8, first=number)
+        task = learner.task()
+        if task is not None:
+            choice = task.choice
+            if choice is None:
+                chosen.append(number + 8)
+            learner.taught(Taught(choice or Choice(0.1, True, 4, 0.5, 1.0), None))
+    assert chosen[0] == FIRST
+    steps = np.divide(chosen[1:], chosen[:-1])
+    assert (steps[:5] >= CHOOSE_AGAIN).all()
+    assert (np.diff(chosen) <= 1.25 * CAPACITY).all()
+    assert chosen[-1] > 2 * CAPACITY
+
+
+# Which model is used.
+
+
+def test_kinds_are_learned_from_nothing() -> None:
+    learner = Learner(None)
+    fill(learner, 48)
+    model = learn(learner)
+    assert model is not None
+    assert learner.r2 > 0.5
+    for kind in range(KINDS):
+        assert agreement(model, kind) > 0.6
+
+
+def test_reports_that_have_nothing_to_do_with_prompts_change_nothing() -> None:
+    learner = Learner(None)
+    for first in range(0, 400, 50):
+        fill(learner, 50, first=first, lie=True)
+        if (task := learner.task()) is not None:
+            assert learner.taught(task.run()) is None
+    assert learner.model is None
+    assert learner.r2 < 0.02
+
+
+def test_reports_that_are_all_the_same_change_nothing() -> None:
+    learner = Learner(None)
+    for request in range(60):
+        assert learner.take(words_of(request), report_of(1))
+    assert learn(learner) is None
+    assert learner.model is None
+
+
+def test_a_fitted_model_stays_if_it_is_better() -> None:
+    fitted = fitted_model(200)
+    learner = Learner(fitted)
+    fill(learner, 24)
+    assert learn(learner) is None
+    assert learner.model is fitted
+
+
+def test_a_fitted_model_that_knows_less_is_beaten() -> None:
+    fitted = fitted_model(60, lie=True)
+    learner = Learner(fitted)
+    fill(learner, 96)
+    model = learn(learner)
+    assert model is not None
+    assert model is not fitted
+    assert agreement(model, 1) > 0.6 > agreement(fitted, 1)
+
+
+@pytest.mark.parametrize("truths", [24, 96])
+def test_noise_after_the_truth_never_misleads(truths: int) -> None:
+    """A model fades while noise takes over its lessons, and is never worse than the mean. Mere noise changes nothing."""
+    learner = Learner(None)
+    fill(learner, truths)
+    assert learn(learner) is not None
+    asked = [words_of(5001 + request) for request in range(90)]
+    true = np.stack([profile_of(report_of((5001 + request) % KINDS)) for request in range(90)])
+    for first in range(truths, truths + 400, 20):
+        fill(learner, 20, first=first, lie=True)
+        if (task := learner.task()) is not None:
+            learner.taught(task.run())
+        assert learner.model is not None
+        assert explained(learner.model, asked, true) > 0
+    assert learner.r2 < 0.1
+
+
+def test_a_task_gives_the_same_result_each_time() -> None:
+    learner = Learner(None, seed=3)
+    fill(learner, 60)
+    task = due(learner)
+    one, other = task.run(), task.run()
+    assert one.choice == other.choice
+    assert one.model is not None
+    assert other.model is not None
+    assert np.array_equal(one.model.words.table, other.model.words.table)
