@@ -56,7 +56,7 @@ def main() -> int:
         worker.wait_ready(READY_TIMEOUT_S)
         command = [sys.executable, "-m", "eldr", "record", str(args.work / "prompts.jsonl"), "--url", worker.url]
         command += ["--max-tokens", str(args.max_tokens), "--temperature", str(args.temperature)]
-        command += ["--concurrency", "32", "--output", str(args.out)]
+        command += ["--concurrency", "32", "--keep-prompts", "--output", str(args.out)]
         return subprocess.run(command, check=False).returncode
     finally:
         worker.stop()

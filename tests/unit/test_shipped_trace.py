@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from eldr.cli.main import main
+from eldr.demo.prompts import make_prompts
 from eldr.trace import read_trace
 from eldr.workloads.kinds import KINDS
 
@@ -38,6 +39,14 @@ def test_it_is_a_small_whole_recording_of_the_shipped_model() -> None:
     assert set(labels) == set(KINDS)
     assert counts.min() >= 25
     assert np.diff(trace.decode_offsets).min() > 0
+
+
+def test_its_prompts_are_the_demos_own() -> None:
+    trace = read_trace(TRACE)
+    written = make_prompts(trace.requests, seed=1000)  # that of training/record_trace.py
+    assert [trace.prompt(request).decode() for request in range(trace.requests)] == [prompt.text for prompt in written]
+    assert trace.label.tolist() == [prompt.kind for prompt in written]
+    assert [len(trace.prompt(request)) for request in range(trace.requests)] == trace.prompt_tokens.tolist()  # bytes
 
 
 def active_experts(raw: dict[str, Any], pool: NDArray[np.int64], rng: np.random.Generator) -> float:

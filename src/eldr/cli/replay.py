@@ -144,6 +144,11 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
             f"--prefill-chunk {options.prefill_chunk} is less than --max-num-seqs {arguments.max_num_seqs}: a step "
             "must have room for a token of every request"
         )
+    if arguments.learn != "off" and options.signature != "prompt":
+        raise ReplayError(
+            "--learn online needs --signature prompt: every request of a trace has its counts, and where counts are "
+            "used nobody asks for what was learned of words"
+        )
     kinds, output_tokens = _workload(arguments, trace.label.tolist())
     labels = tuple(label for kind in kinds for label in kind.labels) or None
     settings = Settings(

@@ -49,7 +49,14 @@ class Variant:
             signature = dataclasses.replace(signature, layer_mask=np.ones_like(signature.layer_mask))
         points = signature.transform(part.prefill_counts)
         zones = balanced_kmeans(points, fitted.workers, seed=seed, cap=None if self.balanced else len(points))
-        return dataclasses.replace(fitted, signature=signature, centroids=zones.centroids, zone_sizes=zones.sizes)
+        return dataclasses.replace(
+            fitted,
+            signature=signature,
+            centroids=zones.centroids,
+            zone_sizes=zones.sizes,
+            prompts=None,  # the zones of prompts are those of the unchanged signature
+            prompt_centroids=None,
+        )
 
 
 REFERENCE = "the paper's method"

@@ -85,7 +85,7 @@ def _decisions(bench: Bench, part: Part) -> list[Row]:
     calibration = laboratory.calibration(min(WORKERS, len(split.calibrate)), 0)
     counts = [laboratory.packed.counts[request] for request in split.serve.tolist()]
     wires = [encode_counts(entry) for entry in counts]
-    rows = [_row("counts: decode the wire form", [_time_s(decode_counts, wire) for wire in wires])]
+    rows = [_row("counts: decode the wire form", [time_s(decode_counts, wire) for wire in wires])]
     for name, fitted in (
         ("jsq", None), ("locality-band", calibration), ("expected-union", calibration), ("expected-union-own", None)
     ):  # fmt: skip
@@ -98,17 +98,17 @@ def _decisions(bench: Bench, part: Part) -> list[Row]:
         for number in range(DECISIONS):
             entry = counts[number % len(counts)]
             request = DecodeRequest(str(number), entry.prompt_tokens, entry)
-            times["choose"].append(_time_s(policy.choose, request, load))
+            times["choose"].append(time_s(policy.choose, request, load))
             worker = f"w{number % WORKERS}"
-            times["started"].append(_time_s(policy.started, request, worker))
+            times["started"].append(time_s(policy.started, request, worker))
             running.append((request, worker))
             if len(running) > WORKERS * IN_FLIGHT:
-                times["finished"].append(_time_s(policy.finished, *running.pop(0)))
+                times["finished"].append(time_s(policy.finished, *running.pop(0)))
         rows += [_row(f"{name}: {step}", values) for step, values in times.items()]
     return rows
 
 
-def _time_s(call: Callable[..., object], *arguments: object) -> float:
+def time_s(call: Callable[..., object], *arguments: object) -> float:
     begin = time.thread_time_ns()  # CPU time, so that other work on the machine does not count
     call(*arguments)
     return (time.thread_time_ns() - begin) / 1e9

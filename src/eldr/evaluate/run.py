@@ -17,7 +17,17 @@ import numpy as np
 
 import eldr
 from eldr.errors import EldrError
-from eldr.evaluate import ablations, comparisons, drift, named, overhead, predictors, recordings
+from eldr.evaluate import (
+    ablations,
+    comparisons,
+    drift,
+    named,
+    overhead,
+    predictors,
+    prompt_costs,
+    prompt_signatures,
+    recordings,
+)
 from eldr.evaluate.bench import Bench, EvaluationError, Experiment, Part, Row
 from eldr.evaluate.results import Results, TraceResults, rounded
 from eldr.fileio import write_atomically
@@ -37,6 +47,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         recordings.KINDS,
         recordings.SIGNATURES,
         predictors.PREDICTORS,
+        prompt_signatures.BY_SIGNATURE,
+        prompt_signatures.LEARNING,
+        prompt_signatures.CHANGE,
+        prompt_costs.PROMPT_COSTS,
         overhead.DECISIONS_TIME,
         overhead.MEMORY,
         overhead.CAPTURE,

@@ -103,6 +103,8 @@ class Engine:
             computes_prompt=aggregated,
             cached_tokens=self.fleet.cached_tokens(prompt) if aggregated and prompt.blocks else None,
         )
+        if self._learning is not None:
+            self._learning.look_at(request, index)
         name = self._policy.choose(request, self.fleet.in_flight).worker
         worker = self.fleet.by_name[name]
         uncached = request.uncached_tokens(name) if aggregated else 0
@@ -138,5 +140,5 @@ class Engine:
         entry.request.generated_tokens = self._trace.steps(entry.trace_index) + 1
         self._draws.release(entry.trace_index)
         self.fleet.finished(entry.request, worker.name)
-        if self._learning is not None:
+        if self._learning is not None and entry.arrival >= self._workload.measured.start:
             self._learning.finished(entry.trace_index)

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr.calibration import Calibration, fit_calibration, with_prompt_zones
-from eldr.learning.learner import Learner
 from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Policy
 from eldr.policies.refit import RefitSchedule
@@ -23,7 +22,7 @@ from eldr.replay.errors import ReplayError
 from eldr.replay.fleet import FleetSpec
 from eldr.replay.learning import SimulatedLearning
 from eldr.replay.measurements import RunResult
-from eldr.replay.oracle import Clairvoyant, TrueProfiles
+from eldr.replay.oracle import Clairvoyant, ToldProfiles
 from eldr.replay.packed import PackedTrace, pack_trace
 from eldr.replay.prompts import RecordedPrompts, SharedPrefixes, draw_prompts
 from eldr.replay.split import Mix, Split, split_trace, take_requests
@@ -43,7 +42,7 @@ BASELINES = ("rr", "random", "p2c", "jsq")
 # Policies that exist only in the replay: expected-union without a calibration, expected-union with true profiles, and
 # greedy with full knowledge. locality-band-refit is locality-band with background refits, even if no interval is given.
 LAB_POLICIES = ("locality-band-refit", "expected-union-own", "expected-union-true", "clairvoyant")
-CALIBRATED = ("locality-band", "locality-band-refit", "expected-union", "expected-union-true")
+CALIBRATED = ("locality-band", "locality-band-refit", "expected-union")
 REFIT_INTERVAL_S = 2.5
 # Requests that warm the fleet up, and that keep it loaded at the end, in multiples of the expected number in flight.
 WARM_UP, COOL_DOWN = 2.0, 1.25
@@ -99,6 +98,8 @@ class Laboratory:
         self._fitted: dict[int, Calibration] = {}
         self._profiles: NDArray[np.float32] | None = None
         self._splits: dict[int, Split] = {}
+        if self.packed.prompts is None and (settings.options.signature == "prompt" or settings.learn != "off"):
+            raise ReplayError("the trace holds no prompts, so there are no words; record it with --keep-prompts")
         if calibration is not None:
             geometry = calibration.geometry
             if (geometry.layers, geometry.experts, geometry.top_k) != self.packed_geometry:
@@ -109,9 +110,14 @@ class Laboratory:
 
     def with_options(self, **options: Any) -> Laboratory:
         """Return a laboratory with the same trace, splits and fits, but other policy options (tau, cost_scope, ...)."""
+        return self.with_settings(
+            dataclasses.replace(self.settings, options=dataclasses.replace(self.settings.options, **options))
+        )
+
+    def with_settings(self, settings: Settings) -> Laboratory:
+        """Return a laboratory with the same trace, splits and fits, but other options, requests or learning."""
         other = copy.copy(self)
-        changed = dataclasses.replace(self.settings.options, **options)
-        other.settings = dataclasses.replace(self.settings, options=changed)
+        other.settings = settings
         return other
 
     @property
@@ -147,19 +153,18 @@ class Laboratory:
 
     def policy(self, name: str, workers: int, seed: int) -> Policy:
         """Make a fresh policy. Raises PolicyError for an unknown name or a missing calibration."""
-        settings = self.settings
         if name == "clairvoyant":
             return Clairvoyant(self.packed)
         calibration = self.calibration(workers, seed) if name in CALIBRATED else None
         if name == "expected-union-true":
-            return TrueProfiles(
-                self._true_profiles(),
-                None if calibration is None else calibration.predictor,
-                **settings.options.of_expected_union(),
-                seed=seed,
-            )
+            return self.told(self._true_profiles(), seed)
         plain = name.removesuffix("-own").removesuffix("-refit") if name in LAB_POLICIES else name
         return make_policy(plain, self._options(name), calibration=calibration, seed=seed)
+
+    def told(self, profiles: NDArray[np.float32], seed: int) -> Policy:
+        """Make a fresh expected-union that is told the profile of every request, float32 [N, D]."""
+        layers, _, top_k = self.packed_geometry
+        return ToldProfiles(profiles, layers, top_k, **self.settings.options.of_expected_union(), seed=seed)
 
     def _options(self, name: str) -> PolicyOptions:
         options = self.settings.options
@@ -262,10 +267,9 @@ class Laboratory:
         return engine.run(progress)
 
     def _learning(self, policy: Policy, seed: int) -> SimulatedLearning | None:
-        if self.settings.learn == "off" or self.packed.prompts is None or not policy.wants_words(False):
+        if self.settings.learn == "off" or self.packed.prompts is None or not policy.wants_words(with_counts=True):
             return None
-        learner = Learner(policy.prompts, seed)
-        return SimulatedLearning(policy, learner, self.packed, self.settings.learn_share, seed)
+        return SimulatedLearning(policy, self.packed, self.settings.learn_share, seed)
 
     def served_steps(self, seed: int) -> float:
         """Mean number of decode steps of the served requests."""

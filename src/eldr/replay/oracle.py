@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.activation import ActivationModel
-from eldr.counts import ExpertCounts
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.expected_union import ExpectedUnion
+from eldr.policies.learned import Learned
+from eldr.prompt.model import ProfileMap
 from eldr.replay.packed import PackedTrace
 
 if TYPE_CHECKING:
@@ -23,24 +23,26 @@ def trace_index(request: DecodeRequest) -> int:
     return int(request.request_id.rpartition(".")[2])
 
 
-class TrueProfiles(ExpectedUnion):
-    """Expected-union with the request's true decode profile instead of a prediction.
+class ToldProfiles(ExpectedUnion):
+    """Expected-union that is told the profile of every request. With the true ones it bounds any predictor.
 
-    It bounds what any predictor can reach.
+    profiles: float32 [N, D], one for each request of the trace.
+    layers, top_k: the geometry of the trace.
+    options: those of `ExpectedUnion`. `signature` does not matter.
     """
 
-    name = "expected-union-true"
+    def __init__(self, profiles: NDArray[np.float32], layers: int, top_k: int, **options: Any) -> None:
+        super().__init__(**options | {"signature": "prompt"})
+        # A latent with a single one picks its row from the map.
+        mean = profiles.mean(axis=0)
+        self.learned(Learned(ProfileMap(mean, np.ascontiguousarray(profiles - mean), layers, top_k), None))
+        self._requests = len(profiles)
 
-    def __init__(self, profiles: NDArray[np.float32], predictor: ActivationModel | None = None, **options: Any) -> None:
-        """profiles: float32 [N, D]. predictor: used only for the geometry and the fleet's initial mean."""
-        super().__init__(predictor, **options)
-        self._profiles = profiles
-
-    def predict(
-        self, request: DecodeRequest, counts: ExpertCounts, frequency: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        profile: NDArray[np.float32] = self._profiles[trace_index(request)]
-        return profile
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
+        request.words = None
+        request.latent = np.zeros(self._requests, dtype=np.float32)
+        request.latent[trace_index(request)] = 1
+        return super().choose(request, in_flight)
 
 
 class Clairvoyant(Policy):

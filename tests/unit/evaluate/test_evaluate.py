@@ -25,13 +25,13 @@ from eldr.report.evaluation import write_evaluation
 from eldr.report.evaluation.comparisons import pools_section, workloads_section
 from eldr.report.style import style
 from eldr.trace import write_trace
-from tests.synthetic import make_trace
+from tests.synthetic import make_trace, prompts_of_kinds
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     path = tmp_path_factory.mktemp("traces") / "small.npz"
-    write_trace(make_trace(requests=90, layers=3, experts=16, kinds=3, steps=25, seed=3), path)
+    write_trace(make_trace(requests=90, layers=3, experts=16, kinds=3, steps=25, seed=3, **prompts_of_kinds(90)), path)
     return Bench(path, seeds=2, requests=80)
 
 
@@ -314,7 +314,8 @@ def test_page_and_readme_have_every_section_picture_and_number(
     bench: Bench, rows_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     experiments = {name: rounded(rows_of(name)) for name in EXPERIMENTS}
-    common = {"memory": experiments.pop("memory"), "capture": [{"what": "add", "prompt_tokens": 9, "p50_us": 123.4}]}
+    common = {name: experiments.pop(name) for name in ("memory", "prompt-costs")}
+    common |= {"capture": [{"what": "add", "prompt_tokens": 9, "p50_us": 123.4}]}
     results = Results({"seeds": 2, "requests": 80}, [TraceResults(about(bench), experiments, {"pools": "few"})], common)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "old-trace.png").write_bytes(b"")
@@ -322,6 +323,7 @@ def test_page_and_readme_have_every_section_picture_and_number(
     page, readme = (tmp_path / "report.html").read_text(), (tmp_path / "README.md").read_text()
     titles = ["Who is faster", "TPOT against load", "Goodput", "Active experts against batch", "When the mix changes"]
     titles += ["Median against tail: the knobs", "Ablations", "Prefill against decode", "How reliable the predictor is"]
+    titles += ["Signatures from prompts", "Learning while serving", "Signatures from prompts when the mix changes"]
     titles += ["Signatures and zones", "Time of a decision", "Memory of the signature cache", "Capture"]
     for title in titles:
         assert f"<h2>{title}" in page
@@ -336,7 +338,7 @@ def test_page_and_readme_have_every_section_picture_and_number(
     assert all(f"pictures/{name}" in readme for name in pictures)
     assert readme.count("![") == len(pictures) == page.count("<figure>")
     assert all((tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
-    for name in ("main", "load", "knobs", "ablations", "drift"):
+    for name in ("main", "load", "knobs", "ablations", "drift", "prompt-signatures", "prompt-change"):
         for row in experiments[name]:
             assert f"{row['tpot_p99_ms']:.2f}" in readme
     for row in experiments["goodput"]:

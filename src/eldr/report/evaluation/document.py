@@ -10,7 +10,7 @@ from typing import Any
 from eldr.evaluate.results import Results, TraceResults
 from eldr.fileio import write_atomically
 from eldr.report import html
-from eldr.report.evaluation import comparisons, method, overhead, recordings
+from eldr.report.evaluation import comparisons, method, overhead, prompt_signatures, recordings
 from eldr.report.evaluation.section import Numbers, Picture, Rows, Section, of, values
 from eldr.report.html import Html, Tile
 from eldr.report.style import as_png, as_svg, style
@@ -64,6 +64,8 @@ def evaluation_sections(results: Results) -> tuple[list[TracePart], list[Section
         common.append(overhead.memory_section(results.common["memory"]))
     if results.common.get("capture"):
         common.append(overhead.capture_section(results.common["capture"]))
+    if results.common.get("prompt-costs"):
+        common.append(prompt_signatures.costs_section(results.common["prompt-costs"]))
     return parts, common
 
 
@@ -84,6 +86,12 @@ def _of_trace(trace: TraceResults) -> Iterable[Section]:
         yield comparisons.knobs_section(rows["knobs"], prefix)
     if rows.get("drift"):
         yield method.drift_section(rows["drift"], prefix)
+    if rows.get("prompt-signatures"):
+        yield prompt_signatures.by_signature_section(rows["prompt-signatures"], prefix)
+    if rows.get("prompt-learning"):
+        yield prompt_signatures.learning_section(rows["prompt-learning"], prefix)
+    if rows.get("prompt-change"):
+        yield prompt_signatures.change_section(rows["prompt-change"], prefix)
     if rows.get("pools"):
         yield comparisons.pools_section(rows["pools"], prefix, trace.about["in_flight_at_most"])
     if rows.get("ablations"):
