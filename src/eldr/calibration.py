@@ -255,7 +255,7 @@ def with_prompt_zones(calibration: Calibration, trace: Trace, profiles: NDArray[
     if model is None:
         return calibration
     words, found = _with_decodes(trace, profiles)
-    choice = Choice(model.strength, model.idf, model.rank, model.r2, model.gain)
+    choice = Choice(model.strength, model.idf, model.rank, model.r2)
     predicted = held_out_profiles(words, found, *_layers_and_top_k(trace), choice, seed=seed)
     signatures = calibration.signature.transform(calibration.expected_counts(predicted))
     zones = balanced_kmeans(signatures, calibration.workers, seed=seed).centroids

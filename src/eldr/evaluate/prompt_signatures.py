@@ -125,7 +125,7 @@ def combined(laboratory: Laboratory, workers: int, seed: int) -> tuple[Floats, f
     assert packed.prompts is not None
     true = _true_profiles(laboratory)[chosen]
     model, predictor = calibration.prompts, calibration.predictor
-    choice = Choice(model.strength, model.idf, model.words.rank, model.r2, model.gain)
+    choice = Choice(model.strength, model.idf, model.words.rank, model.r2)
     words = [packed.prompts[request] for request in chosen.tolist()]
     by_words = held_out_profiles(words, true, packed.layers, packed.top_k, choice, seed=seed)
     by_counts = _held_out_by_counts(laboratory, predictor, chosen, seed)

@@ -8,7 +8,7 @@ Zhu (2011).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +24,8 @@ STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 # Columns of the matrix of words that are filled at a time: 16 MB for 1,024 requests.
 COLUMNS = 4096
 INT8 = 127.0
-# The share of pairs of requests that counts as alike, and the limits of the gain.
-ALIKE = 0.1
-GAINS = (1.0, 2.0)
+# Of subspace iteration: columns beyond those that are wanted, and multiplications.
+MORE_AXES, ROUNDS = 8, 6
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -41,7 +40,6 @@ class Choice:
     idf: bool
     rank: int
     r2: float
-    gain: float
 
 
 def fit_prompt_model(
@@ -81,10 +79,8 @@ def fit_prompt_model(
     words = WordTable(weight, codes, scale.astype(np.float32), np.zeros(len(scale), dtype=np.float32))
     latents = np.array([words.latent(prompt) for prompt in prompts])
     words = WordTable(weight, codes, words.scale, latents.mean(axis=0).astype(np.float32))
-    up = np.ascontiguousarray(up * np.float32(chosen.gain))
-    return PromptModel(
-        words, ProfileMap(mean, up, layers, top_k), chosen.strength, chosen.idf, chosen.r2, chosen.gain, requests
-    )
+    up = np.ascontiguousarray(up)
+    return PromptModel(words, ProfileMap(mean, up, layers, top_k), chosen.strength, chosen.idf, chosen.r2, requests)
 
 
 def held_out_profiles(
@@ -178,16 +174,32 @@ class _Ridge:
         """
         values = self._values
         shrunk = values / (values + strength * max(values.mean(), 1e-12))
-        spread, axes = np.linalg.eigh(shrunk[:, None] * self._profiles * shrunk)
-        top = np.argsort(spread)[::-1][:rank]
-        top = top[spread[top] > 1e-9 * max(spread.max(), 1e-30)]
+        spread, axes = _leading(shrunk[:, None] * self._profiles * shrunk, rank)
+        some = spread > 1e-9 * max(spread.max(), 1e-30)
+        spread, kept = spread[some], axes[:, some]
         # Fitted profiles are H Y, with H = V shrunk V.T, and their main axes in the space of profiles are v.T H Y / s.
-        kept = axes[:, top]
-        up = self._vectors @ (shrunk[:, None] * kept) / np.sqrt(spread[top])
+        up = self._vectors @ (shrunk[:, None] * kept) / np.sqrt(spread)
         inverse = 1 / (values + strength * max(values.mean(), 1e-12))
         # Latents are X W axis = K (K + lambda)^-1 Y axis, and their dual is without the first K.
         down = self._vectors @ (inverse[:, None] * (self._profiles @ (self._vectors.T @ up)))
         return down, up
+
+
+def _leading(matrix: Doubles, count: int) -> tuple[Doubles, Doubles]:
+    """The `count` largest eigenvalues of a positive semidefinite matrix, and their vectors as columns.
+
+    Subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) for a large matrix, of which few are wanted.
+    """
+    size = count + MORE_AXES
+    if len(matrix) <= 4 * size:
+        values, vectors = np.linalg.eigh(matrix)
+    else:
+        basis = np.linalg.qr(matrix @ np.random.default_rng(0).standard_normal((len(matrix), size)))[0]
+        for _ in range(ROUNDS):
+            basis = np.linalg.qr(matrix @ basis)[0]
+        values, inner = np.linalg.eigh(basis.T @ matrix @ basis)
+        vectors = basis @ inner
+    return values[::-1][:count], vectors[:, ::-1][:, :count]
 
 
 class _Held:
@@ -228,15 +240,12 @@ def choose(
     ranks: Sequence[int] = RANKS,
     strengths: Sequence[float] = STRENGTHS,
 ) -> Choice:
-    """Choose strength, rank, weights of words and gain on held-out profiles.
-
-    All but the gain are those with the least squared error.
-    """
+    """Choose strength, rank and weights of words with the least squared error on held-out profiles."""
     fold = np.random.default_rng(seed).permutation(len(prompts)) % FOLDS
     parts = [(np.flatnonzero(fold != held), np.flatnonzero(fold == held)) for held in range(FOLDS)]
     centred = profiles - profiles.mean(axis=0)
     of_profiles = (centred @ centred.T).astype(np.float64)
-    best, best_folds = None, []
+    best: Choice | None = None
     for idf in (False, True):
         # The weights of words know the held-out prompts too, but not their profiles.
         rows = WordRows(prompts, word_weights(prompts, idf))
@@ -254,29 +263,9 @@ def choose(
         row, column = (int(at) for at in np.unravel_index(int(errors.argmin()), errors.shape))
         r2 = -float(errors[row, column]) / spread if spread > 0 else 0.0
         if best is None or r2 > best.r2:
-            best, best_folds = Choice(strengths[row], idf, ranks[column], r2, 1.0), folds
+            best = Choice(strengths[row], idf, ranks[column], r2)
     assert best is not None
-    return replace(best, gain=_gain(best_folds, best.strength, best.rank))
-
-
-def _gain(folds: Sequence[_Held], strength: float, rank: int) -> float:
-    """How much predictions must be stretched to tell how much requests have in common that seem to have the most.
-
-    What two requests save by running together grows with the product of their profiles, less the mean. Predictions with
-    the least squared error are shrunk, and so are their products. Only pairs that seem alike matter: these meet.
-    """
-    predicted, true = 0.0, 0.0
-    for one in folds:
-        latent, _, inner = one.predict(strength, rank)
-        products = latent @ inner @ latent.T
-        pairs = np.triu_indices(len(products), 1)
-        of_pairs = products[pairs]
-        alike = np.argsort(of_pairs)[-max(1, round(ALIKE * len(of_pairs))) :]
-        predicted += float(of_pairs[alike].sum())
-        true += float(one.true[pairs][alike].sum())
-    if predicted <= 0 or true <= 0:
-        return 1.0
-    return float(np.clip(np.sqrt(true / predicted), *GAINS))
+    return best
 
 
 def _about(products: Doubles, train: Indices) -> Doubles:

@@ -81,7 +81,6 @@ class PromptModel:
     strength: the ridge strength, relative to the mean eigenvalue.
     idf: whether rare words weigh more.
     r2: the share of the variance of decode profiles that it explains, cross-validated.
-    gain: how much its predictions are stretched about the mean.
     requests: how many requests it was fitted to.
     """
 
@@ -90,7 +89,6 @@ class PromptModel:
     strength: float
     idf: bool
     r2: float
-    gain: float
     requests: int
 
     @property

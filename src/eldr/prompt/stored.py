@@ -27,7 +27,7 @@ SPECS: Mapping[str, ArraySpec] = {
     "prompt_mean": ArraySpec(("f4",), 1, optional=True),
     "prompt_up": ArraySpec(("f4",), 2, optional=True),
 }
-NUMBERS = ("strength", "r2", "gain")
+NUMBERS = ("strength", "r2")
 # Fitted models hold no number that is anywhere near. Sums of larger ones would overflow.
 LARGEST = 1e6
 

@@ -162,7 +162,7 @@ def test_a_choice_is_made_anew_now_and_then() -> None:
             choice = task.choice
             if choice is None:
                 chosen.append(number + 8)
-            learner.taught(Taught(choice or Choice(0.1, True, 4, 0.5, 1.0), None))
+            learner.taught(Taught(choice or Choice(0.1, True, 4, 0.5), None))
     assert chosen[0] == FIRST
     steps = np.divide(chosen[1:], chosen[:-1])
     assert (steps[:5] >= CHOOSE_AGAIN).all()

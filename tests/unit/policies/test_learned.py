@@ -34,7 +34,7 @@ def make_model(rank: int = 2, layers: int = LAYERS, experts: int = EXPERTS, seed
     return PromptModel(
         WordTable(weight, table, np.full(rank, 0.01, np.float32), np.zeros(rank, np.float32)),
         ProfileMap(np.full(dimension, TOP_K / experts, np.float32), up.reshape(rank, dimension), layers, TOP_K),
-        *(0.1, True, 0.5, 1.0, 50),
+        *(0.1, True, 0.5, 50),
     )
 
 

@@ -33,7 +33,7 @@ def make_model(rank: int = 3, layers: int = 2, experts: int = 4) -> PromptModel:
     )
     up = rng.normal(0, 0.2, (rank, layers * experts)).astype(np.float32)
     profiles = ProfileMap(rng.uniform(0.2, 0.8, layers * experts).astype(np.float32), up, layers, 2)
-    return PromptModel(words, profiles, 0.3, True, 0.25, 1.5, 77)
+    return PromptModel(words, profiles, 0.3, True, 0.25, 77)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 8])
@@ -45,7 +45,7 @@ def test_a_model_is_the_same_after_a_round_trip(rank: int, tmp_path: Path) -> No
         for name in ("weight", "table", "scale", "offset", "mean", "up", "layers", "top_k"):
             if hasattr(getattr(model, half), name):
                 assert np.array_equal(getattr(getattr(found, half), name), getattr(getattr(model, half), name))
-    assert (found.strength, found.idf, found.r2, found.gain, found.requests) == (0.3, True, 0.25, 1.5, 77)
+    assert (found.strength, found.idf, found.r2, found.requests) == (0.3, True, 0.25, 77)
     assert np.array_equal(found.predict(words_of_text(PROMPT)), model.predict(words_of_text(PROMPT)))
 
 
@@ -59,7 +59,7 @@ def contents(model: PromptModel) -> tuple[dict[str, Any], dict[str, Any]]:
         "prompt_mean": model.profiles.mean,
         "prompt_up": model.profiles.up,
     }
-    prompt = {"strength": 0.3, "r2": 0.25, "gain": 1.5, "idf": True, "requests": 77}
+    prompt = {"strength": 0.3, "r2": 0.25, "idf": True, "requests": 77}
     meta = {"format": "eldr-prompt-model-v1", "layers": 2, "experts": 4, "top_k": 2, "prompt": prompt}
     return arrays, meta
 
@@ -131,7 +131,6 @@ def test_arrays_that_cannot_be_right_are_refused(
         ({"top_k": None}, "layers, experts or top_k"),
         ({"prompt": None}, "incomplete"),
         ({"prompt": []}, "incomplete"),
-        ({"prompt": {"gain": float("nan")}}, "gain"),
         ({"prompt": {"r2": None}}, "r2"),
         ({"prompt": {"strength": "0.3"}}, "strength"),
         ({"prompt": {"idf": 1}}, "idf"),

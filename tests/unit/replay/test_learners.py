@@ -79,7 +79,7 @@ def test_a_stack_of_models_predicts_what_each_of_them_would() -> None:
     models = []
     for rank in (3, 5, 4):
         chosen = rng.permutation(60)[:40].tolist()
-        choice = Choice(0.1, False, rank, 0.5, 1.0)
+        choice = Choice(0.1, False, rank, 0.5)
         models.append(fit_prompt_model([words[i] for i in chosen], profiles[chosen], 3, 2, choice=choice))
     stack = StackedModels([models[0], None, models[1], models[2]])
     for number, model in ((0, models[0]), (2, models[1]), (3, models[2])):
