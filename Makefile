@@ -20,6 +20,7 @@ COMPILED := .envs/compiled
 # An installation for development compiles these alone.
 KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx \
 	$(addprefix src/eldr/kernels/,loops.h json_text.h words.h)
+SOURCES := $(KERNELS) build_backend/compiled_modules.txt $(shell find src/eldr -name '*.py' -o -name '*.html')
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
 .PHONY: help demo test test-fast browser check format settings fuzz test-matrix test-architectures test-compiled test-sglang dist bench bench-router bench-faults soak evaluate docs clean
