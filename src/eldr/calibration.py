@@ -453,9 +453,9 @@ def _parse_meta(text: str) -> dict[str, Any]:
 
 
 def _check_values(arrays: Mapping[str, NDArray[Any]]) -> None:
-    predictor = [f"activation_{name}" for name in ACTIVATION_ARRAYS if f"activation_{name}" in arrays]
-    of_prompts = [name for name in ("prompt_centroids",) if name in arrays]
-    for name in ("idf", "centroids", "picture_points", "picture_centroids", *of_prompts, *predictor):
+    optional = ("prompt_centroids", *(f"activation_{name}" for name in ACTIVATION_ARRAYS))
+    present = [name for name in optional if name in arrays]
+    for name in ("idf", "centroids", "picture_points", "picture_centroids", *present):
         if not np.isfinite(arrays[name]).all():
             raise NpzError(f"array {name} holds NaN or infinity")
     if (arrays["idf"] < 0).any():

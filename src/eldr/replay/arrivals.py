@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -13,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr.replay.errors import ReplayError
-
-MAX_FILE_BYTES = 2**28
+from eldr.replay.recorded import read_entries
 
 
 def read_arrivals(path: Path) -> NDArray[np.float64]:
@@ -24,26 +22,8 @@ def read_arrivals(path: Path) -> NDArray[np.float64]:
         "timestamp" in ms (Mooncake traces), or any other text file with one number of seconds per line.
     Raises ReplayError with the file and the line.
     """
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ReplayError(f"arrivals {path}: larger than {MAX_FILE_BYTES} bytes")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReplayError(f"arrivals {path}: {getattr(error, 'strerror', None) or error}") from None
-    parse: Callable[[Any], float]
-    records: list[Any]
-    if path.suffix == ".csv":
-        parse, records = _azure_s, list(csv.DictReader(lines))
-    elif path.suffix == ".jsonl":
-        parse, records = _mooncake_s, list(lines)
-    else:
-        parse, records = float, list(lines)
-    times: list[float] = []
-    for record in records:
-        try:
-            times.append(parse(record))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ReplayError(f"arrivals {path}, entry {len(times) + 1}: not an arrival time ({error})") from None
+    parsers: dict[str, Callable[[Any], float]] = {".csv": _azure_s, ".jsonl": _mooncake_s, "": float}
+    times = read_entries(path, "arrivals", "an arrival time", parsers)
     seconds = np.sort(np.array(times, dtype=np.float64))
     if not len(seconds) or not np.isfinite(seconds).all() or seconds[0] == seconds[-1]:
         raise ReplayError(f"arrivals {path}: fewer than two different arrival times")

@@ -6,7 +6,6 @@ so may the blocks that prompts have in common. Otherwise shared prefixes can be 
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr.replay.errors import ReplayError
+from eldr.replay.recorded import read_entries
 
-MAX_FILE_BYTES = 2**28
 # Tokens of a block: of Mooncake's traces, and of vLLM's prefix cache.
 MOONCAKE_BLOCK, VLLM_BLOCK = 512, 16
 # More blocks than any prompt has. Blocks of different prompts then have different numbers.
@@ -128,26 +127,8 @@ def read_prompts(path: Path) -> RecordedPrompts:
         "input_length" and, optionally, "hash_ids" of blocks of 512 tokens (Mooncake traces).
     Raises ReplayError with the file and the line.
     """
-    parse: Callable[[Any], tuple[int, tuple[int, ...] | None]]
-    records: list[Any]
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ReplayError(f"prompts {path}: larger than {MAX_FILE_BYTES} bytes")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReplayError(f"prompts {path}: {getattr(error, 'strerror', None) or error}") from None
-    if path.suffix == ".csv":
-        parse, records = _azure, list(csv.DictReader(lines))
-    elif path.suffix == ".jsonl":
-        parse, records = _mooncake, list(lines)
-    else:
-        raise ReplayError(f"prompts {path}: expected a .csv file of Azure or a .jsonl file of Mooncake")
-    found = []
-    for record in records:
-        try:
-            found.append(parse(record))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ReplayError(f"prompts {path}, entry {len(found) + 1}: not a prompt ({error})") from None
+    parsers: dict[str, Callable[[Any], tuple[int, tuple[int, ...] | None]]] = {".csv": _azure, ".jsonl": _mooncake}
+    found = read_entries(path, "prompts", "a prompt", parsers, "a .csv file of Azure or a .jsonl file of Mooncake")
     if not found:
         raise ReplayError(f"prompts {path}: no prompts")
     tokens = np.array([length for length, _ in found], dtype=np.int64)
