@@ -13,6 +13,7 @@ from eldr.router.config.groups import EjectionSettings
 from eldr.router.fleet.outcomes import Outcomes
 from eldr.router.fleet.workers import Fleet
 from eldr.router.observe.counters import Metrics
+from tests.router.failing import hang
 from tests.router.fake_worker import FakeWorker, Seen, reply
 from tests.router.harness import ASK, Scripted, Setup, on_uvloop, preferring, running, until
 
@@ -21,10 +22,6 @@ EJECTING: dict[str, Any] = {"eject_failures": 2, "eject_base_s": 0.5, "eject_max
 
 async def fail(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reply(writer, 500, b'{"error":{"message":"engine died","code":500}}')
-
-
-async def hang(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(3600)
 
 
 def later(setup: Setup) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.router.admin import KEY, ask_admin, listed, until_state
-from tests.router.fake_worker import Behaviour, FakeWorker, Seen, begin_stream, chunk, reply
+from tests.router.failing import die_after_first_event, die_after_head, die_at_once, hang
+from tests.router.fake_worker import Behaviour, FakeWorker, Seen, reply
 from tests.router.harness import (
     ASK,
     CHAT,
@@ -25,34 +26,8 @@ from tests.router.harness import (
 )
 
 
-async def die_at_once(
-    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
-    writer.transport.abort()
-
-
-async def die_after_head(
-    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
-    await begin_stream(writer)
-    writer.transport.abort()
-
-
-async def die_after_first_event(
-    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
-    await begin_stream(writer)
-    await chunk(writer, worker.events(seen, ["a"], False)[0])
-    await asyncio.sleep(0.05)
-    writer.transport.abort()
-
-
 async def fail(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reply(writer, 500, b'{"error":{"message":"CUDA error","type":"InternalServerError","code":500}}')
-
-
-async def hang(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(3600)
 
 
 async def busy(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eldr.router.request.deadlines import Deadlines
+from tests.router.failing import hang
 from tests.router.fake_worker import FakeWorker, Seen, begin_stream, chunk
 from tests.router.harness import ASK, Reply, on_uvloop, raw_stream, running, until
 
@@ -47,10 +48,6 @@ def test_no_header_lengthens_a_request(headers: dict[bytes, bytes]) -> None:
     deadlines = Deadlines.of(headers, 0.0, 60.0)
     assert 0.0 < deadlines.first_byte_s <= deadlines.total_s <= 60.0
     assert not math.isnan(deadlines.total_s)
-
-
-async def hang(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(3600)
 
 
 def assert_too_late(answer: Reply) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 
+from tests.router.failing import die_after_first_event, die_after_head, die_at_once, hang
 from tests.router.fake_worker import Behaviour, FakeWorker, Seen, begin_stream, chunk, end_stream, reply
 from tests.router.harness import ASK, CHAT, Scripted, Setup, on_uvloop, raw_stream, running, until
 
@@ -22,28 +23,6 @@ def handoffs_sent(setup: Setup) -> list[str]:
         for seen in worker.generated
         if "kv_transfer_params" in seen.body
     ]
-
-
-async def die_at_once(
-    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
-    writer.transport.abort()
-
-
-async def die_after_head(
-    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
-    await begin_stream(writer)
-    writer.transport.abort()
-
-
-async def die_after_first_event(
-    worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
-    await begin_stream(writer)
-    await chunk(writer, worker.events(seen, ["a"], False)[0])
-    await asyncio.sleep(0.05)
-    writer.transport.abort()
 
 
 async def garbage(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -61,10 +40,6 @@ async def short_body(
 async def no_length(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.write(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n{"choices": []}')
     writer.transport.close()
-
-
-async def hang(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(3600)
 
 
 async def not_json(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

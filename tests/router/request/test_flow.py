@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 import pytest
@@ -12,7 +11,7 @@ from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
 from eldr.router.http.message import Request
 from eldr.router.request.flow import Flow
-from tests.router.fake_worker import FakeWorker, Seen
+from tests.router.failing import hang
 from tests.router.harness import ASK, interpreted, on_uvloop, raw_stream, running, until
 from tests.router.memory import MemoryTransport, OpenChannel
 from tests.router.wire import answers_in, status_of
@@ -22,10 +21,6 @@ FIRST_EVENT = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
     b'18\r\ndata: {"choices":[{}]}\n\n\r\n'
 )
-
-
-async def hang(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(3600)
 
 
 @on_uvloop

@@ -8,6 +8,7 @@ import json
 import openai
 import pytest
 
+from tests.router.failing import hang
 from tests.router.fake_worker import FakeWorker, Seen, begin_stream, chunk, end_stream, reply
 from tests.router.harness import ASK, CHAT, Scripted, Setup, on_uvloop, raw_stream, running, until
 
@@ -19,10 +20,6 @@ EVERY_S = 0.05
 async def late(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await asyncio.sleep(5 * EVERY_S)
     await worker.answer(seen, writer)
-
-
-async def hang(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(3600)
 
 
 async def posted(s: Setup, body: object = STREAM) -> tuple[int, bytes, bool]:

@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 
 from eldr.router.fleet.workers import Worker
+from tests.router.failing import hang
 from tests.router.fake_worker import Behaviour, FakeWorker, Seen, begin_stream, chunk, end_stream, reply
 from tests.router.harness import ASK, CHAT, Reply, Scripted, Setup, on_uvloop, preferring, raw_stream, running, until
 
@@ -375,10 +376,6 @@ async def test_the_name_of_a_prefill_does_not_depend_on_what_the_client_wants_st
 
 
 # Answers that do not come, or not to an end.
-
-
-async def hang(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(3600)
 
 
 async def head_only(worker: FakeWorker, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
