@@ -30,14 +30,16 @@ def stored(model: ActivationModel) -> tuple[dict[str, NDArray[Any]], dict[str, A
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], layers: int, experts: int) -> None:
     """Raise NpzError unless the arrays of a model fit this geometry and each other. There may be none of them."""
-    if not any(name in shapes for name in SPECS):
+    found = {name: shapes[name] for name in SPECS if name in shapes}
+    if not found:
         return
-    dimension = layers * experts
-    rank = shapes.get(f"{PREFIX}down", (0,))[0]
-    for name in SPECS:
-        expected = (dimension,) if len(shapes.get(name, (0,))) == 1 else (rank, dimension)
-        if shapes.get(name) != expected:
-            raise NpzError(f"array {name} has shape {shapes.get(name)}, expected {expected}")
+    if len(found) < len(SPECS):
+        raise NpzError("the predictor is incomplete")
+    dimension, rank = layers * experts, found["activation_down"][0]
+    for name, shape in found.items():
+        expected = (rank, dimension) if len(shape) == 2 else (dimension,)
+        if shape != expected:
+            raise NpzError(f"array {name} has shape {shape}, expected {expected}")
 
 
 def read_stored(arrays: Mapping[str, NDArray[Any]], meta: object, layers: int, top_k: int) -> ActivationModel | None:
@@ -48,7 +50,7 @@ def read_stored(arrays: Mapping[str, NDArray[Any]], meta: object, layers: int, t
     there = [name for name in SPECS if name in arrays]
     if meta is None and not there:
         return None
-    if len(there) < len(SPECS) or meta is None:
+    if meta is None or not there:
         raise NpzError("the predictor is incomplete")
     if not (isinstance(meta, dict) and all(_is_finite(meta.get(name)) for name in ("strength", "r2"))):
         raise NpzError("meta: the predictor's strength or r2 is missing")
