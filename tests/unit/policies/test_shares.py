@@ -300,9 +300,9 @@ def test_requests_of_which_other_routers_know_nothing_teach_nothing() -> None:
     for policy in (told, untold):
         policy.joined("a")
         policy.started(asked(1), "a")
-    share = Share(profile, 20, known=False)
-    told.elsewhere_started("a", share)
-    told.elsewhere_finished("a", share)
+    heard = Share(profile, 20, known=False)
+    told.elsewhere_started("a", heard)
+    told.elsewhere_finished("a", heard)
     unknown = DecodeRequest("80", 20)
     for policy in (told, untold):
         policy.started(unknown, "a")
