@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from eldr.counts import ExpertCounts
 from eldr.marks import mypyc_attr
+from eldr.policies.shares import Share
 from eldr.prompt.words import Words
 
 if TYPE_CHECKING:
@@ -210,6 +211,35 @@ class Policy(ABC):
 
     def left(self, worker: str) -> None:  # noqa: B027
         """`worker` is no longer part of the fleet."""
+
+    # Hooks for several routers in front of the same workers (`eldr.policies.shares`). The load that they hand to
+    # `choose` counts the requests of all of them, so a policy that only looks at the load needs none of these.
+    def share(self, request: DecodeRequest, worker: str) -> Share | None:
+        """What the policies of other routers must know of `request`. Asked right after `started`.
+
+        None if they need not even know that it runs.
+        """
+        return Share(None, request.prompt_tokens)
+
+    def elsewhere_started(self, worker: str, share: Share) -> None:  # noqa: B027
+        """Another router has sent a request to `worker`.
+
+        `worker` may be unknown here, or known no longer: the request counts whenever `worker` is part of the fleet. A
+        share of another model, or one that says nothing to this policy, is ignored.
+        """
+
+    def elsewhere_prompt_computed(self, worker: str, share: Share) -> None:  # noqa: B027
+        """`worker` has computed the prompt of that request, whose share has `computes_prompt`.
+
+        Called at most once. A driver that is not told of this calls it right after `elsewhere_started`.
+        """
+
+    def elsewhere_finished(self, worker: str, share: Share) -> None:  # noqa: B027
+        """That request has ended, or its router is gone.
+
+        Called once for every `elsewhere_started`, also if `worker` has left since, with the same worker and the very
+        same object. A request that is not known to run, or no longer, is ignored.
+        """
 
     def picture(self) -> Picture | None:
         """Return a view of the policy's state, or None if there is nothing to show.
