@@ -55,6 +55,9 @@ from eldr.router.http.tls import ServerTls, worker_context
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.decision_log import DecisionLog, calibration_digests, log_header
 from eldr.router.observe.tracing import Tracing
+from eldr.router.peers.bus import Bus
+from eldr.router.peers.nats import NatsBus
+from eldr.router.peers.peers import Peers
 from eldr.router.placement.admission import Admission
 from eldr.router.placement.lanes import Lanes, MakePolicy
 from eldr.router.placement.learning import Learning
@@ -85,6 +88,7 @@ class Router:
     config_file: the file to watch, and a function that reads it again. None if there is no file.
     inherited: sockets that already listen, for clients and then for the admin API. Missing ones are opened.
     expert_sink: who learns from the experts of finished requests. None for the policies.
+    bus: carries what replicas tell each other. None for the configured one, if there is one.
 
     It has many attributes because it holds every part that must be started, stopped or reloaded.
     """
@@ -96,6 +100,7 @@ class Router:
         config_file: tuple[Path, Callable[[], RouterConfig]] | None = None,
         inherited: Sequence[socket.socket] = (),
         expert_sink: ExpertSink | None = None,
+        bus: Bus | None = None,
     ) -> None:
         self._config = config
         self._dns_names = config.workers.dns_names
@@ -126,8 +131,15 @@ class Router:
         self._outcomes = Outcomes(fleet, metrics, config.ejection)
         lists = ModelLists(config.workers, fleet, pools)
         admission = Admission(config.queue)
+        if bus is None and config.peers.peers:
+            peers = config.peers
+            bus = NatsBus(peers.peers, peers.fleet, peers.peers_credentials_file, peers.peers_ca)
+        self.peers = None if bus is None else Peers(bus, fleet, self._lanes, admission)
+        fleet.on_change(self._lanes.fleet_changed)
+        if self.peers is not None:
+            fleet.on_change(self.peers.elsewhere.fleet_changed)
         # The queue comes last: the requests that it admits need the other parts up to date.
-        for part in (self._lanes, self._outcomes, lists, admission):
+        for part in (self._outcomes, lists, admission):
             fleet.on_change(part.fleet_changed)
 
         self._experts = _expert_sources(config, expert_sink or self._lanes, metrics)
@@ -181,6 +193,8 @@ class Router:
         """
         listen = self._config.listen
         try:
+            if self.peers is not None:
+                await self.peers.start()
             await self.membership.follow(self._sources())
             loop = asyncio.get_running_loop()
             self._background = [
@@ -250,6 +264,8 @@ class Router:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        if self.peers is not None:
+            await self.peers.close()
         await self.membership.close()
         await self.services.lists.close()
         await self._lanes.close()
