@@ -95,8 +95,7 @@ class Lanes:
     def _make(self, group: ModelGroup) -> Lane:
         policy = self._make_policy(group)
         refits, learning = self._make_refits(policy), self._make_learning(group, policy)
-        loop = asyncio.get_running_loop()
-        tasks = [loop.create_task(part.run()) for part in (refits, learning) if part is not None]
+        tasks = [asyncio.create_task(part.run()) for part in (refits, learning) if part is not None]
         placements = Placements(policy, learning, self.sharing, group, self._metrics, self._seed, self.recent)
         return Lane(group, PrefillRing(group), placements, learning, tasks)
 
