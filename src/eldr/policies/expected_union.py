@@ -39,7 +39,8 @@ from eldr.policies.prefill import Backlog, OutputLength
 from eldr.policies.prefix_affinity import most_cached
 from eldr.policies.request_model import Arrival, CountsPredictor, PromptPredictor, first_means
 from eldr.policies.rows import WorkerRows
-from eldr.policies.unions import Geometry, Profile, Unions
+from eldr.policies.shares import Share
+from eldr.policies.unions import Geometry, Unions
 from eldr.policies.worker_costs import WorkerCosts
 from eldr.prompt.model import ProfileMap, PromptModel
 
@@ -80,7 +81,13 @@ class ExpectedUnion(Policy):
     seed: the seed of random choices.
 
     A request without usable counts goes where the fleet's mean profile adds least. The state is exact: after any number
-    of starts and finishes it depends only on the running requests.
+    of starts and finishes it depends only on the running requests and the workers.
+
+    Requests that other routers started count as its own do. They count from when their worker has joined and the model
+    is known here, whatever came first. Unions and waiting prompts are then the same in all routers. The moving averages
+    are nearly so: the fleet's mean profile and the anchor learn from all requests, but of those of other routers they
+    see the codes. The mean frequencies of prompts, the length of outputs and the memory of the tail guard are those of
+    the router's own requests, which are a sample of all.
     """
 
     name = "expected-union"
@@ -119,7 +126,8 @@ class ExpectedUnion(Policy):
         self._length = OutputLength()
         self._rng = random.Random(seed)
         self._rows = WorkerRows()
-        self._running: dict[tuple[str, str], Profile] = {}
+        self._running: dict[tuple[str, str], Share] = {}
+        self._elsewhere: dict[str, set[Share]] = {}  # by worker, which need not have joined
         self._latest: Arrival | None = None
         self._placement: Placement | None = None
         if predictor is not None:
@@ -135,8 +143,18 @@ class ExpectedUnion(Policy):
         means = first_means(geometry, top_k, self._predictor, self._by_prompt.profiles, self._step_tokens)
         self._placement = placement = Placement(geometry, top_k, self._weights, means, self._prefill_chunk)
         for worker in self._rows.names:
-            placement.append(self._worker_costs.step_cost(worker, layers))
+            self._append(placement, worker)
         return placement
+
+    def _append(self, placement: Placement, worker: str) -> None:
+        """Add a row for a worker that has joined, with what runs there already."""
+        placement.append_worker(self._worker_costs.step_cost(worker, placement.shape[0]))
+        row = self._rows.row_of[worker]
+        for (_, where), share in self._running.items():
+            if where == worker:
+                placement.add(row, share)
+        for share in self._elsewhere.get(worker, ()):
+            placement.add(row, share)
 
     def _adopt(self, profiles: ProfileMap) -> None:
         if self._placement is None and profiles.experts % self._ranks == 0:
@@ -238,38 +256,75 @@ class ExpectedUnion(Policy):
         return self._by_counts.profile(counts, frequency, means)
 
     def started(self, request: DecodeRequest, worker: str) -> None:
-        if request.computes_prompt:
-            self._backlog.add(request.request_id, worker, request.uncached_tokens(worker))
-        placement = self._placement_for(request.counts)
-        if placement is None:
-            return
-        arrival = self._latest
-        if arrival is None or arrival.request_id != request.request_id:
-            arrival = self._look_at(request, placement)
-        self._running[request.request_id, worker] = placement.start(self._rows.row_of[worker], arrival)
+        row, placement = self._rows.row_of[worker], self._placement_for(request.counts)
+        codes, known = None, False
+        if placement is not None:
+            arrival = self._latest
+            if arrival is None or arrival.request_id != request.request_id:
+                arrival = self._look_at(request, placement)
+            codes, known = placement.start(row, arrival), arrival.known
+        computes = request.computes_prompt
+        uncached = request.uncached_tokens(worker) if computes else 0
+        share = Share(codes, request.prompt_tokens, known, computes, uncached)
+        self._running[request.request_id, worker] = share
+        if computes:
+            self._backlog.add(worker, share)
 
     def prompt_computed(self, request: DecodeRequest, worker: str) -> None:
-        self._backlog.remove(request.request_id, worker)
+        share = self._running.get((request.request_id, worker))
+        if share is not None:
+            self._backlog.remove(worker, share)
 
     def finished(self, request: DecodeRequest, worker: str) -> None:
         if request.computes_prompt:
-            self._backlog.remove(request.request_id, worker)
             self._length.ended(request.generated_tokens)
-        profile = self._running.pop((request.request_id, worker), None)
-        if profile is not None and self._placement is not None:
-            self._placement.finish(self._rows.row_of[worker], profile)
+        share = self._running.pop((request.request_id, worker), None)
+        if share is not None:
+            self._ended(worker, share)
+
+    def _ended(self, worker: str, share: Share) -> None:
+        """A running request has ended, which may have been another router's."""
+        if share.computes_prompt:
+            self._backlog.remove(worker, share)
+        row = self._rows.row_of.get(worker)
+        if row is not None and self._placement is not None:
+            self._placement.remove(row, share)
+
+    def share(self, request: DecodeRequest, worker: str) -> Share | None:
+        return self._running.get((request.request_id, worker))
+
+    def elsewhere_started(self, worker: str, share: Share) -> None:
+        there = self._elsewhere.setdefault(worker, set())
+        if share in there:
+            return
+        there.add(share)
+        if share.computes_prompt:
+            self._backlog.add(worker, share)
+        row = self._rows.row_of.get(worker)
+        if row is not None and self._placement is not None:
+            self._placement.add(row, share)
+
+    def elsewhere_prompt_computed(self, worker: str, share: Share) -> None:
+        self._backlog.remove(worker, share)
+
+    def elsewhere_finished(self, worker: str, share: Share) -> None:
+        there = self._elsewhere.get(worker)
+        if there is None or share not in there:
+            return
+        there.remove(share)
+        if not there:
+            del self._elsewhere[worker]
+        self._ended(worker, share)
 
     def joined(self, worker: str) -> None:
         self._rows.append(worker)
         if self._placement is not None:
-            self._placement.append(self._worker_costs.step_cost(worker, self._placement.shape[0]))
+            self._append(self._placement, worker)
 
     def left(self, worker: str) -> None:
         row = self._rows.remove(worker)
-        self._backlog.leave(worker)
-        self._running = {key: profile for key, profile in self._running.items() if key[1] != worker}
         if self._placement is not None:
-            self._placement.remove(row)
+            self._placement.remove_worker(row)
 
     def picture(self) -> Picture | None:
         if self._placement is None:

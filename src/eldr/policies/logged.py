@@ -21,6 +21,7 @@ from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
 from eldr.policies.learned import Learned, decode_floats, encode_floats
 from eldr.policies.options import PolicyOptions
 from eldr.policies.refit import Refit, RefitTask
+from eldr.policies.shares import Share
 from eldr.prompt.model import PromptModel
 
 LOG_VERSION = 2
@@ -87,6 +88,9 @@ class LoggedPolicy(Policy):
     A request's counts are written once, with its choice. Later events refer to the request by id, which must be unique
     among running requests. A start has its own event only if the request did not start at once on the chosen worker. In
     a choice, workers are numbers in joining order, because in a large fleet URLs would fill most of the line.
+
+    A request that another router started is logged with its share, which is all that is known of it here. Later events
+    refer to it by a number.
     """
 
     def __init__(self, policy: Policy, write: Write) -> None:
@@ -94,6 +98,8 @@ class LoggedPolicy(Policy):
         self._write = write
         self._numbers: dict[str, int] = {}
         self._joined = 0
+        self._shares: dict[Share, int] = {}  # those of requests that run elsewhere, with their numbers
+        self._shared = 0
         # The last choice, kept until it is known whether the request starts there.
         self._chosen: dict[str, Any] | None = None
 
@@ -198,6 +204,29 @@ class LoggedPolicy(Policy):
         self._numbers.pop(worker, None)
         self._write_event({"event": "left", "worker": worker})
         self._policy.left(worker)
+
+    def share(self, request: DecodeRequest, worker: str) -> Share | None:
+        return self._policy.share(request, worker)
+
+    def elsewhere_started(self, worker: str, share: Share) -> None:
+        if share in self._shares:
+            return
+        number = self._shares[share] = self._shared
+        self._shared += 1
+        self._write_event({"event": "elsewhere_started", "share": number, "worker": worker, **share.to_wire()})
+        self._policy.elsewhere_started(worker, share)
+
+    def elsewhere_prompt_computed(self, worker: str, share: Share) -> None:
+        number = self._shares.get(share)
+        if number is not None:
+            self._write_event({"event": "elsewhere_prompt_computed", "share": number, "worker": worker})
+            self._policy.elsewhere_prompt_computed(worker, share)
+
+    def elsewhere_finished(self, worker: str, share: Share) -> None:
+        number = self._shares.pop(share, None)
+        if number is not None:
+            self._write_event({"event": "elsewhere_finished", "share": number, "worker": worker})
+            self._policy.elsewhere_finished(worker, share)
 
     def picture(self) -> Picture | None:
         return self._policy.picture()

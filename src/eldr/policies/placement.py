@@ -11,7 +11,8 @@ from eldr.policies.anchor import Anchor
 from eldr.policies.heavy_times import HeavyTimes
 from eldr.policies.means import FleetMeans
 from eldr.policies.request_model import Arrival
-from eldr.policies.unions import Geometry, Profile, RandomBatches, Unions, encode_exposure
+from eldr.policies.shares import Share
+from eldr.policies.unions import Geometry, RandomBatches, Unions, decode_exposure, encode_exposure
 
 # What is believed of the words of a prompt was learned from reports, and no count of this request bears it out. If the
 # reports lie, steps that are said to cost nothing would fill one worker. So one more request is taken to add at least
@@ -58,14 +59,14 @@ class Placement:
         unions = self.unions
         self._fleet = kernels.FleetState(columns, unions.union, unions.context, self.anchor.length)
 
-    def append(self, cost: StepCost) -> None:
+    def append_worker(self, cost: StepCost) -> None:
         """Add a row for one more worker with this step time."""
         self.unions.append()
         self.anchor.append()
         column = np.array([[cost.base_s], [cost.per_expert_s], [cost.per_token_s], [cost.per_context_token_s]])
         self._set_columns(np.append(self._fleet.columns, column, axis=1))
 
-    def remove(self, row: int) -> None:
+    def remove_worker(self, row: int) -> None:
         """Remove a worker's row. The last row takes its place."""
         self.unions.remove(row)
         self.anchor.remove(row)
@@ -142,18 +143,38 @@ class Placement:
             self._fleet, self._prefill, rows, load, waiting, uncached, prompt_tokens, scale, costs
         )
 
-    def start(self, row: int, arrival: Arrival) -> Profile:
-        """Add a request to a worker. Returns the profile to hand to `finish`."""
-        profile = Profile(encode_exposure(arrival.profile), arrival.context_tokens)
-        self.unions.add(row, profile, 1)
+    def start(self, row: int, arrival: Arrival) -> NDArray[np.uint8]:
+        """Add a request to a worker and learn from it. Returns the codes of its profile, uint8 [D], for its share."""
+        codes = encode_exposure(arrival.profile)
+        self.unions.add(row, codes, arrival.context_tokens, 1)
         if arrival.direction is not None:
             self.anchor.turn(row, arrival.direction)
         if arrival.known:
             self.means.move(arrival.frequency, arrival.profile)
         if arrival.limit_s is not None:
             self._heavy.add(arrival.limit_s)
-        return profile
+        return codes
 
-    def finish(self, row: int, profile: Profile) -> None:
-        """Remove a request from its worker. profile: the one that `start` returned."""
-        self.unions.add(row, profile, -1)
+    def add(self, row: int, share: Share) -> None:
+        """Add a running request to a worker, and learn from its profile. Ignores a share of another model."""
+        codes = self._codes(share)
+        if codes is None:
+            return
+        self.unions.add(row, codes, share.context_tokens, 1)
+        if share.known:
+            profile = decode_exposure(codes)
+            direction = self.anchor.direction(profile, self.means.profile)
+            if direction is not None:
+                self.anchor.turn(row, direction)
+            self.means.move(None, profile)
+
+    def remove(self, row: int, share: Share) -> None:
+        """Remove a request from its worker. Ignores a share that `add` ignored."""
+        codes = self._codes(share)
+        if codes is not None:
+            self.unions.add(row, codes, share.context_tokens, -1)
+
+    def _codes(self, share: Share) -> NDArray[np.uint8] | None:
+        """The codes of a request's profile. None if it has none, or one of another model."""
+        codes = share.codes
+        return codes if codes is not None and len(codes) == len(self.means.profile) else None

@@ -15,6 +15,8 @@ way. The arithmetic is a kernel (`eldr.kernels.add_prefill`).
 
 from __future__ import annotations
 
+from eldr.policies.shares import Share
+
 # The steps that a request makes, as long as none has ended whose length is known.
 FIRST_STEPS = 200.0
 # Length of the moving average of their number, in requests.
@@ -29,21 +31,22 @@ class Backlog:
 
     def __init__(self) -> None:
         self.tokens: dict[str, int] = {}
-        self._of: dict[tuple[str, str], int] = {}
+        self._waiting: set[Share] = set()
 
-    def add(self, request_id: str, worker: str, tokens: int) -> None:
-        """The worker has to compute `tokens` of the request's prompt."""
-        self._of[request_id, worker] = tokens
-        self.tokens[worker] = self.tokens.get(worker, 0) + tokens
+    def add(self, worker: str, share: Share) -> None:
+        """The worker has to compute the prompt of a request."""
+        self._waiting.add(share)
+        self.tokens[worker] = self.tokens.get(worker, 0) + share.uncached_tokens
 
-    def remove(self, request_id: str, worker: str) -> None:
+    def remove(self, worker: str, share: Share) -> None:
         """The worker has computed the prompt, or no longer has to. Does nothing if it did before."""
-        self.tokens[worker] = self.tokens.get(worker, 0) - self._of.pop((request_id, worker), 0)
-
-    def leave(self, worker: str) -> None:
-        """Forget a worker."""
-        self.tokens.pop(worker, None)
-        self._of = {key: tokens for key, tokens in self._of.items() if key[1] != worker}
+        if share in self._waiting:
+            self._waiting.remove(share)
+            left = self.tokens[worker] - share.uncached_tokens
+            if left:
+                self.tokens[worker] = left
+            else:
+                del self.tokens[worker]
 
 
 class OutputLength:

@@ -7,6 +7,11 @@ sums of them commute: in whatever order starts and ends arrive, the policies end
 
 from __future__ import annotations
 
+import base64
+import binascii
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,3 +43,27 @@ class Share:
         self.known = known
         self.computes_prompt = computes_prompt
         self.uncached_tokens = uncached_tokens
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return a JSON-serialisable form, for logs."""
+        codes = self.codes
+        return {
+            "codes": None if codes is None else base64.b64encode(codes.tobytes()).decode("ascii"),
+            "context_tokens": self.context_tokens,
+            "known": self.known,
+            "computes_prompt": self.computes_prompt,
+            "uncached_tokens": self.uncached_tokens,
+        }
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Share:
+        """Build a share from its wire form. Raises KeyError, TypeError or ValueError if it is not valid."""
+        encoded = wire["codes"]
+        try:
+            codes = None if encoded is None else np.frombuffer(base64.b64decode(encoded, validate=True), np.uint8)
+        except binascii.Error as error:
+            raise ValueError(str(error)) from None
+        tokens, uncached = wire["context_tokens"], wire["uncached_tokens"]
+        if type(tokens) is not int or type(uncached) is not int:
+            raise TypeError(f"{tokens!r} and {uncached!r} are not numbers of tokens")
+        return cls(codes, tokens, bool(wire["known"]), bool(wire["computes_prompt"]), uncached)

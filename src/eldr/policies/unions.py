@@ -21,18 +21,8 @@ RANDOM_BATCH_STARTS = 64
 _UNIT = -math.log2(1 - MOST) / 255**2
 
 
-class Profile:
-    """What is kept about a request while it runs.
-
-    codes: uint8 [D], from `encode_exposure`.
-    context_tokens: the tokens of its prompt.
-    """
-
-    __slots__ = ("codes", "context_tokens")
-
-    def __init__(self, codes: NDArray[np.uint8], context_tokens: int) -> None:
-        self.codes = codes
-        self.context_tokens = context_tokens
+# The probability of each code, which has lost up to half a step of the code.
+_PROBABILITIES = (1 - np.exp2(-_UNIT * np.arange(256.0) ** 2)).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +98,14 @@ class Unions:
         self.context[row] = self.context[-1]
         self.context.pop()
 
-    def add(self, row: int, profile: Profile, sign: int) -> None:
-        """Add (sign 1) or remove (sign -1) a running request. Sums are integers, so a removal cancels exactly."""
-        self.context[row] += sign * profile.context_tokens
-        union = kernels.shift_exposure(profile.codes, sign, _UNIT, self._exposure, self._survival, row)
+    def add(self, row: int, codes: NDArray[np.uint8], context_tokens: int, sign: int) -> None:
+        """Add (sign 1) or remove (sign -1) a running request. Sums are integers, so a removal cancels exactly.
+
+        codes: uint8 [D], from `encode_exposure`.
+        context_tokens: the tokens of its prompt.
+        """
+        self.context[row] += sign * context_tokens
+        union = kernels.shift_exposure(codes, sign, _UNIT, self._exposure, self._survival, row)
         if self._geometry.ranks > 1:
             union = self._geometry.active(kernels.from_fractions(self._survival[row]))
         self.union[row] = union
@@ -168,3 +162,8 @@ def encode_exposure(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
     codes = np.empty(len(profile), dtype=np.uint8)
     kernels.encode_exposure(np.ascontiguousarray(profile, dtype=np.float32), MOST, 1 / _UNIT, codes)
     return codes
+
+
+def decode_exposure(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The probabilities, float32 [D], that `encode_exposure` would encode as these codes."""
+    return _PROBABILITIES[codes]

@@ -16,9 +16,11 @@ from eldr.policies.base import DecodeRequest, Policy
 from eldr.policies.learned import Learned
 from eldr.policies.logged import LogHeader, request_of
 from eldr.policies.refit import Refit
+from eldr.policies.shares import Share
 from eldr.replay.errors import ReplayError
 
 T = TypeVar("T")
+U = TypeVar("U")
 # A different policy may differ in most of several million choices.
 KEPT_DIFFERENCES = 1000
 
@@ -168,7 +170,7 @@ def _parsed(line: Line, parse: Callable[[], T]) -> T:
 
 
 class _Run:
-    """One start of the router: its policy, its numbered workers, and its running requests."""
+    """One start of the router: its policy, its numbered workers, and what runs, started here or by other routers."""
 
     def __init__(self, result: Repetition, policy: Policy) -> None:
         self._result = result
@@ -176,6 +178,7 @@ class _Run:
         self._behind_gap = False
         self._workers: list[str] = []
         self._requests: dict[str, DecodeRequest] = {}
+        self._shares: dict[int, Share] = {}
 
     def hear(self, event: dict[str, Any], line: Line) -> None:
         kind, policy = event["event"], self._policy
@@ -205,6 +208,13 @@ class _Run:
             request = self._requests.pop(event["id"])
             request.generated_tokens = event.get("generated_tokens")
             _tell(policy.finished, request, event["worker"])
+        elif kind == "elsewhere_started":
+            share = self._shares[event["share"]] = Share.from_wire(event)
+            _tell(policy.elsewhere_started, event["worker"], share)
+        elif kind == "elsewhere_prompt_computed":
+            _tell(policy.elsewhere_prompt_computed, event["worker"], self._shares[event["share"]])
+        elif kind == "elsewhere_finished":
+            _tell(policy.elsewhere_finished, event["worker"], self._shares.pop(event["share"]))
         else:
             raise KeyError(kind)
 
@@ -227,10 +237,10 @@ class _Run:
         return request
 
 
-def _tell(hook: Callable[[DecodeRequest, str], None], request: DecodeRequest, worker: str) -> None:
+def _tell(hook: Callable[[T, U], None], one: T, other: U) -> None:
     """Call a hook the way the router does: if the policy fails, the run goes on."""
     with contextlib.suppress(Exception):
-        hook(request, worker)
+        hook(one, other)
 
 
 def _worker_of(policy: Policy, request: DecodeRequest, in_flight: dict[str, int]) -> str | None:

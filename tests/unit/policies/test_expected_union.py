@@ -15,7 +15,7 @@ from eldr.policies import PolicyError, PolicyOptions
 from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import GUARD_EXPERT_SHARE, ExpectedUnion
 from eldr.policies.request_model import first_means
-from eldr.policies.unions import Geometry, Profile, RandomBatches, encode_exposure
+from eldr.policies.unions import Geometry, RandomBatches, encode_exposure
 from tests.synthetic import make_trace
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -398,16 +398,16 @@ def test_no_drift_in_a_million_events() -> None:
     policy.joined("a")
     policy.started(request(0), "a")
     unions, row = policy.unions, policy.row("a")
-    entries = [Profile(encode_exposure(profile), 7) for profile in profiles]
+    entries = [encode_exposure(profile) for profile in profiles]
     running: list[int] = []
     for pick in rng.integers(0, 200, 1_000_000).tolist():
         if len(running) > 100 or (running and pick < 100):
-            unions.add(row, entries[running.pop(pick % len(running))], -1)
+            unions.add(row, entries[running.pop(pick % len(running))], 7, -1)
         else:
-            unions.add(row, entries[pick], 1)
+            unions.add(row, entries[pick], 7, 1)
             running.append(pick)
     for pick in running:
-        unions.add(row, entries[pick], -1)
+        unions.add(row, entries[pick], 7, -1)
     assert_state_of(policy, {"a": [0]})
 
 

@@ -13,6 +13,7 @@ from eldr.kernels import FleetState, PrefillTerms
 from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.prefill import Backlog, OutputLength
+from eldr.policies.shares import Share
 from tests.unit.kernels.test_kernels import BOTH
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
@@ -176,17 +177,18 @@ def test_prompts_that_wait_count_until_they_are_computed() -> None:
 
 def test_a_backlog_is_what_has_not_been_computed() -> None:
     backlog = Backlog()
-    backlog.add("r", "a", 100)
-    backlog.add("s", "a", 30)
-    backlog.add("r", "b", 7)  # the same request once more, after a retry
+    long, short, again = (Share(None, 200, False, True, uncached) for uncached in (100, 30, 7))
+    backlog.add("a", long)
+    backlog.add("a", short)
+    backlog.add("b", again)
     assert backlog.tokens == {"a": 130, "b": 7}
-    backlog.remove("r", "a")
-    backlog.remove("r", "a")
+    backlog.remove("a", long)
+    backlog.remove("a", long)
     assert backlog.tokens == {"a": 30, "b": 7}
-    backlog.leave("a")
-    backlog.remove("s", "a")
-    assert backlog.tokens.get("a", 0) == 0
-    backlog.add("t", "a", 5)
+    backlog.remove("a", short)
+    assert backlog.tokens == {"b": 7}  # nothing is kept of workers that may be gone
+    backlog.remove("a", short)
+    backlog.add("a", Share(None, 5, False, True, 5))
     assert backlog.tokens["a"] == 5
 
 

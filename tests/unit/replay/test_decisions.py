@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
@@ -21,6 +22,7 @@ from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.logged import LoggedPolicy, LogHeader
+from eldr.policies.shares import Share
 from eldr.replay.decisions import Line, Repetition, read_lines, repeat_decisions
 from eldr.replay.errors import ReplayError
 from eldr.trace import Trace
@@ -42,9 +44,17 @@ def make(name: str, calibration: Calibration, seed: int = 5) -> Any:
 
 
 def record(
-    policy: Any, trace: Trace, events: int = 200, header: LogHeader | None = None, aggregated: bool = False
+    policy: Any,
+    trace: Trace,
+    events: int = 200,
+    header: LogHeader | None = None,
+    aggregated: bool = False,
+    others: Policy | None = None,
 ) -> list[str]:
-    """A log of requests that start, finish and fail while workers come and go."""
+    """A log of requests that start, finish and fail while workers come and go.
+
+    others: the policy of another router, which places as many requests on the same workers.
+    """
     header = header or LogHeader(policy.name, 5, PolicyOptions())
     lines = [header.to_wire()]
     logged = LoggedPolicy(policy, lines.append)
@@ -54,7 +64,25 @@ def record(
         logged.joined(worker)
         load[worker] = 0
     running: list[Any] = []
+    elsewhere: list[tuple[str, Share]] = []
     for number in range(events):
+        if others is not None:
+            at, worker = int(rng.integers(60)), str(rng.choice(["a", "b", "c", "d"]))
+            counts = ExpertCounts(trace.prefill_counts[at], int(trace.prompt_tokens[at]), trace.meta.top_k)
+            request = DecodeRequest(f"other{number}", 2000, counts, computes_prompt=aggregated)
+            others.joined(worker)
+            others.started(request, worker)
+            share = others.share(request, worker)
+            others.left(worker)
+            assert share is not None
+            logged.elsewhere_started(worker, share)
+            elsewhere.append((worker, share))
+            if aggregated and rng.random() < 0.6:
+                logged.elsewhere_prompt_computed(*elsewhere[int(rng.integers(len(elsewhere)))])
+            if rng.random() < 0.9:
+                ended = elsewhere.pop(int(rng.integers(len(elsewhere))))
+                logged.elsewhere_finished(*ended)
+                logged.elsewhere_finished(*ended)  # it may be heard twice
         if number == 80:
             logged.joined("d")
             load["d"] = 0
@@ -134,6 +162,29 @@ def test_what_a_policy_hears_of_prompts_is_in_the_log(trace: Trace, calibration:
         if event["event"] == "finished" or left_out == "cached_tokens":
             event.pop(left_out, None)
     assert not repeat([json.dumps(event) for event in events], make("expected-union", calibration)).equal
+
+
+@pytest.mark.parametrize("left_out", [None, "elsewhere_started", "elsewhere_prompt_computed", "elsewhere_finished"])
+def test_what_other_routers_start_is_in_the_log(trace: Trace, calibration: Calibration, left_out: str | None) -> None:
+    """The choices are the same, and they are not if some of the news is missing."""
+    others = make("expected-union", calibration)
+    logged = record(make("expected-union", calibration), trace, aggregated=True, others=others)
+    events = [json.loads(line) for line in logged]
+    kinds = Counter(event["event"] for event in events)
+    assert kinds["elsewhere_started"] == 200 > kinds["elsewhere_finished"] > 150
+    if left_out == "elsewhere_started":
+        events = [event for event in events if "share" not in event]
+    events = [event for event in events if event["event"] != left_out]
+    repetition = repeat([json.dumps(event) for event in events], make("expected-union", calibration))
+    assert repetition.decisions == 200
+    assert repetition.equal == (left_out is None)
+
+
+def test_news_of_a_request_that_never_started_elsewhere(trace: Trace, calibration: Calibration) -> None:
+    lines = record(make("jsq", calibration), trace, events=3)
+    lines.append(json.dumps({"event": "elsewhere_finished", "share": 7, "worker": "a"}))
+    with pytest.raises(ReplayError, match="not an event of a decision log"):
+        repeat(lines, make("jsq", calibration))
 
 
 def test_another_policy_differs(trace: Trace, calibration: Calibration) -> None:
