@@ -177,11 +177,13 @@ class Router:
             worker_context(config.workers.worker_ca),
             memory,
         )
-        collector = RouterCollector(metrics, fleet, admission, self._lanes, memory, self._decision_log, quotas)
+        collector = RouterCollector(
+            metrics, fleet, admission, self._lanes, memory, self._decision_log, quotas, self.peers
+        )
         cors = Cors(listen.allowed_origins)
         reports = None if self._experts is None else ExpertReports(self._experts, self.report_key)
         self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector, reports)
-        self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services))
+        self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services, self.peers))
         self._listeners = Listeners(config.clients, memory, self._tls, inherited)
 
     # Starting and stopping.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import socket
 import sys
@@ -15,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 
-from eldr.policies.base import Policy
+from eldr.policies.base import DecodeRequest, Policy
+from eldr.policies.shares import Share
 from eldr.router.app import Router
 from eldr.router.config.settings import RouterConfig
 from eldr.router.fleet.workers import Worker
+from eldr.router.peers.bus import Bus
 from tests.router.fake_worker import FakeWorker
 from tests.router.harness import ASK, Reply, Scripted, until
+from tests.router.peers.network import D, sums_of
 
 PROGRAM = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or shutil.which("nats-server")
 
@@ -108,10 +113,49 @@ class Replica:
         async with self._session.get(self.url + "/metrics") as answer:
             return await answer.text()
 
-    async def vanish(self) -> None:
-        """Stop without a word, as far as the others can tell."""
+    async def ready(self) -> int:
+        """The status of /ready."""
+        async with self._session.get(self.url + "/ready") as answer:
+            return answer.status
+
+    @property
+    def up(self) -> bool:
+        """Whether it can hear others."""
         assert self.router.peers is not None
-        await self.router.peers._bus.close()
+        return self.router.peers.up
+
+
+class AllSums(Scripted):
+    """Keeps the sums of all requests, of this router and of the others, with profiles drawn at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own: dict[str, tuple[str, Share]] = {}
+        self._others: dict[Share, str] = {}
+
+    def share(self, request: DecodeRequest, worker: str) -> Share:
+        share = Share(np.frombuffer(os.urandom(D), dtype=np.uint8), request.prompt_tokens, True)
+        self._own[request.request_id] = worker, share
+        return share
+
+    def finished(self, request: DecodeRequest, worker: str) -> None:
+        del self._own[request.request_id]
+
+    def elsewhere_started(self, worker: str, share: Share) -> None:
+        self._others[share] = worker
+
+    def elsewhere_finished(self, worker: str, share: Share) -> None:
+        assert self._others.pop(share) == worker
+
+    @property
+    def sums(self) -> dict[str, tuple[int, ...]]:
+        """Worker -> count, context tokens, and the sum of the codes."""
+        return sums_of([*self._own.values(), *((worker, share) for share, worker in self._others.items())])
+
+
+def total(sums: dict[str, tuple[int, ...]]) -> int:
+    """How many requests these are."""
+    return sum(each[0] for each in sums.values())
 
 
 class Replicas:
@@ -125,8 +169,8 @@ class Replicas:
         self.all: list[Replica] = []
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
-    async def start(self, policy: Policy | None = None, **settings: Any) -> Replica:
-        """Start one more replica."""
+    async def start(self, policy: Policy | None = None, bus: Bus | None = None, **settings: Any) -> Replica:
+        """Start one more replica. bus: instead of the configured one."""
         config = RouterConfig.of(
             **{
                 "prefill": tuple(worker.url for worker in self.prefill),
@@ -139,7 +183,7 @@ class Replicas:
             }
         )
         own = policy or Scripted()
-        replica = Replica(Router(config, lambda group: own), own, self._session)
+        replica = Replica(Router(config, lambda group: own, bus=bus), own, self._session)
         await replica.router.start()
         self.all.append(replica)
         return replica

@@ -130,6 +130,7 @@ def describe(worker: Worker) -> dict[str, Any]:
         "problem": worker.problem,
         "source": worker.source,
         "in_flight": worker.in_flight,
+        "elsewhere": worker.elsewhere,
         "max_inflight": worker.max_inflight if worker.leg == "decode" else None,
         "waiting": None if worker.load is None else worker.load[0],
         "kv_usage": None if worker.load is None else worker.load[1],
