@@ -26,6 +26,7 @@ from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
 from eldr.router.api.routes import ClientApi
 from eldr.router.api.ui.state import UiState
+from eldr.router.api.whole import Whole
 from eldr.router.config.groups import PlacementSettings
 from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port, read_key
 from eldr.router.experts.answers import ExpertAnswers
@@ -58,6 +59,7 @@ from eldr.router.observe.tracing import Tracing
 from eldr.router.peers.bus import Bus
 from eldr.router.peers.nats import NatsBus
 from eldr.router.peers.peers import Peers
+from eldr.router.peers.siblings import Siblings
 from eldr.router.placement.admission import Admission
 from eldr.router.placement.lanes import Lanes, MakePolicy
 from eldr.router.placement.learning import Learning
@@ -89,6 +91,7 @@ class Router:
     inherited: sockets that already listen, for clients and then for the admin API. Missing ones are opened.
     expert_sink: who learns from the experts of finished requests. None for the policies.
     bus: carries what replicas tell each other. None for the configured one, if there is one.
+    siblings: the other processes of this router on this machine. None if there are none.
 
     It has many attributes because it holds every part that must be started, stopped or reloaded.
     """
@@ -101,6 +104,7 @@ class Router:
         inherited: Sequence[socket.socket] = (),
         expert_sink: ExpertSink | None = None,
         bus: Bus | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         self._config = config
         self._dns_names = config.workers.dns_names
@@ -124,7 +128,7 @@ class Router:
             fleet,
             make_policy,
             lambda policy: _zone_refits(policy, config.placement.options, metrics),
-            lambda group, policy: _learning(group, policy, config.placement, metrics),
+            lambda group, policy: _learning(group, policy, config.placement, metrics, siblings),
             metrics,
             config.placement.seed,
         )
@@ -134,6 +138,9 @@ class Router:
         if bus is None and config.peers.peers:
             peers = config.peers
             bus = NatsBus(peers.peers, peers.fleet, peers.peers_credentials_file, peers.peers_ca)
+        self._siblings = siblings
+        if bus is None and siblings is not None:
+            bus = siblings.bus
         self.peers = None if bus is None else Peers(bus, fleet, self._lanes, admission)
         fleet.on_change(self._lanes.fleet_changed)
         if self.peers is not None:
@@ -180,10 +187,11 @@ class Router:
         collector = RouterCollector(
             metrics, fleet, admission, self._lanes, memory, self._decision_log, quotas, self.peers
         )
+        whole = Whole(siblings)
         cors = Cors(listen.allowed_origins)
         reports = None if self._experts is None else ExpertReports(self._experts, self.report_key)
-        self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector, reports)
-        self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services, self.peers))
+        self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector, reports, whole)
+        self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services, self.peers), whole)
         self._listeners = Listeners(config.clients, memory, self._tls, inherited)
 
     # Starting and stopping.
@@ -195,6 +203,8 @@ class Router:
         """
         listen = self._config.listen
         try:
+            if self._siblings is not None:
+                await self._siblings.start()
             if self.peers is not None:
                 await self.peers.start()
             await self.membership.follow(self._sources())
@@ -207,6 +217,8 @@ class Router:
             await self._listeners.open(self.clients, listen.host, listen.port)
             if listen.admin_listen is not None:
                 await self._listeners.open(self.admin, *host_and_port("admin_listen", listen.admin_listen))
+            if self._siblings is not None:
+                self._siblings.ready()
         except EldrError:
             await self.stop(0)
             raise
@@ -268,6 +280,8 @@ class Router:
         await asyncio.gather(*self._background, return_exceptions=True)
         if self.peers is not None:
             await self.peers.close()
+        if self._siblings is not None:
+            self._siblings.close()
         await self.membership.close()
         await self.services.lists.close()
         await self._lanes.close()
@@ -347,8 +361,13 @@ def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Zo
     return ZoneRefits(policy, RefitSchedule(options.refit_interval_s, options.refit_window_s), metrics)
 
 
-def _learning(group: ModelGroup, policy: Policy, placement: PlacementSettings, metrics: Metrics) -> Learning | None:
-    """What learns from a group's requests, beginning with what was kept or fitted before."""
+def _learning(
+    group: ModelGroup, policy: Policy, placement: PlacementSettings, metrics: Metrics, siblings: Siblings | None
+) -> Learning | None:
+    """What learns from a group's requests, beginning with what was kept or fitted before.
+
+    Of several processes, the first keeps what it learns.
+    """
     if placement.learn == "off" or not policy.wants_words(False):
         return None
     model, file = policy.prompts, None
@@ -360,6 +379,8 @@ def _learning(group: ModelGroup, policy: Policy, placement: PlacementSettings, m
                 policy.learned(Learned(model.profiles, model.words))
             except PromptModelError as error:
                 log.error("what was learned before is not used: %s", error)
+    if siblings is not None and siblings.index:
+        file = None
     return Learning(policy, Learner(model, placement.seed), metrics, file)
 
 

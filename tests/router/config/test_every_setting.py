@@ -60,6 +60,7 @@ prefill_chunk = 512
 seed = 7
 host = "::1"
 port = 0
+processes = 4
 max_inflight = 3
 max_streams = 17
 max_queued = 0
@@ -125,7 +126,7 @@ FLAGS = """
 --prefill http://p:1 --decode http://d:1 --decode http://d:2 --worker http://w:1 --worker http://w:2
 --engine sglang --policy rr
 --calibration c.npz --calibration m=d.npz --seed 3
---decision-log l --host h --port 1 --max-inflight 2 --api-key-file a --tls-cert b --tls-key c --worker-ca d
+--decision-log l --host h --port 1 --processes 3 --max-inflight 2 --api-key-file a --tls-cert b --tls-key c --worker-ca d
 --worker-api-key-file e --admin-key-file f --admin-listen 127.0.0.1:1 --otel-endpoint http://o
 --otel-sampling 0.5 --log-level debug --tau 0.2 --no-two-nearest --refit-interval 1 --refit-window 2 --cost x
 --worker-cost http://d:1=y --cost-scope moe --others-weight 3 --anchor 4 --tail-guard inf --step-tokens 5
@@ -174,7 +175,7 @@ def test_every_flag() -> None:
     assert given_flags(arguments, RouterConfig) == {
         "prefill": ["http://p:1"], "decode": ["http://d:1", "http://d:2"], "worker": ["http://w:1", "http://w:2"],
         "engine": "sglang", "policy": "rr", "calibration": [("", "c.npz"), ("m", "d.npz")],
-        "seed": 3, "decision_log": Path("l"), "host": "h", "port": 1, "max_inflight": 2,
+        "seed": 3, "decision_log": Path("l"), "host": "h", "port": 1, "processes": 3, "max_inflight": 2,
         "api_key_file": Path("a"), "tls_cert": Path("b"), "tls_key": Path("c"), "worker_ca": Path("d"),
         "worker_api_key_file": Path("e"), "admin_key_file": Path("f"), "admin_listen": "127.0.0.1:1",
         "otel_endpoint": "http://o", "otel_sampling": 0.5, "log_level": "debug", "tau": 0.2, "two_nearest": False,

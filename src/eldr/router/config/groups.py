@@ -210,6 +210,10 @@ class ListenSettings:
 
     host: str = setting("127.0.0.1", "address to listen on", flag=True)
     port: int = setting(8000, "port to listen on; 0 takes a free one", most=65535, flag=True)
+    processes: int = setting(
+        1, "how many processes serve as one router, about one for each core", least=1, most=256, flag=True,
+        page="peers.md#many-processes-on-one-machine",
+    )  # fmt: skip
     api_key_file: Path | None = setting(
         None, "file with the API keys that clients may use, one a line", flag=True, shown="no key needed",
         page="security.md#api-keys",
