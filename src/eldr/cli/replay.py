@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from eldr.replay.changes import FleetChange
     from eldr.replay.experiment import Cell, Laboratory
     from eldr.replay.prompts import SharedPrefixes
+    from eldr.replay.replicas import Sharing
     from eldr.replay.workload import ServedKind
 
 SUMMARY = "compare policies on a recorded trace, without a fleet"
@@ -30,8 +32,11 @@ EXAMPLES = """examples:
   eldr replay trace.npz --signature prompt --learn online --calibrate-fraction 0
   eldr replay trace.npz --workload task --kind math=gsm8k,mgsm --workers 16 --batch 5
   eldr replay trace.npz --aggregated --prompt-tokens azure_conv.csv --policies prefix-affinity,expected-union
+  eldr replay trace.npz --replicas 1,2,4,8 --share-delay-ms 200 --policies expected-union,jsq
+  eldr replay trace.npz --replicas 4 --share nothing
 
-The load balancers rr, random, p2c and jsq always run, because changes are given against the best of them.
+The load balancers rr, random, p2c and jsq always run, in a single router, because changes are given against the best of
+them. "expected-union x4" is expected-union in four routers.
 These policies exist only in the replay:
   expected-union-own   without a calibration
   expected-union-true  with the true decode profiles
@@ -93,6 +98,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--max-num-seqs", type=_whole, default=256, metavar="N", help="requests that a worker runs at once (256)")
     flag("--kv-tokens", type=_whole, metavar="N",
          help="tokens that a worker's KV cache holds, and its prefix cache (no limit)")  # fmt: skip
+    flag("--replicas", type=_whole_numbers, default=(1,), metavar="R[,R...]",
+         help="number of routers, each with its own policy; a request goes to a random one (1)")  # fmt: skip
+    flag("--share", choices=("all", "load", "nothing"),
+         help="with --replicas: what routers know of each other's requests: all, only how many there are on which "
+         "worker, or nothing (all)")  # fmt: skip
+    flag("--share-delay-ms", type=_delay, metavar="MS", help="with --replicas: how late they know it (50)")
     flag("--json", metavar="FILE|-", help="write the results as JSON to a file, or to standard output (-)")
     add_flags(parser, PolicyOptions)
 
@@ -106,10 +117,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     console = Console(stderr=arguments.json == "-")
     laboratory = _laboratory(arguments)
+    sharings = _sharings(arguments)
     objects: list[dict[str, Any]] = []
     with _progress() as advance:
         for workers in arguments.workers:
-            objects += (_goodput if arguments.goodput else _compare)(laboratory, workers, arguments, advance)
+            objects += (_goodput if arguments.goodput else _compare)(laboratory, workers, sharings, arguments, advance)
     options = laboratory.settings.options
     title = f"{arguments.trace.name}: {arguments.seeds} seeds, cost {options.cost.name} ({options.cost_scope})"
     console.print(*as_tables(objects, title))
@@ -175,6 +187,19 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
     return Laboratory(trace, settings, calibration)
 
 
+def _sharings(arguments: argparse.Namespace) -> list[Sharing]:
+    from eldr.replay.errors import ReplayError
+    from eldr.replay.replicas import Sharing
+
+    shared, delay_ms = arguments.share, arguments.share_delay_ms
+    if max(arguments.replicas) == 1 and not (shared is None and delay_ms is None):
+        raise ReplayError("--share and --share-delay-ms need --replicas: a single router has nobody to tell")
+    if shared == "nothing" and delay_ms is not None:
+        raise ReplayError("--share-delay-ms has no meaning with --share nothing")
+    how = {} if delay_ms is None else {"delay_s": delay_ms / 1e3}
+    return [Sharing(replicas, shared or "all", **how) for replicas in arguments.replicas]
+
+
 def _workload(arguments: argparse.Namespace, labels: list[str]) -> tuple[tuple[ServedKind, ...], int | None]:
     """Return the kinds to serve and their output length, or nothing if no workload was named."""
     from eldr.replay.errors import ReplayError
@@ -193,9 +218,13 @@ def _workload(arguments: argparse.Namespace, labels: list[str]) -> tuple[tuple[S
 
 
 def _compare(
-    laboratory: Laboratory, workers: int, arguments: argparse.Namespace, advance: Callable[[int, int], None]
+    laboratory: Laboratory,
+    workers: int,
+    sharings: list[Sharing],
+    arguments: argparse.Namespace,
+    advance: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    from eldr.replay.experiment import BASELINES, compare
+    from eldr.replay.experiment import compare, compared
     from eldr.replay.output import as_object, recoveries_s, timeline_ms
 
     if arguments.rate is not None:
@@ -204,11 +233,10 @@ def _compare(
     else:
         batch = arguments.batch or 7.0
         rate = laboratory.rate_for_batch(batch, workers)
-    names = dict.fromkeys((*BASELINES, *arguments.policies))
     arrivals = len(laboratory.workload(rate, workers * batch, 0).arrival_s)
-    advance(0, arrivals * len(names) * arguments.seeds)
+    advance(0, arrivals * len(compared(arguments.policies, sharings)) * arguments.seeds)
     cells = compare(
-        laboratory, arguments.policies, workers, rate, batch, arguments.seeds, lambda done: advance(done, 0)
+        laboratory, arguments.policies, workers, rate, batch, arguments.seeds, lambda done: advance(done, 0), sharings
     )
     settings = laboratory.settings
     objects = [as_object(cell, cells, settings.options.cost_scope, settings.aggregated) for cell in cells]
@@ -221,18 +249,23 @@ def _compare(
 
 
 def _goodput(
-    laboratory: Laboratory, workers: int, arguments: argparse.Namespace, advance: Callable[[int, int], None]
+    laboratory: Laboratory,
+    workers: int,
+    sharings: list[Sharing],
+    arguments: argparse.Namespace,
+    advance: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    from eldr.replay.experiment import BASELINES
+    from eldr.replay.experiment import compared
     from eldr.replay.goodput import goodput
     from eldr.replay.output import as_object
 
-    found: list[tuple[Cell, bool]] = [
-        goodput(laboratory, name, workers, arguments.goodput, arguments.seeds, lambda done: advance(done, done))
-        for name in dict.fromkeys((*BASELINES, *arguments.policies))
-    ]
+    def search(name: str, sharing: Sharing) -> tuple[Cell, bool]:
+        shared = laboratory.with_settings(dataclasses.replace(laboratory.settings, sharing=sharing))
+        return goodput(shared, name, workers, arguments.goodput, arguments.seeds, lambda done: advance(done, done))
+
+    found = [search(name, sharing) for name, sharing in compared(arguments.policies, sharings)]
     cells = [cell for cell, _ in found]
-    best = max(cell.rate for cell in cells if cell.policy in BASELINES)
+    best = max(cell.rate for cell in cells if cell.is_baseline)
     objects = []
     for cell, reached in found:
         entry = as_object(cell, cells, laboratory.settings.options.cost_scope)
@@ -286,6 +319,13 @@ def _prefixes(text: str) -> SharedPrefixes:
     if not colon:
         raise argparse.ArgumentTypeError(f"{text!r} is not N:TOKENS, such as 32:1024")
     return SharedPrefixes(_whole(count), _whole(tokens))
+
+
+def _delay(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a time in milliseconds")
+    return value
 
 
 def _whole(text: str) -> int:

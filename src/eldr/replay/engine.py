@@ -1,4 +1,4 @@
-"""The simulation: a fleet of workers under one policy, each worker stepping its batch.
+"""The simulation: a fleet of workers behind one or more routers, each worker stepping its batch.
 
 The workers compute whole runs of steps (`eldr.replay.worker`). An arrival cuts the run of its worker at the next step
 boundary.
@@ -10,14 +10,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from eldr.policies.base import DecodeRequest, Policy
-from eldr.policies.refit import RefitSchedule
+from eldr.policies.base import DecodeRequest
 from eldr.replay.clock import Clock
 from eldr.replay.fleet import FleetSpec, SimulatedFleet
-from eldr.replay.learning import SimulatedLearning
 from eldr.replay.measurements import ArrivalLog, RunResult, Window, result_of
 from eldr.replay.packed import PackedTrace
-from eldr.replay.refits import SimulatedRefits
+from eldr.replay.replicas import Replica, Replicas
 from eldr.replay.worker import DecodeWorker, Running
 from eldr.replay.workload import Draws, Workload
 
@@ -26,7 +24,7 @@ PROGRESS_ARRIVALS = 64
 
 
 class Engine:
-    """Runs one policy once. Make a new engine for every run.
+    """Runs one policy once, in one or more routers. Make a new engine for every run.
 
     clock, fleet: their state at the current arrival.
     """
@@ -36,16 +34,12 @@ class Engine:
         trace: PackedTrace,
         workload: Workload,
         fleet: FleetSpec,
-        policy: Policy,
-        refits: RefitSchedule | None = None,
-        learning: SimulatedLearning | None = None,
+        routers: Replicas,
     ) -> None:
         self.clock = Clock()
-        self.fleet = SimulatedFleet(fleet, policy)
+        self.fleet = SimulatedFleet(fleet, routers)
         self._trace = trace
-        self._policy = policy
-        self._refits = None if refits is None else SimulatedRefits(policy, refits)
-        self._learning = learning
+        self._routers = routers
         self._workload = workload
         self._draws = Draws(workload)
         self._log = ArrivalLog(len(workload.arrival_s))
@@ -60,10 +54,7 @@ class Engine:
         told = 0
         for arrival, now_s in enumerate(self._workload.arrival_s.tolist()):
             self._advance(now_s)
-            if self._refits is not None:
-                self._refits.advance(now_s)
-            if self._learning is not None:
-                self._learning.advance(now_s)
+            self._routers.advance(now_s)
             if arrival in self._workload.fleet_changes:
                 self.fleet.change(self._workload.fleet_changes[arrival])
             self._arrive(arrival)
@@ -82,15 +73,21 @@ class Engine:
             self._window.add(worker.run, len(worker.batch))
             computed, ended = worker.complete_run()
             for entry in computed:
-                self._policy.prompt_computed(entry.request, worker.name)
+                self._routers.prompt_computed(self._router(entry.arrival), entry.request, worker.name, self.clock.now_s)
             for entry in ended:
                 self._end(entry, worker)
             end_s = worker.begin_run(self._trace, self.clock.now_s)
             if end_s is not None:
                 self.clock.plan(index, end_s)
 
+    def _router(self, arrival: int) -> Replica:
+        """The router that this arrival goes to."""
+        of_arrivals, routers = self._workload.router, self._routers.routers
+        return routers[0 if of_arrivals is None else of_arrivals[arrival]]
+
     def _arrive(self, arrival: int) -> None:
         trace, aggregated = self._trace, self._workload.aggregated
+        router = self._router(arrival)
         index = self._draws.draw(arrival)
         prompt = self._workload.prompt(arrival, trace.prompt_tokens[index])
         request = DecodeRequest(
@@ -103,9 +100,9 @@ class Engine:
             computes_prompt=aggregated,
             cached_tokens=self.fleet.cached_tokens(prompt) if aggregated and prompt.blocks else None,
         )
-        if self._learning is not None:
-            self._learning.look_at(request, index)
-        name = self._policy.choose(request, self.fleet.in_flight).worker
+        if router.learning is not None:
+            router.learning.look_at(request, index)
+        name = router.policy.choose(request, router.in_flight).worker
         worker = self.fleet.by_name[name]
         uncached = request.uncached_tokens(name) if aggregated else 0
         worker.cache.keep(prompt)
@@ -123,7 +120,7 @@ class Engine:
         )
         worker.add(entry)
         self._log.placed(arrival, index, worker.index, prompt.tokens, prompt.tokens - uncached)
-        self.fleet.started(request, name)
+        self.fleet.started(router, request, name, self.clock.now_s)
         end_s = None
         if worker.idle:
             end_s = worker.begin_run(trace, self.clock.now_s)
@@ -139,6 +136,7 @@ class Engine:
         self._log.ended(entry.arrival, self.clock.now_s, entry.first_token_s, wait_s, moe_s)
         entry.request.generated_tokens = self._trace.steps(entry.trace_index) + 1
         self._draws.release(entry.trace_index)
-        self.fleet.finished(entry.request, worker.name)
-        if self._learning is not None and entry.arrival >= self._workload.measured.start:
-            self._learning.finished(entry.trace_index)
+        router = self._router(entry.arrival)
+        self.fleet.finished(router, entry.request, worker.name, self.clock.now_s)
+        if router.learning is not None and entry.arrival >= self._workload.measured.start:
+            router.learning.finished(entry.trace_index)

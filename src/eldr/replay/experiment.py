@@ -25,6 +25,8 @@ from eldr.replay.measurements import RunResult
 from eldr.replay.oracle import Clairvoyant, ToldProfiles
 from eldr.replay.packed import PackedTrace, pack_trace
 from eldr.replay.prompts import RecordedPrompts, SharedPrefixes, draw_prompts
+from eldr.replay.refits import SimulatedRefits
+from eldr.replay.replicas import Replica, Replicas, Sharing
 from eldr.replay.split import Mix, Split, split_trace, take_requests
 from eldr.replay.worker import WorkerLimits, worker_name
 from eldr.replay.workload import (
@@ -48,6 +50,8 @@ REFIT_INTERVAL_S = 2.5
 WARM_UP, COOL_DOWN = 2.0, 1.25
 # Whether a prompt model is learned while serving. It then begins with the policy's fitted one, if that has one.
 LEARN = ("off", "online")
+# Routers draw from seeds that are this far apart. The first one's is the seed of the run.
+ROUTER_SEEDS = 10_000
 RATE_TOLERANCE = 0.01
 RATE_TRIALS = 8
 
@@ -69,6 +73,7 @@ class Settings:
     aggregated: whether every worker also computes the prompts of its requests, `options.prefill_chunk` tokens a step.
     recorded_prompts: prompts whose lengths, and shared blocks if they have any, replace those of the trace.
     shared_prefixes: prefixes that the prompts begin with. They have an effect on aggregated workers only.
+    sharing: how many routers there are, and what they know of each other's requests.
     """
 
     requests: int = 2000
@@ -84,6 +89,7 @@ class Settings:
     aggregated: bool = False
     recorded_prompts: RecordedPrompts | None = None
     shared_prefixes: SharedPrefixes | None = None
+    sharing: Sharing = field(default_factory=Sharing)
 
 
 class Laboratory:
@@ -151,15 +157,19 @@ class Laboratory:
             self._fitted[seed] = fitted
         return fitted
 
-    def policy(self, name: str, workers: int, seed: int) -> Policy:
-        """Make a fresh policy. Raises PolicyError for an unknown name or a missing calibration."""
+    def policy(self, name: str, workers: int, seed: int, router: int = 0) -> Policy:
+        """Make a fresh policy for the router of this number.
+
+        Raises PolicyError for an unknown name or a missing calibration.
+        """
         if name == "clairvoyant":
             return Clairvoyant(self.packed)
         calibration = self.calibration(workers, seed) if name in CALIBRATED else None
+        draws = seed + ROUTER_SEEDS * router
         if name == "expected-union-true":
-            return self.told(self._true_profiles(), seed)
+            return self.told(self._true_profiles(), draws)
         plain = name.removesuffix("-own").removesuffix("-refit") if name in LAB_POLICIES else name
-        return make_policy(plain, self._options(name), calibration=calibration, seed=seed)
+        return make_policy(plain, self._options(name), calibration=calibration, seed=draws)
 
     def told(self, profiles: NDArray[np.float32], seed: int) -> Policy:
         """Make a fresh expected-union that is told the profile of every request, float32 [N, D]."""
@@ -202,6 +212,8 @@ class Laboratory:
             arrival = warm_up + round(change.at * measured)
             changes[arrival] = changes.get(arrival, 0) + change.workers
         prompt_rng = np.random.default_rng([seed, 3])
+        replicas = settings.sharing.replicas
+        router = None if replicas == 1 else np.random.default_rng([seed, 4]).integers(replicas, size=count)
         return Workload(
             arrival_s,
             request,
@@ -210,6 +222,7 @@ class Laboratory:
             fleet_changes=changes,
             aggregated=settings.aggregated,
             prompts=draw_prompts(settings.recorded_prompts, settings.shared_prefixes, count, prompt_rng),
+            router=router,
         )
 
     def _draw(
@@ -244,7 +257,8 @@ class Laboratory:
         progress: Callable[[int], None] | None = None,
     ) -> RunResult:
         """Run one policy once. batch: the mean batch expected at this rate, which sets warm-up, cool-down and draws."""
-        return self.run_policy(self.policy(name, workers, seed), workers, rate, batch, seed, requests, progress)
+        policies = [self.policy(name, workers, seed, router) for router in range(self.settings.sharing.replicas)]
+        return self._run(policies, workers, rate, batch, seed, requests, progress)
 
     def run_policy(
         self,
@@ -256,14 +270,33 @@ class Laboratory:
         requests: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> RunResult:
-        """Run a policy made elsewhere, which must be fresh. The other parameters are those of `run`."""
+        """Run a policy made elsewhere, which must be fresh, in a single router. The parameters are those of `run`."""
+        return self._run([policy], workers, rate, batch, seed, requests, progress)
+
+    def _run(
+        self,
+        policies: Sequence[Policy],
+        workers: int,
+        rate: float,
+        batch: float,
+        seed: int,
+        requests: int | None,
+        progress: Callable[[int], None] | None,
+    ) -> RunResult:
+        """Run a policy, of which every router has its own object."""
         workload = self.workload(rate, workers * batch, seed, requests)
         options = self.settings.options
         interval_s = options.refit_interval_s if options.refits else REFIT_INTERVAL_S
-        refits = RefitSchedule(interval_s, options.refit_window_s)  # no effect on a policy that keeps no signatures
-        engine = Engine(self.packed, workload, self.fleet(workers), policy, refits, self._learning(policy, seed))
-        if isinstance(policy, Clairvoyant):
-            policy.attach(engine)
+        routers = []
+        for number, policy in enumerate(policies):
+            schedule = RefitSchedule(interval_s, options.refit_window_s)
+            # Refits have no effect on a policy that keeps no signatures.
+            learning = self._learning(policy, seed + ROUTER_SEEDS * number)
+            routers.append(Replica(policy, SimulatedRefits(policy, schedule), learning))
+        engine = Engine(self.packed, workload, self.fleet(workers), Replicas(routers, self.settings.sharing))
+        for policy in policies:
+            if isinstance(policy, Clairvoyant):
+                policy.attach(engine)
         return engine.run(progress)
 
     def _learning(self, policy: Policy, seed: int) -> SimulatedLearning | None:
@@ -362,12 +395,18 @@ class Laboratory:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cell:
-    """All seeds of one (policy, workers, rate)."""
+    """All seeds of one (policy, workers, rate, routers)."""
 
     policy: str
     workers: int
     rate: float
     runs: list[RunResult]
+    sharing: Sharing = field(default_factory=Sharing)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is a load balancer that sees every request. Changes are given against the best of them."""
+        return self.policy in BASELINES and self.sharing.replicas == 1
 
     def per_seed(self, measure: Callable[[RunResult], float]) -> NDArray[np.float64]:
         """Apply `measure` to each run: float64 [S]."""
@@ -382,21 +421,27 @@ def compare(
     batch: float,
     seeds: int,
     progress: Callable[[int], None] | None = None,
+    sharings: Sequence[Sharing] = (Sharing(),),
 ) -> list[Cell]:
-    """Run the four load balancers and `policies` under the same seeds, each policy once.
+    """Run the four load balancers in a single router, and `policies` in each of `sharings`, under the same seeds.
 
-    Returns one cell per policy.
+    Returns one cell for each.
     """
-    names = list(dict.fromkeys((*BASELINES, *policies)))
-    return [
-        Cell(
-            name,
-            workers,
-            rate,
-            [laboratory.run(name, workers, rate, batch, seed, progress=progress) for seed in range(seeds)],
-        )
-        for name in names
-    ]
+    cells = []
+    for name, sharing in compared(policies, sharings):
+        shared = laboratory.with_settings(dataclasses.replace(laboratory.settings, sharing=sharing))
+        runs = [shared.run(name, workers, rate, batch, seed, progress=progress) for seed in range(seeds)]
+        cells.append(Cell(name, workers, rate, runs, sharing))
+    return cells
+
+
+def compared(policies: Sequence[str], sharings: Sequence[Sharing]) -> list[tuple[str, Sharing]]:
+    """What a comparison runs: the load balancers in a single router, and each policy in each of `sharings`."""
+    alone = Sharing()
+    baselines = [(name, alone) for name in BASELINES]
+    # A single router shares nothing.
+    asked = [(name, sharing if sharing.replicas > 1 else alone) for sharing in sharings for name in policies]
+    return list(dict.fromkeys((*baselines, *asked)))
 
 
 def check_names(policies: Sequence[str]) -> None:

@@ -1,13 +1,14 @@
-"""The simulated fleet: its workers and their load, and the calls that tell the policy of both."""
+"""The simulated fleet: its workers and their load, and the calls that tell the routers of both."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from eldr.cost import StepCost
-from eldr.policies.base import DecodeRequest, Policy
+from eldr.policies.base import DecodeRequest
 from eldr.replay.errors import ReplayError
 from eldr.replay.prompts import Prompt
+from eldr.replay.replicas import Replica, Replicas
 from eldr.replay.worker import DecodeWorker, WorkerLimits
 
 
@@ -26,20 +27,20 @@ class FleetSpec:
 
 
 class SimulatedFleet:
-    """The workers of one run. The policy hears of every worker and request as it would in the router.
+    """The workers of one run. Policies hear of every worker and request as they would in the router.
 
     workers: all that have ever joined, by index.
     by_name: the same workers by name.
-    in_flight: eligible worker -> its requests in flight.
+    in_flight: eligible worker -> its requests in flight, from whatever router.
     """
 
-    def __init__(self, spec: FleetSpec, policy: Policy) -> None:
+    def __init__(self, spec: FleetSpec, routers: Replicas) -> None:
         self.workers: list[DecodeWorker] = []
         self.by_name: dict[str, DecodeWorker] = {}
         self.in_flight: dict[str, int] = {}
         self._draining: dict[str, int] = {}  # worker -> requests it still has
         self._limits = spec.limits
-        self._policy = policy
+        self._routers = routers
         for cost, moe_cost in zip(spec.costs, spec.moe_costs, strict=True):
             self._join(cost, moe_cost)
 
@@ -54,6 +55,7 @@ class SimulatedFleet:
             raise ReplayError(f"{-workers} workers cannot leave a fleet of {len(self.in_flight)}")
         for name in list(self.in_flight)[: max(0, -workers)]:
             self._draining[name] = self.in_flight.pop(name)
+            self._routers.drain(name)
             self._leave_if_idle(name)
 
     def cached_tokens(self, prompt: Prompt) -> dict[str, int]:
@@ -61,16 +63,16 @@ class SimulatedFleet:
         found = {name: self.by_name[name].cache.cached_tokens(prompt) for name in self.in_flight}
         return {name: tokens for name, tokens in found.items() if tokens}
 
-    def started(self, request: DecodeRequest, name: str) -> None:
-        """A request was sent to an eligible worker."""
+    def started(self, router: Replica, request: DecodeRequest, name: str, now_s: float) -> None:
+        """A router has sent a request to an eligible worker."""
         self.in_flight[name] += 1
-        self._policy.started(request, name)
+        self._routers.started(router, request, name, now_s)
 
-    def finished(self, request: DecodeRequest, name: str) -> None:
-        """A request has ended on its worker, which may be draining."""
+    def finished(self, router: Replica, request: DecodeRequest, name: str, now_s: float) -> None:
+        """A router's request has ended on its worker, which may be draining."""
         load = self._draining if name in self._draining else self.in_flight
         load[name] -= 1
-        self._policy.finished(request, name)
+        self._routers.finished(router, request, name, now_s)
         self._leave_if_idle(name)
 
     def _join(self, cost: StepCost, moe_cost: StepCost) -> None:
@@ -78,9 +80,9 @@ class SimulatedFleet:
         self.workers.append(worker)
         self.by_name[worker.name] = worker
         self.in_flight[worker.name] = 0
-        self._policy.joined(worker.name)
+        self._routers.joined(worker.name)
 
     def _leave_if_idle(self, name: str) -> None:
         if self._draining.get(name) == 0:
             del self._draining[name]
-            self._policy.left(name)
+            self._routers.left(name)

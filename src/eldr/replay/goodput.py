@@ -37,7 +37,7 @@ def goodput(
             runs = [laboratory.run(policy, workers, rate, batch, seed, progress=progress) for seed in range(seeds)]
         except ReplayError:
             return None
-        return Cell(policy, workers, rate, runs)
+        return Cell(policy, workers, rate, runs, laboratory.settings.sharing)
 
     def p99_ms(cell: Cell) -> float:
         return 1e3 * float(np.mean([np.percentile(run.tpot_s, 99) for run in cell.runs]))

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from eldr.replay.changes import FleetChange, recovery_s
-from eldr.replay.experiment import BASELINES, Cell
+from eldr.replay.experiment import Cell
 from eldr.replay.measurements import RunResult
 from eldr.replay.statistics import Change, paired_change
 
@@ -54,13 +54,13 @@ STATISTICS: dict[str, float | None] = {"p50": 50.0, "p99": 99.0, "mean": None}
 
 def change_against_best(cell: Cell, cells: Sequence[Cell], measure: Measure) -> Change:
     """Paired change against the load balancer with the lowest mean over seeds."""
-    baselines = [other.per_seed(measure) for other in cells if other.policy in BASELINES]
+    baselines = [other.per_seed(measure) for other in cells if other.is_baseline]
     best = min(baselines, key=lambda values: float(values.mean()))
     return paired_change(cell.per_seed(measure), best)
 
 
 def as_object(cell: Cell, cells: Sequence[Cell], scope: str, aggregated: bool = False) -> dict[str, Any]:
-    """Return the JSON object of one (policy, workers, rate).
+    """Return the JSON object of one (policy, workers, rate, routers).
 
     aggregated: whether the workers computed the prompts. The object then tells how long that took.
     """
@@ -91,9 +91,13 @@ def as_object(cell: Cell, cells: Sequence[Cell], scope: str, aggregated: bool = 
             change = change_against_best(cell, cells, of(percent))
             key = f"{prefix}vs_best_baseline_{name}"
             result |= {key: change.percent, f"{key}_lo": _known(change.low), f"{key}_hi": _known(change.high)}
-    jsq = next(other for other in cells if other.policy == "jsq")
+    jsq = next(other for other in cells if other.policy == "jsq" and other.is_baseline)
     change = paired_change(cell.per_seed(tpot_ms(99)), jsq.per_seed(tpot_ms(99)))
     result |= {"vs_jsq_p99": change.percent, "vs_jsq_p99_lo": _known(change.low), "vs_jsq_p99_hi": _known(change.high)}
+    if cell.sharing.replicas > 1:
+        sharing = cell.sharing
+        delay_ms = None if sharing.what == "nothing" else 1e3 * sharing.delay_s
+        result |= {"replicas": sharing.replicas, "share": sharing.what, "share_delay_ms": delay_ms}
     return result | _of_prompts(cell, jsq) if aggregated else result
 
 
@@ -136,7 +140,7 @@ def recoveries_s(cell: Cell, changes: Sequence[FleetChange]) -> list[float | Non
 
 
 def as_tables(objects: Sequence[dict[str, Any]], title: str) -> list[Table]:
-    """Return tables that fit a terminal of 80 columns, one row per (policy, workers, rate).
+    """Return tables that fit a terminal of 80 columns, one row per (policy, workers, rate, routers).
 
     The first has TPOT, the second its change against the best load balancer. For a goodput search the second has the
     change of the rate. Aggregated serving has two more, of the time to the first token.
@@ -155,14 +159,14 @@ def as_tables(objects: Sequence[dict[str, Any]], title: str) -> list[Table]:
             change.add_section()
         workers = row["workers"]
         absolute.add_row(
-            row["policy"],
+            _label(row),
             str(workers),
             f"{row['rate']:.4g}",
             *(f"{row[f'tpot_{name}_ms']:.3f}" for name in ("p50", "p95", "p99", "mean")),
             f"{row['active_experts_mean']:.2f}",
             f"{row['batch_mean']:.2f}",
         )
-        change.add_row(row["policy"], str(workers), *_changes(row))
+        change.add_row(_label(row), str(workers), *_changes(row))
     return [absolute, change, *_prompt_tables(objects)] if "ttft_p50_ms" in objects[0] else [absolute, change]
 
 
@@ -178,14 +182,19 @@ def _prompt_tables(objects: Sequence[dict[str, Any]]) -> list[Table]:
         workers = str(row["workers"])
         shares = (row["chunk_time_share"], row["prefix_hit_share"])
         absolute.add_row(
-            row["policy"],
+            _label(row),
             workers,
             *(f"{row[f'ttft_{name}_ms']:.1f}" for name in ("p50", "p99", "mean")),
             *(f"{100 * share:.1f}" for share in shares),
         )
         changes = (("ttft", "p50"), ("ttft", "p99"), ("request", "mean"))
-        change.add_row(row["policy"], workers, *(_interval(row, f"{prefix}_vs_jsq_{name}") for prefix, name in changes))
+        change.add_row(_label(row), workers, *(_interval(row, f"{prefix}_vs_jsq_{name}") for prefix, name in changes))
     return [absolute, change]
+
+
+def _label(row: dict[str, Any]) -> str:
+    """The policy, and in how many routers it ran if there were several."""
+    return f"{row['policy']} x{row['replicas']}" if "replicas" in row else str(row["policy"])
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

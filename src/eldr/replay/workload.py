@@ -42,6 +42,7 @@ class Workload:
     fleet_changes: arrival -> workers that join before it (positive), or that start to drain there (negative).
     aggregated: whether the worker that is chosen for a request also computes its prompt.
     prompts: the lengths and shared blocks of the prompts. None for the lengths of the trace.
+    router: int64 [n], the number of the router that each arrival goes to. None for a single router.
     """
 
     arrival_s: NDArray[np.float64]
@@ -52,6 +53,7 @@ class Workload:
     fleet_changes: Mapping[int, int] = field(default_factory=dict)
     aggregated: bool = False
     prompts: Prompts | None = None
+    router: NDArray[np.int64] | None = None
 
     def prompt(self, arrival: int, trace_tokens: int) -> Prompt:
         """The prompt of an arrival. trace_tokens: its length in the trace."""

@@ -102,6 +102,18 @@ def assert_state(policy: Given, workers: set[str], running: list[Sent]) -> None:
         assert unions.union[row] == pytest.approx(len(survival) - survival.sum(), abs=1e-3)
 
 
+def router_of(running: list[Sent]) -> Given:
+    """One that knows what runs now and nothing of what ran before."""
+    policy = router()
+    for worker in WORKERS:
+        policy.joined(worker)
+    for sent in running:
+        policy.started(sent.request, sent.worker)
+        if sent.computed:
+            policy.prompt_computed(sent.request, sent.worker)
+    return policy
+
+
 def bits(policy: Given) -> dict[str, tuple[bytes, bytes, bytes, int]]:
     """The whole state of every worker, as bytes."""
     unions = policy.unions
@@ -215,8 +227,8 @@ class SeveralRouters(RuleBasedStateMachine):
         # have to wait, and it makes one step, so what waits counts fully.
         newcomer = asked(len(PROFILES) - 1, computes_prompt=True, max_tokens=2)
         load = {worker: sum(sent.worker == worker for sent in self.running()) for worker in WORKERS}
-        expected = self.all_seeing.costs(newcomer, load)
-        for each in self.routers:
+        expected = router_of(self.running()).costs(newcomer, load)
+        for each in (Router(self.all_seeing), *self.routers):
             assert each.policy.costs(newcomer, load) == expected
             assert_state(each.policy, set(WORKERS), self.running())
             assert bits(each.policy) == bits(self.all_seeing)
@@ -288,9 +300,9 @@ def test_requests_of_which_other_routers_know_nothing_teach_nothing() -> None:
     for policy in (told, untold):
         policy.joined("a")
         policy.started(asked(1), "a")
-    share = Share(profile, 20, known=False)
-    told.elsewhere_started("a", share)
-    told.elsewhere_finished("a", share)
+    heard = Share(profile, 20, known=False)
+    told.elsewhere_started("a", heard)
+    told.elsewhere_finished("a", heard)
     unknown = DecodeRequest("80", 20)
     for policy in (told, untold):
         policy.started(unknown, "a")

@@ -15,6 +15,7 @@ from eldr.replay.engine import Engine
 from eldr.replay.fleet import FleetSpec
 from eldr.replay.packed import pack_trace
 from eldr.replay.prompts import Prompts, RecordedPrompts
+from eldr.replay.replicas import alone
 from eldr.replay.worker import WorkerLimits
 from eldr.replay.workload import Workload
 from eldr.trace import Trace
@@ -198,7 +199,7 @@ def test_equals_a_step_by_step_simulation(
         prompts, prompts_of = None, [(int(trace.prompt_tokens[request]), ()) for request in requests]
     workload = Workload(arrival_s, np.array(requests), range(arrivals), aggregated=True, prompts=prompts)
     fleet = FleetSpec((COST,) * workers, (MOE,) * workers, limits)
-    result = Engine(pack_trace(trace), workload, fleet, Listed(placements)).run()
+    result = Engine(pack_trace(trace), workload, fleet, alone(Listed(placements))).run()
     expected = simulate(trace, arrival_s.tolist(), requests, prompts_of, placements, workers, limits)
     lengths = np.diff(trace.decode_offsets)[requests]
     first, finish = np.array(expected["first"]), np.array(expected["finish"])
@@ -261,7 +262,7 @@ def test_the_policy_hears_of_prompts() -> None:
         prompts=Prompts(RecordedPrompts(tokens, blocks)),
     )
     policy = Hears([0, 1, 0, 1])
-    Engine(pack_trace(trace), workload, FleetSpec((COST,) * 2, (MOE,) * 2), policy).run()
+    Engine(pack_trace(trace), workload, FleetSpec((COST,) * 2, (MOE,) * 2), alone(policy)).run()
     for arrival in range(4):
         name, worker = f"{arrival}.{arrival}", f"w{arrival % 2}"
         assert policy.heard[3 * arrival : 3 * arrival + 3] == [
@@ -276,7 +277,7 @@ def test_the_policy_hears_of_prompts() -> None:
 def test_without_aggregation_nothing_is_heard_of_prompts() -> None:
     trace = make_trace(requests=2, layers=2, experts=16, seed=1, steps=9)
     policy = Hears([0, 0])
-    Engine(pack_trace(trace), Workload(np.array([0.0, 1.0]), np.arange(2), range(2)), FleetSpec((COST,), (MOE,)), policy).run()  # noqa: E501  # fmt: skip
+    Engine(pack_trace(trace), Workload(np.array([0.0, 1.0]), np.arange(2), range(2)), FleetSpec((COST,), (MOE,)), alone(policy)).run()  # noqa: E501  # fmt: skip
     assert {kind for kind, *_ in policy.heard} == {"started", "finished"}
     assert all(request.cached_tokens is None and not request.computes_prompt for request in policy.asked)
 
@@ -286,5 +287,5 @@ def test_every_request_ends_under_every_policy(name: str) -> None:
     trace = make_trace(requests=40, layers=2, experts=16, seed=1, steps=9)
     workload = Workload(np.arange(40, dtype=np.float64) / 1000, np.arange(40), range(40), aggregated=True)
     fleet = FleetSpec((COST,) * 3, (MOE,) * 3, WorkerLimits(8, None, 16))
-    result = Engine(pack_trace(trace), workload, fleet, make_policy(name)).run()
+    result = Engine(pack_trace(trace), workload, fleet, alone(make_policy(name))).run()
     assert np.isfinite(result.request_s).all()

@@ -18,6 +18,7 @@ from eldr.replay.errors import ReplayError
 from eldr.replay.fleet import FleetSpec
 from eldr.replay.measurements import RunResult
 from eldr.replay.packed import pack_trace
+from eldr.replay.replicas import alone
 from eldr.replay.workload import Workload
 from tests.synthetic import make_trace
 
@@ -66,7 +67,7 @@ def replay(
     arrival_s = np.arange(1, requests + 1, dtype=np.float64) * gap_s
     workload = Workload(arrival_s, np.arange(requests), range(requests), fleet_changes=changes)
     policy = Watching()
-    engine = Engine(packed, workload, FleetSpec((COST,) * workers, (COST,) * workers), policy)
+    engine = Engine(packed, workload, FleetSpec((COST,) * workers, (COST,) * workers), alone(policy))
     return engine.run(), policy
 
 

@@ -17,6 +17,7 @@ from eldr.replay.engine import Engine
 from eldr.replay.errors import ReplayError
 from eldr.replay.fleet import FleetSpec
 from eldr.replay.packed import pack_rows, pack_trace, union_rows
+from eldr.replay.replicas import alone
 from eldr.replay.worker import WorkerLimits
 from eldr.replay.workload import Workload
 from eldr.trace import Trace
@@ -140,7 +141,7 @@ def test_equals_a_step_by_step_simulation(
         pack_trace(trace),
         Workload(arrival_s, requests, range(arrivals)),
         FleetSpec((COST,) * workers, (MOE,) * workers, limits),
-        policy,
+        alone(policy),
     )
     result = engine.run()
     finish, start, steps = simulate(trace, arrival_s.tolist(), requests.tolist(), placements, workers, COST, limits)
@@ -163,7 +164,7 @@ def test_the_window_counts_its_own_steps_and_requests() -> None:
     requests = rng.permutation(20)
     placements = rng.integers(0, 2, 20).tolist()
     workload = Workload(arrival_s, requests, range(5, 14))
-    result = Engine(pack_trace(trace), workload, FleetSpec((COST,) * 2, (MOE,) * 2), Listed(placements)).run()
+    result = Engine(pack_trace(trace), workload, FleetSpec((COST,) * 2, (MOE,) * 2), alone(Listed(placements))).run()
     _, _, steps = simulate(trace, arrival_s.tolist(), requests.tolist(), placements, 2, COST, WorkerLimits())
     inside = [(size, experts) for end, size, experts in steps if arrival_s[5] <= end < arrival_s[14]]
     assert (result.steps, result.tokens) == (len(inside), sum(size for size, _ in inside))
@@ -175,7 +176,7 @@ def test_moe_time_of_a_request_is_that_of_its_own_steps() -> None:
     """Two requests, the second joins after the first's only shared steps are known by hand."""
     trace = make_trace(requests=2, layers=2, experts=16, seed=4, steps=6)
     workload = Workload(np.array([0.0, 1000.0]), np.array([0, 1]), range(2))
-    result = Engine(pack_trace(trace), workload, FleetSpec((COST,), (MOE,)), Listed([0, 0])).run()
+    result = Engine(pack_trace(trace), workload, FleetSpec((COST,), (MOE,)), alone(Listed([0, 0]))).run()
     # Alone every step activates top-k experts a layer.
     step_s = MOE.base_s + MOE.per_token_s + MOE.per_expert_s * 2 * trace.meta.top_k
     assert result.moe_tpot_s == pytest.approx([step_s, step_s])
@@ -185,7 +186,7 @@ def test_the_policy_hears_every_start_and_finish_and_the_true_load() -> None:
     trace = make_trace(requests=12, layers=2, experts=16, seed=1, steps=9)
     arrival_s = np.arange(12, dtype=np.float64) * 1e-3
     policy = Listed([0, 1] * 6)
-    Engine(pack_trace(trace), Workload(arrival_s, np.arange(12), range(12)), FleetSpec((COST,) * 2, (MOE,) * 2), policy).run()  # noqa: E501  # fmt: skip
+    Engine(pack_trace(trace), Workload(arrival_s, np.arange(12), range(12)), FleetSpec((COST,) * 2, (MOE,) * 2), alone(policy)).run()  # noqa: E501  # fmt: skip
     started = [event[1:] for event in policy.heard if event[0] == "started"]
     finished = [event[1:] for event in policy.heard if event[0] == "finished"]
     assert [name for name, _ in started] == [f"{at}.{at}" for at in range(12)]
@@ -204,7 +205,7 @@ def test_no_request_is_in_flight_twice() -> None:
     policy = Listed([0] * 30)
     wanted = np.array([0, 0, 1, 1, 2, 3, 4, 5, 0, 1] * 3)
     arrival_s = np.arange(30, dtype=np.float64) * 5e-3
-    Engine(pack_trace(trace), Workload(arrival_s, wanted, range(30)), FleetSpec((COST,), (MOE,)), policy).run()
+    Engine(pack_trace(trace), Workload(arrival_s, wanted, range(30)), FleetSpec((COST,), (MOE,)), alone(policy)).run()
     running = set()
     for kind, identity, _ in policy.heard:
         index = identity.split(".")[1]
@@ -219,7 +220,7 @@ def test_a_load_beyond_the_trace_is_refused() -> None:
     trace = make_trace(requests=6, layers=2, experts=16, seed=1, steps=9)
     workload = Workload(np.arange(30, dtype=np.float64) * 1e-6, np.arange(30) % 6, range(30))
     with pytest.raises(ReplayError, match="needs more than the 6 requests"):
-        Engine(pack_trace(trace), workload, FleetSpec((COST,), (MOE,)), make_policy("jsq")).run()
+        Engine(pack_trace(trace), workload, FleetSpec((COST,), (MOE,)), alone(make_policy("jsq"))).run()
 
 
 def test_a_request_larger_than_the_kv_cache_is_refused() -> None:
@@ -227,7 +228,7 @@ def test_a_request_larger_than_the_kv_cache_is_refused() -> None:
     workload = Workload(np.array([0.0]), np.array([0]), range(1))
     fleet = FleetSpec((COST,), (MOE,), WorkerLimits(kv_tokens=4))
     with pytest.raises(ReplayError, match="a worker has only 4"):
-        Engine(pack_trace(trace), workload, fleet, make_policy("jsq")).run()
+        Engine(pack_trace(trace), workload, fleet, alone(make_policy("jsq"))).run()
 
 
 @pytest.mark.parametrize(("layers", "experts", "top_k"), [(1, 3, 1), (3, 40, 4), (5, 64, 8), (2, 300, 7)])

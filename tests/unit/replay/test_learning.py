@@ -28,6 +28,7 @@ from eldr.replay.experiment import Laboratory, Settings
 from eldr.replay.learning import SimulatedLearning
 from eldr.replay.measurements import RunResult
 from eldr.replay.packed import PackedTrace
+from eldr.replay.replicas import Replica, Replicas
 from eldr.replay.split import Mix
 from eldr.trace import Trace
 from tests.synthetic import make_trace, packed, prompts_of_kinds
@@ -74,7 +75,8 @@ def expected_union(seed: int, **more: Any) -> ExpectedUnion:
 
 def run(laboratory: Laboratory, policy: Any, seed: int, learning: SimulatedLearning | None = None) -> RunResult:
     workload = laboratory.workload(RATE, WORKERS * BATCH, seed)
-    return Engine(laboratory.packed, workload, laboratory.fleet(WORKERS), policy, None, learning).run(None)
+    routers = Replicas([Replica(policy, None, learning)])
+    return Engine(laboratory.packed, workload, laboratory.fleet(WORKERS), routers).run(None)
 
 
 def change(laboratory: Laboratory, result: RunResult, seed: int, first: int = 0) -> float:
