@@ -126,7 +126,8 @@ FLAGS = """
 --prefill http://p:1 --decode http://d:1 --decode http://d:2 --worker http://w:1 --worker http://w:2
 --engine sglang --policy rr
 --calibration c.npz --calibration m=d.npz --seed 3
---decision-log l --host h --port 1 --processes 3 --max-inflight 2 --api-key-file a --tls-cert b --tls-key c --worker-ca d
+--decision-log l --host h --port 1 --processes 3 --max-inflight 2
+--api-key-file a --tls-cert b --tls-key c --worker-ca d
 --worker-api-key-file e --admin-key-file f --admin-listen 127.0.0.1:1 --otel-endpoint http://o
 --otel-sampling 0.5 --log-level debug --tau 0.2 --no-two-nearest --refit-interval 1 --refit-window 2 --cost x
 --worker-cost http://d:1=y --cost-scope moe --others-weight 3 --anchor 4 --tail-guard inf --step-tokens 5

@@ -246,3 +246,15 @@ def test_a_snapshot_from_before_the_gap_is_not_enough() -> None:
         listener.others.hear(wire.encode(part), 4.2)
     assert (listener.others.synced, listener.load) == (1, {URLS[0]: 3, URLS[1]: 2, URLS[2]: 1})
     assert asked == [1]
+
+
+def test_a_newcomer_that_asked_everybody_takes_the_snapshot() -> None:
+    listener, asked = alone()
+    origin, chance = Origin(1), random.Random(1)
+    for _ in range(3):
+        origin.events([(URLS[0], share(chance))], 0, chance)
+    for part in origin.snapshot(2):
+        listener.others.hear(wire.encode(part), 1.0)
+    listener.others.hear(wire.encode(origin.events([(URLS[1], share(chance))], 0, chance)), 1.1)
+    assert (listener.load, listener.others.synced) == ({URLS[0]: 3, URLS[1]: 1, URLS[2]: 0}, 1)
+    assert asked == []

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import nats
 import numpy as np
+import pytest
 
+from eldr.errors import EldrError
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.shares import Share
 from eldr.router.peers import wire
 from eldr.router.peers.nats import NatsBus
 from eldr.router.peers.wire import Bye, Events, Start
+from tests.router.certificates import certificate
 from tests.router.fake_worker import FakeWorker, Seen, reply
 from tests.router.harness import Scripted, on_uvloop, until
-from tests.router.peers.replicas import AllSums, Replica, replicas, slow, total
+from tests.router.peers.replicas import AllSums, NatsServer, Replica, Replicas, replicas, slow, total
 
 STREAM: dict[str, Any] = {"stream": True, "max_tokens": 2000}
 
@@ -268,3 +272,48 @@ async def test_a_queue_elsewhere_gets_its_part_of_the_slots() -> None:
         running = False
         await asyncio.gather(*clients)
         assert worker.most_running <= 4 + 1
+
+
+# Who may talk to whom.
+
+
+@on_uvloop
+async def test_the_least_permissions_over_tls_with_a_password(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "nats")
+    config = tmp_path / "nats.conf"
+    config.write_text(
+        f'tls {{ cert_file: "{cert}", key_file: "{key}" }}\n'
+        "authorization { users: [ { user: eldr, password: secret, permissions: {\n"
+        '  publish: ["eldr.default.all", "eldr.default.to.*"]\n'
+        '  subscribe: ["eldr.default.all", "eldr.default.to.*"]\n'
+        "} } ] }\n"
+    )
+    nats_server = await NatsServer("-c", str(config)).start()
+    workers = [await FakeWorker(role).start() for role in ("prefill", "decode")]
+    fleet = Replicas(nats_server, workers, {"peers_ca": cert})
+    url = nats_server.url.replace("nats://", "tls://eldr:secret@")
+    try:
+        one, other = await fleet.start(peers=(url,)), await fleet.start(peers=(url,))
+        await fleet.meet()
+        slow(workers[1])
+        tasks = await begun(one, 2)
+        await until(lambda: other.elsewhere == 2, "the other counts them")
+        newcomer = await fleet.start(peers=(url,))
+        await until(lambda: newcomer.elsewhere == 2, "snapshots pass")
+        stranger = await fleet.start(peers=(url.replace("secret", "guess"),))
+        await until(lambda: one.synced == 2, "those with the password meet")
+        assert (stranger.up, one.synced, stranger.synced) == (False, 2, 0)
+        await end(tasks)
+    finally:
+        await fleet.close()
+        await nats_server.stop()
+
+
+@on_uvloop
+async def test_a_ca_that_cannot_be_read_is_said_before_anything_starts(tmp_path: Path) -> None:
+    bus = NatsBus(("nats://127.0.0.1:1",), "default", ca=tmp_path / "none")
+    with pytest.raises(EldrError, match=r"peers_ca: .*none cannot be used"):
+        await bus.start(1, lambda frame: None, lambda: None)
+    bus = NatsBus(("nats://127.0.0.1:1",), "default", credentials=tmp_path / "none")
+    with pytest.raises(EldrError, match="peers_credentials_file"):
+        await bus.start(1, lambda frame: None, lambda: None)

@@ -21,11 +21,13 @@ class Bus(ABC):
     up: bool
 
     @abstractmethod
-    async def start(self, origin: int, hear: Hear) -> None:
+    async def start(self, origin: int, hear: Hear, connected: Callable[[], None]) -> None:
         """Begin to connect, and connect again and again. Return at once, whether or not there is anybody to connect to.
 
-        origin: of this replica. It gets the frames for all, and those for it. Raises EldrError if the settings are
-        wrong.
+        origin: of this replica. It gets the frames for all, and those for it.
+        connected: called whenever `up` becomes true. What was sent before may be lost.
+
+        Raises EldrError if the settings are wrong.
         """
 
     @abstractmethod

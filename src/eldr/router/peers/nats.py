@@ -10,6 +10,7 @@ import asyncio
 import logging
 import ssl
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -58,10 +59,11 @@ class NatsBus(Bus):
         self._waiting: deque[tuple[str, bytes]] = deque()
         self._waiting_bytes = 0
         self._wake = asyncio.Event()
+        self._connected: Callable[[], None] = lambda: None
         self._tasks: list[asyncio.Task[None]] = []
         self._throttle = Throttle()
 
-    async def start(self, origin: int, hear: Hear) -> None:
+    async def start(self, origin: int, hear: Hear, connected: Callable[[], None]) -> None:
         try:
             from nats.aio.client import Client
         except ImportError:
@@ -70,6 +72,7 @@ class NatsBus(Bus):
             raise NatsError(f"peers_credentials_file: {self._credentials} is not a file")
         tls = self._tls()
         self._client = Client()
+        self._connected = connected
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(self._connect(self._client, tls, origin, hear)),
@@ -116,7 +119,7 @@ class NatsBus(Bus):
 
         for subject in (f"{self._subject}.all", f"{self._subject}.to.{origin:016x}"):
             await client.subscribe(subject, cb=heard, pending_bytes_limit=MOST_UNREAD_BYTES)
-        self.up = True
+        await self._reconnected()
 
     async def _failed(self, error: Exception) -> None:
         if self._throttle.due(type(error).__name__):
@@ -129,6 +132,7 @@ class NatsBus(Bus):
 
     async def _reconnected(self) -> None:
         self.up = True
+        self._connected()
 
     def publish(self, frame: bytes, to: int | None = None) -> bool:
         if not self.up or self._waiting_bytes + len(frame) > MOST_WAITING_BYTES:

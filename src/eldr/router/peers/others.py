@@ -164,6 +164,7 @@ class Others:
         elif isinstance(frame, Heartbeat):
             self._heartbeat(peer, frame)
         else:
+            peer.asked_s = now_s  # it is on its way
             self._snapshot(peer, frame)
         if peer.sequence is None and now_s - peer.asked_s >= ASK_AGAIN_S:
             peer.asked_s = now_s
@@ -247,6 +248,8 @@ class Others:
     # Snapshots.
 
     def _snapshot(self, peer: Peer, frame: Snapshot) -> None:
+        if peer.sequence == 0 and not peer.running and frame.sequence:
+            peer.miss(frame.sequence + 1)  # it is new here, and everybody was asked
         if peer.sequence is not None:
             return  # somebody else asked for it
         arriving = peer.arriving

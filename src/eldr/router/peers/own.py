@@ -137,8 +137,8 @@ class Own(Sharing):
             )
             self._send(wire.encode(frame))
 
-    def ask(self, origin: int) -> None:
-        """Ask a replica for a snapshot."""
+    def ask(self, origin: int | None) -> None:
+        """Ask a replica for a snapshot, or all of them."""
         self._send(wire.encode(wire.Ask(self._origin)), origin)
 
     def asked(self, origin: int) -> None:

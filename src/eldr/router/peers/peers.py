@@ -41,8 +41,13 @@ class Peers:
 
     async def start(self) -> None:
         """Begin to tell and to hear. It waits for nobody. Raises EldrError for settings that cannot be used."""
-        await self._bus.start(self.origin, self._hear)
+        await self._bus.start(self.origin, self._hear, self._connected)
         self._beating = asyncio.get_running_loop().create_task(self._beat())
+
+    def _connected(self) -> None:
+        """Nothing that the others said before was heard here, and the other way round."""
+        self._own.beat()
+        self._own.ask(None)
 
     def _hear(self, frame: bytes) -> None:
         self.others.hear(frame, time.monotonic())

@@ -23,9 +23,11 @@ class LocalBus(Bus):
         self._siblings = siblings
         self.up = False
 
-    async def start(self, origin: int, hear: Hear) -> None:
+    async def start(self, origin: int, hear: Hear, connected: Callable[[], None]) -> None:
         self._siblings.hear = hear
         self.up = self._siblings.send(channel.HELLO, origin)
+        if self.up:
+            connected()
 
     def publish(self, frame: bytes, to: int | None = None) -> bool:
         return self.up and self._siblings.send(channel.FRAME, to or 0, frame)
