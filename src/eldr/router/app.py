@@ -189,7 +189,7 @@ class Router:
         )
         whole = Whole(siblings)
         cors = Cors(listen.allowed_origins)
-        reports = None if self._experts is None else ExpertReports(self._experts, self.report_key)
+        reports = None if self._experts is None else ExpertReports(self._experts, self.report_key, whole)
         self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector, reports, whole)
         self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services, self.peers), whole)
         self._listeners = Listeners(config.clients, memory, self._tls, inherited)

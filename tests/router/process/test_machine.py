@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 
+from tests.router.experts.test_connector_reports import wire
 from tests.router.fake_worker import FakeWorker
 from tests.router.process.test_process import Clients, Workers, end, port_of, serve, successor_of, wait_for
 
@@ -298,3 +299,18 @@ def test_each_process_has_a_decision_log_and_reloads(tmp_path: Path) -> None:
         process.send_signal(signal.SIGHUP)
         wait_for(lambda: all(file.exists() for file in files), "both have opened it again")
         ask(port, 1)
+
+
+def test_a_report_reaches_the_process_whose_request_it_is(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("of-reports")
+    with Workers() as workers, machine(workers, "--report-key-file", str(key), count=2) as (_, port):
+        ask(port, 20)
+        names = [seen.headers["x-request-id"] for worker in workers.all[1:] for seen in worker.generated]
+        reports = [{"id": f"cmpl-{name}-0-0123abcd", "counts": wire()} for name in [*names, "stranger"]]
+        body = json.dumps({"v": 1, "reports": reports}).encode()
+        answer = json.loads(get(port, "/eldr/experts", "of-reports", method="POST", data=body))
+        assert answer == {"accepted": 20, "refused": {"unknown_request": 1}}
+        accepted = samples(get(port, "/metrics"), "eldr_expert_reports_total", outcome="accepted")
+        assert sum(accepted.values()) == 20
+        assert len(accepted) == 2

@@ -1,6 +1,6 @@
 """What it costs that routers decide as one: replicas over NATS, and processes on one machine, before one mock fleet.
 
-    python benchmarks/peers/run.py [--quick] [--rounds 3] [--program .envs/compiled/bin/eldr]
+    python benchmarks/peers/peers.py [--quick] [--rounds 3] [--program .envs/compiled/bin/eldr]
 
 The mock fleet and the clients are those of benchmarks/router. Each round measures, in turn,
 
