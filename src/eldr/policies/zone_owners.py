@@ -3,49 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, cycle
 
 
 class ZoneOwners:
-    """The zone of each worker.
+    """The zone of each worker. It follows from which workers there are, and not from when they joined.
 
-    A worker that joins takes the zone with the fewest owners, the first one on a tie, so several workers may share a
-    zone. When a worker leaves, its zone takes over an owner from a zone that has at least two more. If there is no such
-    zone, a zone may stay without an owner until another worker joins.
+    So several routers that see the same workers give each of them the same zone, in whatever order they find them.
+    Workers take the zones in turn, in the order of their names, of which shorter ones come first: w2 before w10. With
+    more workers than zones several share one. With fewer, the last zones have no owner.
 
     zone_of: worker -> its zone, 0 to K - 1, in the order in which workers joined.
     """
 
     def __init__(self, zones: int) -> None:
         self.zone_of: dict[str, int] = {}
-        self._owners = [0] * zones
+        self._zones = zones
+        self._of_refit: dict[str, int] = {}
 
     def join(self, worker: str) -> None:
-        """Give a new worker a zone."""
-        zone = self._owners.index(min(self._owners))
-        self.zone_of[worker] = zone
-        self._owners[zone] += 1
+        """Give a new worker a zone. Others may change theirs."""
+        self.zone_of[worker] = 0
+        self._assign()
 
     def leave(self, worker: str) -> None:
-        """Remove a worker. Raises KeyError for a worker without a zone."""
-        self._owners[self.zone_of.pop(worker)] -= 1
-        most, fewest = max(self._owners), min(self._owners)
-        if most - fewest > 1:
-            crowded, lonely = self._owners.index(most), self._owners.index(fewest)
-            newest = [worker for worker, zone in self.zone_of.items() if zone == crowded][-1]
-            self.zone_of[newest] = lonely
-            self._owners[crowded] -= 1
-            self._owners[lonely] += 1
+        """Remove a worker. Others may change their zones. Raises KeyError for a worker without a zone."""
+        del self.zone_of[worker]
+        self._assign()
 
     def replace(self, workers: Sequence[str]) -> None:
-        """Take new zones over, one for each of `workers` in this order.
+        """Take new zones over, one for each of `workers` in this order, which they keep until the next ones.
 
-        Workers that have left since the zones were fitted get none. Workers that have joined since join again.
+        Other workers take the zones of those that are not there, and then all zones in turn.
         """
-        new_zone = {worker: zone for zone, worker in enumerate(workers)}
-        joined_since = [worker for worker in self.zone_of if worker not in new_zone]
-        self.zone_of = {worker: new_zone[worker] for worker in self.zone_of if worker in new_zone}
-        self._owners = [0] * len(workers)
-        for zone in self.zone_of.values():
-            self._owners[zone] += 1
-        for worker in joined_since:
-            self.join(worker)
+        self._of_refit = {worker: zone for zone, worker in enumerate(workers)}
+        self._zones = len(workers)
+        self._assign()
+
+    def _assign(self) -> None:
+        kept = {worker: zone for worker, zone in self._of_refit.items() if worker in self.zone_of}
+        taken = set(kept.values())
+        turns = chain((zone for zone in range(self._zones) if zone not in taken), cycle(range(self._zones)))
+        others = sorted((worker for worker in self.zone_of if worker not in kept), key=lambda name: (len(name), name))
+        assigned = kept | dict(zip(others, turns, strict=False))
+        self.zone_of = {worker: assigned[worker] for worker in self.zone_of}

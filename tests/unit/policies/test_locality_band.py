@@ -1,7 +1,6 @@
 """Locality-band routing against the paper's rule in plain Python, under joins, leaves and full workers."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -91,15 +90,19 @@ class Fleet(RuleBasedStateMachine):
         self.tau, self.two_nearest = tau, two_nearest
         self.zone: dict[str, int] = {}
         self.load: dict[str, int] = {}
-        self.names = iter(range(10**6))
 
-    @rule(load=st.integers(0, 4))
-    def join(self, load: int) -> None:
-        worker = f"w{next(self.names)}"
-        owners = Counter(self.zone.values())
-        self.zone[worker] = min(range(self.calibration.workers), key=lambda zone: (owners[zone], zone))
-        self.load[worker] = load
-        self.policy.joined(worker)
+    def divide(self) -> None:
+        """The zones are dealt out in the order of the workers' numbers."""
+        by_number = sorted(self.zone, key=lambda worker: int(worker[1:]))
+        self.zone = {worker: place % self.calibration.workers for place, worker in enumerate(by_number)}
+
+    @rule(number=st.integers(0, 200), load=st.integers(0, 4))
+    def join(self, number: int, load: int) -> None:
+        worker = f"w{number}"
+        if worker not in self.zone:
+            self.zone[worker], self.load[worker] = 0, load
+            self.divide()
+            self.policy.joined(worker)
 
     @precondition(lambda self: self.zone)
     @rule(data=st.data())
@@ -107,13 +110,7 @@ class Fleet(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from(sorted(self.zone)))
         del self.zone[worker], self.load[worker]
         self.policy.left(worker)
-        owners = Counter(dict.fromkeys(range(self.calibration.workers), 0))
-        owners.update(self.zone.values())
-        # The newest of the zone with most owners moves to the one with fewest, if that is two fewer.
-        crowded = min(owners, key=lambda zone: (-owners[zone], zone))
-        lonely = min(owners, key=lambda zone: (owners[zone], zone))
-        if owners[crowded] > owners[lonely] + 1:
-            self.zone[[name for name, zone in self.zone.items() if zone == crowded][-1]] = lonely
+        self.divide()
 
     @precondition(lambda self: self.zone)
     @rule(data=st.data(), counts=counts_strategy)
@@ -210,24 +207,34 @@ def test_the_band_is_that_of_the_eligible_workers() -> None:
     assert policy.choose(request, {"b": 3, "c": 0}).worker == "b"
 
 
-def test_a_joiner_takes_the_zone_of_the_one_that_left() -> None:
+def test_zones_are_dealt_out_in_the_order_of_names() -> None:
     policy, request = narrow(0, False)
     policy.left("a")
-    assert policy.choose(request, {"b": 5, "c": 0}).worker == "b"  # a's zone is nobody's
-    policy.joined("d")
-    assert policy.choose(request, {"b": 0, "c": 0, "d": 5}).worker == "d"
-    policy.joined("e")  # all zones have an owner again: the first gets a second one
-    assert policy.choose(request, {"b": 0, "c": 0, "d": 5, "e": 4}).worker == "e"
+    assert policy.choose(request, {"b": 5, "c": 0}).worker == "b"  # c has the second zone, the third is nobody's
+    policy.joined("e")
+    policy.joined("d")  # between c and e; there are more workers than zones, and e has the first one as well
+    assert policy.choose(request, {"b": 5, "c": 0, "d": 0, "e": 4}).worker == "e"
+    policy.joined("a")
+    assert policy.choose(request, {"a": 5, "b": 0, "c": 0, "d": 4, "e": 0}).worker == "d"
 
 
-def test_a_zone_with_two_owners_gives_one_to_a_zone_that_lost_its_own() -> None:
-    policy, request = narrow(0, False)
-    policy.joined("d")  # beside a
-    policy.joined("e")  # beside b
-    policy.left("a")
-    assert policy.choose(request, {"b": 0, "c": 0, "d": 5, "e": 0}).worker == "d"
-    policy.left("d")  # the zone is nobody's: e moves there
-    assert policy.choose(request, {"b": 0, "c": 0, "e": 5}).worker == "e"
+def test_the_order_in_which_workers_join_does_not_matter() -> None:
+    """Several routers find the same workers, each in an order of its own, and some see one come and go in between."""
+    calibration = make_calibration(5, LAYERS, EXPERTS, TOP_K)
+    workers = [f"http://w{number}:8000" for number in range(13)]
+    zones = []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        policy = policy_of(calibration, dict.fromkeys(rng.permutation(workers), 0))
+        policy.joined("http://passing:8000")
+        policy.left("http://passing:8000")
+        picture = policy.picture()
+        assert picture is not None
+        order = list(picture.rows)
+        zones.append([[picture.rows[one][order.index(other)] for other in workers] for one in workers])
+    assert zones[0] == zones[1] == zones[2] == zones[3]
+    assert zones[0][0][5] == pytest.approx(1)  # 13 workers share 5 zones
+    assert zones[0][0][1] < 0.99
 
 
 def test_another_top_k_is_another_geometry() -> None:
