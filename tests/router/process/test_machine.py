@@ -47,10 +47,10 @@ def children(pid: int) -> list[int]:
     return []
 
 
-def get(port: int, path: str, key: str = "", **options: Any) -> Any:
+def get(port: int, path: str, key: str = "", timeout_s: float = 10, **options: Any) -> Any:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers, **options)
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
         return answer.read().decode()
 
 
@@ -314,3 +314,30 @@ def test_a_report_reaches_the_process_whose_request_it_is(tmp_path: Path) -> Non
         accepted = samples(get(port, "/metrics"), "eldr_expert_reports_total", outcome="accepted")
         assert sum(accepted.values()) == 20
         assert len(accepted) == 2
+
+
+def test_a_process_that_hangs_is_forgotten_and_known_again_when_it_goes_on() -> None:
+    with Workers() as workers:
+        for worker in workers.all[1:]:
+            slow(worker)
+        with machine(workers, count=3) as (process, port):
+            streams = Streams(port, 18)
+            wait_for(lambda: everywhere(port) == {18.0}, "all know all")
+            victim = children(process.pid)[1]
+            os.kill(victim, signal.SIGSTOP)
+            try:
+                wait_for(lambda: forgotten(port) == {1.0}, "the other two have forgotten it")
+            finally:
+                os.kill(victim, signal.SIGCONT)
+            wait_for(lambda: everywhere(port) == {18.0} and len(running(port)) == 3, "all know all again")
+            streams.close()
+            wait_for(lambda: everywhere(port) == {0.0}, "nothing is left")
+
+
+def forgotten(port: int) -> set[float]:
+    """How many others each process has forgotten. Empty if nobody who goes on could be asked."""
+    try:
+        found = samples(get(port, "/metrics", timeout_s=2), "eldr_peers_expired_total")
+    except OSError:
+        return set()
+    return set(found.values()) if len(found) == 2 else set()
