@@ -43,6 +43,7 @@ from eldr.router.http.client import ExchangeError
 from eldr.router.http.content_coding import DECODERS, PIECE_BYTES, BodyDecoder
 from eldr.router.http.errors import ApiError
 from eldr.router.observe.counters import Metrics
+from eldr.router.peers.others import PEER_TIMEOUT_S
 from eldr.router.protocols import openai
 from eldr.router.protocols.prompt_start import SYSTEM, prompt_start
 from eldr.router.protocols.prompt_text import prompt_text, prompt_words
@@ -53,6 +54,7 @@ from eldr.router.request.answer import DecodeAnswer, TokenTimes
 from eldr.router.request.verdict import Names, check_first_event
 from eldr.trace import TraceError, read_trace
 from tests.router.memory import RUNNER, feed, hear, split
+from tests.router.peers.network import URLS, Listener
 from tests.unit.events_by_the_standard import by_the_standard
 
 HERE = Path(__file__).parent
@@ -466,10 +468,29 @@ def _file(data: bytes, kind: str) -> Path:
     return path
 
 
+def peers(data: bytes) -> None:
+    """Frames of other replicas, each after its length: counted or taken note of, and gone when their origins are."""
+    listener = Listener(0, lambda origin: None, lambda origin: None)
+    for url in URLS:
+        listener.join(url)
+    at, now_s = 0, 1.0
+    while at + 2 <= len(data):
+        length = int.from_bytes(data[at : at + 2], "little")
+        listener.others.hear(data[at + 2 : at + 2 + length], now_s)
+        at, now_s = at + 2 + length, now_s + 0.1
+        told = Counter(url for url, _ in listener.policy.told)
+        assert all(told[url] <= load for url, load in listener.load.items())  # some have no share
+    for _ in range(3):
+        now_s += PEER_TIMEOUT_S / 2 + 0.1
+        listener.others.look(now_s)
+    assert len(listener.others) == listener.elsewhere.running == len(listener.policy.told) == 0
+    assert not any(listener.load.values())
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
         *(http, coding, upstream, sse, events, body, words, json_text, urls),
-        *(counts, rows, handoff, reports, routed_experts, calibration, trace),
+        *(counts, rows, handoff, reports, routed_experts, calibration, trace, peers),
     )
 }

@@ -26,6 +26,7 @@ from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
 from eldr.router.api.routes import ClientApi
 from eldr.router.api.ui.state import UiState
+from eldr.router.api.whole import Whole
 from eldr.router.config.groups import PlacementSettings
 from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port, read_key
 from eldr.router.experts.answers import ExpertAnswers
@@ -55,6 +56,10 @@ from eldr.router.http.tls import ServerTls, worker_context
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.decision_log import DecisionLog, calibration_digests, log_header
 from eldr.router.observe.tracing import Tracing
+from eldr.router.peers.bus import Bus
+from eldr.router.peers.nats import NatsBus
+from eldr.router.peers.peers import Peers
+from eldr.router.peers.siblings import Siblings
 from eldr.router.placement.admission import Admission
 from eldr.router.placement.lanes import Lanes, MakePolicy
 from eldr.router.placement.learning import Learning
@@ -85,6 +90,8 @@ class Router:
     config_file: the file to watch, and a function that reads it again. None if there is no file.
     inherited: sockets that already listen, for clients and then for the admin API. Missing ones are opened.
     expert_sink: who learns from the experts of finished requests. None for the policies.
+    bus: carries what replicas tell each other. None for the configured one, if there is one.
+    siblings: the other processes of this router on this machine. None if there are none.
 
     It has many attributes because it holds every part that must be started, stopped or reloaded.
     """
@@ -96,6 +103,8 @@ class Router:
         config_file: tuple[Path, Callable[[], RouterConfig]] | None = None,
         inherited: Sequence[socket.socket] = (),
         expert_sink: ExpertSink | None = None,
+        bus: Bus | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         self._config = config
         self._dns_names = config.workers.dns_names
@@ -119,15 +128,25 @@ class Router:
             fleet,
             make_policy,
             lambda policy: _zone_refits(policy, config.placement.options, metrics),
-            lambda group, policy: _learning(group, policy, config, metrics),
+            lambda group, policy: _learning(group, policy, config, metrics, siblings),
             metrics,
             config.placement.seed,
         )
         self._outcomes = Outcomes(fleet, metrics, config.ejection)
         lists = ModelLists(config.workers, fleet, pools)
         admission = Admission(config.queue)
+        if bus is None and config.peers.peers:
+            peers = config.peers
+            bus = NatsBus(peers.peers, peers.fleet, peers.peers_credentials_file, peers.peers_ca)
+        self._siblings = siblings
+        if bus is None and siblings is not None:
+            bus = siblings.bus
+        self.peers = None if bus is None else Peers(bus, fleet, self._lanes, admission)
+        fleet.on_change(self._lanes.fleet_changed)
+        if self.peers is not None:
+            fleet.on_change(self.peers.elsewhere.fleet_changed)
         # The queue comes last: the requests that it admits need the other parts up to date.
-        for part in (self._lanes, self._outcomes, lists, admission):
+        for part in (self._outcomes, lists, admission):
             fleet.on_change(part.fleet_changed)
 
         self._experts = _expert_sources(config, expert_sink or self._lanes, metrics)
@@ -165,11 +184,14 @@ class Router:
             worker_context(config.workers.worker_ca),
             memory,
         )
-        collector = RouterCollector(metrics, fleet, admission, self._lanes, memory, self._decision_log, quotas)
+        collector = RouterCollector(
+            metrics, fleet, admission, self._lanes, memory, self._decision_log, quotas, self.peers
+        )
+        whole = Whole(siblings)
         cors = Cors(listen.allowed_origins)
-        reports = None if self._experts is None else ExpertReports(self._experts, self.report_key)
-        self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector, reports)
-        self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services))
+        reports = None if self._experts is None else ExpertReports(self._experts, self.report_key, whole)
+        self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector, reports, whole)
+        self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services, self.peers), whole)
         self._listeners = Listeners(config.clients, memory, self._tls, inherited)
 
     # Starting and stopping.
@@ -181,6 +203,10 @@ class Router:
         """
         listen = self._config.listen
         try:
+            if self._siblings is not None:
+                await self._siblings.start()
+            if self.peers is not None:
+                await self.peers.start()
             await self.membership.follow(self._sources())
             loop = asyncio.get_running_loop()
             self._background = [
@@ -191,6 +217,8 @@ class Router:
             await self._listeners.open(self.clients, listen.host, listen.port)
             if listen.admin_listen is not None:
                 await self._listeners.open(self.admin, *host_and_port("admin_listen", listen.admin_listen))
+            if self._siblings is not None:
+                self._siblings.ready()
         except EldrError:
             await self.stop(0)
             raise
@@ -250,6 +278,10 @@ class Router:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        if self.peers is not None:
+            await self.peers.close()
+        if self._siblings is not None:
+            self._siblings.close()
         await self.membership.close()
         await self.services.lists.close()
         await self._lanes.close()
@@ -329,8 +361,13 @@ def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Zo
     return ZoneRefits(policy, RefitSchedule(options.refit_interval_s, options.refit_window_s), metrics)
 
 
-def _learning(group: ModelGroup, policy: Policy, config: RouterConfig, metrics: Metrics) -> Learning | None:
-    """What learns from a group's requests, beginning with what was kept or fitted before."""
+def _learning(
+    group: ModelGroup, policy: Policy, config: RouterConfig, metrics: Metrics, siblings: Siblings | None
+) -> Learning | None:
+    """What learns from a group's requests, beginning with what was kept or fitted before.
+
+    Of several processes, the first keeps what it learns.
+    """
     placement, reports = config.placement, config.experts.are_reported
     words, counts = policy.wants_words(False), policy.corrects_counts and reports
     if placement.learn == "off" or not (words or counts):
@@ -345,6 +382,8 @@ def _learning(group: ModelGroup, policy: Policy, config: RouterConfig, metrics: 
                 policy.learned(Learned.of(found.prompts, found.activation))
             except KeptError as error:
                 log.error("what was learned before is not used: %s", error)
+    if siblings is not None and siblings.index:
+        file = None
     learner = Learner(kept.prompts, kept.activation, words=words, counts=counts, seed=placement.seed)
     return Learning(policy, learner, metrics, file, reports)
 

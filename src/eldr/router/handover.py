@@ -65,7 +65,7 @@ async def start_successor(sockets: Sequence[socket.socket]) -> bool:
         os.close(writing)
     with os.fdopen(reading, "rb", buffering=0) as pipe:
         os.set_blocking(pipe.fileno(), False)
-        said = await _first_byte(pipe.fileno())
+        said = await first_byte(pipe.fileno())
     if not said:
         log.error("the successor does not serve, this process continues")
         process.kill()
@@ -75,7 +75,7 @@ async def start_successor(sockets: Sequence[socket.socket]) -> bool:
     return True
 
 
-async def _first_byte(fd: int) -> bytes:
+async def first_byte(fd: int) -> bytes:
     """The first byte from a pipe, or nothing if the pipe closes or READY_TIMEOUT_S passes."""
     readable = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import resource
 import signal
 import sys
@@ -16,9 +17,11 @@ from typing import Any
 import uvloop
 
 from eldr.router.app import Router, policy_maker
-from eldr.router.config.settings import RouterConfig
+from eldr.router.config.settings import ConfigError, RouterConfig
 from eldr.router.handover import inherited_sockets, start_successor, tell_predecessor
+from eldr.router.machine import CLIENT_SOCKETS, Machine, of_one_process, siblings_of_environment
 from eldr.router.observe import logs
+from eldr.router.peers.siblings import Siblings
 
 log = logging.getLogger("eldr.router")
 
@@ -39,12 +42,38 @@ def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
 
     Raises EldrError, before anything starts, if the configuration, the calibration or the policy cannot be used.
     """
-    load = partial(RouterConfig.load, path, flags)
+    siblings = siblings_of_environment()
+    load = partial(_load, path, flags, siblings)
     config = load()
     logs.set_up(config.observe.log_level)
     _raise_file_limit()
-    router = Router(config, policy_maker(config), None if path is None else (path, load), inherited_sockets())
-    uvloop.run(_serve(router, config))
+    inherited = inherited_sockets()
+    if config.listen.processes > 1 and siblings is None:
+        policy_maker(config)  # what is wrong is said once
+        uvloop.run(_run(Machine(config, inherited)))
+        return
+    if siblings is None and CLIENT_SOCKETS in os.environ:
+        raise ConfigError("processes has changed to 1, which needs a restart")
+    watched = None if path is None else (path, load)
+    router = Router(config, policy_maker(config), watched, inherited, siblings=siblings)
+    uvloop.run(_serve(router, config, siblings))
+
+
+def _load(path: Path | None, flags: Mapping[str, Any], siblings: Siblings | None) -> RouterConfig:
+    return of_one_process(RouterConfig.load(path, flags), siblings)
+
+
+def _signals() -> asyncio.Queue[int]:
+    """The signals that arrive from now on."""
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (*ENDING, signal.SIGHUP, signal.SIGUSR2):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    return signals
+
+
+async def _run(machine: Machine) -> None:
+    await machine.run(_signals())
 
 
 def _spare_the_collector() -> None:
@@ -54,22 +83,16 @@ def _spare_the_collector() -> None:
     gc.set_threshold(YOUNG_OBJECTS)
 
 
-async def _serve(router: Router, config: RouterConfig) -> None:
+async def _serve(router: Router, config: RouterConfig, siblings: Siblings | None) -> None:
     loop = asyncio.get_running_loop()
-    signals: asyncio.Queue[int] = asyncio.Queue()
-    for number in (*ENDING, signal.SIGHUP, signal.SIGUSR2):
-        loop.add_signal_handler(number, signals.put_nowait, number)
+    signals = _signals()
+    if siblings is not None:
+        siblings.gone = partial(signals.put_nowait, int(signal.SIGTERM))  # nobody else would end this process
     await router.start()
     _spare_the_collector()
     tell_predecessor()
-    scheme = "http" if config.listen.tls_cert is None else "https"
-    host = config.listen.host
-    host = f"[{host}]" if ":" in host else host
-    if config.listen.admin_listen is not None:
-        admin_host = config.listen.admin_listen.rpartition(":")[0]
-        print(f"eldr: page and admin API on {scheme}://{admin_host}:{router.admin_port}/ui", file=sys.stderr)
-    policy = config.placement.policy
-    print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {policy}", file=sys.stderr, flush=True)
+    if siblings is None:
+        _say(router, config)
     delayed = await _until_end(router, signals)
     timeouts = config.timeouts
     stopping = loop.create_task(router.stop(timeouts.grace_s, timeouts.shutdown_delay_s if delayed else 0.0))
@@ -80,6 +103,17 @@ async def _serve(router: Router, config: RouterConfig) -> None:
         await asyncio.gather(stopping, return_exceptions=True)
         await router.stop(0)
     again.cancel()
+
+
+def _say(router: Router, config: RouterConfig) -> None:
+    scheme = "http" if config.listen.tls_cert is None else "https"
+    host = config.listen.host
+    host = f"[{host}]" if ":" in host else host
+    if config.listen.admin_listen is not None:
+        admin_host = config.listen.admin_listen.rpartition(":")[0]
+        print(f"eldr: page and admin API on {scheme}://{admin_host}:{router.admin_port}/ui", file=sys.stderr)
+    policy = config.placement.policy
+    print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {policy}", file=sys.stderr, flush=True)
 
 
 async def _until_end(router: Router, signals: asyncio.Queue[int]) -> bool:

@@ -60,6 +60,7 @@ prefill_chunk = 512
 seed = 7
 host = "::1"
 port = 0
+processes = 4
 max_inflight = 3
 max_streams = 17
 max_queued = 0
@@ -107,6 +108,10 @@ shutdown_delay_s = 0.16
 grace_s = 0
 otel_endpoint = "http://collector:4318/v1/traces"
 otel_sampling = 1
+peers = ["nats://n:4222", "tls://u:p@[::1]"]
+fleet = "f-1_A"
+peers_credentials_file = "j"
+peers_ca = "k"
 report_key_file = "h"
 routed_experts_share = 0.25
 expert_geometry = "48x128x8"
@@ -121,13 +126,15 @@ FLAGS = """
 --prefill http://p:1 --decode http://d:1 --decode http://d:2 --worker http://w:1 --worker http://w:2
 --engine sglang --policy rr
 --calibration c.npz --calibration m=d.npz --seed 3
---decision-log l --host h --port 1 --max-inflight 2 --api-key-file a --tls-cert b --tls-key c --worker-ca d
+--decision-log l --host h --port 1 --processes 3 --max-inflight 2
+--api-key-file a --tls-cert b --tls-key c --worker-ca d
 --worker-api-key-file e --admin-key-file f --admin-listen 127.0.0.1:1 --otel-endpoint http://o
 --otel-sampling 0.5 --log-level debug --tau 0.2 --no-two-nearest --refit-interval 1 --refit-window 2 --cost x
 --worker-cost http://d:1=y --cost-scope moe --others-weight 3 --anchor 4 --tail-guard inf --step-tokens 5
 --expert-parallel 6 --prefill-weight 2.5 --prefill-chunk 4096
 --allowed-origins https://app.example --allowed-origins https://b.example
 --signature counts --learn off --learned-dir s
+--peers nats://n:1 --peers tls://m --fleet f --peers-credentials-file j --peers-ca k
 --report-key-file r --routed-experts-share 0.5 --expert-geometry 48x128x8 --expert-geometry m=24x32x4
 """
 
@@ -143,7 +150,7 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
     config = RouterConfig.load(tmp_path / "eldr.toml", {})
     files = {key: Path(written[key]) for key in written if key in (
         "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file",
-        "decision_log", "report_key_file", "learned_dir",
+        "decision_log", "report_key_file", "learned_dir", "peers_credentials_file", "peers_ca",
     )}  # fmt: skip
     cost = PRESETS[DEFAULT_PRESET]
     assert values(config) == written | files | {
@@ -151,6 +158,7 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
         "decode": ("http://d:1", "http://d:2"),
         "worker": ("http://w:1",),
         "allowed_origins": ("https://app.example", "http://localhost:3000"),
+        "peers": ("nats://n:4222", "tls://u:p@[::1]"),
         "cost": cost,
         "worker_costs": {"http://d:2": cost},
         "calibration": {"": Path("zones.npz")},
@@ -168,7 +176,7 @@ def test_every_flag() -> None:
     assert given_flags(arguments, RouterConfig) == {
         "prefill": ["http://p:1"], "decode": ["http://d:1", "http://d:2"], "worker": ["http://w:1", "http://w:2"],
         "engine": "sglang", "policy": "rr", "calibration": [("", "c.npz"), ("m", "d.npz")],
-        "seed": 3, "decision_log": Path("l"), "host": "h", "port": 1, "max_inflight": 2,
+        "seed": 3, "decision_log": Path("l"), "host": "h", "port": 1, "processes": 3, "max_inflight": 2,
         "api_key_file": Path("a"), "tls_cert": Path("b"), "tls_key": Path("c"), "worker_ca": Path("d"),
         "worker_api_key_file": Path("e"), "admin_key_file": Path("f"), "admin_listen": "127.0.0.1:1",
         "otel_endpoint": "http://o", "otel_sampling": 0.5, "log_level": "debug", "tau": 0.2, "two_nearest": False,
@@ -177,6 +185,7 @@ def test_every_flag() -> None:
         "expert_parallel": 6, "prefill_weight": 2.5, "prefill_chunk": 4096,
         "allowed_origins": ["https://app.example", "https://b.example"],
         "signature": "counts", "learn": "off", "learned_dir": Path("s"),
+        "peers": ["nats://n:1", "tls://m"], "fleet": "f", "peers_credentials_file": Path("j"), "peers_ca": Path("k"),
         "report_key_file": Path("r"), "routed_experts_share": 0.5,
         "expert_geometry": [("", "48x128x8"), ("m", "24x32x4")],
     }  # fmt: skip
@@ -190,7 +199,7 @@ def test_the_live_settings() -> None:
 
 
 # Settings whose default is not shown as a value of TOML.
-NOT_SHOWN = ("cost", "worker_costs", "allowed_origins", "calibration", "expert_geometry")
+NOT_SHOWN = ("cost", "worker_costs", "allowed_origins", "calibration", "expert_geometry", "peers")
 
 
 def rows() -> dict[str, list[str]]:
@@ -240,6 +249,10 @@ def valid(one: Setting) -> st.SearchStrategy[Any]:
         return st.lists(st.integers(1, 9).map(lambda port: f"http://w:{port}"), min_size=1, max_size=3, unique=True)
     if one.key == "allowed_origins":
         return st.lists(st.sampled_from(["*", "https://a.example", "http://[::1]:3000", "app://x"]), unique=True)
+    if one.key == "peers":
+        return st.lists(st.sampled_from(["nats://h", "tls://u:p@h:1", "nats://token@[::1]:4222"]), unique=True)
+    if one.key == "fleet":
+        return st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True)
     if one.key == "calibration":
         return st.sampled_from(["c.npz", {"m": "c.npz", "": "d.npz"}])
     if one.key == "expert_geometry":
@@ -264,6 +277,12 @@ def wrong(one: Setting) -> st.SearchStrategy[Any]:
         return st.sampled_from(["http://w:1", 1, [1], ["w:1"], ["http://w:1", "http://w:1"], ["http://w:0"], more])
     if one.key == "allowed_origins":
         return st.sampled_from(["*", 1, [1], ["null"], ["https://a.example/"], ["a.example"], ["https://a b"], [""]])
+    if one.key == "peers":
+        return st.sampled_from(
+            ["nats://h", 1, [1], ["h:4222"], ["http://h"], ["nats://h/x"], ["nats://h:0"], ["nats://"]]
+        )
+    if one.key == "fleet":
+        return st.sampled_from(["", 1, "a.b", "a b", "*", ">", "x" * 65, "é", ["a"]])
     if one.key == "worker_costs":
         return st.text(max_size=9).map(lambda cost: {"http://d:1": cost})
     if one.key == "calibration":
@@ -306,7 +325,7 @@ def test_values_of_a_file_arrive_as_they_were_written(folder: Path, data: st.Dat
     found = values(RouterConfig.load(folder / "eldr.toml", {}))
     default = values(RouterConfig.of(**TWO))
     for key, value in found.items():
-        if key in TWO or (key == "allowed_origins" and key in flat):
+        if key in TWO or (key in ("allowed_origins", "peers") and key in flat):
             assert value == tuple(flat[key])
         elif key == "cost":
             assert value == PRESETS[DEFAULT_PRESET]

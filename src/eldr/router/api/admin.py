@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import orjson
 
 from eldr.router.api.ui.page import TYPE, page
 from eldr.router.api.ui.state import UiState
+from eldr.router.api.whole import Whole, all_states, all_workers
 from eldr.router.config.endpoint import ROLES, Endpoint, Role, UrlError, worker_url
 from eldr.router.fleet.membership import Membership, MembershipError
 from eldr.router.fleet.workers import Worker
@@ -23,6 +25,9 @@ from eldr.router.protocols.openai import json_object
 SOURCE = "admin"
 PAGE = b"/ui"
 STATE = b"/ui/state"
+WORKERS = b"/admin/workers"
+# What the processes of a router tell each other: a request that changes the fleet.
+CHANGE = b"change"
 
 
 class AdminApi:
@@ -32,16 +37,22 @@ class AdminApi:
     for the key and fetches the data with it.
 
     ui: the data that the page shows.
+    whole: all processes of this router. What one is told, all do.
     """
 
-    def __init__(self, membership: Membership, key: AdminKey, ui: UiState) -> None:
+    def __init__(self, membership: Membership, key: AdminKey, ui: UiState, whole: Whole) -> None:
         self._ui = ui
+        self._whole = whole
+        if whole.siblings is not None:
+            whole.siblings.answers[STATE] = lambda details: ui.json()
+            whole.siblings.answers[WORKERS] = lambda details: orjson.dumps(self._workers())
+            whole.siblings.heard[CHANGE] = self._changed_elsewhere
         self.connections: set[ClientConnection] = set()
         self.closing = False
         self._membership = membership
         self._key = key
         self._routes: dict[bytes, dict[bytes, Callable[[dict[str, Any]], tuple[int, object]]]] = {
-            b"/admin/workers": {b"GET": self._list, b"POST": self._join, b"DELETE": self._remove},
+            WORKERS: {b"POST": self._join, b"DELETE": self._remove},
             b"/admin/drain": {b"POST": self._drain},
         }
 
@@ -63,7 +74,15 @@ class AdminApi:
             exchange.respond(200, text, TYPE, headers)
             return
         if request.method == b"GET" and request.path == STATE:
-            exchange.respond(200, self._ui.json(), extra=b"cache-control: no-store\r\n")
+            self._whole.gather(
+                STATE,
+                b"",
+                self._ui.json(),
+                lambda states: exchange.respond(200, all_states(states), extra=b"cache-control: no-store\r\n"),
+            )
+            return
+        if request.method == b"GET" and request.path == WORKERS:
+            self._list(exchange)
             return
         try:
             status, answer = self._answer(request)
@@ -71,21 +90,46 @@ class AdminApi:
             exchange.respond_error(error)
         else:
             exchange.respond(status, orjson.dumps(answer))
+            self._tell(request, answer)
+
+    def _tell(self, request: Request, answer: object) -> None:
+        """Let the other processes do the same, and those that start later."""
+        siblings = self._whole.siblings
+        if siblings is not None and isinstance(answer, dict):
+            topic = f"{answer['role']} {answer['url']}".encode()
+            siblings.keep(CHANGE, topic, b" ".join((request.method, request.path, request.body)))
+
+    def _changed_elsewhere(self, change: bytes) -> None:
+        """Another process was told something. Here it may be so already."""
+        method, path, body = change.split(b" ", 2)
+        with contextlib.suppress(ApiError):
+            self._act(method, path, body)
 
     def _answer(self, request: Request) -> tuple[int, object]:
         methods = self._routes.get(request.path)
         if methods is None:
             raise ApiError(404, "Not Found: the endpoints are " + ", ".join(map(bytes.decode, (PAGE, *self._routes))))
-        act = methods.get(request.method)
-        if act is None:
-            raise ApiError(405, "Method Not Allowed: use " + ", ".join(map(bytes.decode, methods)))
+        if request.method not in methods:
+            allowed = [*([b"GET"] if request.path == WORKERS else []), *methods]
+            raise ApiError(405, "Method Not Allowed: use " + ", ".join(map(bytes.decode, allowed)))
+        return self._act(request.method, request.path, request.body)
+
+    def _act(self, method: bytes, path: bytes, body: bytes) -> tuple[int, object]:
+        """Raises ApiError."""
         try:
-            return act({} if request.method == b"GET" else json_object(request.body))
+            return self._routes[path][method](json_object(body))
         except UrlError as error:
             raise ApiError(400, str(error), param="url") from None
 
-    def _list(self, fields: dict[str, Any]) -> tuple[int, object]:
-        return 200, {"workers": [describe(worker) for worker in self._membership.workers()]}
+    def _workers(self) -> list[dict[str, Any]]:
+        return [describe(worker) for worker in self._membership.workers()]
+
+    def _list(self, exchange: ClientExchange) -> None:
+        def finish(answers: list[bytes]) -> None:
+            workers = all_workers([orjson.loads(answer) for answer in answers])
+            exchange.respond(200, orjson.dumps({"workers": workers}))
+
+        self._whole.gather(WORKERS, b"", orjson.dumps(self._workers()), finish)
 
     def _join(self, fields: dict[str, Any]) -> tuple[int, object]:
         """Add a worker. Returns 202: it is probed first, and listed as joining until it is up."""
@@ -130,6 +174,7 @@ def describe(worker: Worker) -> dict[str, Any]:
         "problem": worker.problem,
         "source": worker.source,
         "in_flight": worker.in_flight,
+        "elsewhere": worker.elsewhere,
         "max_inflight": worker.max_inflight if worker.leg == "decode" else None,
         "waiting": None if worker.load is None else worker.load[0],
         "kv_usage": None if worker.load is None else worker.load[1],

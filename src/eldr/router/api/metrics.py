@@ -21,6 +21,7 @@ from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.media_types import accepts
 from eldr.router.observe.counters import Histogram, Metrics
 from eldr.router.observe.decision_log import DecisionLog
+from eldr.router.peers.peers import Peers
 from eldr.router.placement.admission import Admission
 from eldr.router.placement.lanes import Lanes
 from eldr.router.protocols import openai
@@ -42,6 +43,7 @@ COUNTS_ERRORS = ("missing", "unavailable", "malformed", "version", "inconsistent
 FAILURES = ("refused", "failed", "status", "wrong_answer", "timeout", "broken_stream", "transfer")
 EJECTIONS = ("consecutive", "rate", "trial")
 RETRIES = ("refused", "failed", "status", "overloaded", "wrong_answer", "timeout", "lease", "unserved")
+PEER_FRAMES = ("events", "heartbeat", "snapshot", "ask", "bye")
 TIMEOUTS = ("connect", "prefill", "first_byte", "answer", "idle", "total")
 
 
@@ -57,7 +59,9 @@ class RouterCollector(Collector):
         memory: BodyMemory,
         decision_log: DecisionLog | None,
         quotas: Quotas,
+        peers: Peers | None,
     ) -> None:
+        self._peers = peers
         self._decision_log = decision_log
         self._lanes = lanes
         self._memory = memory
@@ -159,6 +163,8 @@ class RouterCollector(Collector):
         yield _counter("eldr_bodies_refused", "Bodies that found no room in memory.", ("body",), no_room)
         yield GaugeMetricFamily("eldr_admitted", "Requests past the queue.", value=self._admission.admitted)
         yield from self._model_families()
+        if self._peers is not None:
+            yield from self._peer_families(self._peers)
         yield from self._worker_families()
         yield from self._worker_faults()
 
@@ -198,6 +204,34 @@ class RouterCollector(Collector):
             yield GaugeMetricFamily(
                 "eldr_zone_refit_shift", "Mean cosine distance that the last refit moved zones.", value=m.refit_shift
             )
+
+    def _peer_families(self, peers: Peers) -> Iterator[Metric]:
+        others, counters = peers.others, peers.counters
+        yield GaugeMetricFamily(
+            "eldr_peers_reachable", "Whether other replicas can be heard. If not, they are unknown.", value=peers.up
+        )
+        states = GaugeMetricFamily("eldr_peers", "Other replicas that were heard lately.", labels=("state",))
+        states.add_metric(("synced",), others.synced)
+        states.add_metric(("resyncing",), len(others) - others.synced)
+        yield states
+        running = GaugeMetricFamily(
+            "eldr_inflight_elsewhere", "Requests in flight at the worker for other replicas.", labels=("role", "worker")
+        )
+        for worker in self._fleet.workers("decode").values():
+            running.add_metric((worker.role, worker.url), worker.elsewhere)
+        yield running
+        received = _from_zero(PEER_FRAMES, counters.received)
+        yield _counter("eldr_peer_frames_received", "Frames of other replicas.", ("kind",), received)
+        for name, text, value in (
+            ("eldr_peer_frames_sent", "Frames to other replicas.", counters.sent),
+            ("eldr_peer_sent_bytes", "Bytes of the frames to other replicas.", counters.sent_bytes),
+            ("eldr_peer_frames_lost", "Frames to other replicas that could not be sent.", counters.lost),
+            ("eldr_peer_frames_refused", "Frames of others beyond what is believed.", counters.refused),
+            ("eldr_peer_gaps", "Times that something of another replica was missed.", counters.gaps),
+            ("eldr_peer_resyncs", "Snapshots of other replicas that were taken over.", counters.resyncs),
+            ("eldr_peers_expired", "Other replicas that were not heard any more.", counters.expired),
+        ):
+            yield _counter(name, text, (), {(): value})
 
     def _model_families(self) -> Iterator[Metric]:
         workers = GaugeMetricFamily(

@@ -10,6 +10,7 @@ from eldr.router.api.experts import ExpertReports
 from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
 from eldr.router.api.models import LIST, ModelsFlow
+from eldr.router.api.whole import Whole, all_metrics
 from eldr.router.config.endpoint import ROLES
 from eldr.router.http.admin_key import AdminKey
 from eldr.router.http.cors import Cors
@@ -35,6 +36,8 @@ OPEN_PATHS = frozenset((b"/health", b"/ready", b"/ping"))
 MODEL = LIST + b"/"
 # The Allow header of a 405, by the method of the endpoint.
 ALLOWED = {b"GET": b"GET, HEAD", b"POST": b"POST"}
+# Questions to the other processes.
+METRICS, LOAD = b"metrics", b"load"
 # How long clients that were cut off have to be told so.
 END_S = 1.0
 
@@ -44,6 +47,7 @@ class ClientApi:
 
     keys: the API keys. None if everybody is allowed in.
     reports: takes workers' reports of experts. None if nobody may report.
+    whole: all processes of this router.
     closing: whether the router is stopping. Requests are still answered, but /ready says 503.
     """
 
@@ -55,7 +59,12 @@ class ClientApi:
         cors: Cors,
         collector: RouterCollector,
         reports: ExpertReports | None,
+        whole: Whole,
     ) -> None:
+        self._whole = whole
+        if whole.siblings is not None:
+            whole.siblings.answers[METRICS] = self._own_metrics
+            whole.siblings.answers[LOAD] = lambda details: b"%d" % self.running
         self._services = services
         self._keys = keys
         self._admin_key = admin_key
@@ -179,7 +188,12 @@ class ClientApi:
 
     def _load(self, request: Request, exchange: ClientExchange) -> None:
         """Like vLLM's answer, but for all workers: the requests that the router is answering."""
-        exchange.respond(200, b'{"server_load":%d}' % self.running)
+        self._whole.gather(
+            LOAD,
+            b"",
+            b"%d" % self.running,
+            lambda loads: exchange.respond(200, b'{"server_load":%d}' % sum(map(int, loads))),
+        )
 
     def _ready(self, request: Request, exchange: ClientExchange) -> None:
         fleet = self._services.fleet
@@ -198,5 +212,22 @@ class ClientApi:
 
     def _metrics(self, request: Request, exchange: ClientExchange) -> None:
         named = self._admin_key.is_in(request.headers)
-        body, content_type = self._collector.exposition(request.headers.get(b"accept", b""), named)
-        exchange.respond(200, body, content_type.encode())
+        accept = request.headers.get(b"accept", b"")
+        body, content_type = self._collector.exposition(accept, named)
+        siblings = self._whole.siblings
+        if siblings is None:
+            exchange.respond(200, body, content_type.encode())
+            return
+        details = b"%d" % named + accept
+        self._whole.gather(
+            METRICS,
+            details,
+            self._own_metrics(details),
+            lambda texts: exchange.respond(200, all_metrics(texts), content_type.encode()),
+        )
+
+    def _own_metrics(self, details: bytes) -> bytes:
+        """This process's metrics for `all_metrics`. details: whether clients are named, and the Accept header."""
+        assert self._whole.siblings is not None
+        body, _ = self._collector.exposition(details[1:], details[:1] == b"1")
+        return b'process="%d"\n%b' % (self._whole.siblings.index, body)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from eldr.counts import CountsError
 from eldr.policies import POLICY_NAMES, PolicyOptions
@@ -19,6 +20,8 @@ DNS = "dns+"
 # The ports that browsers leave out of an origin.
 OWN_PORTS = {"http": "80", "https": "443"}
 ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>[0-9]{1,5}))?")
+# A part of a subject of NATS.
+FLEET = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ENGINES = ("vllm", "sglang")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # The smallest time limit allowed. A smaller one can only be a mistake.
@@ -65,6 +68,27 @@ def _origins(key: str, value: Any) -> tuple[str, ...]:
         else:
             origins.append(text.lower())
     return tuple(dict.fromkeys(origins))
+
+
+def _nats_urls(key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(url, str) for url in value):
+        raise SettingError(f"{key} is not a list of URLs of NATS servers")
+    for text in value:
+        try:
+            parts = urlsplit(text)
+            valid = parts.scheme in ("nats", "tls") and parts.hostname and parts.port != 0
+        except ValueError:
+            valid = False
+        if not valid or parts.path or parts.query or parts.fragment or not text.isprintable():
+            # The URL may have a password, so it is not repeated.
+            raise SettingError(f"{key} has an entry that is not nats://HOST:PORT or tls://HOST:PORT")
+    return tuple(value)
+
+
+def _fleet_name(key: str, value: Any) -> str:
+    if not isinstance(value, str) or FLEET.fullmatch(value) is None:
+        raise SettingError(f"{key} is {value!r}, expected up to 64 letters, digits, - and _")
+    return value
 
 
 def _geometries(key: str, value: Any) -> dict[str, tuple[int, int, int]]:
@@ -186,6 +210,10 @@ class ListenSettings:
 
     host: str = setting("127.0.0.1", "address to listen on", flag=True)
     port: int = setting(8000, "port to listen on; 0 takes a free one", most=65535, flag=True)
+    processes: int = setting(
+        1, "how many processes serve as one router, about one for each core", least=1, most=256, flag=True,
+        page="peers.md#many-processes-on-one-machine",
+    )  # fmt: skip
     api_key_file: Path | None = setting(
         None, "file with the API keys that clients may use, one a line", flag=True, shown="no key needed",
         page="security.md#api-keys",
@@ -320,6 +348,31 @@ class ExpertSettings:
     def are_reported(self) -> bool:
         """Whether the experts of finished requests become known from anywhere."""
         return self.report_key_file is not None or self.routed_experts_share > 0
+
+
+@dataclass
+class PeerSettings:
+    """Other replicas of this router, which send requests to the same workers."""
+
+    peers: tuple[str, ...] = setting(
+        (), "URL of a NATS server over which the replicas of a router decide as one, such as nats://10.0.0.1:4222",
+        parse=_nats_urls, flag=True, metavar="URL", shown="this router is the only one", page="peers.md",
+    )  # fmt: skip
+    fleet: str = setting(
+        "default", "name of the fleet, which the replicas have in common", parse=_fleet_name, flag=True, metavar="NAME",
+        page="peers.md",
+    )  # fmt: skip
+    peers_credentials_file: Path | None = setting(
+        None,
+        "file with credentials of NATS (.creds)",
+        flag=True,
+        shown="what the URL has",
+        page="peers.md#permissions-and-tls",
+    )
+    peers_ca: Path | None = setting(
+        None, "PEM file of the CAs that tls:// servers of NATS are checked against", flag=True, shown="the system's",
+        page="peers.md#permissions-and-tls",
+    )  # fmt: skip
 
 
 @dataclass

@@ -17,6 +17,7 @@ from eldr.router.config.groups import (
     ExpertSettings,
     ListenSettings,
     ObserveSettings,
+    PeerSettings,
     PlacementSettings,
     QueueLimits,
     RetrySettings,
@@ -45,6 +46,7 @@ class RouterConfig:
     timeouts: Timeouts = group("Timeouts of requests")
     retry: RetrySettings = group("Retries")
     ejection: EjectionSettings = group("Ejection")
+    peers: PeerSettings = group("Replicas")
     experts: ExpertSettings = group("Experts of finished requests")
     observe: ObserveSettings = group("Observability")
 

@@ -59,6 +59,12 @@ def take_reports(reports: Sequence[Any], expected: ExpectedReports, outcomes: Co
             outcomes["accepted"] += 1
 
 
+def is_known(report: Any, expected: ExpectedReports) -> bool:
+    """Whether a report is of a request of this process."""
+    name = report.get("id") if isinstance(report, dict) else None
+    return isinstance(name, str) and len(name) <= MAX_NAME_CHARS and any(map(expected.knows, leg_names(name)))
+
+
 def take_report(report: Any, expected: ExpectedReports) -> None:
     """Take one report. Raises CountsError if it cannot be used."""
     try:

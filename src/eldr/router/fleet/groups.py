@@ -106,10 +106,12 @@ class ModelGroup:
     bases: the names of that base model.
     aggregated: whether requests run whole, each on one of the workers for decode legs: there is an aggregated worker.
     workers: leg -> URL -> worker, in the order in which they came.
-    eligible: workers for decode legs that may take a request now: URL -> requests in flight. It is updated with every
-        change and never rebuilt.
+    eligible: workers for decode legs that may take a request now: URL -> requests in flight, those of other replicas
+        included. It is updated with every change and never rebuilt.
     free: how many more requests these workers may run.
     promised: admitted requests that run on none of them yet.
+    promised_elsewhere: the same of other replicas.
+    waiting_elsewhere: how many other replicas have requests that wait for a slot.
     narrow: those names with promised requests that only some of them serve.
     left_s: by leg, the monotonic time at which an available worker last left. -inf before the first.
     whole: for requests that name no model.
@@ -123,6 +125,8 @@ class ModelGroup:
         self.eligible: dict[str, int] = {}
         self.free = 0
         self.promised = 0
+        self.promised_elsewhere = 0
+        self.waiting_elsewhere = 0
         self.narrow: dict[Served, None] = {}
         self.left_s: dict[LegName, float] = {"prefill": -math.inf, "decode": -math.inf}
         self.whole = Served(self)
@@ -196,9 +200,10 @@ class ModelGroup:
         """Note how many more requests one of its workers may take."""
         if worker.leg != "decode":
             return
-        free = worker.max_inflight - worker.in_flight
+        busy = worker.in_flight + worker.elsewhere
+        free = worker.max_inflight - busy
         if free > 0 and worker.available:
-            self.eligible[worker.url] = worker.in_flight
+            self.eligible[worker.url] = busy
             if worker.on_trial:  # one request, no matter what it still runs from before
                 free = 1
         else:

@@ -127,7 +127,7 @@ class Capacity:
         self._looks = 0
 
     def heard(self, load: EngineLoad, in_flight: int) -> int:
-        """Return the limit after one more look. in_flight: the router's requests at the worker."""
+        """Return the limit after one more look. in_flight: the requests of all routers at the worker."""
         self._looks = self._looks + 1 if load.waiting > 0 else 0
         if self._looks >= LOOKS:
             self.limit = max(1, min(self.limit, in_flight - load.waiting))
@@ -184,7 +184,7 @@ class LoadWatch:
         if load is not None:
             self._worker.load = (load.waiting, load.kv_usage)
             if self._worker.leg == "decode":
-                self._fleet.set_limit(self._worker, self.capacity.heard(load, self._worker.in_flight))
+                self._fleet.set_limit(self._worker, self.capacity.heard(load, self._worker.busy))
         return engines
 
     def _note_active(self, active: tuple[float, float] | None) -> None:

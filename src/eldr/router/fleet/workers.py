@@ -27,8 +27,9 @@ class Worker:
 
     Each attribute is one thing known about it.
 
-    max_inflight: the most requests it may run at once.
-    in_flight: the requests it runs now.
+    max_inflight: the most requests it may run at once, for all routers.
+    in_flight: the requests it runs now for this router.
+    elsewhere: the decode legs that it runs for other replicas.
     healthy: whether it answers its probes and accepts connections. A new worker is unhealthy until its first probe.
     draining: whether it finishes what it runs and gets nothing new.
     source: where it comes from: static, file, dns or admin.
@@ -54,6 +55,7 @@ class Worker:
     role: Role
     max_inflight: int
     in_flight: int = 0
+    elsewhere: int = 0
     healthy: bool = False
     draining: bool = False
     source: str = ""
@@ -89,6 +91,11 @@ class Worker:
         if self.healthy:
             return "trial" if self.on_trial else "up"
         return "joining" if self.models is None and not self.problem else "down"
+
+    @property
+    def busy(self) -> int:
+        """The requests that it runs now, for this router and for other replicas."""
+        return self.in_flight + self.elsewhere
 
     def observe_tpot(self, tpot_s: float) -> None:
         self.tpot_s = tpot_s if self.tpot_s is None else self.tpot_s + (tpot_s - self.tpot_s) / RECENT_STREAMS
@@ -345,6 +352,12 @@ class Fleet:
     def finished(self, worker: Worker) -> None:
         worker.in_flight -= 1
         self._refresh(worker)
+
+    def set_elsewhere(self, worker: Worker, requests: int) -> None:
+        """Note how many decode legs it runs for other replicas."""
+        if worker.elsewhere != requests:
+            worker.elsewhere = requests
+            self._refresh(worker)
 
     def set_healthy(self, worker: Worker, healthy: bool) -> None:
         worker.healthy = healthy

@@ -18,11 +18,12 @@ from typing import cast
 
 from eldr.router.config.endpoint import LegName, Role
 from eldr.router.config.groups import QueueLimits
-from eldr.router.fleet.groups import Served, Urls, model_not_found
+from eldr.router.fleet.groups import ModelGroup, Served, Urls, model_not_found
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.errors import ApiError
 from eldr.router.placement.fair_queue import FairQueue, QueueFullError
 from eldr.router.placement.room import Need, spare
+from eldr.router.placement.sharing import Sharing
 
 PRIORITIES = ("high", "normal", "low")
 RETRY_AFTER_S = 2
@@ -87,6 +88,7 @@ class _Turn:
 class Admission:
     """Admits requests as long as the decode workers that serve their model have free slots, and queues the others.
 
+    sharing: tells other replicas of promised slots. None if there are none.
     admitted: requests past the queue. queued: requests in it.
     refusals: requests that got no turn, by reason: full, displaced (by a client with fewer waiting) or timeout.
     """
@@ -97,6 +99,7 @@ class Admission:
         self._placing: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._last_wait_s = 0.0
+        self.sharing: Sharing | None = None
         self.queued = 0
         self.admitted = 0
         self.refusals: defaultdict[str, int] = defaultdict(int)
@@ -153,10 +156,14 @@ class Admission:
     def _admit(self, served: Served) -> None:
         self.admitted += 1
         served.promise()
+        if self.sharing is not None:
+            self.sharing.admission_changed()
 
     def _return(self, served: Served) -> None:
         self.admitted -= 1
         served.release()
+        if self.sharing is not None:
+            self.sharing.admission_changed()
         self._start_waiting()
 
     def changed(self) -> None:
@@ -194,10 +201,36 @@ class Admission:
             return False
         group = served.group
         if served.decode is None and not group.narrow:
-            return group.promised < group.free
+            return group.promised + group.promised_elsewhere < group.free and self._may_use_more(group)
         workers = served.decode
-        found = _spare(served, 0)
+        found = _spare(served, 0) if self._may_use_more(group) else set()
         return bool(found) if workers is None else not found.isdisjoint(workers)
+
+    def _may_use_more(self, group: ModelGroup) -> bool:
+        """Whether no other replica has the better right to a free slot: one that waits, and runs less than its part.
+
+        Without this rule, a replica with a queue would keep every slot that it once got.
+        """
+        waiting = group.waiting_elsewhere
+        if not waiting:
+            return True
+        slots = used = 0
+        for worker in group.workers["decode"].values():
+            used += worker.in_flight
+            if worker.available:
+                slots += worker.max_inflight
+        return used + group.promised < math.ceil(slots / (waiting + 1))
+
+    def waits_for_slots(self, group: ModelGroup) -> bool:
+        """Whether requests wait that any worker of this group could take."""
+        if not self.queued or self.admitted >= self._limits.max_streams:
+            return False
+        for queue in self._queues:
+            for line in queue.lines:
+                served = cast(Served, line)
+                if served.group is group and served.decode is None:
+                    return True
+        return False
 
     def _may_start(self) -> Callable[[Hashable], bool]:
         """Return a function that tells whether a line has room. It holds until the next request is admitted."""
@@ -304,6 +337,8 @@ class Admission:
             self.refusals["full"] += 1
             raise self._full() from None
         self.queued += 1
+        if self.sharing is not None:
+            self.sharing.admission_changed()
         if displaced is not None:
             self.queued -= 1
             self.refusals["displaced"] += 1
@@ -319,6 +354,8 @@ class Admission:
     def _drop(self, turn: _Turn, refusal: ApiError | None) -> None:
         self.queued -= self._queues[turn.claim.priority].remove(turn, turn.claim.client, turn.served)
         turn.end(refusal)
+        if self.sharing is not None:
+            self.sharing.admission_changed()
 
     def _full(self) -> ApiError:
         return ApiError(429, "too many requests are waiting; try again later", retry_after_s=self._after_s())
@@ -343,7 +380,7 @@ def _spare(served: Served, placing: int) -> set[str]:
     group = served.group
     free = {url: group.workers["decode"][url].free for url in group.eligible}
     narrow: dict[Urls, int] = {}  # a thousand adapters are on a few combinations of workers
-    wide = group.promised
+    wide = group.promised + group.promised_elsewhere  # others may need fewer workers, but nobody knows which
     for each in group.narrow:
         wide -= each.promised
         workers = each.decode or NOWHERE

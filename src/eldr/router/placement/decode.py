@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
 from eldr.policies.load import ShortestQueue
+from eldr.policies.shares import Share
 from eldr.router.fleet.groups import ModelGroup, Served
 from eldr.router.fleet.workers import Worker
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 from eldr.router.placement.learning import Learning
 from eldr.router.placement.prefixes import Prefix, SeenPrefixes
+from eldr.router.placement.sharing import Sharing
 
 log = logging.getLogger("eldr.router")
 
@@ -28,7 +30,7 @@ KEPT = 100
 
 
 class Placed(NamedTuple):
-    """A decision, for display. in_flight: the other requests that the worker ran at that time."""
+    """A decision, for display. in_flight: the other requests that the worker ran at that time, for all routers."""
 
     unix_s: float
     request_id: str
@@ -40,9 +42,12 @@ class Placed(NamedTuple):
 
 
 class Placement:
-    """One request on one worker that decodes, from the decision until the end of its `with` block."""
+    """One request on one worker that decodes, from the decision until the end of its `with` block.
 
-    __slots__ = ("_owner", "_request", "_served", "decision", "worker")
+    number: by which other replicas know it. 0 if there are none.
+    """
+
+    __slots__ = ("_owner", "_request", "_served", "decision", "number", "worker")
 
     def __init__(
         self, owner: Placements, request: DecodeRequest, served: Served, worker: Worker, decision: Decision
@@ -52,6 +57,7 @@ class Placement:
         self._served = served
         self.worker = worker
         self.decision = decision
+        self.number = 0
 
     @property
     def request_id(self) -> str:
@@ -66,7 +72,7 @@ class Placement:
     def prompt_computed(self) -> None:
         """The worker has computed the prompt. It may be told to a policy that prices prompts."""
         if self._request.computes_prompt:
-            self._owner.prompt_computed(self._request, self.worker)
+            self._owner.prompt_computed(self._request, self.worker, self.number)
 
     def generated(self, tokens: int | None) -> None:
         """The answer had so many tokens. None if nobody knows."""
@@ -78,13 +84,14 @@ class Placement:
     def __exit__(self, kind: object, error: object, where: object) -> None:
         """The request no longer runs there. It keeps a slot for another attempt until it leaves the admission."""
         self._served.promise()
-        self._owner.ended(self._request, self.worker)
+        self._owner.ended(self._request, self.worker, self.number)
 
 
 class Placements:
     """Wraps the policy of one group. If the policy raises, join-shortest-queue places that request.
 
     learning: learns from its requests. None if nothing is learned.
+    sharing: tells other replicas. None if there are none.
     recent: the latest decisions of all groups, for display.
     """
 
@@ -92,6 +99,7 @@ class Placements:
         self,
         policy: Policy,
         learning: Learning | None,
+        sharing: Sharing | None,
         group: ModelGroup,
         metrics: Metrics,
         seed: int,
@@ -99,6 +107,7 @@ class Placements:
     ) -> None:
         self._policy = policy
         self._learning = learning
+        self._sharing = sharing
         self._group = group
         self._metrics = metrics
         self._fallback = ShortestQueue(seed)
@@ -122,6 +131,10 @@ class Placements:
         except Exception:
             self._failed("failed to show its state", exc_info=True)
             return None
+
+    def knows(self, url: str) -> bool:
+        """Whether the policy knows the worker with this URL."""
+        return url in self._joined
 
     def fleet_changed(self, worker: Worker) -> None:
         """A listener of the fleet. The policy learns of a worker when it is first up, and when it leaves."""
@@ -176,20 +189,45 @@ class Placements:
                 request.label,
                 worker.url,
                 decision.reason,
-                worker.in_flight,
+                worker.busy,
             )
         )
         self._tell(self._policy.started, request, worker.url)
+        placement = Placement(self, request, served, worker, decision)
+        if self._sharing is not None:
+            placement.number = self._sharing.started(worker.url, self._share(request, worker.url))
         if self._learning is not None:
             self._learning.placed(request)
         request.forget_counts()
-        return Placement(self, request, served, worker, decision)
+        return placement
 
-    def prompt_computed(self, request: DecodeRequest, worker: Worker) -> None:
+    def prompt_computed(self, request: DecodeRequest, worker: Worker, number: int) -> None:
         self._tell(self._policy.prompt_computed, request, worker.url)
+        if self._sharing is not None:
+            self._sharing.prompt_computed(number)
 
-    def ended(self, request: DecodeRequest, worker: Worker) -> None:
+    def ended(self, request: DecodeRequest, worker: Worker, number: int) -> None:
         self._tell(self._policy.finished, request, worker.url)
+        if self._sharing is not None:
+            self._sharing.ended(number)
+
+    def _share(self, request: DecodeRequest, url: str) -> Share | None:
+        try:
+            return self._policy.share(request, url)
+        except Exception:
+            self._failed("failed to say what others must know of a request", exc_info=True)
+            return None
+
+    # What other replicas run.
+
+    def elsewhere_started(self, url: str, share: Share) -> None:
+        self._tell(self._policy.elsewhere_started, url, share)
+
+    def elsewhere_prompt_computed(self, url: str, share: Share) -> None:
+        self._tell(self._policy.elsewhere_prompt_computed, url, share)
+
+    def elsewhere_finished(self, url: str, share: Share) -> None:
+        self._tell(self._policy.elsewhere_finished, url, share)
 
     def _decide(self, request: DecodeRequest, eligible: Mapping[str, int]) -> Decision:
         try:
@@ -201,7 +239,7 @@ class Placements:
             self._failed("failed to choose", exc_info=True)
         return Decision(self._fallback.choose(request, eligible).worker, "policy_error")
 
-    def _tell(self, hook: Callable[..., None], *event: DecodeRequest | str) -> None:
+    def _tell(self, hook: Callable[..., None], *event: DecodeRequest | str | Share) -> None:
         try:
             hook(*event)
         except Exception:

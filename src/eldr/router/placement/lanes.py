@@ -15,6 +15,7 @@ from eldr.router.placement.decode import KEPT, Placed, Placements
 from eldr.router.placement.learning import Learning
 from eldr.router.placement.prefill import PrefillRing
 from eldr.router.placement.refits import ZoneRefits
+from eldr.router.placement.sharing import Sharing
 
 # Makes the policy of a group.
 MakePolicy = Callable[[ModelGroup], Policy]
@@ -48,6 +49,7 @@ class Lane:
 class Lanes:
     """Makes a lane for each group when its first worker comes, and drops it with the group.
 
+    sharing: tells other replicas of requests. None if there are none. To be set before the first worker comes.
     recent: the latest decisions of all groups.
     """
 
@@ -67,6 +69,7 @@ class Lanes:
         self._metrics = metrics
         self._seed = seed
         self._lanes: dict[ModelGroup, Lane] = {}
+        self.sharing: Sharing | None = None
         self.recent: deque[Placed] = deque(maxlen=KEPT)
 
     def __iter__(self) -> Iterator[Lane]:
@@ -92,9 +95,8 @@ class Lanes:
     def _make(self, group: ModelGroup) -> Lane:
         policy = self._make_policy(group)
         refits, learning = self._make_refits(policy), self._make_learning(group, policy)
-        loop = asyncio.get_running_loop()
-        tasks = [loop.create_task(part.run()) for part in (refits, learning) if part is not None]
-        placements = Placements(policy, learning, group, self._metrics, self._seed, self.recent)
+        tasks = [asyncio.create_task(part.run()) for part in (refits, learning) if part is not None]
+        placements = Placements(policy, learning, self.sharing, group, self._metrics, self._seed, self.recent)
         return Lane(group, PrefillRing(group), placements, learning, tasks)
 
     def report(self, request_id: str, decode: ExpertCounts) -> None:

@@ -186,15 +186,18 @@ class PassThrough:
         if self._endpoint.engine:
             usable = self._services.admission.usable(served)
             workers = [worker for worker in workers if worker.free > 0 and (usable is None or worker.url in usable)]
-        return min(workers, key=lambda worker: (worker.url in tried, worker.in_flight, random.random()), default=None)
+        return min(workers, key=lambda worker: (worker.url in tried, worker.busy, random.random()), default=None)
 
     async def _ask(self, served: Served, worker: Worker, name: str) -> Answer:
         """Return the worker's answer. Raises LegRefused, LegFailure or ApiError."""
         services, engine = self._services, self._endpoint.engine
+        number = 0
         if engine:
             served.release()
             services.outcomes.began(worker)
             services.fleet.started(worker)
+            if services.lanes.sharing is not None:
+                number = services.lanes.sharing.started(worker.url, None)
         try:
             answer = await self._exchange(worker, name)
             if engine:
@@ -210,6 +213,8 @@ class PassThrough:
                 served.promise()  # it keeps a slot for another attempt
                 services.fleet.finished(worker)
                 services.outcomes.ended(worker)
+                if services.lanes.sharing is not None:
+                    services.lanes.sharing.ended(number)
 
     async def _exchange(self, worker: Worker, name: str) -> Answer:
         services, request = self._services, self._request

@@ -13,6 +13,7 @@ from eldr.router.config.endpoint import ROLES
 from eldr.router.fleet.groups import ModelGroup
 from eldr.router.fleet.workers import Worker
 from eldr.router.observe.counters import Histogram, Metrics
+from eldr.router.peers.peers import Peers
 from eldr.router.request.services import Services
 
 DECISIONS = 60
@@ -21,8 +22,9 @@ DECISIONS = 60
 class UiState:
     """Returns the current state. The page computes rates and quantiles itself, from the differences of two states."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, peers: Peers | None) -> None:
         self._services = services
+        self._peers = peers
         self._started_s = time.monotonic()
 
     def json(self) -> bytes:
@@ -37,6 +39,7 @@ class UiState:
             "policy": services.config.placement.policy,
             "totals": _totals(metrics),
             "queue": {"admitted": admission.admitted, "queued": admission.queued, "slots": fleet.decode_slots},
+            "peers": None if self._peers is None else _peers(self._peers),
             "histograms": {
                 "ttft": _histogram(metrics.ttft),
                 "tpot": _histogram(metrics.tpot),
@@ -74,6 +77,11 @@ def _totals(metrics: Metrics) -> dict[str, int]:
     }
 
 
+def _peers(peers: Peers) -> dict[str, Any]:
+    others = peers.others
+    return {"reachable": peers.up, "others": len(others), "synced": others.synced, "running": peers.elsewhere.running}
+
+
 def _histogram(histogram: Histogram) -> dict[str, Any]:
     return {"bounds": histogram.bounds, "counts": histogram.counts}
 
@@ -86,6 +94,7 @@ def _worker(worker: Worker, group: ModelGroup | None, expected_experts: float | 
         "state": worker.state,
         "problem": worker.problem,
         "in_flight": worker.in_flight,
+        "elsewhere": worker.elsewhere,
         "max_inflight": worker.max_inflight,
         "kv_usage": None if worker.load is None else worker.load[1],
         "tpot_s": worker.tpot_s,

@@ -1,0 +1,1 @@
+"""Several replicas of a router that decide as one: each tells the others what it runs."""
