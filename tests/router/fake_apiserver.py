@@ -192,13 +192,14 @@ class FakeApiserver:
         try:
             async with asyncio.timeout(float(asked.query["timeoutSeconds"])):
                 while True:
+                    until = self._version
                     for version, path, kind, found, before in list(self._history):
-                        if version > at and path == asked.path:
-                            at = version
-                            if (event := _event(kind, found, before, asked.query)) is not None:
-                                await line(writer, event)
+                        event = _event(kind, found, before, asked.query) if path == asked.path else None
+                        if at < version <= until and event is not None:
+                            await line(writer, event)
+                    at = until
                     async with self._changed:
-                        await self._changed.wait_for(lambda at=at: self._history and self._history[-1][0] > at)
+                        await self._changed.wait_for(lambda at=at: self._version > at)
         except TimeoutError:
             await end_lines(writer)
 
