@@ -1,6 +1,6 @@
 """A fake Kubernetes API server: lists and watches of pods and InferencePools, and ways to misbehave.
 
-Its answers have the form of a real one's (`recorded_kubernetes.json`, written by tests/kubernetes).
+Its answers have the form of a real one's (`recorded_kubernetes.json`, written by tests/kubernetes/record.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "recorded_kubernetes.json").read_text())
+RECORDED_FILE = Path(__file__).parent / "recorded_kubernetes.json"
+RECORDED: dict[str, Any] = json.loads(RECORDED_FILE.read_text())
 PODS, POOLS = "/api/v1/namespaces/{}/pods", "/apis/inference.networking.k8s.io/v1/namespaces/{}/inferencepools"
 KINDS = {"pods": "Pod", "inferencepools": "InferencePool"}
 
@@ -117,7 +118,7 @@ class FakeApiserver:
 
     async def bookmark(self, path: str) -> None:
         """Let watches know of a version at which nothing happened to their objects."""
-        found = {"kind": "", "metadata": {"name": "", "creationTimestamp": None}}
+        found = {"kind": "", "apiVersion": "v1", "metadata": {"name": "", "creationTimestamp": None}, "spec": {}}
         await self._note(path, "BOOKMARK", found)
 
     async def _note(self, path: str, kind: str, found: dict[str, Any]) -> None:
@@ -175,11 +176,15 @@ class FakeApiserver:
     async def _list(self, asked: Asked, writer: asyncio.StreamWriter) -> None:
         found = [each for each in self._objects.get(asked.path, {}).values() if _selected(each, asked.query)]
         begin, most = int(asked.query.get("continue", "0")), int(asked.query.get("limit", "0")) or len(found)
+        body = deepcopy(RECORDED["list"])
         metadata: dict[str, Any] = {"resourceVersion": str(self._version)}
         if begin + most < len(found):
             metadata |= {"continue": str(begin + most), "remainingItemCount": len(found) - begin - most}
-        kind = KINDS[asked.path.rsplit("/", 1)[1]] + "List"
-        body = {"kind": kind, "apiVersion": "v1", "metadata": metadata, "items": found[begin : begin + most]}
+        body |= {
+            "metadata": metadata,
+            "kind": KINDS[asked.path.rsplit("/", 1)[1]] + "List",
+            "items": found[begin : begin + most],
+        }
         await send(writer, 200, json.dumps(body).encode())
 
     async def _watch(self, asked: Asked, writer: asyncio.StreamWriter) -> None:
@@ -270,6 +275,31 @@ def set_ready(found: dict[str, Any], ready: bool) -> None:
     for condition in found["status"]["conditions"]:
         if condition["type"] == "Ready":
             condition["status"] = str(ready)
+
+
+class FakePods:
+    """The pods of namespace moe, as tests/router/pods_under_load.py has them."""
+
+    def __init__(self, server: FakeApiserver) -> None:
+        self._server = server
+        self._path = PODS.format("moe")
+        self.url = server.url
+
+    async def create(self, name: str, role: str, ip: str, port: int, ready: bool = True) -> None:
+        await self._server.put(self._path, pod(name, ip, {"role": role}, {"http": port}, ready))
+
+    async def set_ready(self, name: str, ready: bool) -> None:
+        found = self._server.get(self._path, name)
+        set_ready(found, ready)
+        await self._server.put(self._path, found)
+
+    async def delete(self, name: str) -> None:
+        found = self._server.get(self._path, name)
+        found["metadata"] |= RECORDED["ending"]
+        await self._server.put(self._path, found)
+
+    async def finish(self, name: str) -> None:
+        await self._server.remove(self._path, name)
 
 
 def pool(name: str, labels: dict[str, str], *ports: int) -> dict[str, Any]:

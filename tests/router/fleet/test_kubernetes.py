@@ -27,6 +27,7 @@ from tests.router.fake_apiserver import (
     Answer,
     Asked,
     FakeApiserver,
+    FakePods,
     begin_lines,
     line,
     piece,
@@ -36,6 +37,7 @@ from tests.router.fake_apiserver import (
     set_ready,
 )
 from tests.router.harness import Scripted, on_uvloop, until
+from tests.router.pods_under_load import no_stream_breaks
 
 MOE = PODS.format("moe")
 DECODE = {"role": "decode"}
@@ -119,7 +121,7 @@ async def test_pods_join_and_leave_as_they_live() -> None:
         await server.put(MOE, pod("new", "10.0.0.2", DECODE))
         await heard.is_("10.0.0.1", "10.0.0.2")
         ending = server.get(MOE, "at-10.0.0.1")
-        ending["metadata"] |= {"deletionTimestamp": "2026-11-30T03:00:00Z", "deletionGracePeriodSeconds": 30}
+        ending["metadata"] |= RECORDED["ending"]
         await server.put(MOE, ending)
         await heard.is_("10.0.0.2")
         await server.remove(MOE, "at-10.0.0.1")
@@ -591,5 +593,21 @@ async def test_inside_a_cluster_the_pod_knows_all(tmp_path: Path, monkeypatch: p
         KubernetesSource(address, "decode", None, folder, 30)
 
 
-def test_the_recorded_answers_are_of_a_real_server() -> None:
-    assert RECORDED["forbidden_list"]["reason"] == "Forbidden"
+# The whole router.
+
+
+@on_uvloop
+async def test_no_stream_breaks_while_pods_come_and_go() -> None:
+    server = await FakeApiserver().start()
+    try:
+        await no_stream_breaks(FakePods(server), Path("/no/account"))
+    finally:
+        await server.stop()
+
+
+def test_addresses_change_with_a_new_process_only(caplog: pytest.LogCaptureFixture) -> None:
+    config = RouterConfig.of(worker=(ADDRESS,), port=0)
+    Router(config, lambda group: Scripted())._reloaded(
+        RouterConfig.of(worker=(ADDRESS.replace("moe", "other"),), port=0)
+    )
+    assert "need a new process: dns+ and k8s+ addresses" in caplog.text
