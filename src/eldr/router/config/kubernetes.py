@@ -28,6 +28,8 @@ _KEY = rf"({LABEL}(\.{LABEL})*/)?[A-Za-z0-9]([A-Za-z0-9_.-]{{0,61}}[A-Za-z0-9])?
 _ONE_OF = rf"\s+(in|notin)\s*\(\s*{_VALUE}\s*(,\s*{_VALUE}\s*)*\)"
 _REQUIREMENT = rf"\s*(!\s*{_KEY}|{_KEY}(\s*(==?|!=)\s*{_VALUE}|{_ONE_OF})?)\s*"
 SELECTOR = re.compile(f"{_REQUIREMENT}(,{_REQUIREMENT})*")
+# One label with its value, as objects have them.
+LABELLED = re.compile(f"{_KEY}={_VALUE}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
-from eldr.router.config.kubernetes import SELECTOR, KubernetesAddress
+from eldr.router.config.kubernetes import LABELLED, KubernetesAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +66,15 @@ def _port(pod: Any, port: str) -> int | None:
 def pool_of(found: Any) -> Pool | None:
     """Read an InferencePool of inference.networking.k8s.io/v1. None if it selects nothing that could be followed."""
     labels = member(found, "spec", "selector", "matchLabels")
-    if not isinstance(labels, Mapping):
-        return None
-    selector = ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
+    wanted = [f"{key}={value}" for key, value in sorted(labels.items())] if isinstance(labels, Mapping) else []
     numbers = [_number(member(port, "number")) for port in _objects(member(found, "spec", "targetPorts"))]
     ports = tuple(dict.fromkeys(str(number) for number in numbers if number is not None))
-    return Pool(selector, ports) if SELECTOR.fullmatch(selector) and ports else None
+    sound = wanted and ports and all(LABELLED.fullmatch(each) for each in wanted)
+    return Pool(",".join(wanted), ports) if sound else None
 
 
 def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) and 0 < value < 65536 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536 else None
 
 
 def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
