@@ -23,7 +23,7 @@ KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx \
 SOURCES := $(KERNELS) build_backend/compiled_modules.txt $(shell find src/eldr -name '*.py' -o -name '*.html')
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast browser check format settings fuzz test-matrix test-architectures test-compiled test-sglang dist bench bench-router bench-faults soak evaluate docs clean
+.PHONY: help demo test test-fast browser check format settings fuzz test-matrix test-architectures test-compiled test-sglang test-kubernetes dist bench bench-router bench-faults soak evaluate docs clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -61,6 +61,9 @@ test-architectures: $(VLLM)/.test-installed  ## the counts of every MoE architec
 
 test-sglang: $(DEV)/.installed  ## a real pair of SGLang's workers behind the router: PREFILL=URL DECODE=URL, and PLAIN=URL to compare with
 	ELDR_SGLANG_PREFILL=$(PREFILL) ELDR_SGLANG_DECODE=$(DECODE) ELDR_SGLANG_PLAIN=$(PLAIN) $(DEV)/bin/python -m pytest tests/sglang
+
+test-kubernetes: $(DEV)/.installed .envs/kubernetes/.built  ## discovery against a real kube-apiserver, built once in 15 minutes (Debian 12)
+	$(DEV)/bin/python -m pytest tests/kubernetes
 
 test-compiled: $(COMPILED)/.compiled  ## the router's tests on a compiled router
 	$(COMPILED)/bin/python -m pytest tests/router
@@ -139,6 +142,10 @@ $(VLLM)/.installed $(VLLM_OLD)/.installed: %/.installed: %/.vllm pyproject.toml 
 	@echo "installing $* into $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --requirement $<
+	@touch $@
+
+.envs/kubernetes/.built: tests/kubernetes/build_apiserver.sh
+	@bash $< $(@D)
 	@touch $@
 
 %/.test-installed: %/.installed constraints/vllm-test.txt

@@ -36,8 +36,8 @@ from eldr.router.experts.routed_experts import VllmRoutedExperts
 from eldr.router.experts.sglang import SglangRoutedExperts
 from eldr.router.experts.watch import ExpertSources
 from eldr.router.fleet.discovery.base import Source
-from eldr.router.fleet.discovery.dns import DnsSource
 from eldr.router.fleet.discovery.file import FileSource
+from eldr.router.fleet.discovery.named import named_sources
 from eldr.router.fleet.discovery.static import StaticSource
 from eldr.router.fleet.groups import ModelGroup
 from eldr.router.fleet.lists import ModelLists
@@ -107,7 +107,7 @@ class Router:
         siblings: Siblings | None = None,
     ) -> None:
         self._config = config
-        self._dns_names = config.workers.dns_names
+        self._named = config.workers.dns_names, config.workers.kubernetes
         self._config_file = config_file
         self._file: FileSource | None = None
         self._background: list[asyncio.Task[None]] = []
@@ -225,7 +225,7 @@ class Router:
 
     def _sources(self) -> list[Source]:
         config = self._config
-        named = [DnsSource(url, role, config.workers.dns_interval_s) for url, role in config.workers.dns_names]
+        named = named_sources(config.workers)
         if self._config_file is None:
             return [StaticSource(config.workers.endpoints), *named]
         path, load = self._config_file
@@ -345,8 +345,8 @@ class Router:
         """Adopt the live settings of a new configuration, and log which of the others need a new process."""
         config = self._config
         fixed = adopt(config, new)
-        if new.workers.dns_names != self._dns_names:
-            fixed.append("dns+ names")
+        if (new.workers.dns_names, new.workers.kubernetes) != self._named:
+            fixed.append("dns+ and k8s+ addresses")
         if fixed:
             log.warning("a change of these settings needs a new process: %s", ", ".join(fixed))
         log.setLevel(config.observe.log_level.upper())

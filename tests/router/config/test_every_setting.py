@@ -103,6 +103,9 @@ eject_base_s = 0.13
 eject_max_s = 0.14
 eject_share = 1
 dns_interval_s = 0.15
+kubernetes_api = "http://127.0.0.1:8001"
+kubernetes_account = "j"
+kubernetes_relist_s = 0.17
 drain_timeout_s = 0
 shutdown_delay_s = 0.16
 grace_s = 0
@@ -150,7 +153,7 @@ def test_every_key_of_a_file(tmp_path: Path) -> None:
     config = RouterConfig.load(tmp_path / "eldr.toml", {})
     files = {key: Path(written[key]) for key in written if key in (
         "worker_api_key_file", "worker_ca", "api_key_file", "tls_cert", "tls_key", "admin_key_file",
-        "decision_log", "report_key_file", "learned_dir", "peers_credentials_file", "peers_ca",
+        "decision_log", "report_key_file", "learned_dir", "peers_credentials_file", "peers_ca", "kubernetes_account",
     )}  # fmt: skip
     cost = PRESETS[DEFAULT_PRESET]
     assert values(config) == written | files | {
@@ -259,6 +262,8 @@ def valid(one: Setting) -> st.SearchStrategy[Any]:
         return st.sampled_from(["48x128x8", {"m": "24x32x4", "": "1x8x2"}, {}])
     if one.key == "cost":
         return st.just(DEFAULT_PRESET)
+    if one.key == "kubernetes_api":
+        return st.sampled_from(["http://127.0.0.1:8001", "https://[fd00::1]:6443", "https://clusters.example/c/1"])
     if one.choices:
         return st.sampled_from(one.choices)
     if one.kind is bool:

@@ -112,7 +112,7 @@ async def test_workers_follow_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     second = await FakeWorker("decode", host="127.0.0.2", port=port).start()
     prefill = await FakeWorker("prefill").start()
     names = Names(["127.0.0.1"])
-    monkeypatch.setattr("eldr.router.app.DnsSource", partial(DnsSource, resolve=names))
+    monkeypatch.setattr("eldr.router.fleet.discovery.named.DnsSource", partial(DnsSource, resolve=names))
     config = RouterConfig.of(
         prefill=(prefill.url,), decode=(f"dns+http://d.local:{port}",), port=0, dns_interval_s=0.05,
         health_interval_s=0.1,

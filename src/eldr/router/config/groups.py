@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 from eldr.counts import CountsError
 from eldr.policies import POLICY_NAMES, PolicyOptions
 from eldr.routed_experts import parse_geometry
-from eldr.router.config.endpoint import ROLES, Endpoint, Endpoints, Role, UrlError, worker_urls
+from eldr.router.config.endpoint import ROLES, Endpoint, Endpoints, Role, UrlError, worker_url, worker_urls
+from eldr.router.config.kubernetes import KUBERNETES, KubernetesAddress, kubernetes_address
 from eldr.settings import SettingError, group, setting
 
 # The prefix of a URL whose host is a DNS name. Each address of the name is a worker.
@@ -34,7 +35,7 @@ def _urls(key: str, value: Any) -> tuple[str, ...]:
     urls: list[str] = []
     for text in value:
         try:
-            urls += [DNS + _dns_url(text)] if text.startswith(DNS) else worker_urls(text)
+            urls += _normal(text)
         except UrlError as error:
             raise SettingError(f"{key}: {error}") from None
     for url in urls:
@@ -43,12 +44,31 @@ def _urls(key: str, value: Any) -> tuple[str, ...]:
     return tuple(urls)
 
 
+def _normal(text: str) -> tuple[str, ...]:
+    """The normal forms of what one text stands for. Raises UrlError."""
+    if text.startswith(DNS):
+        return (DNS + _dns_url(text),)
+    return (str(kubernetes_address(text)),) if text.startswith(KUBERNETES) else worker_urls(text)
+
+
 def _dns_url(text: str) -> str:
     url = text.removeprefix(DNS)
     if not url.startswith("http://") or "#" in url:
         # No https: a certificate names a host, but the name resolves to bare addresses.
         raise UrlError(f"{text!r}: expected dns+http://NAME:PORT, with or without a path")
     return worker_urls(url)[0]
+
+
+def _api_url(key: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    try:
+        url = worker_url(value) if isinstance(value, str) and "#" not in value else ""
+    except UrlError:
+        url = ""
+    if not url:
+        raise SettingError(f"{key} is {value!r}, expected a URL such as https://10.0.0.1:6443")
+    return url
 
 
 def _origins(key: str, value: Any) -> tuple[str, ...]:
@@ -156,6 +176,17 @@ class WorkerSettings:
     health_timeout_s: float = setting(5.0, "longest wait for the answer to a probe", least=LEAST_S)
     load_interval_s: float = setting(2.0, "time between two readings of a worker's metrics", least=LEAST_S)
     dns_interval_s: float = setting(10.0, "time between two resolutions of a `dns+` name", least=LEAST_S)
+    kubernetes_api: str | None = setting(
+        None, "address of the Kubernetes API for `k8s+` addresses, such as that of `kubectl proxy`", parse=_api_url,
+        shown="the cluster's that the router runs in", page="fleet.md#kubernetes",
+    )  # fmt: skip
+    kubernetes_account: Path = setting(
+        Path("/var/run/secrets/kubernetes.io/serviceaccount"),
+        "directory of a mounted service account: `token`, `ca.crt` and `namespace`",
+    )
+    kubernetes_relist_s: float = setting(
+        30.0, "time between two full lists of what is watched in Kubernetes, varied at random by a fifth", least=LEAST_S
+    )
     drain_timeout_s: float = setting(300.0, "how long a worker that leaves may take to finish its requests", live=True)
 
     def urls(self, role: Role) -> tuple[str, ...]:
@@ -165,12 +196,21 @@ class WorkerSettings:
     @property
     def endpoints(self) -> Endpoints:
         """The workers given by their own URLs."""
-        return frozenset(Endpoint(url, role) for role in ROLES for url in self.urls(role) if url[:4] != DNS)
+        return frozenset(
+            Endpoint(url, role) for role in ROLES for url in self.urls(role) if not url.startswith((DNS, KUBERNETES))
+        )
 
     @property
     def dns_names(self) -> list[tuple[str, Role]]:
         """The URLs whose hosts are resolved through DNS, without dns+, and their roles."""
-        return [(url[4:], role) for role in ROLES for url in self.urls(role) if url[:4] == DNS]
+        return [(url.removeprefix(DNS), role) for role in ROLES for url in self.urls(role) if url.startswith(DNS)]
+
+    @property
+    def kubernetes(self) -> list[tuple[KubernetesAddress, Role]]:
+        """The addresses of pods, and their roles."""
+        return [
+            (kubernetes_address(url), role) for role in ROLES for url in self.urls(role) if url.startswith(KUBERNETES)
+        ]
 
 
 @dataclass(kw_only=True)

@@ -75,8 +75,9 @@ class RouterConfig:
                 "routed_experts_share needs expert_geometry, such as 48x128x8: workers do not say how many experts "
                 "there are"
             )
-        # With the admin API or a DNS name, that worker may still join.
-        if listen.admin_listen is None and not any(role != "prefill" for _, role in workers.dns_names):
+        # With the admin API, a DNS name or Kubernetes, that worker may still join.
+        named = (*workers.dns_names, *workers.kubernetes)
+        if listen.admin_listen is None and not any(role != "prefill" for _, role in named):
             known = (*workers.decode, *workers.worker)
             for url in self.placement.options.worker_costs:
                 if url not in known:

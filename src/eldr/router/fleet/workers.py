@@ -32,7 +32,7 @@ class Worker:
     elsewhere: the decode legs that it runs for other replicas.
     healthy: whether it answers its probes and accepts connections. A new worker is unhealthy until its first probe.
     draining: whether it finishes what it runs and gets nothing new.
-    source: where it comes from: static, file, dns or admin.
+    source: where it comes from: static, file, dns, kubernetes or admin.
     problem: why it got no requests at the last check. Empty if nothing was wrong.
     ejected: whether it failed requests and gets nothing new for a while (router/fleet/ejection.py).
     on_trial: whether it was ejected and gets one request to prove itself.
