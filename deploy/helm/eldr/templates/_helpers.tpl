@@ -29,11 +29,23 @@ helm.sh/chart: {{ $root.Chart.Name }}-{{ $root.Chart.Version }}
 {{- $role := index $root.Values.discovery (index . 1) -}}
 {{- if $role.inferencePool -}}
 k8s+http://{{ $root.Values.discovery.namespace }}/inferencepools/{{ $role.inferencePool }}
-{{- else if $role.labels -}}
-{{- $labels := list -}}
-{{- range $key, $value := $role.labels }}{{ $labels = append $labels (printf "%s=%s" $key $value) }}{{ end -}}
-k8s+http://{{ $root.Values.discovery.namespace }}?selector={{ join "," $labels }}&port={{ $role.port }}
+{{- else if $role.selector -}}
+k8s+http://{{ $root.Values.discovery.namespace }}?selector={{ $role.selector }}&port={{ $role.port }}
 {{- end }}
+{{- end }}
+
+{{/* The labels that a selector asks for by KEY=VALUE. What else it asks for, a NetworkPolicy leaves open. */}}
+{{- define "eldr.matchLabels" -}}
+{{- $labels := dict -}}
+{{- if not (contains "(" .) -}}
+{{- range splitList "," . -}}
+{{- if regexMatch "^[^!=]+==?[^=]+$" . -}}
+{{- $pair := regexSplit "==?" . 2 -}}
+{{- $_ := set $labels (index $pair 0 | trim) (index $pair 1 | trim) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $labels -}}
 {{- end }}
 
 {{/* The Secrets that are mounted, by the name of their volume: the Secret, its entry, and the setting for its path. */}}
