@@ -39,8 +39,9 @@ browser:  ## install Chromium for the tests of the page, where there is none (De
 	  { apt-get -qq update && apt-get -qq install -y chromium; } \
 	  || { echo 'Install Chromium or Chrome yourself, or name its program in ELDR_CHROMIUM.' >&2; exit 1; }
 
-settings: $(DEV)/.installed  ## write the tables of settings in docs/router.md from the code
+settings: $(DEV)/.installed  ## write the tables of settings in docs/router.md, and the chart's schema, from the code
 	$(DEV)/bin/python tools/settings_table.py
+	$(DEV)/bin/python tools/settings_schema.py
 
 manifests: $(HELM)/.installed  ## write deploy/manifests from the chart
 	$(HELM)/bin/python tools/manifests.py

@@ -17,7 +17,7 @@ EVERYTHING: dict[str, Any] = {
         "tail_guard": "inf",
         "learn": "off",
         "allowed_origins": ["https://app.example", "https://a&b.example"],
-        "worker_costs": {"http://10.0.0.1:8200": "/etc/eldr/costs/a100.json"},
+        "worker_costs": {"http://10.0.0.1:8200": "qwen3-30b-a3b-rtxpro6000"},
         "shutdown_delay_s": 4.5,
         "grace_s": 600,
     },
@@ -64,7 +64,10 @@ CASES: dict[str, dict[str, Any]] = {
             "worker": {"selector": "app==vllm,!old,x!=y", "port": 8000},
         },
     },
-    "pool": {**IMAGE, "discovery": {"prefill": {"selector": ""}, "decode": {"inferencePool": "qwen3"}}},
+    "pool": {
+        **IMAGE,
+        "discovery": {"prefill": {"selector": ""}, "decode": {"selector": ""}, "worker": {"inferencePool": "qwen3"}},
+    },
     "own bus": {**IMAGE, "nats": {"enabled": False}, "peers": {"url": "tls://nats.messaging.svc:4443"}},
     # What a router knows that finds its workers by name, and has no others beside it.
     "alone": {

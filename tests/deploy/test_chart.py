@@ -24,6 +24,7 @@ from tests.deploy.cases import CASES, EVERYTHING, IMAGE, NO_BUS
 from tests.deploy.charts import (
     CHART,
     EXAMPLES,
+    ROOT,
     Manifest,
     container_of,
     labels_of,
@@ -186,9 +187,16 @@ def test_pods_keep_to_the_restricted_standard(values: dict[str, Any]) -> None:
 
 
 def test_the_pod_runs_as_the_image_does() -> None:
-    dockerfile = (CHART.parents[2] / "Dockerfile").read_text()
+    dockerfile = (ROOT / "Dockerfile").read_text()
     pod = pod_of(of_kind(render(IMAGE), "Deployment")["eldr"])
     assert re.findall(r"^USER (\d+)$", dockerfile, re.MULTILINE) == [str(pod["securityContext"]["runAsUser"])]
+
+
+def test_the_image_has_what_the_chart_configures() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+    installed = re.search(r"'\.\[(.+)\]'$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert installed is not None
+    assert {"router", "kubernetes", "peers"} & extras <= set(installed[1].split(","))
 
 
 # Addresses of pods, and settings of the bus.
@@ -394,6 +402,11 @@ def test_the_policy_lets_through_what_the_selector_finds(selector: str, labels: 
         ({}, "image.repository is empty"),
         ({**IMAGE, "replica": 3}, "replica"),
         ({**IMAGE, "discovery": {"decode": {"labels": {}}}}, "labels"),
+        ({**IMAGE, "config": {"max_inflght": 3}}, "max_inflght"),
+        ({**IMAGE, "config": {"max_inflight": 0}}, "/config/max_inflight"),
+        ({**IMAGE, "config": {"engine": "best"}}, "/config/engine"),
+        ({**IMAGE, "config": {"grace_s": "30s"}}, "/config/grace_s"),
+        ({**IMAGE, "config": {"tail_guard": "none"}}, "/config/tail_guard"),
         ({**IMAGE, "peers": {"url": "nats://bus:4222"}}, "give one bus"),
         ({**IMAGE, "peers": {"url": "redis://bus"}}, "/peers/url"),
         ({**IMAGE, "peers": {"fleet": "a.b"}}, "/peers/fleet"),
@@ -418,7 +431,7 @@ def test_prometheus_gets_the_key_that_metrics_need() -> None:
 
 def test_alerts_and_dashboard_are_those_of_the_repository() -> None:
     manifests = render(EVERYTHING)
-    dashboards = CHART.parents[2] / "dashboards"
+    dashboards = ROOT / "dashboards"
     assert of_kind(manifests, "PrometheusRule")["eldr"]["spec"] == yaml.safe_load(
         (dashboards / "alerts.yml").read_text()
     )
