@@ -13,6 +13,7 @@ EVERYTHING: dict[str, Any] = {
     "config": {
         "port": 9000,
         "max_inflight": 128,
+        "max_body_bytes": 33554432,
         "load_interval_s": 0.5,
         "tail_guard": "inf",
         "learn": "off",
