@@ -17,7 +17,7 @@ EVERYTHING: dict[str, Any] = {
         "load_interval_s": 0.5,
         "tail_guard": "inf",
         "learn": "off",
-        "allowed_origins": ["https://app.example", "https://a&b.example"],
+        "allowed_origins": ["https://app.example"],
         "worker_costs": {"http://10.0.0.1:8200": "qwen3-30b-a3b-rtxpro6000"},
         "shutdown_delay_s": 4.5,
         "grace_s": 600,
