@@ -224,9 +224,10 @@ def test_the_page_lists_every_setting_with_its_default() -> None:
             assert tomllib.loads(f"value = {text}")["value"] == default[key], key
 
 
-def test_the_page_is_up_to_date() -> None:
+@pytest.mark.parametrize("tool", ["settings_table.py", "settings_schema.py"])
+def test_the_page_and_the_schema_are_up_to_date(tool: str) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "settings_table.py", "--check"], capture_output=True, text=True, timeout=60
+        [sys.executable, ROOT / "tools" / tool, "--check"], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
 

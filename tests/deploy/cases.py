@@ -1,0 +1,85 @@
+"""Values of the chart that the tests render: each switch in both positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+IMAGE: dict[str, Any] = {"image": {"repository": "registry.example/eldr"}}
+NO_BUS: dict[str, Any] = {"nats": {"enabled": False}}
+
+EVERYTHING: dict[str, Any] = {
+    "image": {"repository": "registry.example/eldr", "tag": "1.2", "pullSecrets": [{"name": "registry"}]},
+    "discovery": {"namespace": "workers", "worker": {"selector": "app=whole,tier in (a, b)", "port": 8100}},
+    "config": {
+        "port": 9000,
+        "max_inflight": 128,
+        "max_body_bytes": 33554432,
+        "load_interval_s": 0.5,
+        "tail_guard": "inf",
+        "learn": "off",
+        "allowed_origins": ["https://app.example"],
+        "worker_costs": {"http://10.0.0.1:8200": "qwen3-30b-a3b-rtxpro6000"},
+        "shutdown_delay_s": 4.5,
+        "grace_s": 600,
+    },
+    "secrets": {
+        "apiKeys": {"name": "clients"},
+        "adminKey": {"name": "admin"},
+        "workerApiKey": {"name": "workers"},
+        "reportKey": {"name": "reports"},
+        "busCredentials": {"name": "bus"},
+        "busCA": {"name": "bus", "key": "ca.pem"},
+        "tls": {"name": "certificate"},
+    },
+    "peers": {"fleet": "north"},
+    "nats": {"replicas": 3},
+    "service": {"type": "LoadBalancer", "port": 443, "annotations": {"example.com/kind": "internal"}},
+    "autoscaling": {"enabled": True, "maxReplicas": 4},
+    "podDisruptionBudget": {"maxUnavailable": "50%"},
+    "networkPolicy": {
+        "from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateway"}}}],
+        "egress": [{"ports": [{"port": 4318}]}],
+    },
+    "serviceAccount": {"annotations": {"example.com/role": "none"}},
+    "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}, "authorization": {"name": "metrics"}},
+    "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
+    "dashboard": {"enabled": True, "annotations": {"grafana_folder": "eldr"}},
+    "podLabels": {"team": "serving"},
+    "podAnnotations": {"example.com/owner": "serving"},
+    "nodeSelector": {"pool": "cpu"},
+    "tolerations": [{"key": "cpu", "operator": "Exists"}],
+    "affinity": {"podAffinity": {}},
+    "priorityClassName": "serving",
+    "extraVolumes": [{"name": "costs", "configMap": {"name": "costs"}}],
+    "extraVolumeMounts": [{"name": "costs", "mountPath": "/etc/eldr/costs", "readOnly": True}],
+}
+
+CASES: dict[str, dict[str, Any]] = {
+    "default": IMAGE,
+    "everything": EVERYTHING,
+    "aggregated": {
+        **IMAGE,
+        "discovery": {
+            "prefill": {"selector": ""},
+            "decode": {"selector": ""},
+            "worker": {"selector": "app==vllm,!old,x!=y", "port": 8000},
+        },
+    },
+    "pool": {
+        **IMAGE,
+        "discovery": {"prefill": {"selector": ""}, "decode": {"selector": ""}, "worker": {"inferencePool": "qwen3"}},
+    },
+    "own bus": {**IMAGE, "nats": {"enabled": False}, "peers": {"url": "tls://nats.messaging.svc:4443"}},
+    # What a router knows that finds its workers by name, and has no others beside it.
+    "alone": {
+        **IMAGE,
+        **NO_BUS,
+        "replicas": 1,
+        "discovery": {"prefill": {"selector": ""}, "decode": {"selector": ""}},
+        "config": {"prefill": ["dns+http://prefill:8000"], "decode": ["dns+http://decode:8000"], "policy": None},
+        "podDisruptionBudget": {"enabled": False},
+        "networkPolicy": {"enabled": False},
+        "rbac": {"create": False},
+        "serviceAccount": {"create": False},
+    },
+}
