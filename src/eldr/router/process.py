@@ -16,6 +16,7 @@ from typing import Any
 import uvloop
 
 from eldr.router.app import Router, policy_maker
+from eldr.router.config.picker import PickerConfig
 from eldr.router.config.settings import RouterConfig
 from eldr.router.handover import inherited_sockets, start_successor, tell_predecessor
 from eldr.router.observe import logs
@@ -27,7 +28,7 @@ YOUNG_OBJECTS = 20_000
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
-def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
+def serve(path: Path | None, flags: Mapping[str, Any], kind: type[RouterConfig] = RouterConfig) -> None:
     """Run a router until SIGTERM or SIGINT. A second such signal waits for nothing.
 
     Only SIGTERM is followed by `shutdown_delay_s`. SIGINT comes from a terminal, where no load balancer has to hear.
@@ -35,11 +36,12 @@ def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
     SIGHUP reads the configuration file and the keys again. SIGUSR2 starts the program again on the same sockets. Once
     the new process serves, this one ends gracefully.
 
-    path: the configuration file, or None. flags: settings that win over those of the file.
+    path: the configuration file, or None. flags: settings that win over those of the file. kind: the settings that
+        there are. Those of an endpoint picker make the process one.
 
     Raises EldrError, before anything starts, if the configuration, the calibration or the policy cannot be used.
     """
-    load = partial(RouterConfig.load, path, flags)
+    load = partial(kind.load, path, flags)
     config = load()
     logs.set_up(config.observe.log_level)
     _raise_file_limit()
@@ -69,7 +71,12 @@ async def _serve(router: Router, config: RouterConfig) -> None:
         admin_host = config.listen.admin_listen.rpartition(":")[0]
         print(f"eldr: page and admin API on {scheme}://{admin_host}:{router.admin_port}/ui", file=sys.stderr)
     policy = config.placement.policy
-    print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {policy}", file=sys.stderr, flush=True)
+    if isinstance(config, PickerConfig):
+        grpc_host = config.picker.grpc_listen.rpartition(":")[0]
+        print(f"eldr: metrics on {scheme}://{host}:{router.port}/metrics", file=sys.stderr)
+        print(f"eldr: picking on {grpc_host}:{router.grpc_port}, policy {policy}", file=sys.stderr, flush=True)
+    else:
+        print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {policy}", file=sys.stderr, flush=True)
     delayed = await _until_end(router, signals)
     timeouts = config.timeouts
     stopping = loop.create_task(router.stop(timeouts.grace_s, timeouts.shutdown_delay_s if delayed else 0.0))
