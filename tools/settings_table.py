@@ -1,6 +1,6 @@
-"""Writes the tables of settings in docs/router.md from their declarations.
+"""Writes the tables of settings in docs/router.md and docs/gateway.md from their declarations.
 
-Run: python tools/settings_table.py [--check]. With --check it writes nothing, and exits with 1 if the page is out of
+Run: python tools/settings_table.py [--check]. With --check it writes nothing, and exits with 1 if a page is out of
 date.
 """
 
@@ -13,19 +13,33 @@ from itertools import groupby
 from pathlib import Path
 from typing import get_origin
 
+from eldr.router.config.picker import PickerConfig
 from eldr.router.config.settings import RouterConfig
 from eldr.settings import Setting, settings_of
 
-PAGE = Path(__file__).parents[1] / "docs" / "router.md"
+DOCS = Path(__file__).parents[1] / "docs"
+OF_ROUTER = settings_of(RouterConfig)
+KNOWN = {one.key for one in OF_ROUTER}
+# Each page has the settings that none before it has.
+PAGES = {
+    DOCS / "router.md": OF_ROUTER,
+    DOCS / "gateway.md": tuple(one for one in settings_of(PickerConfig) if one.key not in KNOWN),
+}
 BEGIN, END = "<!-- settings -->", "<!-- /settings -->"
 
 
-def tables() -> Iterator[str]:
+def tables(page: Path) -> Iterator[str]:
     """Lines of Markdown: a heading and a table for each section."""
-    for section, settings in groupby(settings_of(RouterConfig), lambda one: one.section):
+    for section, settings in groupby(PAGES[page], lambda one: one.section):
         yield from ("", f"### {section}", "", "| key | flag | default | live | meaning |", "|---|---|---|---|---|")
         for one in settings:
-            cells = (f"`{one.key}`", f"`{one.flag}`" if one.flag else "", default(one), "yes" * one.live, meaning(one))
+            cells = (
+                f"`{one.key}`",
+                f"`{one.flag}`" if one.flag else "",
+                default(one),
+                "yes" * one.live,
+                meaning(one, page),
+            )
             yield f"| {' | '.join(cells)} |".replace("|  ", "| ")
 
 
@@ -33,18 +47,18 @@ def default(one: Setting) -> str:
     return f"`{one.default}`" if one.kind is str and not one.shown else one.default_text
 
 
-def meaning(one: Setting) -> str:
+def meaning(one: Setting, page: Path) -> str:
     container = get_origin(one.kind)
     form = "" if container is None else f"; in the file a {'table' if issubclass(container, Mapping) else 'list'}"
     if one.choices:
         form = f" ({', '.join(f'`{choice}`' for choice in one.choices)})"
-    return one.help + form + (f" ([{heading(one.page)}]({one.page.removeprefix(PAGE.name)}))" if one.page else "")
+    return one.help + form + (f" ([{heading(one.page)}]({one.page.removeprefix(page.name)}))" if one.page else "")
 
 
 def heading(link: str) -> str:
     """The heading that a link within docs/ leads to. Raises LookupError if it leads nowhere."""
     page, _, anchor = link.partition("#")
-    for line in (PAGE.parent / page).read_text(encoding="utf-8").splitlines():
+    for line in (DOCS / page).read_text(encoding="utf-8").splitlines():
         mark, _, title = line.partition(" ")
         if set(mark) == {"#"} and anchor in ("", re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")):
             return title
@@ -52,16 +66,18 @@ def heading(link: str) -> str:
 
 
 def main() -> int:
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    new = "\n".join((before + BEGIN, *tables(), "", END)) + after
-    if "--check" in sys.argv[1:]:
-        if new != page:
-            print(f"the settings in {PAGE} are out of date: run `make settings`", file=sys.stderr)
-        return int(new != page)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    stale = 0
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        before, _, rest = page.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        new = "\n".join((before + BEGIN, *tables(path), "", END)) + after
+        if "--check" not in sys.argv[1:]:
+            path.write_text(new, encoding="utf-8")
+        elif new != page:
+            print(f"the settings in {path} are out of date: run `make settings`", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

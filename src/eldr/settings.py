@@ -153,8 +153,12 @@ def group(section: str = "") -> Any:
 
 
 def settings_of(cls: type) -> tuple[Setting, ...]:
-    """All settings of a dataclass and of its groups, in the order of their declaration."""
+    """All settings of a dataclass and of its groups, in the order of their declaration.
+
+    Those that its attribute `without` names are none of its settings. They keep their defaults.
+    """
     types = get_type_hints(cls)
+    without: frozenset[str] = getattr(cls, "without", frozenset())
     found: list[Setting] = []
     for each in dataclasses.fields(cls):
         kind = types[each.name]
@@ -165,7 +169,7 @@ def settings_of(cls: type) -> tuple[Setting, ...]:
             ]
         else:
             found.append(_complete(each.metadata[_SETTING], each.name, kind))
-    return tuple(found)
+    return tuple(one for one in found if one.key not in without)
 
 
 def check(owner: Any) -> None:

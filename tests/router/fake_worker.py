@@ -155,7 +155,10 @@ class FakeWorker:
         method, full_path, _ = lines[0].split(" ")
         path = full_path.removeprefix(self.base_path) if full_path.startswith(self.base_path) else "not below it"
         headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines[1:] if line)}
-        raw = await reader.readexactly(int(headers.get("content-length", "0")))
+        if headers.get("transfer-encoding") == "chunked":
+            raw = await _chunks(reader)
+        else:
+            raw = await reader.readexactly(int(headers.get("content-length", "0")))
         seen = Seen(method, path, headers, raw)
         self.seen.append(seen)
         if self.silent:
@@ -397,6 +400,16 @@ async def chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
 async def end_stream(writer: asyncio.StreamWriter) -> None:
     writer.write(b"0\r\n\r\n")
     await writer.drain()
+
+
+async def _chunks(reader: asyncio.StreamReader) -> bytes:
+    """A body in chunks, as gateways send it."""
+    body = b""
+    while size := int(await reader.readline(), 16):
+        body += await reader.readexactly(size)
+        await reader.readline()
+    await reader.readline()
+    return body
 
 
 async def _closed(reader: asyncio.StreamReader) -> None:

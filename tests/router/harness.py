@@ -121,12 +121,13 @@ async def running(
     expert_sink: ExpertSink | None = None,
     aggregated: int = 0,
     fake: Callable[..., FakeWorker] = FakeWorker,
+    kind: type[RouterConfig] = RouterConfig,
     **settings: Any,
 ) -> AsyncIterator[Setup]:
     """A started router with its fake workers; `prepare` may change the workers before the router probes them.
 
     policy: an object for all models, or the name of one that the settings make.
-    fake: makes the workers.
+    fake: makes the workers. kind: the settings that there are.
     """
 
     async def start(role: str, count: int) -> list[FakeWorker]:
@@ -134,7 +135,7 @@ async def running(
 
     prefills, decodes = await start("prefill", prefill), await start("decode", decode)
     wholes = await start("plain", aggregated)
-    config = RouterConfig.of(
+    config = kind.of(
         prefill=tuple(worker.url for worker in prefills),
         decode=tuple(worker.url for worker in decodes),
         worker=tuple(worker.url for worker in wholes),

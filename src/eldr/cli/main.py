@@ -13,6 +13,7 @@ from eldr.cli import (
     calibrate_cost,
     decisions,
     demo,
+    epp,
     evaluate,
     fit,
     inspect,
@@ -30,6 +31,7 @@ from eldr.errors import EldrError
 # numpy.
 COMMANDS: tuple[tuple[str, ModuleType, str], ...] = (
     ("serve", serve, "router"),
+    ("epp", epp, "epp"),
     ("record", record, "fit"),
     ("fit", fit, "fit"),
     ("inspect", inspect, "fit"),

@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from eldr.errors import EldrError
 from eldr.learning.kept import Kept, KeptError, load_kept
@@ -25,9 +26,11 @@ from eldr.router.api.experts import ExpertReports
 from eldr.router.api.keys import ApiKeys
 from eldr.router.api.metrics import RouterCollector
 from eldr.router.api.routes import ClientApi
+from eldr.router.api.status import StatusApi
 from eldr.router.api.ui.state import UiState
 from eldr.router.api.whole import Whole
 from eldr.router.config.groups import PlacementSettings
+from eldr.router.config.picker import PickerConfig
 from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port, read_key
 from eldr.router.experts.answers import ExpertAnswers
 from eldr.router.experts.base import ExpertSink, MoeGeometry
@@ -73,6 +76,10 @@ from eldr.router.request.legs import Legs
 from eldr.router.request.quotas import Quotas
 from eldr.router.request.services import Services
 from eldr.settings import adopt
+
+if TYPE_CHECKING:
+    from eldr.router.picker.http2 import Http2Connection
+    from eldr.router.picker.server import Picker
 
 log = logging.getLogger("eldr.router")
 
@@ -120,9 +127,10 @@ class Router:
             make_policy = _logged(make_policy, config.placement, self._decision_log)
         self._keys = None if listen.api_key_file is None else ApiKeys(listen.api_key_file)
         self.admin_key = AdminKey(listen.admin_key_file)
-        self._tls = (
-            None if listen.tls_cert is None or listen.tls_key is None else ServerTls(listen.tls_cert, listen.tls_key)
-        )
+        self._tls = self._grpc_tls = None
+        if listen.tls_cert is not None and listen.tls_key is not None:
+            self._tls = ServerTls(listen.tls_cert, listen.tls_key)
+            self._grpc_tls = ServerTls(listen.tls_cert, listen.tls_key, "h2")
 
         self._lanes = Lanes(
             fleet,
@@ -188,9 +196,18 @@ class Router:
             metrics, fleet, admission, self._lanes, memory, self._decision_log, quotas, self.peers
         )
         whole = Whole(siblings)
-        cors = Cors(listen.allowed_origins)
         reports = None if self._experts is None else ExpertReports(self._experts, self.report_key, whole)
-        self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector, reports, whole)
+        self.clients: ClientApi | StatusApi
+        self.picker: Picker | None = None
+        if isinstance(config, PickerConfig):
+            from eldr.router.picker.server import Picker  # its packages are an extra of their own
+
+            self.clients = StatusApi(fleet, metrics, self.admin_key, collector, reports)
+            self.picker = Picker(self.services, config.picker, config.clients, memory, self.clients.can_pick)
+            fleet.on_change(self.picker.fleet_changed)
+        else:
+            cors = Cors(listen.allowed_origins)
+            self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector, reports, whole)
         self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services, self.peers), whole)
         self._listeners = Listeners(config.clients, memory, self._tls, inherited)
 
@@ -214,9 +231,15 @@ class Router:
                 loop.create_task(ConnectionWatch(self.clients.connections).run()),
                 loop.create_task(ConnectionWatch(self.admin.connections).run()),
             ]
+            if self.picker is not None:
+                self._background.append(loop.create_task(ConnectionWatch(self.picker.connections).run()))
             await self._listeners.open(self.clients, listen.host, listen.port)
             if listen.admin_listen is not None:
                 await self._listeners.open(self.admin, *host_and_port("admin_listen", listen.admin_listen))
+            picker = self.picker
+            if picker is not None and isinstance(self._config, PickerConfig):
+                where = host_and_port("grpc_listen", self._config.picker.grpc_listen)
+                await self._listeners.open_for(lambda: cast(Any, picker.connection()), *where, self._grpc_tls)
             if self._siblings is not None:
                 self._siblings.ready()
         except EldrError:
@@ -248,14 +271,22 @@ class Router:
         return self._listeners.sockets
 
     @property
+    def grpc_port(self) -> int:
+        """The port at which Envoy asks an endpoint picker."""
+        return self._listeners.port(len(self._listeners.sockets) - 1)
+
+    @property
     def connections(self) -> set[ClientConnection]:
         """The open connections of clients."""
         return self.clients.connections
 
     @property
     def running(self) -> int:
-        """How many requests are being answered."""
-        return self.clients.running
+        """How many requests are being answered or, by an endpoint picker, wait for their workers."""
+        return self.clients.running + (0 if self.picker is None else self.picker.running)
+
+    def _open_connections(self) -> list[ClientConnection | Http2Connection]:
+        return [*self.clients.connections, *(() if self.picker is None else self.picker.connections)]
 
     @property
     def closing(self) -> bool:
@@ -268,13 +299,17 @@ class Router:
         First serve everybody for `delay_s` seconds more, while `/ready` answers 503. Proxies and load balancers need
         that time to hear of the end. Meanwhile each answer closes its connection, so clients move on.
         """
-        clients = self.clients
+        clients, picker = self.clients, self.picker
         clients.closing = True
+        if picker is not None:
+            picker.closing = True
         await asyncio.sleep(delay_s)
         self._listeners.close()
         deadline_s = time.monotonic() + grace_s
         await self._finish(deadline_s)
         await clients.end_all()
+        if picker is not None:
+            await picker.end_all()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -285,11 +320,11 @@ class Router:
         await self.membership.close()
         await self.services.lists.close()
         await self._lanes.close()
-        for connection in list(clients.connections):
+        for connection in self._open_connections():
             connection.close()
-        while clients.connections and time.monotonic() < deadline_s:  # the last bytes are still being sent
+        while self._open_connections() and time.monotonic() < deadline_s:  # the last bytes are still being sent
             await asyncio.sleep(CLOSE_POLL_S)
-        for connection in (*clients.connections, *self.admin.connections):
+        for connection in (*self._open_connections(), *self.admin.connections):
             connection.abort()
         for pool in self.services.legs.pools.values():
             pool.close()
@@ -305,7 +340,7 @@ class Router:
         idle_until_s = min(deadline_s, time.monotonic() + IDLE_LINGER_S)
         while (self.running or self.connections) and (now_s := time.monotonic()) < deadline_s:
             if now_s >= idle_until_s:
-                for connection in list(self.connections):
+                for connection in self._open_connections():
                     connection.close_if_idle()
             await asyncio.sleep(CLOSE_POLL_S)
 
@@ -333,8 +368,9 @@ class Router:
         if self._keys is not None:
             self._keys.reload()
             self.services.quotas.adopt(self._keys.limits)
-        if self._tls is not None:
-            self._tls.reload()
+        for tls in (self._tls, self._grpc_tls):
+            if tls is not None:
+                tls.reload()
 
     def reopen_decision_log(self) -> None:
         """Open the decision log's path anew, after its file was renamed."""
@@ -350,7 +386,8 @@ class Router:
         if fixed:
             log.warning("a change of these settings needs a new process: %s", ", ".join(fixed))
         log.setLevel(config.observe.log_level.upper())
-        self.clients.cors.allow(config.listen.allowed_origins)
+        if isinstance(self.clients, ClientApi):
+            self.clients.cors.allow(config.listen.allowed_origins)
         self.services.admission.set_limits(config.queue)
         self.membership.set_max_inflight(config.workers.max_inflight)
 

@@ -17,6 +17,7 @@ from typing import Any
 import uvloop
 
 from eldr.router.app import Router, policy_maker
+from eldr.router.config.picker import PickerConfig
 from eldr.router.config.settings import ConfigError, RouterConfig
 from eldr.router.handover import inherited_sockets, start_successor, tell_predecessor
 from eldr.router.machine import CLIENT_SOCKETS, Machine, of_one_process, siblings_of_environment
@@ -30,7 +31,7 @@ YOUNG_OBJECTS = 20_000
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
-def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
+def serve(path: Path | None, flags: Mapping[str, Any], kind: type[RouterConfig] = RouterConfig) -> None:
     """Run a router until SIGTERM or SIGINT. A second such signal waits for nothing.
 
     Only SIGTERM is followed by `shutdown_delay_s`. SIGINT comes from a terminal, where no load balancer has to hear.
@@ -38,12 +39,13 @@ def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
     SIGHUP reads the configuration file and the keys again. SIGUSR2 starts the program again on the same sockets. Once
     the new process serves, this one ends gracefully.
 
-    path: the configuration file, or None. flags: settings that win over those of the file.
+    path: the configuration file, or None. flags: settings that win over those of the file. kind: the settings that
+        there are. Those of an endpoint picker make the process one.
 
     Raises EldrError, before anything starts, if the configuration, the calibration or the policy cannot be used.
     """
     siblings = siblings_of_environment()
-    load = partial(_load, path, flags, siblings)
+    load = partial(_load, kind, path, flags, siblings)
     config = load()
     logs.set_up(config.observe.log_level)
     _raise_file_limit()
@@ -59,8 +61,10 @@ def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
     uvloop.run(_serve(router, config, siblings))
 
 
-def _load(path: Path | None, flags: Mapping[str, Any], siblings: Siblings | None) -> RouterConfig:
-    return of_one_process(RouterConfig.load(path, flags), siblings)
+def _load(
+    kind: type[RouterConfig], path: Path | None, flags: Mapping[str, Any], siblings: Siblings | None
+) -> RouterConfig:
+    return of_one_process(kind.load(path, flags), siblings)
 
 
 def _signals() -> asyncio.Queue[int]:
@@ -113,7 +117,12 @@ def _say(router: Router, config: RouterConfig) -> None:
         admin_host = config.listen.admin_listen.rpartition(":")[0]
         print(f"eldr: page and admin API on {scheme}://{admin_host}:{router.admin_port}/ui", file=sys.stderr)
     policy = config.placement.policy
-    print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {policy}", file=sys.stderr, flush=True)
+    if isinstance(config, PickerConfig):
+        grpc_host = config.picker.grpc_listen.rpartition(":")[0]
+        print(f"eldr: metrics on {scheme}://{host}:{router.port}/metrics", file=sys.stderr)
+        print(f"eldr: picking on {grpc_host}:{router.grpc_port}, policy {policy}", file=sys.stderr, flush=True)
+    else:
+        print(f"eldr: serving on {scheme}://{host}:{router.port}, policy {policy}", file=sys.stderr, flush=True)
 
 
 async def _until_end(router: Router, signals: asyncio.Queue[int]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -71,6 +72,20 @@ def rank_of(url: str) -> int | None:
     """The rank in a worker's URL, or None if there is none."""
     found = RANK.fullmatch(urlsplit(url).fragment)
     return int(found[1]) if found else None
+
+
+def why_no_endpoint(url: str) -> str | None:
+    """Why no gateway could send a request to a worker with this URL. None if it can."""
+    parts = urlsplit(url)
+    try:
+        ipaddress.ip_address(parts.hostname or "")
+    except ValueError:
+        return "a gateway needs the address of a worker, not its name; dns+http://NAME:PORT resolves it"
+    if parts.path:
+        return "a gateway picks addresses, and does not change paths"
+    if parts.fragment:
+        return "a gateway addresses ports, not ranks; give each rank a port of its own"
+    return None
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from eldr.errors import EldrError
 from eldr.policies.options import cost_table
@@ -50,8 +50,8 @@ class RouterConfig:
     experts: ExpertSettings = group("Experts of finished requests")
     observe: ObserveSettings = group("Observability")
 
-    def __post_init__(self) -> None:
-        """Check settings that depend on each other."""
+    def check_workers(self) -> None:
+        """Check that the workers that are given will do. Raises ConfigError."""
         listen, workers = self.listen, self.workers
         if listen.admin_listen is None and not (workers.prefill or workers.decode or workers.worker):
             raise ConfigError(
@@ -61,6 +61,11 @@ class RouterConfig:
         for leg in LEGS:
             if not workers.urls(leg) and listen.admin_listen is None and (workers.prefill or workers.decode):
                 raise ConfigError(f"{leg} is empty: give at least one {leg} worker, such as http://10.0.0.1:8000")
+
+    def __post_init__(self) -> None:
+        """Check settings that depend on each other."""
+        listen, workers = self.listen, self.workers
+        self.check_workers()
         for url in workers.worker:
             if url in workers.decode:
                 raise ConfigError(f"{url} is given as worker and as decode; it can have one role")
@@ -86,7 +91,7 @@ class RouterConfig:
                     )
 
     @classmethod
-    def of(cls, **settings: Any) -> RouterConfig:
+    def of(cls, **settings: Any) -> Self:
         """Make a configuration from flat settings, as files and flags give them. Raises ConfigError."""
         try:
             if "worker_costs" in settings:
@@ -98,7 +103,7 @@ class RouterConfig:
             raise ConfigError(str(error)) from None
 
     @classmethod
-    def load(cls, path: Path | None, overrides: Mapping[str, Any]) -> RouterConfig:
+    def load(cls, path: Path | None, overrides: Mapping[str, Any]) -> Self:
         """Read a TOML file, if one is given. `overrides` (the flags) win over its keys. Raises ConfigError."""
         try:
             return cls.of(**{**({} if path is None else _read_toml(path)), **overrides})

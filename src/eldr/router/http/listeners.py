@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from eldr.router.config.groups import ClientLimits
@@ -18,7 +18,7 @@ BACKLOG = 4096
 
 
 class Listeners:
-    """Opens the listening sockets, first for clients, then for the admin API.
+    """Opens the listening sockets: first for clients, then for the admin API, and last for gRPC.
 
     inherited: sockets that already listen, in that order. They are used first; missing ones are opened.
     tls: None for plain HTTP.
@@ -36,13 +36,22 @@ class Listeners:
 
     async def open(self, handler: Handler, host: str, port: int) -> None:
         """Listen, and give each connection to `handler`. Raises ConfigError if the router cannot listen there."""
-        tls = self._tls
+        limits, memory, turns = self._limits, self._memory, self._decoding_turns
+        await self.open_for(lambda: cast(Any, ClientConnection(handler, limits, memory, turns)), host, port, self._tls)
+
+    async def open_for(
+        self, make: Callable[[], asyncio.BaseProtocol], host: str, port: int, tls: ServerTls | None
+    ) -> None:
+        """Listen, with a protocol of `make` for each connection. Raises ConfigError if the router cannot listen there.
+
+        tls: None for plain text.
+        """
         where: dict[str, Any] = {"host": host, "port": port}
         if len(self._servers) < len(self._inherited):
             where = {"sock": self._inherited[len(self._servers)]}
         try:
             server = await asyncio.get_running_loop().create_server(
-                lambda: cast(Any, ClientConnection(handler, self._limits, self._memory, self._decoding_turns)),
+                make,
                 **where,
                 backlog=BACKLOG,
                 ssl=None if tls is None else tls.context,

@@ -13,19 +13,23 @@ HANDSHAKE_TIMEOUT_S = 10.0
 
 
 class ServerTls:
-    """The certificate chain that the router shows to clients, and its key. Both can be replaced while it runs."""
+    """The certificate chain that the router shows to clients, and its key. Both can be replaced while it runs.
 
-    def __init__(self, certificate: Path, key: Path) -> None:
+    protocol: what is spoken over it, as ALPN names it.
+    """
+
+    def __init__(self, certificate: Path, key: Path, protocol: str = "http/1.1") -> None:
         self._certificate = certificate
         self._key = key
-        self.context = self._load(_server_context())
+        self._protocol = protocol
+        self.context = self._load(_server_context(protocol))
 
     def reload(self) -> None:
         """Read the files again, for new connections.
 
         Raises ConfigError, and changes nothing, if a file cannot be read or the two do not belong together.
         """
-        self._load(_server_context())
+        self._load(_server_context(self._protocol))
         self._load(self.context)
 
     def _load(self, context: ssl.SSLContext) -> ssl.SSLContext:
@@ -37,11 +41,11 @@ class ServerTls:
         return context
 
 
-def _server_context() -> ssl.SSLContext:
+def _server_context(protocol: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = OLDEST
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | ssl.OP_CIPHER_SERVER_PREFERENCE
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols([protocol])
     return context
 
 

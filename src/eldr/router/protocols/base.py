@@ -53,6 +53,14 @@ class LegProtocol(ABC):
         record: whether the answer should include the experts. leg_name: the X-Request-Id.
         """
 
+    def handoff_in(self, body: JsonObject) -> HandOff | None:
+        """Return the hand-off in a decode leg's body that somebody else has put together. None if it has none."""
+        return None
+
+    def passed_on(self, body: JsonObject, handoff: HandOff) -> bytes:
+        """Return the same body as the decode worker should get it. The hand-off, which was in it, is then spent."""
+        return body.text
+
     @abstractmethod
     def is_named_after(self, name: object, leg_name: str) -> bool:
         """Whether an answer's id shows that it belongs to the leg with this X-Request-Id."""

@@ -29,18 +29,21 @@ class Lease:
         self.received_s = received_s
 
     @staticmethod
-    def from_wire(wire: object, sent_s: float, received_s: float, received_unix_s: float) -> Lease | None:
+    def from_wire(wire: object, sent_s: float | None, received_s: float, received_unix_s: float) -> Lease | None:
         """Read the lease that the prefill worker stated, minus the age of the answer. None if it stated none.
 
         The age depends on the worker's clock and ours. It is clamped between zero and the time since the prefill
-        request was sent (`sent_s`, monotonic), so a wrong clock does little harm.
+        request was sent (`sent_s`, monotonic), so a wrong clock does little harm. If somebody else sent that, and
+        `sent_s` is None, nothing but the clocks tells the age.
         """
         if not isinstance(wire, dict):
             return None
         left_s, unix_s = wire.get("left_s"), wire.get("unix_s")
         if not isinstance(left_s, (int, float)) or not isinstance(unix_s, (int, float)):
             return None
-        age_s = min(max(received_unix_s - unix_s, 0.0), received_s - sent_s)
+        age_s = max(received_unix_s - unix_s, 0.0)
+        if sent_s is not None:
+            age_s = min(age_s, received_s - sent_s)
         return Lease(left_s - age_s, received_s)
 
     def left_at(self, now_s: float) -> float:
@@ -59,16 +62,18 @@ class HandOff:
     counts_wire: the counts as the worker sent them. Once the hand-off is spent both are dropped, except that a
         recording keeps counts_wire.
     prompt_tokens: the worker's count of them. 0 if it did not say.
-    prefill_s: how long its prefill took, with the wait at the worker.
-    source: the prefill worker.
+    prefill_s: how long its prefill took, with the wait at the worker. 0 if somebody else sent that.
+    source: the prefill worker. None if somebody else chose it.
     name: the worker's name for the request whose blocks these are.
     """
 
-    def __init__(self, params: JsonObject, source: Worker, name: object, prompt_tokens: int, sent_s: float) -> None:
+    def __init__(
+        self, params: JsonObject, source: Worker | None, name: object, prompt_tokens: int, sent_s: float | None
+    ) -> None:
         self._params = params.spliced(FOR_ROUTER)
         self._spent = False
         received_s = time.monotonic()
-        self.prefill_s = received_s - sent_s
+        self.prefill_s = 0.0 if sent_s is None else received_s - sent_s
         self.source = source
         self.name = name
         self.prompt_tokens = prompt_tokens

@@ -169,13 +169,17 @@ def read_object(raw: bytes, names: JsonNames, reserved: JsonNames) -> JsonObject
     reserved: `body_names` of fields that only the router may send. Of those that have no `eldr_`, null is nothing.
     Raises ApiError 400 for a body that is not a JSON object or contains such fields.
     """
-    try:
-        text = utf8(raw)
-    except UnicodeDecodeError as error:
-        raise ApiError(400, f"the request body is not valid JSON: it is not {error.encoding}") from None
-    body = object_of(text, names)
+    body = object_of(text_of(raw), names)
     _refuse_router_fields(body, reserved)
     return body
+
+
+def text_of(raw: bytes) -> bytes:
+    """Return a client's body as UTF-8. Raises ApiError 400."""
+    try:
+        return utf8(raw)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the request body is not valid JSON: it is not {error.encoding}") from None
 
 
 def json_object(raw: bytes) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from eldr.router.protocols.vllm_refusals import PROMPT_IN_ANSWER, refuse_early
 
 # Fields that name hosts, blocks or caches of other workers. Only the router may send them.
 TRANSFER_FIELDS = ("kv_transfer_params", "ec_transfer_params")
+TRANSFER_PARAMS = frozenset(("kv_transfer_params",))
 
 # Those of /v1/responses as well: the answer to a prefill is neither stored nor repeats the prompt.
 RESPONSES_NOT_FOR_PREFILL = ("store", "enable_response_messages")
@@ -270,6 +271,18 @@ class VllmNixl(SequentialLegs):
     def decode_body(self, endpoint: Endpoint, body: JsonObject, handoff: HandOff, record: bool, leg_name: str) -> bytes:
         named = _request_id(endpoint, body, leg_name)
         return body.spliced(self._not_for_decode, b'"kv_transfer_params":%b%b' % (handoff.spend(record), named))
+
+    def handoff_in(self, body: JsonObject) -> HandOff | None:
+        params = body.inner("kv_transfer_params", HANDOFF)
+        if params is None or params.raw("do_remote_prefill") != b"true":
+            return None
+        handoff = HandOff(params, None, params.get("remote_request_id"), 0, None)
+        if handoff.counts is not None:
+            handoff.prompt_tokens = handoff.counts.prompt_tokens
+        return handoff
+
+    def passed_on(self, body: JsonObject, handoff: HandOff) -> bytes:
+        return body.spliced(TRANSFER_PARAMS, b'"kv_transfer_params":' + handoff.spend(False))
 
     def whole_body(self, endpoint: Endpoint, body: JsonObject, record: bool, leg_name: str) -> bytes:
         named = _request_id(endpoint, body, leg_name)

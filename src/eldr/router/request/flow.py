@@ -11,10 +11,8 @@ import time
 from typing import Any, cast
 
 from eldr.kernels import JsonObject, JsonTextError
-from eldr.policies.base import DecodeRequest
 from eldr.router.experts.watch import ExpertSources, LegWatch
 from eldr.router.fleet.groups import Served
-from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import Answer
 from eldr.router.http.errors import ApiError
 from eldr.router.http.exchange import ClientExchange
@@ -25,11 +23,11 @@ from eldr.router.placement.decode import Placement
 from eldr.router.protocols.base import SequentialLegs
 from eldr.router.protocols.handoff import HandOff
 from eldr.router.protocols.openai import USAGE, generated_tokens
-from eldr.router.protocols.prompt_text import prompt_words
 from eldr.router.protocols.streams import FORMS
 from eldr.router.request import intake
 from eldr.router.request.answer import DecodeAnswer, TokenTimes
 from eldr.router.request.attempts import Attempts
+from eldr.router.request.choice import place, prefill_worker
 from eldr.router.request.intake import Job
 from eldr.router.request.legs import Leg, LegFailure, LegRefused, RelayedError
 from eldr.router.request.quotas import Charge
@@ -38,8 +36,6 @@ from eldr.router.request.verdict import worker_error
 
 log = logging.getLogger("eldr.router")
 
-# A request that runs whole has no lease. It waits at most this long for a decode worker with room.
-WHOLE_WAIT_S = 60.0
 # What keeps a silent stream alive (WHATWG HTML, section 9.2.7), and the head before it, as vLLM's.
 KEEP_ALIVE = b": keep-alive\n\n"
 STREAM_TYPE = b"text/event-stream; charset=utf-8"
@@ -193,7 +189,7 @@ class Flow:
         """
         services, timeouts = self._services, self._services.config.timeouts
         protocol = cast(SequentialLegs, services.protocol)
-        while (worker := self._prefill_worker(job, served, attempts)) is None:
+        while (worker := prefill_worker(services, job, served, attempts.tried("prefill"))) is None:
             await services.admission.until_changed(served, "prefill")
         with Leg(services.legs, job, worker) as leg:
             await leg.connect()
@@ -207,41 +203,15 @@ class Flow:
             self._charge.prompt_tokens = handoff.prompt_tokens
         return handoff
 
-    def _prefill_worker(self, job: Job, served: Served, attempts: Attempts) -> Worker | None:
-        """Choose a prefill worker by the start of the prompt. None if none is available."""
-        services, start = self._services, job.prompt_start
-        if served.adapter:
-            start += served.name.encode()  # the same prompt has other KV blocks
-        lane = services.lanes.of(served.group)
-        chosen = None if lane is None else lane.ring.choose(start, attempts.tried("prefill"), served.prefill)
-        if chosen is None:
-            return None
-        worker, spilled = chosen
-        services.metrics.prefill_spills += spilled
-        return worker
-
     async def _place(self, job: Job, served: Served, handoff: HandOff | None, attempts: Attempts) -> Placement:
         """Wait for a worker that is eligible before the lease ends.
 
         Raises LegFailure, or NoWorkerError if there is none.
         """
-        services, admission = self._services, self._services.admission
-        prefix = job.read_prefix(served) if handoff is None and served.group.aggregated else None
-        request: DecodeRequest | None = None
-        while True:
-            lane = services.lanes.of(served.group)
-            if lane is not None:
-                if request is None:
-                    wanted = lane.placements.wants_words(handoff is not None and handoff.counts is not None)
-                    words = prompt_words(job.endpoint, job.body) if wanted else None
-                    request = job.decode_request(handoff, words, prefix)
-                tried, usable = attempts.tried("decode"), admission.usable(served)
-                placement = lane.placements.place(request, served, tried, usable, prefix)
-                if placement is not None:
-                    return placement
-            limit_s = WHOLE_WAIT_S if handoff is None else handoff.left_s(time.monotonic())
-            if not await admission.until_changed(served, "decode", limit_s):
-                raise LegFailure("decode", "lease", "no worker had room before the lease ended")
+        placement = await place(self._services, job, served, handoff, attempts.tried("decode"))
+        if placement is None:
+            raise LegFailure("decode", "lease", "no worker had room before the lease ended")
+        return placement
 
     async def _decode(
         self, job: Job, handoff: HandOff | None, placement: Placement, attempts: Attempts

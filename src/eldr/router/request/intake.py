@@ -212,12 +212,7 @@ class Intake:
         served = self._fleet.served(model)
         if why_whole is None and (served is None or not served.group.aggregated):
             protocol.refuse_early(endpoint, body, None if served is None else served.max_model_len)
-            window_bytes = self._placement.prefix_window_bytes
-            at, end = body.span(endpoint.input) or (0, 0)
-            start = prompt_start(endpoint, body.text, at, end, window_bytes)
-            system = body.span(endpoint.system) if endpoint.system else None
-            if system is not None:
-                start = system_start(body.text, *system) + start
+            start = self._prompt_start(endpoint, body)
         label = headers.get(b"x-eldr-label")
         max_tokens = openai.max_tokens(endpoint, body)
         trace = None if self.tracing is None else self.tracing.begin(request, request_id, model)
@@ -240,6 +235,39 @@ class Intake:
             deadlines=Deadlines.of(headers, request.received_s, self._timeouts.request_timeout_s),
             claim=self.claim(request, body, max_tokens),
         )
+
+    def take_leg(self, request: Request, request_id: str) -> Job:
+        """Return the job of a request whose legs somebody else sends, so it may have what only a router sends.
+
+        Its worker answers for what is wrong with it. Raises ApiError if it cannot be read.
+        """
+        protocol, endpoint = self._protocol, openai.ENDPOINTS[request.path]
+        body = openai.object_of(openai.text_of(request.body), self._names[request.path])
+        label = request.headers.get(b"x-eldr-label")
+        max_tokens = openai.max_tokens(endpoint, body)
+        return Job(
+            request_id=request_id,
+            endpoint=endpoint,
+            model=openai.model(body),
+            body=body,
+            prompt_start=self._prompt_start(endpoint, body),
+            why_whole=protocol.why_whole(endpoint, body),
+            record=False,
+            leg_headers=b"",
+            authorization=b"",
+            label=_visible(label, MAX_LABEL_BYTES) if label else None,
+            max_tokens=max_tokens,
+            deadlines=Deadlines.of(request.headers, request.received_s, self._timeouts.request_timeout_s),
+            claim=self.claim(request, body, max_tokens),
+            trace=None,
+            hold=request.hold,
+        )
+
+    def _prompt_start(self, endpoint: Endpoint, body: JsonObject) -> bytes:
+        at, end = body.span(endpoint.input) or (0, 0)
+        start = prompt_start(endpoint, body.text, at, end, self._placement.prefix_window_bytes)
+        system = body.span(endpoint.system) if endpoint.system else None
+        return start if system is None else system_start(body.text, *system) + start
 
     def claim(self, request: Request, body: JsonObject, max_tokens: int | None) -> Claim:
         """Return whose turn the request takes, and its priority: from X-Eldr-Priority, else from vLLM's `priority`."""

@@ -154,7 +154,8 @@ class Legs:
         if reason:
             self.metrics.counts_errors[reason] += 1
             if self.throttle.due(reason):
-                log.warning("expert counts of %s cannot be used: %s", handoff.source.url, handoff.counts_problem)
+                source = "a prefill worker" if handoff.source is None else handoff.source.url
+                log.warning("expert counts of %s cannot be used: %s", source, handoff.counts_problem)
 
     def leave(self, worker: Worker, most: int) -> None:
         """Move waiting legs away from a worker that does not answer its probes, if another of its group is available.

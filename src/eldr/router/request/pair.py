@@ -20,6 +20,7 @@ from eldr.router.protocols.base import ConcurrentLegs
 from eldr.router.protocols.openai import USAGE, prompt_tokens
 from eldr.router.request.answer import DecodeAnswer
 from eldr.router.request.attempts import Attempts
+from eldr.router.request.choice import prefill_worker
 from eldr.router.request.flow import Flow
 from eldr.router.request.intake import Job
 from eldr.router.request.legs import Leg, LegFailure, RelayedError
@@ -43,8 +44,9 @@ class PairFlow(Flow):
             return await super()._attempt(job, served, attempts)
         placement = await self._place(job, served, None, attempts)
         with placement:
-            while (worker := self._prefill_worker(job, served, attempts)) is None:
-                await self._services.admission.until_changed(served, "prefill")
+            services = self._services
+            while (worker := prefill_worker(services, job, served, attempts.tried("prefill"))) is None:
+                await services.admission.until_changed(served, "prefill")
             answer, members = await self._run_pair(job, worker, placement.worker, attempts)
         self._note_decode(placement, answer)
         return answer, members

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
-from collections.abc import Collection
 from typing import Final, NamedTuple
 
 from eldr.kernels import NO_OBJECT, JsonNames, JsonObject, JsonTextError
@@ -29,6 +27,7 @@ from eldr.router.placement.admission import Claim
 from eldr.router.protocols import openai
 from eldr.router.request import intake
 from eldr.router.request.attempts import Attempts
+from eldr.router.request.choice import by_load
 from eldr.router.request.deadlines import Deadlines
 from eldr.router.request.legs import OVERLOAD, LegFailure, LegRefused, RelayedError, check_worker, no_memory
 from eldr.router.request.quotas import Charge
@@ -163,7 +162,7 @@ class PassThrough:
         services = self._services
         attempts = Attempts(services.retries, self._id, served)
         while True:
-            worker = self._choose(served, attempts.tried("decode"))
+            worker = by_load(services, served, self._endpoint.engine, attempts.tried("decode"))
             if worker is None:
                 await services.admission.until_changed(served, "decode")
                 continue
@@ -176,17 +175,6 @@ class PassThrough:
             else:
                 if not await attempts.served_elsewhere(RelayedError(answer, worker)):
                     return answer
-
-    def _choose(self, served: Served, tried: Collection[str]) -> Worker | None:
-        """A worker with the fewest requests in flight, any of several, and rather one that was not tried.
-
-        None if there is none that is available and, if it is to run the model, has room.
-        """
-        workers = [worker for worker in served.workers("decode") if worker.available]
-        if self._endpoint.engine:
-            usable = self._services.admission.usable(served)
-            workers = [worker for worker in workers if worker.free > 0 and (usable is None or worker.url in usable)]
-        return min(workers, key=lambda worker: (worker.url in tried, worker.busy, random.random()), default=None)
 
     async def _ask(self, served: Served, worker: Worker, name: str) -> Answer:
         """Return the worker's answer. Raises LegRefused, LegFailure or ApiError."""
