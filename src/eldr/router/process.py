@@ -15,10 +15,11 @@ from typing import Any
 
 import uvloop
 
-from eldr.router.app import Router, policy_maker
+from eldr.router.app import Router
 from eldr.router.config.settings import RouterConfig
 from eldr.router.handover import inherited_sockets, start_successor, tell_predecessor
 from eldr.router.observe import logs
+from eldr.router.placement.making import policy_maker
 
 log = logging.getLogger("eldr.router")
 
@@ -43,7 +44,7 @@ def serve(path: Path | None, flags: Mapping[str, Any]) -> None:
     config = load()
     logs.set_up(config.observe.log_level)
     _raise_file_limit()
-    router = Router(config, policy_maker(config), None if path is None else (path, load), inherited_sockets())
+    router = Router(config, policy_maker(config.placement), None if path is None else (path, load), inherited_sockets())
     uvloop.run(_serve(router, config))
 
 
