@@ -17,13 +17,14 @@ DEV := .envs/dev
 VLLM := .envs/vllm-0.32
 VLLM_OLD := .envs/vllm-0.30
 COMPILED := .envs/compiled
+DYNAMO := .envs/dynamo
 # An installation for development compiles these alone.
 KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx \
 	$(addprefix src/eldr/kernels/,loops.h json_text.h words.h)
 SOURCES := $(KERNELS) build_backend/compiled_modules.txt $(shell find src/eldr -name '*.py' -o -name '*.html')
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast browser check format settings fuzz test-matrix test-architectures test-compiled test-sglang dist bench bench-router bench-faults soak evaluate docs clean
+.PHONY: help demo test test-fast browser check format settings fuzz test-matrix test-architectures test-compiled test-sglang test-dynamo dist bench bench-router bench-faults soak evaluate docs clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -62,6 +63,9 @@ test-architectures: $(VLLM)/.test-installed  ## the counts of every MoE architec
 test-sglang: $(DEV)/.installed  ## a real pair of SGLang's workers behind the router: PREFILL=URL DECODE=URL, and PLAIN=URL to compare with
 	ELDR_SGLANG_PREFILL=$(PREFILL) ELDR_SGLANG_DECODE=$(DECODE) ELDR_SGLANG_PLAIN=$(PLAIN) $(DEV)/bin/python -m pytest tests/sglang
 
+test-dynamo: $(DYNAMO)/.test-installed  ## the component for Dynamo between its real frontend and fake workers
+	$(DYNAMO)/bin/python -m pytest tests/dynamo
+
 test-compiled: $(COMPILED)/.compiled  ## the router's tests on a compiled router
 	$(COMPILED)/bin/python -m pytest tests/router
 
@@ -82,6 +86,7 @@ dist: $(DEV)/.installed  ## build the distributions of HEAD into build/dist, and
 	@$(DEV)/bin/python -m build --quiet --outdir build/dist build/dist-tree
 	@$(DEV)/bin/python -m build --quiet --outdir build/dist/of-tree --wheel build/dist-tree
 	@$(DEV)/bin/python -m build --quiet --outdir build/dist/model build/dist-tree/models/small-moe
+	@$(DEV)/bin/python -m build --quiet --outdir build/dist/dynamo build/dist-tree/integrations/dynamo
 	@$(DEV)/bin/python tests/distributions/check.py build/dist-tree build/dist
 
 bench: $(DEV)/.installed  ## time and memory of signatures, zones, decisions and replay
@@ -111,10 +116,10 @@ clean:  ## remove the environments and everything built
 
 $(DEV)/.installed: $(KERNELS)
 
-$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml models/small-moe/pyproject.toml constraints/dev.txt
+$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml models/small-moe/pyproject.toml integrations/dynamo/pyproject.toml constraints/dev.txt
 	@echo "installing eldr and its tools into $(@D), about a minute"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable models/small-moe --editable '.[dev]'
+	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable models/small-moe --editable integrations/dynamo --editable '.[dev]'
 	@touch $@
 
 # Not editable: modules that are compiled would hide their sources.
@@ -139,6 +144,13 @@ $(VLLM)/.installed $(VLLM_OLD)/.installed: %/.installed: %/.vllm pyproject.toml 
 	@echo "installing $* into $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --requirement $<
+	@touch $@
+
+$(DYNAMO)/.test-installed: constraints/dynamo.txt pyproject.toml integrations/dynamo/pyproject.toml $(KERNELS)
+	@echo "installing Dynamo into $(@D): 0.4 GB, 1 to 2 minutes"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --requirement $<
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --editable . --editable integrations/dynamo --editable models/small-moe
 	@touch $@
 
 %/.test-installed: %/.installed constraints/vllm-test.txt

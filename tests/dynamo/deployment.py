@@ -88,8 +88,8 @@ class Deployment:
         )
 
     def start_frontend(self) -> None:
-        command = ("-m", "dynamo.frontend", "--namespace", "eldr", "--http-port", str(self._port))
-        self.frontend = self.start("frontend", *command)
+        flags = ("--namespace", "eldr", "--migration-limit", "1", "--http-port", str(self._port))
+        self.frontend = self.start("frontend", "-m", "dynamo.frontend", *flags)
 
     def wait_ready(self) -> None:
         def ready() -> bool:
@@ -128,9 +128,10 @@ class Deployment:
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the component's samples of that name and those labels."""
-        return sum(value for found, value in self._samples(name) if labels.items() <= found.items())
+        return sum(value for found, value in self.samples(name) if labels.items() <= found.items())
 
-    def _samples(self, name: str) -> Iterator[tuple[dict[str, str], float]]:
+    def samples(self, name: str) -> Iterator[tuple[dict[str, str], float]]:
+        """The component's samples of that name: labels and value."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self._system_port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
         for family in text_string_to_metric_families(text):

@@ -1,12 +1,14 @@
 """A fake worker of a Dynamo deployment, as a process: python -m tests.dynamo.fake_worker ROLE NAME LOG [OPTION].
 
 It appends an event to LOG for each request that begins or ends. A decode worker generates a token every GAP_S.
-Options: "no-counts" for a prefill worker that counts no experts.
+Options: "no-counts" for a prefill worker that counts no experts; the name of an exception, of Python or of Dynamo, for
+a decode worker that raises it, after one token if a "+" is in front.
 """
 
 from __future__ import annotations
 
 import asyncio
+import builtins
 import json
 import sys
 from collections.abc import AsyncIterator
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from dynamo.common.utils.graceful_shutdown import install_signal_handlers
+from dynamo.llm import exceptions
 from dynamo.runtime import DistributedRuntime, dynamo_worker
 
 from eldr.counts import encode_counts
@@ -39,6 +43,12 @@ async def serve(runtime: DistributedRuntime, role: str, name: str, log: Path, op
         note("decode", context, request=request)
         sent = 0
         try:
+            if option.startswith("+"):
+                yield {"token_ids": [97]}
+                sent += 1
+            if option:
+                name = option.removeprefix("+")
+                raise (getattr(builtins, name, None) or getattr(exceptions, name))("what the worker says")
             for _ in range(request["stop_conditions"]["max_tokens"]):
                 if context.is_stopped():
                     return
@@ -50,7 +60,9 @@ async def serve(runtime: DistributedRuntime, role: str, name: str, log: Path, op
             note("end", context, sent=sent, stopped=context.is_stopped())
 
     component, handler = ("prefill", prefill) if role == "prefill" else ("backend", decode)
-    await runtime.endpoint(f"dynamo.{component}.generate").serve_endpoint(handler, graceful_shutdown=True)
+    endpoint = runtime.endpoint(f"dynamo.{component}.generate")
+    install_signal_handlers(asyncio.get_running_loop(), runtime, [endpoint], grace_period_s=0.0)
+    await endpoint.serve_endpoint(handler, graceful_shutdown=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The component: makes the parts, registers as prefill and as decode worker, and serves until Dynamo shuts it down."""
+"""The component: makes the parts, registers as prefill and as decode worker, and serves until it is told to end."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 
+from dynamo.common.utils.graceful_shutdown import install_signal_handlers
 from dynamo.llm import ModelInput, ModelType, WorkerType, exceptions, register_model
 from dynamo.runtime import DistributedRuntime, dynamo_worker
 
@@ -17,26 +18,48 @@ from eldr.router.observe.counters import Metrics
 from eldr.router.observe.decision_log import DecisionLog
 from eldr.router.placement.lanes import MakePolicy
 from eldr.router.placement.making import logged, make_lanes
+from eldr_dynamo.errors import Failure
 from eldr_dynamo.instances import Instances
 from eldr_dynamo.metrics import ComponentCollector
 from eldr_dynamo.settings import ComponentConfig
-from eldr_dynamo.stages import Client, Errors, Stages
+from eldr_dynamo.stages import Client, Stages
 
-ERRORS = Errors(
-    refused=(exceptions.CannotConnect, exceptions.WorkerUnavailable),
-    faults=(
-        exceptions.ConnectionTimeout,
-        exceptions.Disconnected,
-        exceptions.EngineShutdown,
-        exceptions.StreamIncomplete,
-    ),
-    unavailable=exceptions.WorkerUnavailable,
-)
+# By Dynamo's classes of errors. The text of an HTTP error stays in the log.
+STATUSES = {
+    "PayloadTooLarge": 413,
+    "RateLimited": 429,
+    "NotImplemented": 501,
+    "BackendProtocol": 502,
+    "DeadlineExceeded": 504,
+    "CapacityExhausted": 529,
+}
+
+
+class DynamoErrors:
+    """Makes the errors that Dynamo's frontend understands."""
+
+    def of(self, failure: Failure) -> Exception:
+        text = failure.text
+        if failure.refused:
+            return exceptions.CannotConnect(text)
+        match failure.kind:
+            case "Unavailable":
+                return exceptions.Disconnected(text)
+            case "Cancelled":
+                return exceptions.Cancelled(text)
+            case "InvalidRequest":
+                return ValueError(text)
+        status = STATUSES.get(failure.kind)
+        return exceptions.Unknown(text) if status is None else exceptions.HttpError(status, text)
+
+    def unavailable(self, text: str) -> Exception:
+        # WorkerUnavailable or Disconnected would take this component out of service for some seconds.
+        return exceptions.HttpError(503, text)
 
 
 @dynamo_worker()
 async def serve(runtime: DistributedRuntime, config: ComponentConfig, make_policy: MakePolicy) -> None:
-    """Serve until the runtime is shut down."""
+    """Serve until SIGTERM. Then leave discovery, wait as Dynamo's workers do, and let running requests end."""
     dynamo, placement = config.dynamo, config.placement
     clients: dict[LegName, Client] = {
         "prefill": await runtime.endpoint(dynamo.prefill_endpoint).client(),
@@ -51,11 +74,12 @@ async def serve(runtime: DistributedRuntime, config: ComponentConfig, make_polic
     for part in (lanes, outcomes):
         fleet.on_change(part.fleet_changed)
     instances = Instances(fleet, clients, dynamo.model_name)
-    stages = Stages(fleet, lanes, outcomes, instances, clients, ERRORS, metrics, placement.prefix_window_bytes)
+    stages = Stages(fleet, lanes, outcomes, instances, clients, DynamoErrors(), metrics, placement.prefix_window_bytes)
 
     prefill = runtime.endpoint(f"{dynamo.namespace}.eldr.prefill")
     decode = runtime.endpoint(f"{dynamo.namespace}.eldr.decode")
     decode.metrics.register_prometheus_expfmt_callback(ComponentCollector(metrics, fleet, lanes).exposition)
+    install_signal_handlers(asyncio.get_running_loop(), runtime, (prefill, decode))
     watching = asyncio.create_task(_watch(instances, outcomes))
     try:
         await register_model(

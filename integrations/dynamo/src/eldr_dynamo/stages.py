@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
 from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +18,7 @@ from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 from eldr.router.placement.decode import Placement
 from eldr.router.placement.lanes import Lane, Lanes
+from eldr_dynamo.errors import Failure, read_error
 from eldr_dynamo.requests import Request, max_tokens, prompt_start, prompt_words, take_counts, with_token_list
 
 if TYPE_CHECKING:
@@ -45,25 +45,20 @@ class Client(Protocol):
     ) -> AsyncIterator[Request]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Errors:
-    """What Dynamo's client raises.
+class Errors(Protocol):
+    """Makes the errors that Dynamo's frontend understands."""
 
-    refused: the worker could not be reached, so nothing was sent.
-    faults: the worker is to blame. All others may be the client's fault.
-    unavailable: makes the error that says that there is no worker.
-    """
+    def of(self, failure: Failure) -> Exception: ...
 
-    refused: tuple[type[BaseException], ...]
-    faults: tuple[type[BaseException], ...]
-    unavailable: Callable[[str], Exception]
+    def unavailable(self, text: str) -> Exception:
+        """There is no worker."""
 
 
 class Stages:
     """Handles the requests of Dynamo's frontend.
 
-    Errors of workers reach the frontend as they are, which then decides whether to migrate the request. Only a worker
-    that cannot be reached is replaced here, because nothing of the request has been spent.
+    Errors of workers reach the frontend, which then decides whether to migrate the request. Only a worker that cannot
+    be reached is replaced here, because nothing of the request has been spent.
 
     It has many attributes because a leg concerns most parts of a router.
     """
@@ -83,9 +78,9 @@ class Stages:
         self.outcomes = outcomes
         self.errors = errors
         self.metrics = metrics
+        self.clients = clients
         self._lanes = lanes
         self._instances = instances
-        self._clients = clients
         self._prefix_window_bytes = prefix_window_bytes
         self._numbers = count()
         self._throttle = Throttle()
@@ -95,7 +90,7 @@ class Stages:
         self._instances.follow()
         request = with_token_list(request)
         start = prompt_start(request, self._prefix_window_bytes)
-        tried: dict[str, BaseException] = {}
+        tried: dict[str, Exception] = {}
         while True:
             chosen = self._lane("prefill").ring.choose(start, tried)
             if chosen is None:
@@ -104,12 +99,11 @@ class Stages:
             self._again(tried, "prefill", worker)
             self.metrics.prefill_spills += spilled
             with _Leg(self, worker, context) as leg:
-                async for output in await self._sent(worker, request, context):
-                    leg.begun = True
+                async for output in await leg.send(request):
                     yield output
-            if leg.refused is None:
+            if leg.refusal is None:
                 return
-            tried[worker.url] = leg.refused
+            tried[worker.url] = leg.refusal
 
     async def decode(self, request: Request, context: Context) -> AsyncIterator[Request]:
         """Answer a decode request by the worker that the policy chooses."""
@@ -119,19 +113,18 @@ class Stages:
         served = self.fleet.groups[0].whole
         served.promise()  # which Placement expects of a request until it leaves
         try:
-            tried: dict[str, BaseException] = {}
+            tried: dict[str, Exception] = {}
             while True:
                 placement = self._place(request, counts, wire, served, context.id(), tried)
                 worker = placement.worker
                 with placement, _Leg(self, worker, context) as leg:
-                    async for output in await self._sent(worker, request, context):
-                        if not leg.begun:
-                            leg.begun = True
-                            request, counts, wire = {}, None, None  # a thousand streams would hold their prompts
+                    stream = await leg.send(request)
+                    request, counts, wire = {}, None, None  # a thousand streams would hold their prompts
+                    async for output in stream:
                         yield output
-                if leg.refused is None:
+                if leg.refusal is None:
                     return
-                tried[worker.url] = leg.refused
+                tried[worker.url] = leg.refusal
         finally:
             served.release()
 
@@ -142,7 +135,7 @@ class Stages:
         wire: Any,
         served: Served,
         name: str,
-        tried: dict[str, BaseException],
+        tried: dict[str, Exception],
     ) -> Placement:
         placements = self._lane("decode").placements
         words = prompt_words(request) if placements.wants_words(counts is not None) else None
@@ -170,16 +163,12 @@ class Stages:
             raise self.errors.unavailable(f"no {leg} worker is available")
         return lane
 
-    def _again(self, tried: dict[str, BaseException], leg: LegName, worker: Worker) -> None:
+    def _again(self, tried: dict[str, Exception], leg: LegName, worker: Worker) -> None:
         """Raise the worker's own error if it was tried before: all others were, too."""
         if worker.url in tried:
             raise tried[worker.url]
         if tried:
             self.metrics.retries[leg, "refused"] += 1
-
-    def _sent(self, worker: Worker, request: Request, context: Context) -> Any:
-        client = self._clients[worker.leg]
-        return client.direct(request, int(worker.url), annotated=False, context=context)
 
     def _read(self, wire: Any) -> ExpertCounts | None:
         """Decode the counts that came with a hand-off. None if they cannot be used."""
@@ -198,18 +187,24 @@ class Stages:
 class _Leg:
     """One attempt at one worker. Inside the `with` block, the worker has one more request in flight.
 
-    begun: whether an output has come.
-    refused: why the worker could not be reached, after the block. It ends the block without an error.
+    refusal: why the worker could not be reached, after the block. That ends the block without an error.
     """
 
-    __slots__ = ("_context", "_stages", "_worker", "begun", "refused")
+    __slots__ = ("_context", "_sent", "_stages", "_worker", "refusal")
 
     def __init__(self, stages: Stages, worker: Worker, context: Context) -> None:
         self._stages = stages
         self._worker = worker
         self._context = context
-        self.begun = False
-        self.refused: BaseException | None = None
+        self._sent = False
+        self.refusal: Exception | None = None
+
+    async def send(self, request: Request) -> AsyncIterator[Request]:
+        """Send the request. Returns the worker's outputs."""
+        client = self._stages.clients[self._worker.leg]
+        outputs = await client.direct(request, int(self._worker.url), annotated=False, context=self._context)
+        self._sent = True
+        return outputs
 
     def __enter__(self) -> _Leg:
         self._stages.outcomes.began(self._worker)
@@ -219,21 +214,20 @@ class _Leg:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> bool:
+        """Judge how it ended. Raises the error that the frontend gets."""
         stages, worker = self._stages, self._worker
-        self._judge(error)
+        failure = read_error(error, self._sent) if isinstance(error, Exception) else None
+        if not self._context.is_stopped():  # else the client has left, and the end says nothing about the worker
+            if error is None:
+                stages.outcomes.succeeded(worker)
+            elif failure is not None and failure.fault:
+                stages.outcomes.failed(worker, failure.fault)
+                stages.metrics.broken_streams += self._sent
         stages.fleet.finished(worker)
         stages.outcomes.ended(worker)
-        return self.refused is not None
-
-    def _judge(self, error: BaseException | None) -> None:
-        stages, worker = self._stages, self._worker
-        if self._context.is_stopped():  # the client has left: nothing that follows says anything about the worker
-            return
-        if error is None:
-            stages.outcomes.succeeded(worker)
-        elif isinstance(error, stages.errors.refused) and not self.begun:
-            self.refused = error
-            stages.outcomes.failed(worker, "refused")
-        elif isinstance(error, stages.errors.faults):
-            stages.outcomes.failed(worker, "broken_stream" if self.begun else "failed")
-            stages.metrics.broken_streams += self.begun
+        if failure is None:
+            return False
+        if not failure.refused:
+            raise stages.errors.of(failure) from error
+        self.refusal = stages.errors.of(failure)
+        return True
