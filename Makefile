@@ -19,13 +19,14 @@ VLLM_OLD := .envs/vllm-0.30
 COMPILED := .envs/compiled
 HELM := .envs/helm
 ENVOY := .envs/envoy
+DYNAMO := .envs/dynamo
 # An installation for development compiles these alone.
 KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx \
 	$(addprefix src/eldr/kernels/,loops.h json_text.h words.h)
 SOURCES := $(KERNELS) build_backend/compiled_modules.txt $(shell find src/eldr -name '*.py' -o -name '*.html')
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast browser check format settings manifests protos fuzz test-matrix test-architectures test-compiled test-sglang test-kubernetes dist bench bench-router bench-faults soak evaluate docs clean
+.PHONY: help demo test test-fast browser check format settings manifests protos fuzz test-matrix test-architectures test-compiled test-sglang test-kubernetes test-dynamo dist bench bench-router bench-faults soak evaluate docs clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -75,6 +76,9 @@ test-sglang: $(DEV)/.installed  ## a real pair of SGLang's workers behind the ro
 test-kubernetes: $(DEV)/.installed .envs/kubernetes/.built  ## discovery against a real kube-apiserver, built once in 15 minutes (Debian 12)
 	$(DEV)/bin/python -m pytest tests/kubernetes
 
+test-dynamo: $(DYNAMO)/.test-installed  ## the component for Dynamo between its real frontend and fake workers
+	$(DYNAMO)/bin/python -m pytest tests/dynamo
+
 test-compiled: $(COMPILED)/.compiled  ## the router's tests on a compiled router
 	$(COMPILED)/bin/python -m pytest tests/router
 
@@ -95,6 +99,7 @@ dist: $(DEV)/.installed  ## build the distributions of HEAD into build/dist, and
 	@$(DEV)/bin/python -m build --quiet --outdir build/dist build/dist-tree
 	@$(DEV)/bin/python -m build --quiet --outdir build/dist/of-tree --wheel build/dist-tree
 	@$(DEV)/bin/python -m build --quiet --outdir build/dist/model build/dist-tree/models/small-moe
+	@$(DEV)/bin/python -m build --quiet --outdir build/dist/dynamo build/dist-tree/integrations/dynamo
 	@$(DEV)/bin/python tests/distributions/check.py build/dist-tree build/dist
 
 bench: $(DEV)/.installed  ## time and memory of signatures, zones, decisions and replay
@@ -124,10 +129,10 @@ clean:  ## remove the environments and everything built
 
 $(DEV)/.installed: $(KERNELS)
 
-$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml models/small-moe/pyproject.toml constraints/dev.txt
+$(DEV)/.installed $(COMPILED)/.installed: pyproject.toml models/small-moe/pyproject.toml integrations/dynamo/pyproject.toml constraints/dev.txt
 	@echo "installing eldr and its tools into $(@D), about a minute"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable models/small-moe --editable '.[dev]'
+	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable models/small-moe --editable integrations/dynamo --editable '.[dev]'
 	@touch $@
 
 # Not editable: modules that are compiled would hide their sources.
@@ -166,6 +171,13 @@ $(HELM)/.packages: constraints/helm.txt
 
 .envs/kubernetes/.built: tests/kubernetes/build_apiserver.sh
 	@bash $< $(@D)
+	@touch $@
+
+$(DYNAMO)/.test-installed: constraints/dynamo.txt pyproject.toml integrations/dynamo/pyproject.toml $(KERNELS)
+	@echo "installing Dynamo into $(@D): 0.4 GB, 1 to 2 minutes"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --requirement $<
+	@$(@D)/bin/python $(PIP_INSTALL) --no-deps --editable . --editable integrations/dynamo --editable models/small-moe
 	@touch $@
 
 %/.test-installed: %/.installed constraints/vllm-test.txt

@@ -3,7 +3,8 @@
     python tests/distributions/check.py TREE BUILT
 
 TREE: the sources. BUILT: the sdist of eldr and the wheel built from it; BUILT/of-tree: the wheel built from the tree;
-BUILT/model: the sdist and the wheel of the model. `make dist` builds all of them and runs this.
+BUILT/model: the sdist and the wheel of the model; BUILT/dynamo: those of the component for Dynamo. `make dist` builds
+all of them and runs this.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ def check(tree: Path, built: Path) -> list[str]:
     kernels = {name for name in wheel if name.startswith("eldr/kernels/_compiled.") and name.endswith(".so")}
     needed = below(tree / "src", "*.py") | below(tree / "src", "*.typed") | below(tree / "src", "*.html")
     model = {name for name in below(tree / "models/small-moe/src", "*.*") if ".egg-info" not in name}
+    component_wheel = of_wheel(only(built / "dynamo", "*.whl"))
+    component_sdist = of_sdist(only(built / "dynamo", "*.tar.gz"))
+    component_source = tree / "integrations/dynamo/src"
+    component = below(component_source, "*.py") | below(component_source, "*.typed")
     faults = {
         "missing from the wheel": needed - wheel.keys(),
         "of no use in the wheel": {
@@ -70,6 +75,8 @@ def check(tree: Path, built: Path) -> list[str]:
         "different in the two wheels": {name for name in wheel.keys() & of_tree.keys() if wheel[name] != of_tree[name]},
         "missing from the model's wheel": model - model_wheel.keys(),
         "missing from the model's sdist": {f"src/{name}" for name in model} - model_sdist,
+        "missing from the component's wheel": component - component_wheel.keys(),
+        "missing from the component's sdist": {f"src/{name}" for name in component} - component_sdist,
     }
     found = [f"{what}: {', '.join(sorted(names))}" for what, names in faults.items() if names]
     if not kernels:

@@ -20,9 +20,10 @@ import uvloop
 
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.load import ShortestQueue
-from eldr.router.app import Router, policy_maker
+from eldr.router.app import Router
 from eldr.router.config.settings import RouterConfig
 from eldr.router.experts.base import ExpertSink
+from eldr.router.placement.making import policy_maker
 from eldr.router.request import answer
 from tests.router.fake_worker import FakeWorker
 
@@ -143,7 +144,8 @@ async def running(
         **{"health_interval_s": 0.1, **({"policy": policy} if isinstance(policy, str) else {}), **settings},
     )
     given = None if isinstance(policy, str) else policy or ShortestQueue()
-    router = Router(config, policy_maker(config) if given is None else lambda group: given, expert_sink=expert_sink)
+    make = policy_maker(config.placement) if given is None else lambda group: given
+    router = Router(config, make, expert_sink=expert_sink)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         setup = Setup(router, prefills, decodes, wholes, session)
         if prepare is not None:

@@ -16,8 +16,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from eldr.router.app import Router, policy_maker
+from eldr.router.app import Router
 from eldr.router.config.settings import RouterConfig
+from eldr.router.placement.making import policy_maker
 from tests.router.fake_sglang import FakeSglang
 from tests.router.harness import on_uvloop, running
 
@@ -30,7 +31,7 @@ PROMPTS = ("The capital of France is", "1 2 3 4 5 6", LONG)
 async def routed(prefill: str, decode: str) -> AsyncIterator[str]:
     """The URL of a router in front of the pair."""
     config = RouterConfig.of(engine="sglang", prefill=(prefill,), decode=(decode,), port=0)
-    router = Router(config, policy_maker(config))
+    router = Router(config, policy_maker(config.placement))
     try:
         await router.start()
         yield f"http://127.0.0.1:{router.port}"

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import re
 import socket
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from eldr.errors import EldrError
-from eldr.learning.kept import Kept, KeptError, load_kept
-from eldr.learning.learner import Learner
-from eldr.policies.base import Policy
-from eldr.policies.learned import Learned
-from eldr.policies.logged import LoggedPolicy
-from eldr.policies.options import PolicyOptions
-from eldr.policies.refit import RefitSchedule
 from eldr.router.api.admin import AdminApi
 from eldr.router.api.experts import ExpertReports
 from eldr.router.api.keys import ApiKeys
@@ -29,7 +19,6 @@ from eldr.router.api.routes import ClientApi
 from eldr.router.api.status import StatusApi
 from eldr.router.api.ui.state import UiState
 from eldr.router.api.whole import Whole
-from eldr.router.config.groups import PlacementSettings
 from eldr.router.config.picker import PickerConfig
 from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port, read_key
 from eldr.router.experts.answers import ExpertAnswers
@@ -42,7 +31,6 @@ from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.discovery.file import FileSource
 from eldr.router.fleet.discovery.named import named_sources
 from eldr.router.fleet.discovery.static import StaticSource
-from eldr.router.fleet.groups import ModelGroup
 from eldr.router.fleet.lists import ModelLists
 from eldr.router.fleet.membership import Membership
 from eldr.router.fleet.outcomes import Outcomes
@@ -57,16 +45,15 @@ from eldr.router.http.pool import WorkerPool
 from eldr.router.http.server import ClientConnection
 from eldr.router.http.tls import ServerTls, worker_context
 from eldr.router.observe.counters import Metrics
-from eldr.router.observe.decision_log import DecisionLog, calibration_digests, log_header
+from eldr.router.observe.decision_log import DecisionLog
 from eldr.router.observe.tracing import Tracing
 from eldr.router.peers.bus import Bus
 from eldr.router.peers.nats import NatsBus
 from eldr.router.peers.peers import Peers
 from eldr.router.peers.siblings import Siblings
 from eldr.router.placement.admission import Admission
-from eldr.router.placement.lanes import Lanes, MakePolicy
-from eldr.router.placement.learning import Learning
-from eldr.router.placement.refits import ZoneRefits
+from eldr.router.placement.lanes import MakePolicy
+from eldr.router.placement.making import logged, make_lanes
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.sglang import Sglang
 from eldr.router.protocols.vllm_nixl import VllmNixl
@@ -124,7 +111,7 @@ class Router:
         self._decision_log: DecisionLog | None = None
         if observe.decision_log is not None:
             self._decision_log = DecisionLog(observe.decision_log)
-            make_policy = _logged(make_policy, config.placement, self._decision_log)
+            make_policy = logged(make_policy, config.placement, self._decision_log)
         self._keys = None if listen.api_key_file is None else ApiKeys(listen.api_key_file)
         self.admin_key = AdminKey(listen.admin_key_file)
         self._tls = self._grpc_tls = None
@@ -132,13 +119,13 @@ class Router:
             self._tls = ServerTls(listen.tls_cert, listen.tls_key)
             self._grpc_tls = ServerTls(listen.tls_cert, listen.tls_key, "h2")
 
-        self._lanes = Lanes(
+        self._lanes = make_lanes(
+            config.placement,
             fleet,
             make_policy,
-            lambda policy: _zone_refits(policy, config.placement.options, metrics),
-            lambda group, policy: _learning(group, policy, config, metrics, siblings),
             metrics,
-            config.placement.seed,
+            reports=config.experts.are_reported,
+            keeps=siblings is None or not siblings.index,
         )
         self._outcomes = Outcomes(fleet, metrics, config.ejection)
         lists = ModelLists(config.workers, fleet, pools)
@@ -392,45 +379,6 @@ class Router:
         self.membership.set_max_inflight(config.workers.max_inflight)
 
 
-def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> ZoneRefits | None:
-    if not options.refits:
-        return None
-    return ZoneRefits(policy, RefitSchedule(options.refit_interval_s, options.refit_window_s), metrics)
-
-
-def _learning(
-    group: ModelGroup, policy: Policy, config: RouterConfig, metrics: Metrics, siblings: Siblings | None
-) -> Learning | None:
-    """What learns from a group's requests, beginning with what was kept or fitted before.
-
-    Of several processes, the first keeps what it learns.
-    """
-    placement, reports = config.placement, config.experts.are_reported
-    words, counts = policy.wants_words(False), policy.corrects_counts and reports
-    if placement.learn == "off" or not (words or counts):
-        return None
-    kept, file = Kept(policy.prompts, policy.predictor), None
-    if placement.learned_dir is not None:
-        file = placement.learned_dir / _file_name(min(group.bases, default=""))
-        if os.path.exists(file):  # noqa: PTH110 - Path.exists raises where the folder may not be read
-            try:
-                found = load_kept(file)
-                kept = Kept(found.prompts or kept.prompts, found.activation or kept.activation)
-                policy.learned(Learned.of(found.prompts, found.activation))
-            except KeptError as error:
-                log.error("what was learned before is not used: %s", error)
-    if siblings is not None and siblings.index:
-        file = None
-    learner = Learner(kept.prompts, kept.activation, words=words, counts=counts, seed=placement.seed)
-    return Learning(policy, learner, metrics, file, reports)
-
-
-def _file_name(model: str) -> str:
-    """A file name for what was learned about a model, whose own name a worker may have made up."""
-    readable = re.sub("[^A-Za-z0-9._-]", "_", model)[:100]
-    return f"{readable}-{zlib.crc32(model.encode('utf-8', 'surrogatepass')):08x}.npz"
-
-
 def _expert_sources(config: RouterConfig, sink: ExpertSink | None, metrics: Metrics) -> ExpertSources | None:
     """Return the sources of finished requests' experts that are configured. None if there is none."""
     experts = config.experts
@@ -442,43 +390,3 @@ def _expert_sources(config: RouterConfig, sink: ExpertSink | None, metrics: Metr
     engine = SglangRoutedExperts() if config.workers.engine == "sglang" else VllmRoutedExperts()
     answers = ExpertAnswers(engine, share, expected) if share else None
     return ExpertSources(expected, reports, answers)
-
-
-def _logged(make_policy: MakePolicy, placement: PlacementSettings, decision_log: DecisionLog) -> MakePolicy:
-    """Make policies whose events are logged, each after a header of its own."""
-    digests = calibration_digests(placement)
-
-    def make(group: ModelGroup) -> Policy:
-        policy, write = make_policy(group), decision_log.run()
-        write(log_header(placement, digests, policy.name, group.bases).to_wire())
-        return LoggedPolicy(policy, write)
-
-    return make
-
-
-def policy_maker(config: RouterConfig) -> MakePolicy:
-    """Return what makes the configured policy for each group of workers, with the calibration of its model.
-
-    Raises EldrError for a policy that cannot be made, or a calibration that cannot be read.
-    """
-    from eldr.calibration import Calibration, load_calibration
-    from eldr.policies import PolicyError, make_policy
-
-    placement = config.placement
-    calibrations = {path: load_calibration(path) for path in placement.calibration.values()}
-
-    def make(calibration: Calibration | None) -> Policy:
-        return make_policy(placement.policy, placement.options, calibration=calibration, seed=placement.seed)
-
-    def make_for(group: ModelGroup) -> Policy:
-        path = placement.calibration_of(sorted(group.bases))
-        try:
-            return make(None if path is None else calibrations[path])
-        except PolicyError as error:
-            # A model that is placed by load is better than one that is not served.
-            log.error("the requests for %s are placed by jsq: %s", group.name or "a model", error)
-            return make_policy("jsq", seed=placement.seed)
-
-    for calibration in calibrations.values() or (None,):
-        make(calibration)
-    return make_for

@@ -16,13 +16,14 @@ from typing import Any
 
 import uvloop
 
-from eldr.router.app import Router, policy_maker
+from eldr.router.app import Router
 from eldr.router.config.picker import PickerConfig
 from eldr.router.config.settings import ConfigError, RouterConfig
 from eldr.router.handover import inherited_sockets, start_successor, tell_predecessor
 from eldr.router.machine import CLIENT_SOCKETS, Machine, of_one_process, siblings_of_environment
 from eldr.router.observe import logs
 from eldr.router.peers.siblings import Siblings
+from eldr.router.placement.making import policy_maker
 
 log = logging.getLogger("eldr.router")
 
@@ -51,13 +52,13 @@ def serve(path: Path | None, flags: Mapping[str, Any], kind: type[RouterConfig] 
     _raise_file_limit()
     inherited = inherited_sockets()
     if config.listen.processes > 1 and siblings is None:
-        policy_maker(config)  # what is wrong is said once
+        policy_maker(config.placement)  # what is wrong is said once
         uvloop.run(_run(Machine(config, inherited)))
         return
     if siblings is None and CLIENT_SOCKETS in os.environ:
         raise ConfigError("processes has changed to 1, which needs a restart")
     watched = None if path is None else (path, load)
-    router = Router(config, policy_maker(config), watched, inherited, siblings=siblings)
+    router = Router(config, policy_maker(config.placement), watched, inherited, siblings=siblings)
     uvloop.run(_serve(router, config, siblings))
 
 

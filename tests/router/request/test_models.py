@@ -14,9 +14,9 @@ import pytest
 from eldr.calibration import fit_calibration
 from eldr.cli.main import main
 from eldr.policies import PolicyError
-from eldr.router.app import policy_maker
 from eldr.router.config.endpoint import LEGS, LegName
 from eldr.router.config.settings import RouterConfig
+from eldr.router.placement.making import policy_maker
 from tests.router.admin import ask_admin, until_state
 from tests.router.fake_worker import EXPERTS, LAYERS, TOP_K, FakeWorker, Seen, counts_wire, reply
 from tests.router.harness import ASK, Setup, on_uvloop, running, until
@@ -453,7 +453,7 @@ async def test_a_model_joins_although_its_calibration_was_replaced(tmp_path: Pat
 def test_a_policy_that_needs_a_calibration_is_refused_without_any() -> None:
     config = RouterConfig.of(prefill=("http://p:1",), decode=("http://d:1",), policy="locality-band")
     with pytest.raises(PolicyError, match="calibration"):
-        policy_maker(config)
+        policy_maker(config.placement)
 
 
 def test_decisions_for_several_models_are_repeated_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,1 @@
+"""eldr's decode policies in NVIDIA Dynamo. Only `component.py` imports Dynamo."""
