@@ -117,16 +117,16 @@ class WorkerSettings:
     """The workers, and how the router watches them."""
 
     prefill: tuple[str, ...] = setting(
-        (), "URL of a prefill worker", parse=_urls, flag=True, metavar="URL", live=True,
-        page="fleet.md#where-workers-come-from",
+        (), "URL of a prefill worker, or an address of several: `dns+`, `k8s+`", parse=_urls, flag=True, metavar="URL",
+        live=True, page="fleet.md#where-workers-come-from",
     )  # fmt: skip
     decode: tuple[str, ...] = setting(
-        (), "URL of a decode worker", parse=_urls, flag=True, metavar="URL", live=True,
-        page="fleet.md#where-workers-come-from",
+        (), "URL of a decode worker, or an address of several", parse=_urls, flag=True, metavar="URL",
+        live=True, page="fleet.md#where-workers-come-from",
     )  # fmt: skip
     worker: tuple[str, ...] = setting(
-        (), "URL of an aggregated worker, which does both", parse=_urls, flag=True, metavar="URL", live=True,
-        page="fleet.md#aggregated-workers",
+        (), "URL of an aggregated worker, which does both; or an address of several", parse=_urls, flag=True,
+        metavar="URL", live=True, page="fleet.md#aggregated-workers",
     )  # fmt: skip
     engine: str = setting("vllm", "what the workers run", choices=ENGINES, flag=True, metavar="NAME", page="sglang.md")
     model: str | None = setting(
