@@ -156,10 +156,10 @@ class WorkerSettings:
         None, "address of the Kubernetes API for `k8s+` addresses, such as that of `kubectl proxy`", parse=_api_url,
         shown="the cluster's that the router runs in", page="fleet.md#kubernetes",
     )  # fmt: skip
-    kubernetes_account: Path = setting(
-        Path("/var/run/secrets/kubernetes.io/serviceaccount"),
-        "directory of a mounted service account: `token`, `ca.crt` and `namespace`",
-    )
+    kubernetes_account: Path | None = setting(
+        None, "directory of a mounted service account: `token`, `ca.crt` and `namespace`",
+        shown="/var/run/secrets/kubernetes.io/serviceaccount",
+    )  # fmt: skip
     kubernetes_relist_s: float = setting(
         30.0, "time between two full lists of what is watched in Kubernetes, varied at random by a fifth", least=LEAST_S
     )

@@ -38,7 +38,9 @@ class KubernetesSource(Source):
 
     name = "kubernetes"
 
-    def __init__(self, address: KubernetesAddress, role: Role, url: str | None, account: Path, relist_s: float) -> None:
+    def __init__(
+        self, address: KubernetesAddress, role: Role, url: str | None, account: Path | None, relist_s: float
+    ) -> None:
         self._address = address
         self._role: Role = role
         self._api = KubernetesApi(url, account)

@@ -20,6 +20,8 @@ import orjson
 from eldr.errors import EldrError
 from eldr.router.config.settings import ConfigError, read_key
 
+# Where every pod has its service account.
+MOUNTED = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 CONNECT_TIMEOUT_S = 5.0
 # How long an answer may take to begin, and a page of a list to arrive.
 ANSWER_TIMEOUT_S = 15.0
@@ -52,15 +54,15 @@ class KubernetesApi:
     """Speaks with the API server.
 
     url: its address. None inside a cluster, which says it to each pod.
-    account: the directory of a mounted service account: `token`, `ca.crt` and `namespace`. The kubelet replaces them
-        while the pod runs, so they are read for each request. Over plain HTTP, such as to `kubectl proxy`, no token is
-        sent.
+    account: the directory of a mounted service account: `token`, `ca.crt` and `namespace`. None for the usual one. The
+        kubelet replaces them while the pod runs, so they are read for each request. Over plain HTTP, such as to
+        `kubectl proxy`, no token is sent.
     Raises ConfigError if no address is known.
     """
 
-    def __init__(self, url: str | None, account: Path) -> None:
+    def __init__(self, url: str | None, account: Path | None) -> None:
         self.url = _cluster_url() if url is None else url
-        self.account = account
+        self.account = MOUNTED if account is None else account
         self._tls: ssl.SSLContext | None = None
         self._tls_of: object = None
 
