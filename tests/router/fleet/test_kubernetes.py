@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from eldr.router.app import Router
@@ -37,7 +38,7 @@ from tests.router.fake_apiserver import (
     send,
     set_ready,
 )
-from tests.router.harness import Scripted, on_uvloop, until
+from tests.router.harness import Scripted, Setup, on_uvloop, until
 from tests.router.pods_under_load import no_stream_breaks
 
 MOE = PODS.format("moe")
@@ -622,6 +623,25 @@ async def test_other_addresses_need_a_new_process(tmp_path: Path, caplog: pytest
         router.reload()
         await until(lambda: "needs a new process" in caplog.text, "it is said")
         assert "dns+ and k8s+ addresses" in caplog.text
+    finally:
+        await router.stop(0)
+        await server.stop()
+
+
+@on_uvloop
+async def test_failures_are_counted() -> None:
+    server = await serving()
+    router = Router(RouterConfig.of(worker=(ADDRESS,), port=0, kubernetes_api=server.url), lambda group: Scripted())
+    await router.start()
+    try:
+        async with aiohttp.ClientSession() as session:
+            setup = Setup(router, [], [], [], session)
+            assert await setup.metric("eldr_discovery_failures_total") == 0
+            server.forbidden = {("list", "pods"), ("watch", "pods")}
+            await server.disconnect()
+            await until(lambda: len(server.asked) > 5, "it tries again")
+            assert await setup.metric("eldr_discovery_failures_total", source="kubernetes") > 0
+            assert await setup.metric("eldr_discovery_failures_total", source="dns") == 0
     finally:
         await router.stop(0)
         await server.stop()

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from eldr.router.config.endpoint import Endpoint, Endpoints, Role
 from eldr.router.config.kubernetes import KubernetesAddress
-from eldr.router.fleet.discovery.base import Source
+from eldr.router.fleet.discovery.base import Failed, Source
 from eldr.router.fleet.discovery.kubernetes_api import KubernetesApi, shown
 from eldr.router.fleet.discovery.kubernetes_watch import Collection, Resource
 from eldr.router.fleet.discovery.pods import Pool, member, pod_urls, pool_of
@@ -39,13 +39,20 @@ class KubernetesSource(Source):
     name = "kubernetes"
 
     def __init__(
-        self, address: KubernetesAddress, role: Role, url: str | None, account: Path | None, relist_s: float
+        self,
+        address: KubernetesAddress,
+        role: Role,
+        url: str | None,
+        account: Path | None,
+        relist_s: float,
+        failed: Failed = lambda source: None,
     ) -> None:
         self._address = address
         self._role: Role = role
         self._api = KubernetesApi(url, account)
         self._namespace = address.namespace or self._api.namespace
         self._relist_s = relist_s
+        self._failed = failed
         self._latest: Endpoints = frozenset()
         self._news = asyncio.Event()
         self._portless_told = False
@@ -115,7 +122,7 @@ class KubernetesSource(Source):
         read: Callable[[Any], T | None],
         changed: Callable[[dict[str, T]], None],
     ) -> Collection[T]:
-        return Collection(self._api, resource, query, read, changed, self._news.set, self._relist_s)
+        return Collection(self._api, resource, query, read, changed, self._looked_in_vain, self._relist_s)
 
     def _urls(self, ports: tuple[str, ...], pod: Any) -> frozenset[str] | None:
         urls = pod_urls(pod, self._address, ports)
@@ -124,6 +131,10 @@ class KubernetesSource(Source):
             name = shown(str(member(pod, "metadata", "name")))
             log.warning("%s: pod %s does not declare each of the ports %s", self._address, name, ", ".join(ports))
         return urls or None
+
+    def _looked_in_vain(self) -> None:
+        self._failed(self.name)
+        self._news.set()
 
     def _found(self, pods: dict[str, frozenset[str]]) -> None:
         self._latest = frozenset(Endpoint(url, self._role) for urls in pods.values() for url in urls)
