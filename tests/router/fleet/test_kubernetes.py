@@ -408,6 +408,17 @@ async def test_a_list_without_an_end_is_given_up(
 
 
 @on_uvloop
+async def test_nobody_is_sent_elsewhere() -> None:
+    other = await serving("10.6.6.6")
+    server = await serving("10.0.0.1")
+    server.instead = [says(307, b"", f"location: {other.url}{MOE}\r\n")]
+    async with following(server) as heard:
+        await heard.is_("10.0.0.1")
+        assert not other.asked
+    await other.stop()
+
+
+@on_uvloop
 async def test_events_before_one_that_lies_count() -> None:
     server = await serving("10.0.0.1")
     await server.put(MOE, before := pod("b", "10.0.0.2", DECODE))

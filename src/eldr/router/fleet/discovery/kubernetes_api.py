@@ -18,6 +18,7 @@ import aiohttp
 import orjson
 
 from eldr.errors import EldrError
+from eldr.router.config.kubernetes import NAMESPACE
 from eldr.router.config.settings import ConfigError, read_key
 
 # Where every pod has its service account.
@@ -70,15 +71,18 @@ class KubernetesApi:
     def namespace(self) -> str:
         """The namespace of the service account. Raises ConfigError if it is not known."""
         try:
-            return (self.account / "namespace").read_text().strip()
+            namespace = (self.account / "namespace").read_text().strip()
         except (OSError, UnicodeDecodeError):
+            namespace = ""
+        if not NAMESPACE.fullmatch(namespace):
             raise ConfigError(
                 f"an address without a namespace means the router's own, which {self.account}/namespace does not say; "
                 "name one: k8s+http://NAMESPACE..."
-            ) from None
+            )
+        return namespace
 
     def session(self) -> aiohttp.ClientSession:
-        """Connections for `get` and `lines`. The caller closes them."""
+        """Connections for `get` and `stream`. The caller closes them."""
         return aiohttp.ClientSession(
             # An answer that nobody asked to be compressed is not unpacked, however small it looks.
             auto_decompress=False,
