@@ -19,7 +19,7 @@ from eldr.router.app import Router
 from eldr.router.config.endpoint import Endpoint, Endpoints
 from eldr.router.config.kubernetes import kubernetes_address
 from eldr.router.config.settings import ConfigError, RouterConfig
-from eldr.router.fleet.discovery import kubernetes_api, kubernetes_watch
+from eldr.router.fleet.discovery import kubernetes, kubernetes_api, kubernetes_watch
 from eldr.router.fleet.discovery.kubernetes import KubernetesSource
 from tests.router.certificates import certificate
 from tests.router.fake_apiserver import (
@@ -440,6 +440,21 @@ async def test_a_server_that_is_down_is_tried_again(caplog: pytest.LogCaptureFix
         await heard.is_("10.0.0.1")
         await until(lambda: "pods in namespace moe are followed again" in caplog.text, "it is said")
     assert caplog.text.count("the workers stay as they are") == 1, "a failure that lasts is told once"
+
+
+@on_uvloop
+async def test_a_server_that_hangs_at_first_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kubernetes, "FIRST_S", 0.1)
+    monkeypatch.setattr(kubernetes_api, "ANSWER_TIMEOUT_S", 0.5)
+    server = await serving("10.0.0.1")
+    server.instead = [hang]
+    async with following(server) as heard:
+        assert heard.lists == [frozenset()]
+        assert "the router starts without its workers" in caplog.text
+        await heard.is_("10.0.0.1")
+        assert "it does not answer in time" in caplog.text
 
 
 @on_uvloop
