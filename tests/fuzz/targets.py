@@ -6,10 +6,12 @@ raises is a failure as well: bad input has to end in the reader's own error.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
 import json
+import logging
 import math
 import tempfile
 import zipfile
@@ -34,10 +36,15 @@ from eldr.kernels import NO_OBJECT, JsonNames, JsonObject, JsonTextError
 from eldr.kernels._types import TOO_MANY_MEMBERS
 from eldr.prompt.words import MOST_TEXT_BYTES, words_of_text
 from eldr.router.config.endpoint import ROLES, UrlError, worker_urls
+from eldr.router.config.kubernetes import kubernetes_address
 from eldr.router.experts.base import MoeGeometry
 from eldr.router.experts.connector_reports import read_batch, take_reports
 from eldr.router.experts.expected import ExpectedReports
 from eldr.router.experts.routed_experts import VllmRoutedExperts
+from eldr.router.fleet.discovery import kubernetes_watch
+from eldr.router.fleet.discovery.kubernetes_api import KubernetesApi, from_json
+from eldr.router.fleet.discovery.kubernetes_watch import Collection, Resource
+from eldr.router.fleet.discovery.pods import pod_urls, pool_of
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.client import ExchangeError
 from eldr.router.http.content_coding import DECODERS, PIECE_BYTES, BodyDecoder
@@ -64,6 +71,7 @@ SCRATCH = Path(tempfile.mkdtemp(prefix="eldr-fuzz-"))
 CHANGES = b"\xffchanges"
 INSIDE = b"\xffinside"
 MAX_DECODED_BYTES = 2**20
+PODS = kubernetes_address("k8s+http://moe?selector=a&port=http&port=8200")
 
 
 def http(data: bytes) -> None:
@@ -412,6 +420,52 @@ def urls(data: bytes) -> None:
             assert ".." not in url.split("/")
 
 
+def kubernetes(data: bytes) -> None:
+    """Lists and watches: ApiError, or workers with sound URLs. The first line is a list, and the others are events."""
+    list_, *events = data.split(b"\n")
+    asyncio.run(_follow(list_, [event for event in events if event]))
+
+
+async def _follow(list_: bytes, events: list[bytes]) -> None:
+    class Over(BaseException):
+        """The input was read, or refused."""
+
+    class Answers(KubernetesApi):
+        async def get(self, session: Any, path: str, query: Any) -> Any:
+            return from_json(list_)
+
+        async def stream(self, session: Any, path: str, query: Any, hear: Callable[[list[bytes]], None]) -> None:
+            hear([])
+            hear(events)
+            raise Over
+
+    def failed() -> None:
+        raise Over
+
+    def changed(pods: dict[str, frozenset[str]]) -> None:
+        for url in frozenset[str]().union(*pods.values()):
+            assert worker_urls(url) == (url,)
+
+    def read(found: Any) -> frozenset[str] | None:
+        pool_of(found)
+        return pod_urls(found, PODS, PODS.ports)
+
+    def is_no_defect(record: logging.LogRecord) -> bool:
+        assert record.levelno < logging.ERROR, record.getMessage()
+        return False
+
+    resource = Resource("", "pods", "moe")
+    collection = Collection(Answers("http://api", Path()), resource, {}, read, changed, failed, 3600)
+    kubernetes_watch.log.addFilter(is_no_defect)
+    try:
+        async with asyncio.timeout(0.01):
+            await collection.follow(None)  # type: ignore[arg-type]
+    except (Over, TimeoutError):
+        pass
+    finally:
+        kubernetes_watch.log.removeFilter(is_no_defect)
+
+
 def calibration(data: bytes) -> None:
     """Calibration files: CalibrationError, or a calibration that predicts numbers, can be saved and read again."""
     with contextlib.suppress(CalibrationError):
@@ -491,6 +545,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
         *(http, coding, upstream, sse, events, body, words, json_text, urls),
-        *(counts, rows, handoff, reports, routed_experts, calibration, trace, peers),
+        *(counts, rows, handoff, reports, routed_experts, kubernetes, calibration, trace, peers),
     )
 }

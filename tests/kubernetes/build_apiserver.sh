@@ -61,6 +61,7 @@ PATH=$GOROOT/bin:$PATH "$work/openapi-gen" --go-header-file hack/boilerplate/boi
   --report-filename "$work/violations" --input-dirs "$packages"
 
 echo 'kube-apiserver: compiling, 10 to 15 minutes'
-"$go" build -ldflags '-s -w -X k8s.io/component-base/version.gitVersion=v1.20.2 -X k8s.io/component-base/version.gitMajor=1
-  -X k8s.io/component-base/version.gitMinor=20' -o "$out/kube-apiserver" ./cmd/kube-apiserver
+version=k8s.io/kubernetes/vendor/k8s.io/component-base/version
+"$go" build -ldflags "-s -w -X $version.gitVersion=v1.20.2 -X $version.gitMajor=1 -X $version.gitMinor=20" \
+  -o "$out/kube-apiserver" ./cmd/kube-apiserver
 "$out/kube-apiserver" --version

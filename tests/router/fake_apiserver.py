@@ -204,7 +204,8 @@ class FakeApiserver:
                             await line(writer, event)
                     at = until
                     async with self._changed:
-                        await self._changed.wait_for(lambda at=at: self._version > at)
+                        while self._version == at:
+                            await self._changed.wait()
         except TimeoutError:
             await end_lines(writer)
 

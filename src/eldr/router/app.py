@@ -235,7 +235,7 @@ class Router:
 
     def _sources(self) -> list[Source]:
         config = self._config
-        named = named_sources(config.workers)
+        named = named_sources(config.workers, self.services.metrics)
         if self._config_file is None:
             return [StaticSource(config.workers.endpoints), *named]
         path, load = self._config_file

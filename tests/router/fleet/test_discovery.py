@@ -131,6 +131,7 @@ async def test_workers_follow_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
         asked = names.asked
         await until(lambda: names.asked > asked + 2, "it was asked again")
         assert up() == {first.url, second.url}
+        assert router.services.metrics.discovery_failures["dns"] >= 2
         names.answers[:] = [["127.0.0.2"]]
         await until(lambda: up() == {second.url}, "the first drains")
     finally:

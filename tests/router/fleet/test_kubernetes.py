@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 import ssl
@@ -12,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from eldr.router.app import Router
 from eldr.router.config.endpoint import Endpoint, Endpoints
 from eldr.router.config.kubernetes import kubernetes_address
 from eldr.router.config.settings import ConfigError, RouterConfig
-from eldr.router.fleet.discovery import kubernetes_api, kubernetes_watch
+from eldr.router.fleet.discovery import kubernetes, kubernetes_api, kubernetes_watch
 from eldr.router.fleet.discovery.kubernetes import KubernetesSource
 from tests.router.certificates import certificate
 from tests.router.fake_apiserver import (
@@ -37,7 +39,7 @@ from tests.router.fake_apiserver import (
     send,
     set_ready,
 )
-from tests.router.harness import Scripted, on_uvloop, until
+from tests.router.harness import Scripted, Setup, on_uvloop, until
 from tests.router.pods_under_load import no_stream_breaks
 
 MOE = PODS.format("moe")
@@ -174,7 +176,7 @@ async def test_thousands_of_pods_come_in_pages() -> None:
         await server.put(MOE, pod(f"p{number}", f"10.1.{number // 250}.{number % 250}", DECODE))
     async with following(server) as heard:
         assert len(heard.urls) == 1000
-        assert len(server.lists) == 5
+        assert len(server.lists) == 10
         for number in range(1000):
             await server.remove(MOE, f"p{number}")
         await heard.is_()
@@ -334,7 +336,11 @@ LISTS = {
     "not a list": says(200, b"[]"),
     "no version": says(200, b'{"items": []}'),
     "items that are none": says(200, b'{"items": {"a": 1}, "metadata": {"resourceVersion": "1"}}'),
-    "compressed": says(200, b"\x1f\x8b\x08", "content-encoding: gzip\r\n"),
+    "compressed, which nobody asked for": says(
+        200,
+        gzip.compress(b'{"items": [], "metadata": {"resourceVersion": "1"}}'),
+        "content-encoding: gzip\r\n",
+    ),
     "too much": long_without_end,
     "hangs": hang,
     "hangs in its middle": hang_midway,
@@ -356,6 +362,8 @@ WATCHES = {
     "closes": close,
     "ends at once": empty_watch,
 }
+# Those that say nothing of what was heard before, so that the next watch goes on from there.
+RESUMED = {"500", "429", "hangs", "closes", "ends at once"}
 
 
 @pytest.mark.parametrize("how", LISTS)
@@ -388,6 +396,7 @@ async def test_a_watch_that_fails_keeps_the_last_list(how: str, monkeypatch: pyt
         await server.put(MOE, pod("b", "10.0.0.2", DECODE))
         await heard.is_("10.0.0.1", "10.0.0.2")
         assert len(heard.lists) == 2
+        assert len(server.lists) == (1 if how in RESUMED else 2)
 
 
 @on_uvloop
@@ -401,6 +410,17 @@ async def test_a_list_without_an_end_is_given_up(
     async with following(server) as heard:
         await heard.is_("10.0.0.1")
     assert "has no end after 20 pages" in caplog.text
+
+
+@on_uvloop
+async def test_nobody_is_sent_elsewhere() -> None:
+    other = await serving("10.6.6.6")
+    server = await serving("10.0.0.1")
+    server.instead = [says(307, b"", f"location: {other.url}{MOE}\r\n")]
+    async with following(server) as heard:
+        await heard.is_("10.0.0.1")
+        assert not other.asked
+    await other.stop()
 
 
 @on_uvloop
@@ -425,6 +445,21 @@ async def test_a_server_that_is_down_is_tried_again(caplog: pytest.LogCaptureFix
         await heard.is_("10.0.0.1")
         await until(lambda: "pods in namespace moe are followed again" in caplog.text, "it is said")
     assert caplog.text.count("the workers stay as they are") == 1, "a failure that lasts is told once"
+
+
+@on_uvloop
+async def test_a_server_that_hangs_at_first_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kubernetes, "FIRST_S", 0.1)
+    monkeypatch.setattr(kubernetes_api, "ANSWER_TIMEOUT_S", 0.5)
+    server = await serving("10.0.0.1")
+    server.instead = [hang]
+    async with following(server) as heard:
+        assert heard.lists == [frozenset()]
+        assert "the router starts without its workers" in caplog.text
+        await heard.is_("10.0.0.1")
+        assert "it does not answer in time" in caplog.text
 
 
 @on_uvloop
@@ -619,6 +654,25 @@ async def test_other_addresses_need_a_new_process(tmp_path: Path, caplog: pytest
         router.reload()
         await until(lambda: "needs a new process" in caplog.text, "it is said")
         assert "dns+ and k8s+ addresses" in caplog.text
+    finally:
+        await router.stop(0)
+        await server.stop()
+
+
+@on_uvloop
+async def test_failures_are_counted() -> None:
+    server = await serving()
+    router = Router(RouterConfig.of(worker=(ADDRESS,), port=0, kubernetes_api=server.url), lambda group: Scripted())
+    await router.start()
+    try:
+        async with aiohttp.ClientSession() as session:
+            setup = Setup(router, [], [], [], session)
+            assert await setup.metric("eldr_discovery_failures_total") == 0
+            server.forbidden = {("list", "pods"), ("watch", "pods")}
+            await server.disconnect()
+            await until(lambda: len(server.asked) > 5, "it tries again")
+            assert await setup.metric("eldr_discovery_failures_total", source="kubernetes") > 0
+            assert await setup.metric("eldr_discovery_failures_total", source="dns") == 0
     finally:
         await router.stop(0)
         await server.stop()

@@ -10,13 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eldr.router.config.endpoint import worker_url
-from eldr.router.config.kubernetes import kubernetes_address
+from eldr.router.config.kubernetes import KubernetesAddress, kubernetes_address
 from eldr.router.fleet.discovery.pods import Pool, pod_urls, pool_of
 from tests.router.fake_apiserver import pod, pool
 
 ADDRESS = kubernetes_address("k8s+http://moe?selector=a&port=http")
 DP = kubernetes_address("k8s+http://moe?selector=a&port=http#dp=2")
 READY = pod("p", "10.0.0.1", {}, {"metrics": 9090, "http": 8200})
+
+
+def urls(found: Any, address: KubernetesAddress, *ports: str) -> set[str]:
+    """Its workers, of a pod that gets requests."""
+    known = pod_urls(found, address, ports)
+    assert known is not None
+    return set(known)
 
 
 def changed(*path: str | int, to: Any) -> dict[str, Any]:
@@ -33,15 +40,15 @@ def changed(*path: str | int, to: Any) -> dict[str, Any]:
 
 
 def test_a_ready_pod() -> None:
-    assert pod_urls(READY, ADDRESS, ("http",)) == {"http://10.0.0.1:8200"}
-    assert pod_urls(READY, ADDRESS, ("9000", "http")) == {"http://10.0.0.1:9000", "http://10.0.0.1:8200"}
-    assert pod_urls(READY, DP, ("http",)) == {"http://10.0.0.1:8200#rank=0", "http://10.0.0.1:8200#rank=1"}
-    assert pod_urls(READY, ADDRESS, ("grpc",)) == set()
+    assert urls(READY, ADDRESS, "http") == {"http://10.0.0.1:8200"}
+    assert urls(READY, ADDRESS, "9000", "http") == {"http://10.0.0.1:9000", "http://10.0.0.1:8200"}
+    assert urls(READY, DP, "http") == {"http://10.0.0.1:8200#rank=0", "http://10.0.0.1:8200#rank=1"}
+    assert urls(READY, ADDRESS, "grpc") == set()
 
 
 def test_sidecars_have_ports_too() -> None:
     found = changed("spec", "initContainers", to=[{"ports": [{"name": "proxy", "containerPort": 8000}]}])
-    assert pod_urls(found, ADDRESS, ("proxy",)) == {"http://10.0.0.1:8000"}
+    assert urls(found, ADDRESS, "proxy") == {"http://10.0.0.1:8000"}
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ FAILURES = ("refused", "failed", "status", "wrong_answer", "timeout", "broken_st
 EJECTIONS = ("consecutive", "rate", "trial")
 RETRIES = ("refused", "failed", "status", "overloaded", "wrong_answer", "timeout", "lease", "unserved")
 PEER_FRAMES = ("events", "heartbeat", "snapshot", "ask", "bye")
+SOURCES = ("dns", "kubernetes")
 TIMEOUTS = ("connect", "prefill", "first_byte", "answer", "idle", "total")
 
 
@@ -115,6 +116,8 @@ class RouterCollector(Collector):
         denied = _from_zero(product(LEGS, ("tries", "budget")), m.retries_denied)
         yield _counter("eldr_retries_denied", "Failed legs that were not tried again.", ("leg", "reason"), denied)
         yield _counter("eldr_timeouts", "Deadlines that passed.", ("leg",), _from_zero(TIMEOUTS, m.timeouts))
+        sources = _from_zero(SOURCES, m.discovery_failures)
+        yield _counter("eldr_discovery_failures", "Looks for workers that failed.", ("source",), sources)
         yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
         yield _counter(
             "eldr_prompt_tokens", "Estimated tokens of prompts sent to aggregated workers.", (), {(): m.prompt_tokens}

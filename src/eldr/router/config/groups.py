@@ -141,16 +141,16 @@ class WorkerSettings:
     """The workers, and how the router watches them."""
 
     prefill: tuple[str, ...] = setting(
-        (), "URL of a prefill worker", parse=_urls, flag=True, metavar="URL", live=True,
-        page="fleet.md#where-workers-come-from",
+        (), "URL of a prefill worker, or an address of several: `dns+`, `k8s+`", parse=_urls, flag=True, metavar="URL",
+        live=True, page="fleet.md#where-workers-come-from",
     )  # fmt: skip
     decode: tuple[str, ...] = setting(
-        (), "URL of a decode worker", parse=_urls, flag=True, metavar="URL", live=True,
-        page="fleet.md#where-workers-come-from",
+        (), "URL of a decode worker, or an address of several", parse=_urls, flag=True, metavar="URL",
+        live=True, page="fleet.md#where-workers-come-from",
     )  # fmt: skip
     worker: tuple[str, ...] = setting(
-        (), "URL of an aggregated worker, which does both", parse=_urls, flag=True, metavar="URL", live=True,
-        page="fleet.md#aggregated-workers",
+        (), "URL of an aggregated worker, which does both; or an address of several", parse=_urls, flag=True,
+        metavar="URL", live=True, page="fleet.md#aggregated-workers",
     )  # fmt: skip
     engine: str = setting("vllm", "what the workers run", choices=ENGINES, flag=True, metavar="NAME", page="sglang.md")
     model: str | None = setting(
@@ -180,10 +180,10 @@ class WorkerSettings:
         None, "address of the Kubernetes API for `k8s+` addresses, such as that of `kubectl proxy`", parse=_api_url,
         shown="the cluster's that the router runs in", page="fleet.md#kubernetes",
     )  # fmt: skip
-    kubernetes_account: Path = setting(
-        Path("/var/run/secrets/kubernetes.io/serviceaccount"),
-        "directory of a mounted service account: `token`, `ca.crt` and `namespace`",
-    )
+    kubernetes_account: Path | None = setting(
+        None, "directory of a mounted service account: `token`, `ca.crt` and `namespace`",
+        shown="/var/run/secrets/kubernetes.io/serviceaccount",
+    )  # fmt: skip
     kubernetes_relist_s: float = setting(
         30.0, "time between two full lists of what is watched in Kubernetes, varied at random by a fifth", least=LEAST_S
     )

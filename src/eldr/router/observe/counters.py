@@ -57,6 +57,7 @@ class Metrics:
         self.retries_denied: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.timeouts: defaultdict[str, int] = defaultdict(int)
         self.failures: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self.discovery_failures: defaultdict[str, int] = defaultdict(int)
         self.ejections: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self.handoffs = 0
         self.prefill_spills = 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from eldr.router.config.endpoint import Endpoints
+
+# Called with the name of a source each time it cannot find out which workers there are.
+Failed = Callable[[str], None]
 
 
 class Source(ABC):

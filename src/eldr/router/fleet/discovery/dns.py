@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from urllib.parse import urlsplit
 
 from eldr.router.config.endpoint import Endpoint, Endpoints, Role
-from eldr.router.fleet.discovery.base import Source
+from eldr.router.fleet.discovery.base import Failed, Source
 
 log = logging.getLogger("eldr.router")
 
@@ -35,7 +35,14 @@ class DnsSource(Source):
 
     name = "dns"
 
-    def __init__(self, url: str, role: Role, interval_s: float, resolve: Resolve = resolve) -> None:
+    def __init__(
+        self,
+        url: str,
+        role: Role,
+        interval_s: float,
+        resolve: Resolve = resolve,
+        failed: Failed = lambda source: None,
+    ) -> None:
         parts = urlsplit(url)
         self._host = parts.hostname or ""
         self._port = parts.port or 80
@@ -43,6 +50,7 @@ class DnsSource(Source):
         self._role: Role = role
         self._interval_s = interval_s
         self._resolve = resolve
+        self._failed = failed
         self._failing = False
 
     async def watch(self) -> AsyncIterator[Endpoints]:
@@ -66,6 +74,7 @@ class DnsSource(Source):
             if not self._failing:
                 log.warning("%s cannot be resolved, its workers stay as they are: %s", self._host, error or "timeout")
             self._failing = True
+            self._failed(self.name)
             return None
         self._failing = False
         return frozenset(Endpoint(self._url(address), self._role) for address in addresses) or None

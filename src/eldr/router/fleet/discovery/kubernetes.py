@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import aiohttp
+
 from eldr.router.config.endpoint import Endpoint, Endpoints, Role
 from eldr.router.config.kubernetes import KubernetesAddress
-from eldr.router.fleet.discovery.base import Source
+from eldr.router.fleet.discovery.base import Failed, Source
 from eldr.router.fleet.discovery.kubernetes_api import KubernetesApi, shown
 from eldr.router.fleet.discovery.kubernetes_watch import Collection, Resource
 from eldr.router.fleet.discovery.pods import Pool, member, pod_urls, pool_of
@@ -38,12 +40,21 @@ class KubernetesSource(Source):
 
     name = "kubernetes"
 
-    def __init__(self, address: KubernetesAddress, role: Role, url: str | None, account: Path, relist_s: float) -> None:
+    def __init__(
+        self,
+        address: KubernetesAddress,
+        role: Role,
+        url: str | None,
+        account: Path | None,
+        relist_s: float,
+        failed: Failed = lambda source: None,
+    ) -> None:
         self._address = address
         self._role: Role = role
         self._api = KubernetesApi(url, account)
         self._namespace = address.namespace or self._api.namespace
         self._relist_s = relist_s
+        self._failed = failed
         self._latest: Endpoints = frozenset()
         self._news = asyncio.Event()
         self._portless_told = False
@@ -68,39 +79,41 @@ class KubernetesSource(Source):
 
     async def _follow(self) -> None:
         async with self._api.session() as session:
-            if not self._address.pool:
+            if self._address.pool:
+                await self._follow_pool(session)
+            else:
                 await self._pods(self._address.selector, self._address.ports).follow(session)
-            pods: asyncio.Task[None] | None = None
-            followed: Pool | None = None
 
-            def changed(pools: dict[str, Pool]) -> None:
-                nonlocal pods, followed
-                pool = pools.get(self._address.pool)
-                if pool is None:
-                    # Its pods may well go on serving, and are followed as it said.
-                    log.warning(
-                        "namespace %s has no InferencePool %s with a selector and ports; the workers stay as they are",
-                        self._namespace,
-                        self._address.pool,
-                    )
-                    self._news.set()
-                elif pool != followed:
-                    followed = pool
-                    if pods is not None:
-                        pods.cancel()
-                    selector = ",".join(filter(None, (pool.selector, self._address.selector)))
-                    pods = asyncio.create_task(self._pods(selector, self._address.ports or pool.ports).follow(session))
+    async def _follow_pool(self, session: aiohttp.ClientSession) -> None:
+        """Follow the pool, and beside it the pods that it selects at the time."""
+        pods: asyncio.Task[None] | None = None
+        followed: Pool | None = None
 
-            try:
-                await self._collection(
-                    Resource(POOL_GROUP, "inferencepools", self._namespace),
-                    {"fieldSelector": f"metadata.name={self._address.pool}"},
-                    pool_of,
-                    changed,
-                ).follow(session)
-            finally:
+        def changed(pools: dict[str, Pool]) -> None:
+            nonlocal pods, followed
+            pool = pools.get(self._address.pool)
+            if pool is None:
+                # Its pods may well go on serving, and are followed as it said last.
+                log.warning(
+                    "namespace %s has no InferencePool %s with a selector and ports; the workers stay as they are",
+                    self._namespace,
+                    self._address.pool,
+                )
+                self._news.set()
+            elif pool != followed:
+                followed = pool
                 if pods is not None:
                     pods.cancel()
+                selector = ",".join(filter(None, (pool.selector, self._address.selector)))
+                pods = asyncio.create_task(self._pods(selector, self._address.ports or pool.ports).follow(session))
+
+        resource = Resource(POOL_GROUP, "inferencepools", self._namespace)
+        query = {"fieldSelector": f"metadata.name={self._address.pool}"}
+        try:
+            await self._collection(resource, query, pool_of, changed).follow(session)
+        finally:
+            if pods is not None:
+                pods.cancel()
 
     def _pods(self, selector: str, ports: tuple[str, ...]) -> Collection[frozenset[str]]:
         resource = Resource("", "pods", self._namespace)
@@ -113,15 +126,19 @@ class KubernetesSource(Source):
         read: Callable[[Any], T | None],
         changed: Callable[[dict[str, T]], None],
     ) -> Collection[T]:
-        return Collection(self._api, resource, query, read, changed, self._news.set, self._relist_s)
+        return Collection(self._api, resource, query, read, changed, self._looked_in_vain, self._relist_s)
 
     def _urls(self, ports: tuple[str, ...], pod: Any) -> frozenset[str] | None:
         urls = pod_urls(pod, self._address, ports)
-        if urls is not None and len(urls) < len(ports) and not self._portless_told:
+        if urls is not None and len(urls) < len(ports) * max(self._address.ranks, 1) and not self._portless_told:
             self._portless_told = True
             name = shown(str(member(pod, "metadata", "name")))
             log.warning("%s: pod %s does not declare each of the ports %s", self._address, name, ", ".join(ports))
         return urls or None
+
+    def _looked_in_vain(self) -> None:
+        self._failed(self.name)
+        self._news.set()
 
     def _found(self, pods: dict[str, frozenset[str]]) -> None:
         self._latest = frozenset(Endpoint(url, self._role) for urls in pods.values() for url in urls)

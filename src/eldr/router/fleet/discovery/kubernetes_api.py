@@ -18,8 +18,11 @@ import aiohttp
 import orjson
 
 from eldr.errors import EldrError
+from eldr.router.config.kubernetes import NAMESPACE
 from eldr.router.config.settings import ConfigError, read_key
 
+# Where every pod has its service account.
+MOUNTED = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 CONNECT_TIMEOUT_S = 5.0
 # How long an answer may take to begin, and a page of a list to arrive.
 ANSWER_TIMEOUT_S = 15.0
@@ -52,15 +55,15 @@ class KubernetesApi:
     """Speaks with the API server.
 
     url: its address. None inside a cluster, which says it to each pod.
-    account: the directory of a mounted service account: `token`, `ca.crt` and `namespace`. The kubelet replaces them
-        while the pod runs, so they are read for each request. Over plain HTTP, such as to `kubectl proxy`, no token is
-        sent.
+    account: the directory of a mounted service account: `token`, `ca.crt` and `namespace`. None for the usual one. The
+        kubelet replaces them while the pod runs, so they are read for each request. Over plain HTTP, such as to
+        `kubectl proxy`, no token is sent.
     Raises ConfigError if no address is known.
     """
 
-    def __init__(self, url: str | None, account: Path) -> None:
+    def __init__(self, url: str | None, account: Path | None) -> None:
         self.url = _cluster_url() if url is None else url
-        self.account = account
+        self.account = MOUNTED if account is None else account
         self._tls: ssl.SSLContext | None = None
         self._tls_of: object = None
 
@@ -68,15 +71,18 @@ class KubernetesApi:
     def namespace(self) -> str:
         """The namespace of the service account. Raises ConfigError if it is not known."""
         try:
-            return (self.account / "namespace").read_text().strip()
+            namespace = (self.account / "namespace").read_text().strip()
         except (OSError, UnicodeDecodeError):
+            namespace = ""
+        if not NAMESPACE.fullmatch(namespace):
             raise ConfigError(
                 f"an address without a namespace means the router's own, which {self.account}/namespace does not say; "
                 "name one: k8s+http://NAMESPACE..."
-            ) from None
+            )
+        return namespace
 
     def session(self) -> aiohttp.ClientSession:
-        """Connections for `get` and `lines`. The caller closes them."""
+        """Connections for `get` and `stream`. The caller closes them."""
         return aiohttp.ClientSession(
             # An answer that nobody asked to be compressed is not unpacked, however small it looks.
             auto_decompress=False,
