@@ -6,6 +6,11 @@
 {{- .Values.serviceAccount.name | default (ternary (include "eldr.name" .) "default" .Values.serviceAccount.create) -}}
 {{- end }}
 
+{{/* Not empty if workers are found in Kubernetes, which takes a token and a way to the API server. */}}
+{{- define "eldr.asksKubernetes" -}}
+{{- if contains "k8s+" (include "eldr.config" .) }}true{{ end -}}
+{{- end }}
+
 {{/* What selects the pods of a component: (list $ "router"). */}}
 {{- define "eldr.selector" -}}
 app.kubernetes.io/name: {{ (index . 0).Chart.Name }}
