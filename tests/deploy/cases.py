@@ -68,7 +68,18 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "pool": {
         **IMAGE,
-        "discovery": {"prefill": {"selector": ""}, "decode": {"selector": ""}, "worker": {"inferencePool": "qwen3"}},
+        "discovery": {
+            "prefill": {"selector": ""},
+            "decode": {"selector": ""},
+            "worker": {"inferencePool": {"name": "qwen3"}},
+        },
+    },
+    "divided pool": {
+        **IMAGE,
+        "discovery": {
+            "prefill": {"inferencePool": {"name": "qwen3", "selector": "llm-d.ai/role=prefill"}},
+            "decode": {"inferencePool": {"name": "qwen3", "selector": "llm-d.ai/role=decode", "port": 8200}},
+        },
     },
     "own bus": {**IMAGE, "nats": {"enabled": False}, "peers": {"url": "tls://nats.messaging.svc:4443"}},
     "no objects beside": {

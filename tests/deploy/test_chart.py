@@ -397,6 +397,20 @@ def test_the_api_server_may_be_named() -> None:
     assert peers_of(of_kind(render(CASES["alone"]), "NetworkPolicy")["eldr"], "egress", 6443) == []
 
 
+def test_pools_may_be_narrowed_down() -> None:
+    manifests = render(CASES["divided pool"])
+    config = tomllib.loads(toml_of(manifests))
+    assert config["prefill"] == ["k8s+http:///inferencepools/qwen3?selector=llm-d.ai/role=prefill"]
+    assert config["decode"] == ["k8s+http:///inferencepools/qwen3?selector=llm-d.ai/role=decode&port=8200"]
+    policy = of_kind(manifests, "NetworkPolicy")["eldr"]
+    prefill, decode = [{"podSelector": {"matchLabels": {"llm-d.ai/role": role}}} for role in ("prefill", "decode")]
+    assert peers_of(policy, "egress", 8200) == [prefill, decode]  # of the prefill pool no port is known
+    assert peers_of(policy, "egress", 8201) == [prefill]
+    whole = render(CASES["pool"])
+    assert tomllib.loads(toml_of(whole))["worker"] == ["k8s+http:///inferencepools/qwen3"]
+    assert {"podSelector": {"matchLabels": {}}} in peers_of(of_kind(whole, "NetworkPolicy")["eldr"], "egress", 1)
+
+
 @pytest.mark.parametrize(
     ("selector", "labels"),
     [
