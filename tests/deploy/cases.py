@@ -38,6 +38,7 @@ EVERYTHING: dict[str, Any] = {
     "podDisruptionBudget": {"maxUnavailable": "50%"},
     "networkPolicy": {
         "from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateway"}}}],
+        "apiServer": {"ports": [8443], "cidrs": ["10.0.0.1/32", "10.0.0.2/32"]},
         "egress": [{"ports": [{"port": 4318}]}],
     },
     "serviceAccount": {"annotations": {"example.com/role": "none"}},
@@ -67,9 +68,27 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "pool": {
         **IMAGE,
-        "discovery": {"prefill": {"selector": ""}, "decode": {"selector": ""}, "worker": {"inferencePool": "qwen3"}},
+        "discovery": {
+            "prefill": {"selector": ""},
+            "decode": {"selector": ""},
+            "worker": {"inferencePool": {"name": "qwen3"}},
+        },
+    },
+    "divided pool": {
+        **IMAGE,
+        "discovery": {
+            "prefill": {"inferencePool": {"name": "qwen3", "selector": "llm-d.ai/role=prefill"}},
+            "decode": {"inferencePool": {"name": "qwen3", "selector": "llm-d.ai/role=decode", "port": 8200}},
+        },
     },
     "own bus": {**IMAGE, "nats": {"enabled": False}, "peers": {"url": "tls://nats.messaging.svc:4443"}},
+    "no objects beside": {
+        **IMAGE,
+        **NO_BUS,
+        "networkPolicy": {"enabled": False},
+        "rbac": {"create": False},
+        "serviceAccount": {"create": False, "name": "mine"},
+    },
     # What a router knows that finds its workers by name, and has no others beside it.
     "alone": {
         **IMAGE,
@@ -77,9 +96,8 @@ CASES: dict[str, dict[str, Any]] = {
         "replicas": 1,
         "discovery": {"prefill": {"selector": ""}, "decode": {"selector": ""}},
         "config": {"prefill": ["dns+http://prefill:8000"], "decode": ["dns+http://decode:8000"], "policy": None},
+        "networkPolicy": {"egress": [{"ports": [{"port": 8000}]}]},
         "podDisruptionBudget": {"enabled": False},
-        "networkPolicy": {"enabled": False},
-        "rbac": {"create": False},
         "serviceAccount": {"create": False},
     },
 }

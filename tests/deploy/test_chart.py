@@ -152,17 +152,24 @@ def test_every_secret_is_mounted_where_its_setting_says() -> None:
 def test_the_router_may_watch_pods_and_nothing_else(values: dict[str, Any]) -> None:
     manifests = render(values)
     pod = pod_of(of_kind(manifests, "Deployment")["eldr"])
-    if not values.get("rbac", {}).get("create", True):
-        assert pod["serviceAccountName"] == "default"
-        assert not of_kind(manifests, "Role")
+    asks = "k8s+" in toml_of(manifests)
+    assert pod["automountServiceAccountToken"] is asks
+    account = values.get("serviceAccount", {})
+    if account.get("create", True):
+        assert pod["serviceAccountName"] in of_kind(manifests, "ServiceAccount")
+    else:
+        assert pod["serviceAccountName"] == account.get("name", "default")
+    roles, bindings = of_kind(manifests, "Role"), of_kind(manifests, "RoleBinding")
+    if not asks or not values.get("rbac", {}).get("create", True):
+        assert not roles
+        assert not bindings
         return
-    role, binding = of_kind(manifests, "Role")["eldr"], of_kind(manifests, "RoleBinding")["eldr"]
+    role, binding = roles["eldr"], bindings["eldr"]
     assert role["metadata"].get("namespace") == binding["metadata"].get("namespace")
     assert role["metadata"].get("namespace", "") == values.get("discovery", {}).get("namespace", "")
     assert binding["roleRef"]["name"] == "eldr"
     (subject,) = binding["subjects"]
     assert subject == {"kind": "ServiceAccount", "name": pod["serviceAccountName"], "namespace": "serving"}
-    assert pod["serviceAccountName"] in of_kind(manifests, "ServiceAccount")
     verbs = {(*rule["apiGroups"], *rule["resources"]): set(rule["verbs"]) for rule in role["rules"]}
     pools = [key for key in verbs if key == ("inference.networking.k8s.io", "inferencepools")]
     assert bool(pools) == ("inferencepools" in toml_of(manifests))
@@ -375,10 +382,33 @@ def test_the_bus_may_be_somewhere_else(url: str, port: int) -> None:
 
 def test_another_namespace_is_reached_and_read() -> None:
     manifests = render(EVERYTHING)
-    (peer,) = peers_of(of_kind(manifests, "NetworkPolicy")["eldr"], "egress", 8100)
+    policy = of_kind(manifests, "NetworkPolicy")["eldr"]
+    (peer,) = peers_of(policy, "egress", 8100)
     assert peer["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "workers"}}
     assert tomllib.loads(toml_of(manifests))["worker"][0].startswith("k8s+http://workers?")
     assert of_kind(manifests, "Role")["eldr"]["metadata"]["namespace"] == "workers"
+
+
+def test_the_api_server_may_be_named() -> None:
+    policy = of_kind(render(EVERYTHING), "NetworkPolicy")["eldr"]
+    blocks = [{"ipBlock": {"cidr": "10.0.0.1/32"}}, {"ipBlock": {"cidr": "10.0.0.2/32"}}]
+    assert peers_of(policy, "egress", 8443) == blocks
+    assert peers_of(policy, "egress", 6443) == []
+    assert peers_of(of_kind(render(CASES["alone"]), "NetworkPolicy")["eldr"], "egress", 6443) == []
+
+
+def test_pools_may_be_narrowed_down() -> None:
+    manifests = render(CASES["divided pool"])
+    config = tomllib.loads(toml_of(manifests))
+    assert config["prefill"] == ["k8s+http:///inferencepools/qwen3?selector=llm-d.ai/role=prefill"]
+    assert config["decode"] == ["k8s+http:///inferencepools/qwen3?selector=llm-d.ai/role=decode&port=8200"]
+    policy = of_kind(manifests, "NetworkPolicy")["eldr"]
+    prefill, decode = [{"podSelector": {"matchLabels": {"llm-d.ai/role": role}}} for role in ("prefill", "decode")]
+    assert peers_of(policy, "egress", 8200) == [prefill, decode]  # of the prefill pool no port is known
+    assert peers_of(policy, "egress", 8201) == [prefill]
+    whole = render(CASES["pool"])
+    assert tomllib.loads(toml_of(whole))["worker"] == ["k8s+http:///inferencepools/qwen3"]
+    assert {"podSelector": {"matchLabels": {}}} in peers_of(of_kind(whole, "NetworkPolicy")["eldr"], "egress", 1)
 
 
 @pytest.mark.parametrize(
@@ -407,6 +437,7 @@ def test_the_policy_lets_through_what_the_selector_finds(selector: str, labels: 
         ({**IMAGE, "config": {"engine": "best"}}, "/config/engine"),
         ({**IMAGE, "config": {"grace_s": "30s"}}, "/config/grace_s"),
         ({**IMAGE, "config": {"tail_guard": "none"}}, "/config/tail_guard"),
+        ({**IMAGE, "config": {"worker": ["dns+http://vllm:8000"]}}, "networkPolicy.egress is empty"),
         ({**IMAGE, "peers": {"url": "nats://bus:4222"}}, "give one bus"),
         ({**IMAGE, "peers": {"url": "redis://bus"}}, "/peers/url"),
         ({**IMAGE, "peers": {"fleet": "a.b"}}, "/peers/fleet"),

@@ -6,6 +6,11 @@
 {{- .Values.serviceAccount.name | default (ternary (include "eldr.name" .) "default" .Values.serviceAccount.create) -}}
 {{- end }}
 
+{{/* Not empty if workers are found in Kubernetes, which takes a token and a way to the API server. */}}
+{{- define "eldr.asksKubernetes" -}}
+{{- if contains "k8s+" (include "eldr.config" .) }}true{{ end -}}
+{{- end }}
+
 {{/* What selects the pods of a component: (list $ "router"). */}}
 {{- define "eldr.selector" -}}
 app.kubernetes.io/name: {{ (index . 0).Chart.Name }}
@@ -27,8 +32,12 @@ helm.sh/chart: {{ $root.Chart.Name }}-{{ $root.Chart.Version }}
 {{- define "eldr.discovery" -}}
 {{- $root := index . 0 -}}
 {{- $role := index $root.Values.discovery (index . 1) -}}
-{{- if $role.inferencePool -}}
-k8s+http://{{ $root.Values.discovery.namespace }}/inferencepools/{{ $role.inferencePool }}
+{{- if $role.inferencePool.name -}}
+{{- $query := list -}}
+{{- range $key := list "selector" "port" -}}
+{{- with index $role.inferencePool $key }}{{ $query = append $query (printf "%s=%v" $key .) }}{{ end -}}
+{{- end -}}
+k8s+http://{{ $root.Values.discovery.namespace }}/inferencepools/{{ $role.inferencePool.name }}{{ with $query }}?{{ join "&" . }}{{ end }}
 {{- else if $role.selector -}}
 k8s+http://{{ $root.Values.discovery.namespace }}?selector={{ $role.selector }}&port={{ $role.port }}
 {{- end }}
