@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,10 @@ class ActivationModel:
         object.__setattr__(self, "_excess", self.slope - np.float32(1))
         object.__setattr__(self, "_shift", self.mean_profile - self.mean_frequency)
 
+    def __reduce__(self) -> tuple[type[ActivationModel], tuple[Any, ...]]:
+        # A compiled class cannot be unpickled otherwise, and fits run in a process of their own.
+        return ActivationModel, tuple(getattr(self, part.name) for part in fields(self) if part.init)
+
     @property
     def rank(self) -> int:
         """R, the rank of the map beyond its diagonal."""
@@ -174,20 +178,18 @@ class ActivationModel:
     def judged(self, frequencies: Floats, profiles: Floats) -> ActivationModel:
         """The same map with the trust that it deserves by n lessons, which it must not have been fitted on.
 
-        This is the share with the least squared error on the lessons, where TRUST counts as TRUST_LESSONS lessons.
-
         frequencies: float32 [n, D], the own frequencies of requests.
         profiles: float32 [n, D], the profiles that their decode steps had.
         """
         x = frequencies - frequencies.mean(axis=0)
-        y = profiles - profiles.mean(axis=0)
-        correction = self._excess * x + (x @ self.down.T) @ self.up
-        squares = float((correction * correction).sum())
-        if squares == 0:
-            return self
-        found = float(((y - x) * correction).sum()) / squares
-        share = (found * len(x) + TRUST * TRUST_LESSONS) / (len(x) + TRUST_LESSONS)
-        return replace(self, trust=min(max(share, 0.0), 1.0))
+        return replace(self, trust=deserved_trust(x, self.corrections(x), profiles - profiles.mean(axis=0)))
+
+    def corrections(self, x: Floats) -> Floats:
+        """What the map adds to own frequencies if it is trusted in full, float32 [n, D].
+
+        x: float32 [n, D], own frequencies less their mean.
+        """
+        return np.asarray(self._excess * x + (x @ self.down.T) @ self.up, dtype=np.float32)
 
     @classmethod
     def fit(
@@ -245,6 +247,39 @@ class ActivationModel:
         down, up = ridge.reduced(strength, rank)
         spread = float((ridge.x * ridge.x).sum()) / len(frequencies)
         return cls(ridge.mean_x, ridge.mean_y, ridge.slope, down, up, layers, top_k, strength, r2, spread, gain=gain)
+
+
+def deserved_trust(x: Floats, corrections: Floats, y: Floats) -> float:
+    """The share of corrections with the least squared error on n requests, where TRUST counts as TRUST_LESSONS more.
+
+    x, y: float32 [n, D], own frequencies and profiles, both less their means.
+    corrections: float32 [n, D], from a map that was not fitted on these requests.
+    """
+    squares = float((corrections * corrections).sum())
+    if squares == 0:
+        return TRUST
+    found = float(((y - x) * corrections).sum()) / squares
+    share = (found * len(x) + TRUST * TRUST_LESSONS) / (len(x) + TRUST_LESSONS)
+    return min(max(share, 0.0), 1.0)
+
+
+def held_out_deviations(
+    frequencies: Floats, profiles: Floats, strength: float, rank: int, seed: int
+) -> tuple[Floats, Floats, Floats]:
+    """Own frequencies, the corrections of a map of the other requests, and profiles, for each of n requests.
+
+    frequencies, profiles: float32 [n, D]. strength, rank: those of the maps.
+    Each result is float32 [n, D], less the means of the requests that the map was fitted to.
+    """
+    fold = np.random.default_rng(seed).permutation(len(frequencies)) % FOLDS
+    x, corrections, y = np.empty_like(frequencies), np.empty_like(frequencies), np.empty_like(profiles)
+    for held in range(FOLDS):
+        train, test = fold != held, fold == held
+        ridge = _Ridge(frequencies[train], profiles[train])
+        down, up = ridge.reduced(strength, rank)
+        x[test], y[test] = frequencies[test] - ridge.mean_x, profiles[test] - ridge.mean_y
+        corrections[test] = (ridge.slope - 1) * x[test] + (x[test] @ down.T) @ up
+    return x, corrections, y
 
 
 def _check_enough(requests: int) -> None:

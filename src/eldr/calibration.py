@@ -7,7 +7,6 @@ fitted for, how well each transform predicts, its provenance, and a two-dimensio
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr.activation import ActivationError, ActivationModel, effective_tokens
+from eldr.activation_stored import SPECS as ACTIVATION_SPECS
+from eldr.activation_stored import check_shapes as check_activation_shapes
+from eldr.activation_stored import read_stored as read_activation
+from eldr.activation_stored import stored as stored_activation
 from eldr.counts import MAX_EXPERTS, MAX_LAYERS
 from eldr.errors import EldrError
 from eldr.fileio import ArraySpec, NpzError, parse_meta, read_npz, reason_of, write_npz
@@ -27,7 +30,8 @@ from eldr.prompt.fit import Choice, fit_prompt_model, held_out_profiles
 from eldr.prompt.model import PromptModel
 from eldr.prompt.stored import SPECS as PROMPT_SPECS
 from eldr.prompt.stored import check_shapes as check_prompt_shapes
-from eldr.prompt.stored import read_stored, stored
+from eldr.prompt.stored import read_stored as read_prompts
+from eldr.prompt.stored import stored as stored_prompts
 from eldr.prompt.words import Words, words_of_text
 from eldr.signature import DEFAULT_TRANSFORM, TRANSFORMS, SignatureError, SignatureModel
 from eldr.trace import Trace
@@ -52,16 +56,10 @@ SPECS: Mapping[str, ArraySpec] = {
     "picture_zones": ArraySpec(("i8",), 1),
     "picture_labels": ArraySpec(("U",), 1),
     "picture_centroids": ArraySpec(("f4",), 2),
-    "activation_mean_frequency": ArraySpec(("f4",), 1, optional=True),
-    "activation_mean_profile": ArraySpec(("f4",), 1, optional=True),
-    "activation_slope": ArraySpec(("f4",), 1, optional=True),
-    "activation_down": ArraySpec(("f4",), 2, optional=True),
-    "activation_up": ArraySpec(("f4",), 2, optional=True),
+    **ACTIVATION_SPECS,
     **PROMPT_SPECS,
     "meta": ArraySpec(("U",), 0),
 }
-ACTIVATION_NUMBERS = ("strength", "r2", "spread", "trust", "gain")
-ACTIVATION_ARRAYS = ("mean_frequency", "mean_profile", "slope", "down", "up")
 
 
 class CalibrationError(EldrError):
@@ -158,14 +156,12 @@ class Calibration:
             "rho": self.rho,
             "provenance": self.provenance,
         }
-        predictor = self.predictor
-        if predictor is not None:
-            numbers = {name: getattr(predictor, name) for name in ACTIVATION_NUMBERS}
-            # JSON has no infinity: the spread that 0.1.0 did not write stays out.
-            meta["activation"] = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        of_prompts: dict[str, NDArray[Any]] = {}
+        of_models: dict[str, NDArray[Any]] = {}
+        if self.predictor is not None:
+            of_models, meta["activation"] = stored_activation(self.predictor)
         if self.prompts is not None:
-            of_prompts, meta["prompt"] = stored(self.prompts)
+            of_prompts, meta["prompt"] = stored_prompts(self.prompts)
+            of_models |= of_prompts
         arrays = {
             "idf": self.signature.idf,
             "layer_mask": self.signature.layer_mask,
@@ -179,10 +175,8 @@ class Calibration:
         }
         if self.prompt_centroids is not None:
             arrays["prompt_centroids"] = self.prompt_centroids
-        if predictor is not None:
-            arrays |= {f"activation_{name}": getattr(predictor, name) for name in ACTIVATION_ARRAYS}
         try:
-            write_npz(Path(path), arrays | of_prompts)
+            write_npz(Path(path), arrays | of_models)
         except OSError as error:
             raise CalibrationError(f"calibration {path}: {reason_of(error)}") from None
 
@@ -364,12 +358,11 @@ def load_calibration(path: str | Path) -> Calibration:
         arrays = read_npz(path, SPECS, _check_shapes)
         meta = _parse_meta(str(arrays["meta"]))
         layers, experts = arrays["idf"].shape
-        if ("activation" in meta) != ("activation_down" in arrays):
-            raise NpzError("the predictor is incomplete")
         if meta["top_k"] > experts:
             raise NpzError(f"top_k is {meta['top_k']} with {experts} experts")
         _check_values(arrays)
-        prompts = read_stored(arrays, meta.get("prompt"), layers, experts, meta["top_k"])
+        predictor = read_activation(arrays, meta.get("activation"), layers, meta["top_k"])
+        prompts = read_prompts(arrays, meta.get("prompt"), layers, experts, meta["top_k"])
     except (NpzError, OSError) as error:
         raise CalibrationError(f"calibration {path}: {reason_of(error)}") from None
     transform = meta["transform"]
@@ -383,19 +376,10 @@ def load_calibration(path: str | Path) -> Calibration:
         picture=Picture(
             arrays["picture_points"], arrays["picture_zones"], arrays["picture_labels"], arrays["picture_centroids"]
         ),
-        predictor=_predictor(arrays, meta),
+        predictor=predictor,
         prompts=prompts,
         prompt_centroids=arrays.get("prompt_centroids"),
     )
-
-
-def _predictor(arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> ActivationModel | None:
-    if "activation" not in meta:
-        return None
-    fitted: dict[str, Any] = {name: arrays[f"activation_{name}"] for name in ACTIVATION_ARRAYS}
-    layers = len(arrays["idf"])
-    numbers = {name: meta["activation"][name] for name in ACTIVATION_NUMBERS if name in meta["activation"]}
-    return ActivationModel(**fitted, **numbers, layers=layers, top_k=meta["top_k"])
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -415,15 +399,12 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
         "picture_labels": (shown,),
         "picture_centroids": (zones, 2),
     }
-    if "activation_down" in shapes:
-        rank, dimension = shapes["activation_down"][0], layers * experts
-        expected |= {f"activation_{name}": (dimension,) for name in ("mean_frequency", "mean_profile", "slope")}
-        expected |= {f"activation_{name}": (rank, dimension) for name in ("down", "up")}
     if "prompt_centroids" in shapes:
         expected["prompt_centroids"] = shapes["centroids"]
     for name, shape in expected.items():
         if shapes.get(name) != shape:
             raise NpzError(f"array {name} has shape {shapes.get(name)}, expected {shape}")
+    check_activation_shapes(shapes, layers, experts)
 
 
 def _parse_meta(text: str) -> dict[str, Any]:
@@ -439,22 +420,11 @@ def _parse_meta(text: str) -> dict[str, Any]:
         raise NpzError("meta: a rho is not a number from -1 to 1")
     if not isinstance(meta.get("provenance"), dict):
         raise NpzError("meta: provenance is missing")
-    activation = meta.get("activation")
-    if activation is not None and not (
-        isinstance(activation, dict)
-        and all(type(activation.get(key)) is float and np.isfinite(activation[key]) for key in ("strength", "r2"))
-    ):
-        raise NpzError("meta: the predictor's strength or r2 is missing")
-    for key, most in (("spread", math.inf), ("trust", 1.0), ("gain", 2.0)):
-        value = (activation or {}).get(key, 0.0)  # 0.1.0 wrote none of them
-        if not (type(value) is float and np.isfinite(value) and 0 <= value <= most):
-            raise NpzError(f"meta: the predictor's {key} is {value!r}")
     return meta
 
 
 def _check_values(arrays: Mapping[str, NDArray[Any]]) -> None:
-    optional = ("prompt_centroids", *(f"activation_{name}" for name in ACTIVATION_ARRAYS))
-    present = [name for name in optional if name in arrays]
+    present = [name for name in ("prompt_centroids",) if name in arrays]
     for name in ("idf", "centroids", "picture_points", "picture_centroids", *present):
         if not np.isfinite(arrays[name]).all():
             raise NpzError(f"array {name} holds NaN or infinity")

@@ -61,7 +61,7 @@ def test_a_router_learns_from_a_stock_workers_answers(fleet: Fleet, worker: Work
         accepted = metric(router.url, "eldr_expert_reports_total", source="routed_experts", outcome="accepted")
         assert accepted == LESSONS
         deadline_s = time.monotonic() + 60
-        while not metric(router.url, "eldr_prompt_model_fits_total", outcome="adopted"):
+        while not metric(router.url, "eldr_learning_fits_total", outcome="adopted"):
             assert time.monotonic() < deadline_s, call(router.url, "/metrics")[2].decode()
             time.sleep(0.2)
         ask(router.url, prompts[LESSONS])

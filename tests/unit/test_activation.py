@@ -245,7 +245,7 @@ def test_a_calibration_without_predictor_stays_one(tmp_path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
-    "no up": ({"activation_up": None}, "activation_up has shape None"),
+    "no up": ({"activation_up": None}, "predictor is incomplete"),
     "other rank": ({"activation_up": np.zeros((1, 48), np.float32)}, "activation_up has shape"),
     "short slope": ({"activation_slope": np.zeros(7, np.float32)}, "activation_slope has shape"),
     "NaN": ({"activation_slope": np.full(48, np.nan, np.float32)}, "activation_slope holds NaN"),

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--fleet-change", type=_changes, default=(), metavar="SHARE:+N[,SHARE:-N...]",
          help="at this share of the run, N workers join (+) or drain and leave (-)")  # fmt: skip
     flag("--learn", choices=("off", "online"), default="off",
-         help="whether to learn from finished requests which experts the words of prompts lead to (off)")  # fmt: skip
+         help="whether to learn from finished requests which experts prompts lead to (off)")  # fmt: skip
     flag("--learn-share", type=_share, default=1.0, metavar="SHARE",
          help="with --learn online: the share of the finished requests whose experts become known (1)")  # fmt: skip
     flag("--calibration", type=Path, metavar="FILE", help="use this file instead of calibrating on the trace")
@@ -155,11 +155,6 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
         raise ReplayError(
             f"--prefill-chunk {options.prefill_chunk} is less than --max-num-seqs {arguments.max_num_seqs}: a step "
             "must have room for a token of every request"
-        )
-    if arguments.learn != "off" and options.signature != "prompt":
-        raise ReplayError(
-            "--learn online needs --signature prompt: every request of a trace has its counts, and where counts are "
-            "used nobody asks for what was learned of words"
         )
     kinds, output_tokens = _workload(arguments, trace.label.tolist())
     labels = tuple(label for kind in kinds for label in kind.labels) or None

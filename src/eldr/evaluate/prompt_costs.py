@@ -13,7 +13,7 @@ from eldr.evaluate.bench import Bench, Experiment, Part, Row
 from eldr.evaluate.overhead import time_s
 from eldr.kernels import COMPILED
 from eldr.learning.learner import EVERY, Learner
-from eldr.learning.lessons import CAPACITY
+from eldr.learning.lessons import CAPACITY, Asked
 from eldr.policies.learned import Learned
 from eldr.prompt.words import words_of_text
 
@@ -29,21 +29,21 @@ def _run(bench: Bench, part: Part) -> list[Row]:
     """Rows of sort "time" (microseconds of CPU), "memory" (bytes) and "fit" (seconds of CPU)."""
     rng = np.random.default_rng(0)
     preferred = rng.normal(0, 2, (KINDS, LAYERS, EXPERTS))
-    learner = Learner(None)
+    learner = Learner(counts=False)
     lessons = min(CAPACITY, bench.requests)
     texts = [make_text(number % KINDS, rng) for number in range(lessons)]
     words = [words_of_text(text) for text in texts]
     seconds: list[float] = []
     for taken in (lessons, max(lessons // 4, EVERY)):  # the first fit cross-validates, the second keeps its choice
         for number in range(taken):
-            learner.take(words[number], _decode(preferred[number % KINDS], rng))
+            learner.take(Asked(words[number]), _decode(preferred[number % KINDS], rng))
         task = learner.task()
         assert task is not None
         begin = time.process_time()
         taught = task.run()
         seconds.append(time.process_time() - begin)
         learner.taught(taught)
-    model = learner.model
+    model = learner.prompts
     assert model is not None
     latents = [latent for prompt in words[:CALLS] if (latent := model.words.latent(prompt)) is not None]
     times = {
@@ -56,13 +56,13 @@ def _run(bench: Bench, part: Part) -> list[Row]:
     for what, of_calls in times.items():
         p50, p99 = (1e6 * np.percentile(of_calls, (50, 99))).tolist()
         rows.append({"sort": "time", "what": what, "p50_us": p50, "p99_us": p99, "calls": len(of_calls), **shared})
-    kept = learner.lessons
-    assert kept is not None
+    assert learner.lessons is not None
+    kept, profiles = learner.lessons.with_words()
     sizes = {
         "table of words": model.words.table.nbytes + model.words.weight.nbytes,
         "map to profiles": model.profiles.up.nbytes + model.profiles.mean.nbytes,
-        "profiles of the lessons": kept.codes().nbytes,
-        "words of the lessons": sum(prompt.buckets.nbytes + prompt.counts.nbytes for prompt in kept.words()),
+        "profiles of the lessons": profiles.nbytes,
+        "words of the lessons": sum(prompt.buckets.nbytes + prompt.counts.nbytes for prompt in kept),
         "event of a decision log when a model is learned": len(json.dumps(Learned(model.profiles, None).to_wire())),
     }
     rows += [{"sort": "memory", "what": what, "bytes": size, **shared} for what, size in sizes.items()]

@@ -1,23 +1,22 @@
-"""Decides when a prompt model is learned anew, and whether the new one is used.
+"""Decides when models are learned anew, and whether the new ones are used.
 
-A model is learned from the last lessons alone, so that old traffic gives way. It is used if it predicts requests that
-it was not fitted to better than the fitted model does. Reports that have nothing to do with the prompts thus change
-nothing.
+Models are learned from the last lessons alone, so that old traffic gives way. A prompt model is used if it predicts
+requests that it was not fitted to better than the fitted model does. An activation model corrects what the counts of a
+prompt say by as much as such requests bear out. Reports that have nothing to do with the prompts thus change nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
+from eldr.activation import ActivationModel
 from eldr.counts import ExpertCounts
-from eldr.learning.lessons import LEAST_ROWS, Lessons, decoded, profile_of
+from eldr.learning.lessons import LEAST_ROWS, Asked, Lessons, share_codes
+from eldr.learning.of_counts import CountsChoice, CountsTask
+from eldr.learning.of_words import WordsTask
 from eldr.policies.learned import Learned
-from eldr.prompt.fit import Choice, choose, fit_prompt_model
+from eldr.prompt.fit import Choice
 from eldr.prompt.model import PromptModel
-from eldr.prompt.words import Words
 
 # The first fit needs so many lessons. Then each needs so many new ones, or this share of those there are.
 FIRST = 24
@@ -25,92 +24,87 @@ EVERY, EVERY_SHARE = 24, 0.1
 # Cross-validation takes most of the time of a fit, and its choice hardly changes. It is made anew when there are so
 # many times more lessons than at the last one, or as many new ones as are kept.
 CHOOSE_AGAIN = 1.5
-# A model that explains less of the variance of profiles is no better than the mean.
-LEAST_R2 = 0.02
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LearnTask:
-    """The input of a fit. It can be sent to another process.
+    """The input of a fit of each model that there are lessons for. It can be sent to another process."""
 
-    words: [N]. codes: uint8 [N, D], their profiles (`Lessons.codes`).
-    layers, top_k: the model's.
-    choice: what to use in place of a cross-validation.
-    incumbent: the fitted model to beat. None if there is none.
-    seed: the seed of the folds.
-    """
-
-    words: list[Words]
-    codes: NDArray[np.uint8]
-    layers: int
-    top_k: int
-    choice: Choice | None
-    incumbent: PromptModel | None
-    seed: int
+    of_words: WordsTask | None
+    of_counts: CountsTask | None
 
     def run(self) -> Taught:
-        """Fit a model, and judge it. Raises ActivationError if there are too few lessons."""
-        profiles = decoded(self.codes)
-        choice = self.choice or choose(self.words, profiles, seed=self.seed)
-        incumbent = self.incumbent
-        least = LEAST_R2 if incumbent is None else max(LEAST_R2, explained(incumbent, self.words, profiles))
-        if choice.r2 < least:
-            return Taught(choice, None)
+        """Raises ActivationError if there are too few lessons."""
         return Taught(
-            choice, fit_prompt_model(self.words, profiles, self.layers, self.top_k, seed=self.seed, choice=choice)
+            None if self.of_words is None else self.of_words.run(),
+            None if self.of_counts is None else self.of_counts.run(),
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Taught:
-    """The result of a fit. model: None if it is no better than what there is."""
+    """The results of a fit: for each model the choice of its cross-validation, and the model if it is to be used."""
 
-    choice: Choice
-    model: PromptModel | None
-
-
-def explained(model: PromptModel, words: list[Words], profiles: NDArray[np.float32]) -> float:
-    """The share of the variance of profiles, float32 [N, D], that a model explains which was not fitted to them."""
-    predicted = np.stack([model.predict(prompt) for prompt in words])
-    spread = float(((profiles - profiles.mean(axis=0)) ** 2).sum())
-    return 1 - float(((predicted - profiles) ** 2).sum()) / spread if spread > 0 else 0.0
+    of_words: tuple[Choice, PromptModel | None] | None
+    of_counts: tuple[CountsChoice | None, ActivationModel | None] | None
 
 
 class Learner:
-    """Learns the prompt model of one model's fleet.
+    """Learns the models of one model's fleet.
 
-    fitted: the model that there is at first. None for none.
+    fitted: the prompt model that there is at first. None for none.
+    predictor: the activation model that there is at first. None for none.
+    words, counts: whether to learn from the words of prompts, and from their counts.
     seed: the seed of the folds.
     lessons: what it learns from. None before the first.
-    model: the best model so far.
-    r2: the share of the variance of profiles that the last fit explained, cross-validated.
+    prompts: the best prompt model so far.
+    activation: the activation model that it has learned. None before the first, and if reports are not believed.
+    r2: the share of the variance of profiles that the last prompt model explained, cross-validated.
     """
 
-    def __init__(self, fitted: PromptModel | None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        fitted: PromptModel | None = None,
+        predictor: ActivationModel | None = None,
+        *,
+        words: bool = True,
+        counts: bool = True,
+        seed: int = 0,
+    ) -> None:
         self._fitted = fitted
+        self._predictor = predictor
+        self._words = words
+        self._counts = counts
         self._seed = seed
         self._choice: Choice | None = None
+        self._counts_choice: CountsChoice | None = None
         self._chosen_at = self._fitted_at = 0
         self.lessons: Lessons | None = None
-        self.model = fitted
+        self.prompts = fitted
+        self.activation: ActivationModel | None = None
         self.r2 = 0.0
         if fitted is not None:
             profiles = fitted.profiles
             self.lessons = Lessons(profiles.layers, profiles.experts, profiles.top_k)
+        elif predictor is not None:
+            experts = len(predictor.mean_profile) // predictor.layers
+            self.lessons = Lessons(predictor.layers, experts, predictor.top_k)
 
-    def take(self, words: Words, decode: ExpertCounts) -> bool:
+    def take(self, asked: Asked, decode: ExpertCounts) -> bool:
         """Learn from a finished request. Returns whether it says something.
 
         decode: the counts of its decode rows.
         """
-        if decode.prompt_tokens < LEAST_ROWS or not len(words):
+        has_words = self._words and asked.words is not None and len(asked.words) > 0
+        has_counts = self._counts and asked.frequencies is not None
+        if decode.prompt_tokens < LEAST_ROWS or not (has_words or has_counts):
             return False
         lessons = self.lessons
         if lessons is None:
             lessons = self.lessons = Lessons(decode.layers, decode.experts, decode.top_k)
         if (decode.layers, decode.experts, decode.top_k) != (lessons.layers, lessons.experts, lessons.top_k):
             return False
-        lessons.add(words, profile_of(decode))
+        lessons.add(asked, share_codes(decode))
         return True
 
     def task(self) -> LearnTask | None:
@@ -124,17 +118,37 @@ class Learner:
         self._fitted_at = lessons.taken
         if stale:
             self._chosen_at = lessons.taken
-            self._choice = None
-        return LearnTask(
-            lessons.words(), lessons.codes(), lessons.layers, lessons.top_k, self._choice, self._fitted, self._seed
-        )
+            self._choice = self._counts_choice = None
+        return LearnTask(self._words_task(lessons), self._counts_task(lessons))
+
+    def _words_task(self, lessons: Lessons) -> WordsTask | None:
+        words, profiles = lessons.with_words()
+        if not self._words or len(words) < FIRST:
+            return None
+        return WordsTask(words, profiles, lessons.layers, lessons.top_k, self._choice, self._fitted, self._seed)
+
+    def _counts_task(self, lessons: Lessons) -> CountsTask | None:
+        tokens, frequencies, profiles = lessons.with_frequencies()
+        if not self._counts or len(tokens) < FIRST:
+            return None
+        shape = lessons.layers, lessons.top_k
+        return CountsTask(tokens, frequencies, profiles, *shape, self._counts_choice, self._predictor, self._seed)
 
     def taught(self, taught: Taught) -> Learned | None:
         """Take the result of a task. Returns what a policy is to use from now on. None if nothing changes."""
-        self._choice = taught.choice
-        self.r2 = taught.choice.r2
-        model = taught.model or self._fitted
-        if model is self.model or model is None:
-            return None
-        self.model = model
-        return Learned(model.profiles, model.words)
+        changed = False
+        if taught.of_words is not None:
+            self._choice, model = taught.of_words
+            self.r2 = self._choice.r2
+            model = model or self._fitted or self.prompts
+            changed = model is not self.prompts
+            self.prompts = model
+        if taught.of_counts is not None:
+            self._counts_choice, activation = taught.of_counts
+            changed |= activation is not self.activation
+            self.activation = activation
+        return self.learned() if changed else None
+
+    def learned(self) -> Learned:
+        """What a policy is to use from now on."""
+        return Learned.of(self.prompts, self.activation)

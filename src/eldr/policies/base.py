@@ -22,6 +22,7 @@ from eldr.policies.shares import Share
 from eldr.prompt.words import Words
 
 if TYPE_CHECKING:
+    from eldr.activation import ActivationModel
     from eldr.policies.learned import Learned
     from eldr.policies.refit import Refit, RefitTask
     from eldr.prompt.model import PromptModel
@@ -172,6 +173,17 @@ class Policy(ABC):
     @property
     def prompts(self) -> PromptModel | None:
         """The prompt model that it was made with. None for none."""
+        return None
+
+    # Corrections of what the counts of prompts say. A policy that uses counts as they are needs none of these.
+    @property
+    def corrects_counts(self) -> bool:
+        """Whether it predicts decodes by the counts of prompts, and so can use an activation model."""
+        return False
+
+    @property
+    def predictor(self) -> ActivationModel | None:
+        """The activation model that it was made with. None for none."""
         return None
 
     def learned(self, learned: Learned) -> None:  # noqa: B027

@@ -167,10 +167,21 @@ class ExpectedUnion(Policy):
     def prompts(self) -> PromptModel | None:
         return self._prompts
 
+    @property
+    def corrects_counts(self) -> bool:
+        return self._uses_counts
+
+    @property
+    def predictor(self) -> ActivationModel | None:
+        return self._predictor
+
     def learned(self, learned: Learned) -> None:
+        if self._uses_counts:
+            self._by_counts.learned(learned)
         if self._uses_prompts:
             self._by_prompt.learned(learned)
-            self._adopt(learned.profiles)
+            if learned.profiles is not None:
+                self._adopt(learned.profiles)
 
     def _placement_for(self, counts: ExpertCounts | None) -> Placement | None:
         """The placement. A model or the first usable counts make it; until then it is None."""
@@ -235,12 +246,12 @@ class ExpectedUnion(Policy):
             frequency = own_frequencies(counts, means.frequency)
             profile = self.predict(request, counts, frequency)
             direction = placement.anchor.direction(profile, means.profile)
-            return Arrival(request, profile, frequency, direction, "expected_union", True)
+            return Arrival(request, profile, frequency, direction, "expected_union", True, self._by_counts.has_learned)
         latent = self._by_prompt.latent(request) if self._uses_prompts else None
         predicted = None if latent is None else self._by_prompt.profile(latent)
         if predicted is not None and len(predicted) == len(means.profile):
             direction = placement.anchor.direction(predicted, means.profile)
-            return Arrival(request, predicted, None, direction, "expected_union_prompt", True)
+            return Arrival(request, predicted, None, direction, "expected_union_prompt", True, True)
         return Arrival(request, means.profile.copy(), None, None, _why_unusable(counts), False)
 
     def predict(

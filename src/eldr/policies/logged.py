@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import eldr
+from eldr.activation import ActivationModel
 from eldr.counts import COUNTS_KEYS, decode_counts, encode_counts
 from eldr.kernels import COMPILED
 from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
@@ -169,6 +170,14 @@ class LoggedPolicy(Policy):
     @property
     def prompts(self) -> PromptModel | None:
         return self._policy.prompts
+
+    @property
+    def corrects_counts(self) -> bool:
+        return self._policy.corrects_counts
+
+    @property
+    def predictor(self) -> ActivationModel | None:
+        return self._policy.predictor
 
     def learned(self, learned: Learned) -> None:
         self._policy.learned(learned)

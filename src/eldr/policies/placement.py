@@ -14,10 +14,10 @@ from eldr.policies.request_model import Arrival
 from eldr.policies.shares import Share
 from eldr.policies.unions import Geometry, RandomBatches, Unions, decode_exposure, encode_exposure
 
-# What is believed of the words of a prompt was learned from reports, and no count of this request bears it out. If the
-# reports lie, steps that are said to cost nothing would fill one worker. So one more request is taken to add at least
-# this share of what it would add if all experts were as likely, and no worker gets it that runs more than CROWDED times
-# the mean. True profiles stay within both limits.
+# What was learned from reports of finished requests may be wrong. If the reports lie, steps that are said to cost
+# nothing would fill one worker. So one more request is taken to add at least this share of what it would add if all
+# experts were as likely. If no count of its own bears out what was learned, no worker gets it that runs more than
+# CROWDED times the mean. True profiles stay within both limits.
 LEAST_ADDED = 0.25
 CROWDED = 1.5
 
@@ -85,12 +85,12 @@ class Placement:
         shortest step, and crowded ones (CROWDED).
         """
         added = self.unions.added(arrival.profile)
-        if not arrival.known or arrival.frequency is not None:
+        if not arrival.learned:
             return self._weighed(arrival, added, rows, load)
         most = max(load)
         added[rows] = np.maximum(added[rows], self._least_added(most)[load])
         limit = CROWDED * sum(load) / len(load)
-        if most <= limit:
+        if most <= limit or arrival.frequency is not None:
             return self._weighed(arrival, added, rows, load)
         free = [at for at, running in enumerate(load) if running <= limit]
         costs = np.full(len(load), np.inf)

@@ -34,10 +34,21 @@ class Arrival:
     direction: float32 [A], the unit vector from the fleet's mean profile to its own. None if there is none.
     reason: why the decision about it is what it is, for `Decision`.
     known: whether the profile is its own, and not the fleet's mean.
+    learned: whether the profile comes from reports of finished requests, which may lie.
     limit_s: the longest step that the tail guard let pass when a worker was chosen for it. None before that.
     """
 
-    __slots__ = ("context_tokens", "direction", "frequency", "known", "limit_s", "profile", "reason", "request_id")
+    __slots__ = (
+        "context_tokens",
+        "direction",
+        "frequency",
+        "known",
+        "learned",
+        "limit_s",
+        "profile",
+        "reason",
+        "request_id",
+    )
 
     def __init__(
         self,
@@ -47,6 +58,7 @@ class Arrival:
         direction: NDArray[np.float32] | None,
         reason: str,
         known: bool,
+        learned: bool = False,
     ) -> None:
         self.request_id = request.request_id
         self.context_tokens = request.prompt_tokens
@@ -55,6 +67,7 @@ class Arrival:
         self.direction = direction
         self.reason = reason
         self.known = known
+        self.learned = learned
         self.limit_s: float | None = None
 
 
@@ -63,11 +76,19 @@ class CountsPredictor:
 
     fitted: an activation model. Without one the prompt's own expert frequencies are used.
     step_tokens: the number of independent tokens that a request gains per step.
+    has_learned: whether it goes by a model that was learned from reports.
     """
 
     def __init__(self, fitted: ActivationModel | None, step_tokens: float) -> None:
         self._fitted = fitted
+        self._model = fitted
         self._step_tokens = step_tokens
+        self.has_learned = False
+
+    def learned(self, learned: Learned) -> None:
+        """Use another model from now on."""
+        self.has_learned = learned.activation is not None
+        self._model = learned.activation or self._fitted
 
     def profile(
         self, counts: ExpertCounts, frequency: NDArray[np.float32], means: FleetMeans | None
@@ -76,11 +97,11 @@ class CountsPredictor:
 
         counts: its expert counts.
         frequency: float32 [D], its own expert frequencies, mixed with the fleet's mean.
-        means: the fleet's means. A fitted model needs them.
+        means: the fleet's means. A model needs them.
         """
-        fitted = self._fitted
-        if fitted is not None and means is not None:
-            token = fitted.predict(frequency, means.frequency, fitted.share(means.spread))
+        model = self._model
+        if model is not None and means is not None and len(model.slope) == len(frequency):
+            token = model.predict(frequency, means.frequency, model.share(means.spread))
         else:
             token = to_probabilities(frequency, counts.layers, counts.top_k)
         return of_a_step(token, self._step_tokens)
@@ -94,14 +115,18 @@ class PromptPredictor:
     """
 
     def __init__(self, model: PromptModel | None, step_tokens: float) -> None:
+        self._fitted = model
         self.profiles: ProfileMap | None = None if model is None else model.profiles
         self._words: WordTable | None = None if model is None else model.words
         self._step_tokens = step_tokens
 
     def learned(self, learned: Learned) -> None:
         """Use another model from now on."""
-        self.profiles = learned.profiles
-        self._words = learned.words
+        fitted = self._fitted
+        if learned.profiles is None and fitted is not None:
+            self.profiles, self._words = fitted.profiles, fitted.words
+        else:
+            self.profiles, self._words = learned.profiles, learned.words
 
     def latent(self, request: DecodeRequest) -> NDArray[np.float32] | None:
         """What the model makes of the words of a request, which is noted there. None if it knows none of them."""

@@ -1,21 +1,17 @@
-"""A prompt model in a file: of its own, or within a calibration."""
+"""A prompt model in a file: within a calibration, or with what a router has learned."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.errors import EldrError
-from eldr.fileio import ArraySpec, NpzError, parse_meta, read_npz, reason_of, write_npz
+from eldr.fileio import ArraySpec, NpzError
 from eldr.kernels import WORD_BUCKETS
 from eldr.prompt.model import ProfileMap, PromptModel, WordTable
 
-FORMAT = "eldr-prompt-model-v1"
 OF_WORDS = ("weight", "table", "scale", "offset")
 OF_PROFILES = ("mean", "up")
 PREFIX = "prompt_"
@@ -30,40 +26,6 @@ SPECS: Mapping[str, ArraySpec] = {
 NUMBERS = ("strength", "r2")
 # Fitted models hold no number that is anywhere near. Sums of larger ones would overflow.
 LARGEST = 1e6
-
-
-class PromptModelError(EldrError):
-    """Raised when the file of a prompt model cannot be read or written. The message names it."""
-
-
-def save_model(model: PromptModel, path: Path) -> None:
-    """Write a model to a file of its own, atomically. Makes its folder. Raises PromptModelError."""
-    arrays, meta = stored(model)
-    profiles = model.profiles
-    shape = {"layers": profiles.layers, "experts": profiles.experts, "top_k": profiles.top_k}
-    text = json.dumps({"format": FORMAT, **shape, "prompt": meta}, allow_nan=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_npz(path, arrays | {"meta": np.array(text)})
-    except OSError as error:
-        raise PromptModelError(f"prompt model {path}: {reason_of(error)}") from None
-
-
-def load_model(path: Path) -> PromptModel:
-    """Read a model that `save_model` wrote. Raises PromptModelError."""
-    specs = {name: ArraySpec(spec.dtypes, spec.ndim) for name, spec in SPECS.items()}
-    try:
-        arrays = read_npz(path, specs | {"meta": ArraySpec(("U",), 0)}, check_shapes)
-        meta = parse_meta(str(arrays["meta"]), FORMAT)
-        layers, experts, top_k = (meta.get(name) for name in ("layers", "experts", "top_k"))
-        if not (type(layers) is int and type(experts) is int and type(top_k) is int and 1 <= top_k <= experts):
-            raise NpzError("meta: layers, experts or top_k is missing")
-        model = read_stored(arrays, meta.get("prompt"), layers, experts, top_k)
-        if model is None:
-            raise NpzError("it holds no model")
-        return model
-    except (NpzError, OSError) as error:
-        raise PromptModelError(f"prompt model {path}: {reason_of(error)}") from None
 
 
 def stored(model: PromptModel) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

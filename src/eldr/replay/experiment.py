@@ -48,7 +48,7 @@ CALIBRATED = ("locality-band", "locality-band-refit", "expected-union")
 REFIT_INTERVAL_S = 2.5
 # Requests that warm the fleet up, and that keep it loaded at the end, in multiples of the expected number in flight.
 WARM_UP, COOL_DOWN = 2.0, 1.25
-# Whether a prompt model is learned while serving. It then begins with the policy's fitted one, if that has one.
+# Whether models are learned while serving. They then begin with the policy's fitted ones, if it has some.
 LEARN = ("off", "online")
 # Routers draw from seeds that are this far apart. The first one's is the seed of the run.
 ROUTER_SEEDS = 10_000
@@ -104,7 +104,7 @@ class Laboratory:
         self._fitted: dict[int, Calibration] = {}
         self._profiles: NDArray[np.float32] | None = None
         self._splits: dict[int, Split] = {}
-        if self.packed.prompts is None and (settings.options.signature == "prompt" or settings.learn != "off"):
+        if self.packed.prompts is None and settings.options.signature == "prompt":
             raise ReplayError("the trace holds no prompts, so there are no words; record it with --keep-prompts")
         if calibration is not None:
             geometry = calibration.geometry
@@ -300,7 +300,7 @@ class Laboratory:
         return engine.run(progress)
 
     def _learning(self, policy: Policy, seed: int) -> SimulatedLearning | None:
-        if self.settings.learn == "off" or self.packed.prompts is None or not policy.wants_words(with_counts=True):
+        if self.settings.learn == "off" or not (policy.wants_words(with_counts=True) or policy.corrects_counts):
             return None
         return SimulatedLearning(policy, self.packed, self.settings.learn_share, seed)
 

@@ -1,9 +1,9 @@
 """Learning from finished requests in simulated time.
 
 A trace has few requests, and a replay serves them again and again. A model that has been taught by a request knows its
-words, and would predict it far better than any new request. So nobody is predicted by a model that it has taught: the
-requests are divided into FOLDS parts, and each part has a learner of its own, which the requests of all other parts
-teach. The policy sees one model all the same, made of those of all learners (`StackedModels`).
+words and its counts, and would predict it far better than any new request. So nobody is predicted by a model that it
+has taught: the requests are divided into FOLDS parts, and each part has a learner of its own, which the requests of all
+other parts teach. Before each choice the policy gets the models of that request's part.
 
 Each learner thus hears of (FOLDS - 1) / FOLDS of what a router would hear of. A request teaches only once, since it has
 nothing new to say when it comes again: a trace runs out of lessons, and its curve becomes flat, where real traffic goes
@@ -12,24 +12,22 @@ on teaching.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
 from eldr.counts import ExpertCounts
 from eldr.learning.learner import Learner, LearnTask, Taught
-from eldr.learning.lessons import CAPACITY
+from eldr.learning.lessons import CAPACITY, Asked, share_codes
 from eldr.policies.base import DecodeRequest, Policy
 from eldr.policies.learned import Learned
-from eldr.prompt.model import ProfileMap, PromptModel
-from eldr.prompt.words import Words
 from eldr.replay.packed import PackedTrace
 
-# How long a fit to CAPACITY lessons takes in the router's second process, with a cross-validation and without, and what
-# every fit takes. It grows with the square of the lessons at least.
+# How long a fit to the words of CAPACITY lessons takes in the router's second process, with a cross-validation and
+# without, and what every fit takes; and a fit to their counts. It grows with the square of the lessons at least.
 CHOOSING_S, CHOSEN_S, LEAST_S = 6.5, 0.8, 0.1
+CHOOSING_COUNTS_S, CHOSEN_COUNTS_S = 5.4, 3.4
 FOLDS = 4
+NOTHING = Learned(None, None)
 
 
 class SimulatedLearning:
@@ -37,7 +35,7 @@ class SimulatedLearning:
 
     Requests with equal prompts are in the same fold.
 
-    trace: a trace with prompts.
+    trace: a trace, with prompts if the policy looks at words.
     share: of the finished requests, those that report their experts, drawn at random.
 
     folds: the fold of each request, int64 [N].
@@ -45,27 +43,38 @@ class SimulatedLearning:
     """
 
     def __init__(self, policy: Policy, trace: PackedTrace, share: float, seed: int) -> None:
-        assert trace.prompts is not None
         self._policy = policy
         self._trace = trace
-        self._prompts = trace.prompts
         self._share = share
         self._rng = np.random.default_rng([seed, 3])
-        self.folds = deal(trace.prompts, self._rng)
-        self.learners = [Learner(policy.prompts, seed) for _ in range(FOLDS)]
+        self.folds = deal(trace, self._rng)
+        words, counts = policy.wants_words(with_counts=True), policy.corrects_counts
+        self.learners = [
+            Learner(policy.prompts, policy.predictor, words=words, counts=counts, seed=seed) for _ in range(FOLDS)
+        ]
+        self._words, self._counts = words, counts
         self._fitted: list[tuple[float, Taught] | None] = [None] * FOLDS
+        self._learned: list[Learned | None] = [None] * FOLDS
+        self._told: Learned | None = None
         self._has_taught: set[int] = set()
-        self._models: StackedModels | None = None
 
     def finished(self, index: int) -> None:
         """A request of the trace has ended."""
         if self._rng.random() >= self._share or index in self._has_taught:
             return
         self._has_taught.add(index)
-        decode = self.report(index)
+        asked, decode = self._asked(index), self.report(index)
         for fold, learner in enumerate(self.learners):
             if fold != self.folds[index]:
-                learner.take(self._prompts[index], decode)
+                learner.take(asked, decode)
+
+    def _asked(self, index: int) -> Asked:
+        trace = self._trace
+        words = trace.prompts[index] if self._words and trace.prompts is not None else None
+        if not self._counts:
+            return Asked(words)
+        counts = trace.counts[index]
+        return Asked(words, counts.prompt_tokens, share_codes(counts))
 
     def report(self, index: int) -> ExpertCounts:
         """What the worker of a finished request says of its decode rows."""
@@ -73,72 +82,47 @@ class SimulatedLearning:
 
     def advance(self, now_s: float) -> None:
         """Call this before every choice. Between two choices a new model has no visible effect."""
-        learned = [self._advance(fold, now_s) for fold in range(FOLDS)]
-        if any(learned):
-            self._models = StackedModels([learner.model for learner in self.learners])
-            self._policy.learned(Learned(self._models.profiles, None))
+        for fold in range(FOLDS):
+            self._advance(fold, now_s)
 
-    def _advance(self, fold: int, now_s: float) -> bool:
-        """Let one learner fit what is due. Returns whether it has a new model."""
+    def _advance(self, fold: int, now_s: float) -> None:
+        """Let one learner fit what is due."""
         learner, fitted = self.learners[fold], self._fitted[fold]
-        learned = None
         if fitted is not None:
             if now_s < fitted[0]:
-                return False
-            learned = learner.taught(fitted[1])
+                return
+            self._learned[fold] = learner.taught(fitted[1]) or self._learned[fold]
             self._fitted[fold] = None
         task = learner.task()
         if task is not None:
             self._fitted[fold] = now_s + fit_s(task), task.run()
-        return learned is not None
 
     def look_at(self, request: DecodeRequest, index: int) -> None:
-        """Give a request the latent of its own fold's model in place of its words, once anything was learned."""
-        if self._models is not None and request.words is not None:
-            request.latent = self._models.latent(int(self.folds[index]), request.words)
-            request.words = None
+        """Tell the policy the models of this request's fold."""
+        learned = self._learned[self.folds[index]]
+        if learned is not self._told:
+            self._told = learned
+            self._policy.learned(learned or NOTHING)
 
 
 def fit_s(task: LearnTask) -> float:
     """How long a fit takes."""
-    whole_s = CHOOSING_S if task.choice is None else CHOSEN_S
-    return LEAST_S + whole_s * (len(task.words) / CAPACITY) ** 2
+    found_s = LEAST_S
+    if task.of_words is not None:
+        chosen_s = CHOOSING_S if task.of_words.choice is None else CHOSEN_S
+        found_s += chosen_s * (len(task.of_words.words) / CAPACITY) ** 2
+    if task.of_counts is not None:
+        chosen_s = CHOOSING_COUNTS_S if task.of_counts.choice is None else CHOSEN_COUNTS_S
+        found_s += chosen_s * (len(task.of_counts.profiles) / CAPACITY) ** 2
+    return found_s
 
 
-class StackedModels:
-    """Several prompt models as one.
-
-    A latent has a block for each model, and is zero outside one of them. The block ends with a one, by which the map
-    adds the difference of that model's mean from the mean of all.
-
-    profiles: the map of the whole.
-    """
-
-    def __init__(self, models: Sequence[PromptModel | None]) -> None:
-        self._models = models
-        known = [model.profiles for model in models if model is not None]
-        mean = np.stack([profiles.mean for profiles in known]).mean(axis=0)
-        rows = [part for profiles in known for part in (profiles.up, (profiles.mean - mean)[None])]
-        self.profiles = ProfileMap(mean, np.concatenate(rows), known[0].layers, known[0].top_k)
-        sizes = [0 if model is None else model.words.rank + 1 for model in models]
-        self._ends = np.cumsum(sizes).tolist()
-
-    def latent(self, number: int, words: Words) -> NDArray[np.float32] | None:
-        """What one of the models makes of the words of a prompt. None if it knows none of them, or does not exist."""
-        model = self._models[number]
-        own = None if model is None else model.words.latent(words)
-        if own is None:
-            return None
-        latent = np.zeros(self._ends[-1], dtype=np.float32)
-        end = self._ends[number]
-        latent[end - 1 - len(own) : end - 1] = own
-        latent[end - 1] = 1
-        return latent
-
-
-def deal(prompts: Sequence[Words], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Divide prompts into FOLDS parts at random, int64 [N], such that equal ones are in the same part."""
-    texts = [(prompt.buckets.tobytes(), prompt.counts.tobytes()) for prompt in prompts]
+def deal(trace: PackedTrace, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Divide requests into FOLDS parts at random, int64 [N], such that equal prompts are in the same part."""
+    if trace.prompts is None:
+        texts = [counts.counts.tobytes() for counts in trace.counts]
+    else:
+        texts = [prompt.buckets.tobytes() + prompt.counts.tobytes() for prompt in trace.prompts]
     number = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     fold = rng.permutation(len(number)) % FOLDS
     return np.array([fold[number[text]] for text in texts], dtype=np.int64)

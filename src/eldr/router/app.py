@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eldr.errors import EldrError
+from eldr.learning.kept import Kept, KeptError, load_kept
 from eldr.learning.learner import Learner
 from eldr.policies.base import Policy
 from eldr.policies.learned import Learned
 from eldr.policies.logged import LoggedPolicy
 from eldr.policies.options import PolicyOptions
 from eldr.policies.refit import RefitSchedule
-from eldr.prompt.stored import PromptModelError, load_model
 from eldr.router.api.admin import AdminApi
 from eldr.router.api.experts import ExpertReports
 from eldr.router.api.keys import ApiKeys
@@ -128,7 +128,7 @@ class Router:
             fleet,
             make_policy,
             lambda policy: _zone_refits(policy, config.placement.options, metrics),
-            lambda group, policy: _learning(group, policy, config.placement, metrics, siblings),
+            lambda group, policy: _learning(group, policy, config, metrics, siblings),
             metrics,
             config.placement.seed,
         )
@@ -362,26 +362,30 @@ def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Zo
 
 
 def _learning(
-    group: ModelGroup, policy: Policy, placement: PlacementSettings, metrics: Metrics, siblings: Siblings | None
+    group: ModelGroup, policy: Policy, config: RouterConfig, metrics: Metrics, siblings: Siblings | None
 ) -> Learning | None:
     """What learns from a group's requests, beginning with what was kept or fitted before.
 
     Of several processes, the first keeps what it learns.
     """
-    if placement.learn == "off" or not policy.wants_words(False):
+    placement, reports = config.placement, config.experts.are_reported
+    words, counts = policy.wants_words(False), policy.corrects_counts and reports
+    if placement.learn == "off" or not (words or counts):
         return None
-    model, file = policy.prompts, None
+    kept, file = Kept(policy.prompts, policy.predictor), None
     if placement.learned_dir is not None:
         file = placement.learned_dir / _file_name(min(group.bases, default=""))
         if os.path.exists(file):  # noqa: PTH110 - Path.exists raises where the folder may not be read
             try:
-                model = load_model(file)
-                policy.learned(Learned(model.profiles, model.words))
-            except PromptModelError as error:
+                found = load_kept(file)
+                kept = Kept(found.prompts or kept.prompts, found.activation or kept.activation)
+                policy.learned(Learned.of(found.prompts, found.activation))
+            except KeptError as error:
                 log.error("what was learned before is not used: %s", error)
     if siblings is not None and siblings.index:
         file = None
-    return Learning(policy, Learner(model, placement.seed), metrics, file)
+    learner = Learner(kept.prompts, kept.activation, words=words, counts=counts, seed=placement.seed)
+    return Learning(policy, learner, metrics, file, reports)
 
 
 def _file_name(model: str) -> str:
@@ -394,7 +398,7 @@ def _expert_sources(config: RouterConfig, sink: ExpertSink | None, metrics: Metr
     """Return the sources of finished requests' experts that are configured. None if there is none."""
     experts = config.experts
     reports, share = experts.report_key_file is not None, experts.routed_experts_share
-    if not reports and not share:
+    if not experts.are_reported:
         return None
     geometries = {model: MoeGeometry(*geometry) for model, geometry in experts.expert_geometry.items()}
     expected = ExpectedReports(sink, geometries, metrics)

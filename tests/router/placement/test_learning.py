@@ -17,16 +17,18 @@ import pytest
 
 from eldr.cli.main import main
 from eldr.counts import CountsError, ExpertCounts, encode_counts
+from eldr.learning.kept import Kept, load_kept
 from eldr.learning.learner import FIRST, Learner
+from eldr.policies import make_policy
 from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.prompt.fit import fit_prompt_model
-from eldr.prompt.stored import load_model, save_model
+from eldr.prompt.model import PromptModel
 from eldr.prompt.words import Words, words_of_text, words_of_tokens
 from eldr.router.observe.counters import Metrics
-from eldr.router.placement.learning import MOST_EXPECTED, MOST_EXPECTED_WORDS, Learning
+from eldr.router.placement.learning import MOST_EXPECTED, MOST_EXPECTED_COUNTS, MOST_EXPECTED_WORDS, Learning
 from tests.router.fake_worker import CHAT, EXPERTS, LAYERS, MESSAGES, RESPONSES, TOP_K, FakeWorker, Seen
-from tests.router.harness import ASK, Setup, on_uvloop, running, until
+from tests.router.harness import ASK, Setup, bearer, on_uvloop, running, until
 
 KINDS = ("code loop return", "law court judge", "poem rose moon", "math sum prime")
 BY_WORDS = {"reason": "expected_union_prompt"}
@@ -71,7 +73,7 @@ async def by_words(s: Setup) -> float:
 
 async def until_fits(s: Setup, outcome: str, count: float = 1) -> None:
     async with asyncio.timeout(40):
-        while await s.metric("eldr_prompt_model_fits_total", outcome=outcome) < count:
+        while await s.metric("eldr_learning_fits_total", outcome=outcome) < count:
             await asyncio.sleep(0.05)
 
 
@@ -86,8 +88,14 @@ def save_fitted(folder: Path) -> Path:
     profiles = np.stack([(counts_of(kind).counts > 0).reshape(-1) for kind in kinds]).astype(np.float32)
     (folder / "seen").mkdir(exist_ok=True)
     path = folder / "seen" / "tiny-50b897c9.npz"
-    save_model(fit_prompt_model(prompts, profiles, LAYERS, TOP_K), path)
+    Kept(fit_prompt_model(prompts, profiles, LAYERS, TOP_K), None).save(path)
     return path
+
+
+def learned_prompts(path: Path) -> PromptModel:
+    model = load_kept(path).prompts
+    assert model is not None
+    return model
 
 
 def test_the_words_of_prompts_are_learned_kept_and_used_again(
@@ -103,7 +111,7 @@ def test_the_words_of_prompts_are_learned_kept_and_used_again(
             assert await by_words(s) == 0
             await until_fits(s, "adopted")
             assert await s.metric("eldr_prompt_model_r2") > 0.3
-            assert await s.metric("eldr_prompt_model_fit_duration_seconds") > 0
+            assert await s.metric("eldr_learning_fit_duration_seconds") > 0
             await ask(s, 20, first=100)
             assert await by_words(s) == 20
             await until(lambda: list(folder.glob("*.npz")), "it is kept")
@@ -118,7 +126,7 @@ def test_the_words_of_prompts_are_learned_kept_and_used_again(
     serve()
     (file,) = folder.iterdir()
     assert file.name.startswith("tiny-")
-    assert load_model(file).profiles.top_k == TOP_K
+    assert learned_prompts(file).profiles.top_k == TOP_K
     serve_again()
     text = log.read_text()
     assert not any(word in text for words in KINDS for word in words.split())
@@ -136,11 +144,11 @@ async def test_a_damaged_file_is_said_and_ignored(tmp_path: Path, caplog: pytest
     async with running(1, 2, "expected-union", counting, **settings) as s:
         await ask(s, 3)
         assert await by_words(s) == 0
-        assert "what was learned before is not used: prompt model" in caplog.text
+        assert "what was learned before is not used: learned models" in caplog.text
         await ask(s, FIRST, first=50)
         await until_fits(s, "adopted")
         await until(lambda: path.read_bytes() != damaged, "another one takes its place")
-    assert load_model(path).requests >= FIRST
+    assert learned_prompts(path).requests >= FIRST
 
 
 @on_uvloop
@@ -228,7 +236,7 @@ async def test_nothing_is_learned_where_that_is_off_or_words_are_not_used() -> N
         async with running(1, 1, "expected-union", counting, **settings) as s:
             await ask(s, FIRST)
             await asyncio.sleep(1.5)  # it looks once a second
-            assert await s.metric("eldr_prompt_model_fits_total") == 0
+            assert await s.metric("eldr_learning_fits_total") == 0
             assert not active_children()
 
 
@@ -246,11 +254,87 @@ async def test_a_running_stream_holds_no_words() -> None:
         assert (await task).status == 200
 
 
+# What is learned about counts.
+
+
+async def report_decodes(s: Setup, names: dict[str, int]) -> None:
+    """The decode workers say that requests of a kind use the experts of the next one as much as those of their own."""
+    reports = []
+    for name, kind in names.items():
+        counts = np.zeros((LAYERS, EXPERTS), np.uint32)
+        both = [2 * kind, 2 * kind + 1, (2 * kind + 2) % EXPERTS, (2 * kind + 3) % EXPERTS]
+        counts[:, both] = 8
+        reports.append({"id": f"cmpl-{name}-0-0123abcd", "counts": encode_counts(ExpertCounts(counts, 16, TOP_K))})
+    for first in range(0, len(reports), 8):
+        body = {"v": 1, "reports": reports[first : first + 8]}
+        answer = await s.post(body, "/eldr/experts", headers=bearer("key"))
+        assert answer.status == 200, answer.body
+
+
+async def ask_and_report(s: Setup, count: int, first: int = 0) -> None:
+    names = {f"c{number}": number % len(KINDS) for number in range(first, first + count)}
+    for number, name in enumerate(names, first):
+        answer = await s.post({**ASK, "prompt": prompt_of(number), "max_tokens": 32}, headers={"x-request-id": name})
+        assert answer.status == 200
+    await report_decodes(s, names)
+
+
+def test_corrections_of_counts_are_learned_kept_and_used_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, folder = tmp_path / "decisions.jsonl", tmp_path / "learned"
+    (tmp_path / "key").write_text("key")
+    settings: dict[str, Any] = {
+        "learned_dir": folder,
+        "decision_log": log,
+        "report_key_file": tmp_path / "key",
+        "signature": "counts",
+    }
+
+    @on_uvloop
+    async def serve() -> None:
+        async with running(1, 2, "expected-union", counting, **settings) as s:
+            await ask_and_report(s, FIRST + 8)
+            await until_fits(s, "adopted")
+            assert 0 < await s.metric("eldr_activation_trust") <= 1
+            await ask(s, 8, first=100)
+            await until(lambda: list(folder.glob("*.npz")), "it is kept")
+
+    @on_uvloop
+    async def serve_again() -> None:
+        async with running(1, 2, "expected-union", counting, **settings) as s:
+            await ask(s, 5)
+            assert await s.metric("eldr_policy_errors_total") == 0
+            assert await s.metric("eldr_decisions_total", reason="expected_union") == 5
+
+    serve()
+    (file,) = folder.iterdir()
+    kept = load_kept(file)
+    assert kept.prompts is None
+    assert kept.activation is not None
+    assert kept.geometry == (LAYERS, EXPERTS, TOP_K)
+    serve_again()
+    learned = [json.loads(line) for line in log.read_text().splitlines() if '"learned"' in line]
+    assert len(learned) >= 2, "what was kept is an event of the second run's log"
+    assert all(event["activation"] is not None for event in learned)
+    assert main(["decisions", str(log), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["decisions"] == FIRST + 8 + 8 + 5
+
+
+@on_uvloop
+async def test_nothing_is_kept_of_counts_where_nobody_reports() -> None:
+    async with running(1, 1, "expected-union", counting, signature="counts") as s:
+        await ask(s, FIRST)
+        await asyncio.sleep(1.5)
+        assert await s.metric("eldr_learning_fits_total") == 0
+        assert not active_children()
+
+
 # The learning itself, without a router around it.
 
 
 def make_learning() -> Learning:
-    return Learning(ExpectedUnion(signature="prompt"), Learner(None), Metrics(), None)
+    return Learning(ExpectedUnion(signature="prompt"), Learner(), Metrics(), None)
 
 
 def request(name: str, words: Words | None = None, counts: ExpertCounts | None = None) -> DecodeRequest:
@@ -311,7 +395,7 @@ def test_experts_of_another_model_are_refused_and_what_to_do_is_said(
 ) -> None:
     """As when the model behind a name has changed since the last run."""
     path = save_fitted(tmp_path)
-    learning = Learning(ExpectedUnion(signature="prompt"), Learner(load_model(path)), Metrics(), path)
+    learning = Learning(ExpectedUnion(signature="prompt"), Learner(learned_prompts(path)), Metrics(), path)
     for name in ("1", "2", "3"):
         learning.placed(request(name))
     learning.report("1", counts_of(0))
@@ -344,3 +428,25 @@ def test_the_words_that_wait_for_reports_are_bounded_however_long_prompts_are() 
     learning.report("199", counts_of(0))
     learning.report("0", counts_of(0))
     assert taken(learning) == 1
+
+
+def test_the_counts_that_wait_for_reports_are_a_bounded_sample() -> None:
+    learning = Learning(ExpectedUnion(signature="counts"), Learner(words=False), Metrics(), None)
+
+    def place(name: str) -> None:
+        learning.placed(DecodeRequest(name, 16, counts_of(0)))
+
+    for number in range(MOST_EXPECTED_COUNTS + 5):
+        place(str(number))
+    assert learning.expects("0")
+    assert not learning.expects(str(MOST_EXPECTED_COUNTS))
+    learning.report("0", counts_of(0))
+    place("one more")
+    assert learning.expects("one more")
+    assert taken(learning) == 1
+
+
+def test_counts_are_not_kept_for_a_policy_that_uses_them_as_they_are() -> None:
+    learning = Learning(make_policy("jsq"), Learner(), Metrics(), None)
+    learning.placed(DecodeRequest("1", 16, counts_of(0)))
+    assert not learning.expects("1")

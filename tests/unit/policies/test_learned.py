@@ -210,6 +210,7 @@ def test_every_bit_survives_the_wire() -> None:
         wire = json.loads(json.dumps(Learned(profiles, make_model().words).to_wire()))
         found = Learned.from_wire(wire)
         assert found.words is None
+        assert found.profiles is not None
         assert found.profiles.mean.tobytes() == profiles.mean.tobytes()
         assert found.profiles.up.tobytes() == profiles.up.tobytes()
         assert found.profiles.up.shape == (rank, D)
@@ -218,7 +219,8 @@ def test_every_bit_survives_the_wire() -> None:
 
 def test_the_wire_has_no_words() -> None:
     wire = learned(make_model()).to_wire()
-    assert set(wire) == {"layers", "top_k", "rank", "mean", "up"}
+    assert set(wire["prompts"]) == {"layers", "top_k", "rank", "mean", "up"}
+    assert wire["activation"] is None
     assert len(json.dumps(wire)) < 1000
 
 
@@ -241,6 +243,6 @@ UPS: list[Any] = ["", "AAAA", None, []]
     ],
 )
 def test_wire_forms_that_cannot_be_right_are_refused(change: Change) -> None:
-    wire = {**learned(make_model()).to_wire(), **change}
+    wire = learned(make_model()).to_wire()
     with pytest.raises((KeyError, TypeError, ValueError)):
-        Learned.from_wire(wire)
+        Learned.from_wire({**wire, "prompts": {**wire["prompts"], **change}})

@@ -13,8 +13,8 @@ import pytest
 from eldr.calibration import CalibrationError, fit_calibration, load_calibration
 from eldr.fileio import write_npz
 from eldr.kernels import WORD_BUCKETS
+from eldr.learning.kept import Kept, KeptError, load_kept
 from eldr.prompt.model import ProfileMap, PromptModel, WordTable
-from eldr.prompt.stored import PromptModelError, load_model, save_model
 from eldr.prompt.words import words_of_text
 from eldr.trace import read_trace
 from tests.synthetic import make_trace, prompts_of_kinds
@@ -49,6 +49,16 @@ def test_a_model_is_the_same_after_a_round_trip(rank: int, tmp_path: Path) -> No
     assert np.array_equal(found.predict(words_of_text(PROMPT)), model.predict(words_of_text(PROMPT)))
 
 
+def save_model(model: PromptModel, path: Path) -> None:
+    Kept(model, None).save(path)
+
+
+def load_model(path: Path) -> PromptModel:
+    model = load_kept(path).prompts
+    assert model is not None
+    return model
+
+
 def contents(model: PromptModel) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays of a model's file, and its meta, written down by hand."""
     arrays = {
@@ -60,7 +70,7 @@ def contents(model: PromptModel) -> tuple[dict[str, Any], dict[str, Any]]:
         "prompt_up": model.profiles.up,
     }
     prompt = {"strength": 0.3, "r2": 0.25, "idf": True, "requests": 77}
-    meta = {"format": "eldr-prompt-model-v1", "layers": 2, "experts": 4, "top_k": 2, "prompt": prompt}
+    meta = {"format": "eldr-learned-v1", "layers": 2, "experts": 4, "top_k": 2, "prompt": prompt}
     return arrays, meta
 
 
@@ -114,17 +124,17 @@ def test_arrays_that_cannot_be_right_are_refused(
         arrays[name] = change(arrays[name])
     path = tmp_path / "model.npz"
     write_npz(path, arrays | {"meta": np.array(json.dumps(meta))})
-    with pytest.raises(PromptModelError, match=reason) as caught:
+    with pytest.raises(KeptError, match=reason) as caught:
         load_model(path)
-    assert str(caught.value).startswith(f"prompt model {path}: ")
+    assert str(caught.value).startswith(f"learned models {path}: ")
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"format": "eldr-calibration-v1"}, "not an eldr-prompt-model-v1 file"),
+        ({"format": "eldr-calibration-v1"}, "not an eldr-learned-v1 file"),
         ({"layers": 3}, "of 8 experts, expected 12"),
-        ({"layers": 0}, "of 8 experts, expected 0"),
+        ({"layers": 0}, "0 layers x 4 experts is not"),
         ({"experts": True}, "layers, experts or top_k"),
         ({"top_k": 5}, "layers, experts or top_k"),
         ({"top_k": 0}, "layers, experts or top_k"),
@@ -142,7 +152,7 @@ def test_what_the_meta_says_wrongly_is_refused(change: dict[str, Any], reason: s
     if isinstance(change.get("prompt"), dict):
         change = {"prompt": {**meta["prompt"], **change["prompt"]}}
     write_npz(tmp_path / "model.npz", arrays | {"meta": np.array(json.dumps({**meta, **change}))})
-    with pytest.raises(PromptModelError, match=reason):
+    with pytest.raises(KeptError, match=reason):
         load_model(tmp_path / "model.npz")
 
 
@@ -152,16 +162,16 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (b"", b"PK", whole[:-40], whole[: len(whole) // 2], b"no archive"):
         path.write_bytes(content)
-        with pytest.raises(PromptModelError):
+        with pytest.raises(KeptError):
             load_model(path)
-    with pytest.raises(PromptModelError, match="No such file"):
+    with pytest.raises(KeptError, match="No such file"):
         load_model(tmp_path / "none.npz")
-    with pytest.raises(PromptModelError, match=r"exists|Not a directory"):
+    with pytest.raises(KeptError, match=r"exists|Not a directory"):
         save_model(make_model(), path / "model.npz")
     save_model(make_model(), tmp_path / "new" / "folder" / "model.npz")
     assert load_model(tmp_path / "new" / "folder" / "model.npz").requests == 77
     write_npz(path, {"meta": np.array(json.dumps(contents(make_model())[1]))})
-    with pytest.raises(PromptModelError):
+    with pytest.raises(KeptError):
         load_model(path)
 
 

@@ -10,11 +10,9 @@ from eldr.policies.base import Decision, DecodeRequest
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.learned import Learned
 from eldr.policies.options import PolicyOptions
-from eldr.prompt.fit import Choice, fit_prompt_model
-from eldr.prompt.words import words_of_text
 from eldr.replay.errors import ReplayError
 from eldr.replay.experiment import Laboratory, Settings
-from eldr.replay.learning import FOLDS, SimulatedLearning, StackedModels, deal
+from eldr.replay.learning import FOLDS, SimulatedLearning, deal
 from eldr.replay.packed import PackedTrace, pack_trace
 from eldr.replay.split import Mix
 from eldr.trace import Trace
@@ -33,13 +31,18 @@ def trace_with_strangers(strangers: tuple[int, ...]) -> Trace:
     return dataclasses.replace(trace, prompt_text=text, prompt_text_offsets=offsets)
 
 
+def trace_of(texts: list[bytes]) -> PackedTrace:
+    text, offsets = packed(texts)
+    return pack_trace(make_trace(requests=len(texts), steps=2, prompt_text=text, prompt_text_offsets=offsets))
+
+
 def request_of(trace: PackedTrace, index: int) -> DecodeRequest:
     assert trace.prompts is not None
     return DecodeRequest(f"0.{index}", 9, words=trace.prompts[index])
 
 
-def taught_by_all(trace: PackedTrace) -> SimulatedLearning:
-    learning = SimulatedLearning(ExpectedUnion(signature="prompt"), trace, 1.0, seed=0)
+def taught_by_all(policy: ExpectedUnion, trace: PackedTrace) -> SimulatedLearning:
+    learning = SimulatedLearning(policy, trace, 1.0, seed=0)
     for index in range(trace.requests):
         learning.finished(index)
     learning.advance(0.0)
@@ -50,52 +53,33 @@ def taught_by_all(trace: PackedTrace) -> SimulatedLearning:
 def test_nobody_is_predicted_by_a_model_that_it_has_taught() -> None:
     strangers = (3, 40, 77, 101, 120)
     trace = pack_trace(trace_with_strangers(strangers))
-    learning = taught_by_all(trace)
+    policy = ExpectedUnion(signature="prompt")
+    policy.joined("a")
+    learning = taught_by_all(policy, trace)
     for index in range(trace.requests):
         request = request_of(trace, index)
         learning.look_at(request, index)
-        assert request.words is None
+        reason = policy.choose(request, {"a": 0}).reason
         # All requests have taught, so a model that a stranger has taught would know its words.
-        assert (request.latent is None) == (index in strangers)
+        assert reason == ("no_signature" if index in strangers else "expected_union_prompt")
 
 
 def test_equal_prompts_are_on_one_side() -> None:
     texts = [f"question {'abcdefghij'[number % 10]} about ships".encode() for number in range(80)]
-    prompts = [words_of_text(text) for text in texts]
-    fold = deal(prompts, np.random.default_rng(0))
+    fold = deal(trace_of(texts), np.random.default_rng(0))
     assert set(fold.tolist()) == set(range(FOLDS))
     for number in range(10):
         assert len(set(fold[number::10].tolist())) == 1
     # Prompts that differ are spread evenly.
-    many = [words_of_text(b"w" + bytes([97 + n // 26, 97 + n % 26])) for n in range(400)]
-    assert set(np.bincount(deal(many, np.random.default_rng(1))).tolist()) == {400 // FOLDS}
-
-
-def test_a_stack_of_models_predicts_what_each_of_them_would() -> None:
-    rng = np.random.default_rng(5)
-    trace = make_trace(requests=60, steps=24, seed=2, **prompts_of_kinds(60))
-    words = [words_of_text(trace.prompt(request)) for request in range(60)]
-    profiles = trace.decode_profiles().reshape(60, -1)
-    models = []
-    for rank in (3, 5, 4):
-        chosen = rng.permutation(60)[:40].tolist()
-        choice = Choice(0.1, False, rank, 0.5)
-        models.append(fit_prompt_model([words[i] for i in chosen], profiles[chosen], 3, 2, choice=choice))
-    stack = StackedModels([models[0], None, models[1], models[2]])
-    for number, model in ((0, models[0]), (2, models[1]), (3, models[2])):
-        for prompt in words:
-            latent = stack.latent(number, prompt)
-            assert latent is not None
-            assert stack.profiles.profile(latent) == pytest.approx(model.predict(prompt), abs=1e-5)
-    assert stack.latent(1, words[0]) is None
-    assert stack.latent(0, words_of_text(b"unheard")) is None
+    many = [b"w" + bytes([97 + n // 26, 97 + n % 26]) for n in range(400)]
+    assert set(np.bincount(deal(trace_of(many), np.random.default_rng(1))).tolist()) == {400 // FOLDS}
 
 
 class Spy(ExpectedUnion):
     """Notes how many requests were placed before each model."""
 
-    def __init__(self) -> None:
-        super().__init__(signature="prompt")
+    def __init__(self, signature: str = "prompt") -> None:
+        super().__init__(signature=signature)
         self.placed = 0
         self.models_after: list[int] = []
         self.known = 0
@@ -141,22 +125,35 @@ def test_few_reports_teach_later() -> None:
     assert often.known > seldom.known
 
 
-def test_a_policy_that_looks_at_counts_learns_nothing() -> None:
+def test_a_policy_that_looks_at_counts_learns_what_they_lead_to() -> None:
     lab = laboratory(signature="auto")
     rate = lab.rate_for_batch(3, 4)
+    told: list[Learned] = []
 
-    class Deaf(ExpectedUnion):
+    class Told(ExpectedUnion):
         def learned(self, learned: Learned) -> None:
-            raise AssertionError
+            told.append(learned)
+            super().learned(learned)
 
-    lab.run_policy(Deaf(), 4, rate, 3, seed=0)
+    lab.run_policy(Told(), 4, rate, 3, seed=0)
+    assert any(learned.activation is not None for learned in told)
+    assert all(learned.profiles is None for learned in told), "nobody looks at words where there are counts"
 
 
 def test_words_are_asked_for_only_where_there_are_some() -> None:
     trace = make_trace()
-    for settings in (Settings(options=PolicyOptions(signature="prompt")), Settings(learn="online")):
-        with pytest.raises(ReplayError, match=r"no prompts.*--keep-prompts"):
-            Laboratory(trace, settings)
+    with pytest.raises(ReplayError, match=r"no prompts.*--keep-prompts"):
+        Laboratory(trace, Settings(options=PolicyOptions(signature="prompt")))
+    Laboratory(trace, Settings(learn="online"))
+
+
+def test_counts_are_learned_from_without_prompts() -> None:
+    trace = make_trace(requests=REQUESTS, kinds=3, steps=250, seed=1)
+    lab = Laboratory(trace, Settings(requests=200, mix=Mix(calibrate_fraction=0), learn="online"))
+    rate = lab.rate_for_batch(3, 4)
+    spy = Spy("counts")
+    lab.run_policy(spy, 4, rate, 3, seed=0)
+    assert spy.models_after
 
 
 def test_true_profiles_are_told_whatever_the_signature_is() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from eldr.calibration import fit_calibration
 from eldr.cost import CostModel, MoeLayerCost, RestCost
 from eldr.counts import ExpertCounts
 from eldr.learning.learner import Learner
+from eldr.learning.lessons import Asked, share_codes
 from eldr.policies import PolicyOptions, make_policy
 from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import ExpectedUnion
@@ -175,11 +177,11 @@ def test_lies_cost_no_more_than_a_hundredth(lie: Report) -> None:
 
 def believing(laboratory: Laboratory, seed: int, report: Report) -> ExpectedUnion:
     """A policy that has learned from 200 reports before it serves."""
-    policy, learner = expected_union(seed), Learner(None, seed)
+    policy, learner = expected_union(seed), Learner(seed=seed)
     trace = laboratory.packed
     assert trace.prompts is not None
     for index in range(200):
-        learner.take(trace.prompts[index], report(trace, index, trace.decode_counts(index)))
+        learner.take(Asked(trace.prompts[index]), report(trace, index, trace.decode_counts(index)))
     task = learner.task()
     assert task is not None
     learned = learner.taught(task.run())
@@ -204,6 +206,47 @@ def test_a_lie_that_is_believed_costs_little_and_the_truth_keeps_its_gain(
     assert np.mean(truths) < -0.25, truths
 
 
+def by_counts(seed: int) -> ExpectedUnion:
+    return ExpectedUnion(**OPTIONS.of_expected_union() | {"signature": "counts"}, seed=seed)
+
+
+def half_true(trace: PackedTrace, index: int, true: ExpertCounts) -> ExpertCounts:
+    """One layer in two is that of other kinds, so that the rest lends the lie some truth."""
+    counts = true.counts.copy()
+    counts[1::2] = counts[1::2][:, np.random.default_rng(kind_of(trace, index)).permutation(true.experts)]
+    return ExpertCounts(np.ascontiguousarray(counts), true.prompt_tokens, true.top_k)
+
+
+def test_true_reports_take_nothing_from_what_counts_gain() -> None:
+    alone, learning = gains_by_counts(truth)
+    assert np.mean(alone) < -0.25
+    assert np.mean(learning) < np.mean(alone) + 0.01, (alone, learning)
+
+
+@pytest.mark.parametrize("lie", [permuted, all_the_same, one_hot, random])
+def test_reports_that_contradict_the_counts_of_prompts_change_nothing(lie: Report) -> None:
+    alone, learning = gains_by_counts(lie)
+    assert learning == alone
+
+
+def test_half_a_lie_keeps_most_of_what_counts_gain() -> None:
+    alone, learning = gains_by_counts(half_true)
+    assert learning != alone, "it is believed"
+    assert np.mean(learning) < 0.85 * np.mean(alone), (alone, learning)
+
+
+def gains_by_counts(report: Report) -> tuple[list[float], list[float]]:
+    """For two seeds, what a policy gains by counts alone, and what it gains if it learns from reports too."""
+    alone, learning = [], []
+    for seed in range(2):
+        laboratory = make_laboratory(seed)
+        alone.append(change(laboratory, run(laboratory, by_counts(seed), seed), seed))
+        policy = by_counts(seed)
+        taught = Reporting(policy, laboratory.packed, seed, report)
+        learning.append(change(laboratory, run(laboratory, policy, seed, taught), seed))
+    return alone, learning
+
+
 def test_reports_of_the_wrong_size_are_left_out() -> None:
     laboratory = make_laboratory(0)
     result, learners = taught(laboratory, 0, of_the_wrong_size)
@@ -218,12 +261,9 @@ def test_one_run_is_like_the_next() -> None:
     assert one.worker.tolist() == other.worker.tolist()
 
 
-def test_policies_without_words_are_not_taught() -> None:
+def test_policies_that_predict_nothing_are_not_taught() -> None:
     """No time is spent on fits that nobody uses, and the run is the same."""
     laboratory = make_laboratory(0, requests=150)
-    for policy in (ShortestQueue(0), make_policy("expected-union", PolicyOptions(signature="counts", cost=COST))):
-        result = laboratory.run_policy(policy, WORKERS, RATE, BATCH, 0)
-        assert len(result.tpot_s) == 150
     plain = run(laboratory, ShortestQueue(0), 0)
     assert laboratory.run_policy(ShortestQueue(0), WORKERS, RATE, BATCH, 0).worker.tolist() == plain.worker.tolist()
 
@@ -258,11 +298,15 @@ def trace() -> Trace:
     return make_trace(requests=90, layers=3, experts=16, kinds=3, seed=2, steps=40, **prompts_of_kinds(90))
 
 
+def of_counts(counts: ExpertCounts) -> tuple[int, NDArray[np.uint8]]:
+    return counts.prompt_tokens, share_codes(counts)
+
+
 def record(policy: ExpectedUnion, trace: Trace, header: LogHeader, events: int = 260) -> list[str]:
     """A log of requests with and without counts, whose experts are learned from while workers come and go."""
     written = [header.to_wire()]
     logged = LoggedPolicy(policy, written.append)
-    learner = Learner(None, 1)
+    learner = Learner(seed=1)
     rng = np.random.default_rng(0)
     packed_trace = Laboratory(trace, Settings()).packed
     load: dict[str, int] = {}
@@ -278,7 +322,10 @@ def record(policy: ExpectedUnion, trace: Trace, header: LogHeader, events: int =
             request, worker, at = running.pop(int(rng.integers(len(running))))
             logged.finished(request, worker)
             load[worker] -= 1
-            learner.take(words_of_text(trace.prompt(at)), packed_trace.decode_counts(at))
+            learner.take(
+                Asked(words_of_text(trace.prompt(at)), *of_counts(packed_trace.counts[at])),
+                packed_trace.decode_counts(at),
+            )
         task = learner.task()
         at = number % trace.requests
         counts = ExpertCounts(trace.prefill_counts[at], int(trace.prompt_tokens[at]), trace.meta.top_k)
@@ -308,7 +355,9 @@ def test_a_log_of_a_run_that_learns_is_repeated_to_the_last_choice(trace: Trace,
     events = [json.loads(line) for line in lines]
     chosen = [event for event in events if event["event"] == "choose"]
     by_words = sum(event.get("reason") == "expected_union_prompt" for event in chosen)
-    assert sum(event["event"] == "learned" for event in events) >= (0 if signature == "counts" else 2)
+    learned = [event for event in events if event["event"] == "learned"]
+    assert len(learned) >= 2
+    assert all(event["activation"] for event in learned)
     assert (by_words > 50) is (signature != "counts")
     repetition = repeat_decisions(
         [Line("log", number, text.encode()) for number, text in enumerate(lines, 1)],
@@ -327,8 +376,13 @@ def test_a_log_has_neither_words_nor_tables(trace: Trace) -> None:
     dimension = trace.meta.layers * trace.meta.experts
     for event in map(json.loads, lines):
         if event["event"] == "learned":
-            assert set(event) == {"event", "layers", "top_k", "rank", "mean", "up"}
-            assert len(decode_floats(event["up"])) == event["rank"] * dimension
+            assert set(event) == {"event", "prompts", "activation"}
+            model = event["prompts"]
+            assert set(model) == {"layers", "top_k", "rank", "mean", "up"}
+            assert len(decode_floats(model["up"])) == model["rank"] * dimension
+            found = Learned.from_wire(json.loads(json.dumps(event))).activation
+            assert found is not None
+            assert len(found.slope) == dimension
         if event["event"] == "choose":
             assert "words" not in event
             assert event["latent"] is None or len(decode_floats(event["latent"])) <= 32

@@ -171,15 +171,21 @@ class RouterCollector(Collector):
     def _learning_families(self) -> Iterator[Metric]:
         m = self._metrics
         fits = _from_zero(("adopted", "kept", "failed"), m.learning)
-        yield _counter("eldr_prompt_model_fits", "Fits of the model of prompts' words.", ("outcome",), fits)
+        yield _counter("eldr_learning_fits", "Fits of the models that are learned.", ("outcome",), fits)
         if m.learning:
             yield GaugeMetricFamily(
-                "eldr_prompt_model_fit_duration_seconds", "Duration of the last fit.", value=m.learning_duration_s
+                "eldr_learning_fit_duration_seconds", "Duration of the last fit.", value=m.learning_duration_s
             )
             yield GaugeMetricFamily(
                 "eldr_prompt_model_r2",
-                "Share of the variance of profiles that the last fit explains, cross-validated.",
+                "Share of the variance of profiles that prompts' words explain, cross-validated.",
                 value=m.learning_r2,
+            )
+        if m.learning_trust is not None:
+            yield GaugeMetricFamily(
+                "eldr_activation_trust",
+                "Share of what was learned about counts by which predictions are corrected.",
+                value=m.learning_trust,
             )
 
     def _refit_families(self) -> Iterator[Metric]:

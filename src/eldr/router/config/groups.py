@@ -186,7 +186,7 @@ class PlacementSettings:
         parse=_calibrations, flag=True, metavar="[MODEL=]FILE", page="fleet.md#several-models",
     )  # fmt: skip
     learn: str = setting(
-        "online", "whether to learn, from finished requests, which experts the words of prompts lead to", flag=True,
+        "online", "whether to learn from finished requests which experts prompts lead to", flag=True,
         choices=("off", "online"), page="prompt.md#learning-while-serving",
     )  # fmt: skip
     learned_dir: Path | None = setting(
@@ -343,6 +343,11 @@ class ExpertSettings:
         {}, "MoE layers x experts x top-k, such as 48x128x8, of one model or of all others", parse=_geometries,
         flag=True, metavar="[MODEL=]LxExK", shown="unknown", page="vllm.md#routed-experts-of-stock-workers",
     )  # fmt: skip
+
+    @property
+    def are_reported(self) -> bool:
+        """Whether the experts of finished requests become known from anywhere."""
+        return self.report_key_file is not None or self.routed_experts_share > 0
 
 
 @dataclass

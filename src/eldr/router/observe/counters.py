@@ -71,6 +71,7 @@ class Metrics:
         self.learning: defaultdict[str, int] = defaultdict(int)
         self.learning_duration_s = 0.0
         self.learning_r2 = 0.0
+        self.learning_trust: float | None = None
         self.refit_duration_s = 0.0
         self.last_refit_s: float | None = None
         self.ttft = Histogram(TTFT_BOUNDS_S)

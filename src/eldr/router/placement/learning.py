@@ -12,10 +12,10 @@ from pathlib import Path
 
 from eldr.counts import CountsError, ExpertCounts
 from eldr.errors import EldrError
+from eldr.learning.kept import Kept
 from eldr.learning.learner import Learner
+from eldr.learning.lessons import Asked, share_codes
 from eldr.policies.base import DecodeRequest, Policy
-from eldr.prompt.stored import save_model
-from eldr.prompt.words import Words
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
 from eldr.router.placement.helper import Helper
@@ -24,53 +24,65 @@ log = logging.getLogger("eldr.router")
 
 # How often it looks for enough new lessons.
 LOOK_S = 1.0
-# The words of placed requests are kept until their experts are reported: of so many requests, and so many in all. A
+# What placed requests asked is kept until their experts are reported: of so many requests, and so many words in all. A
 # word takes 4 bytes.
 MOST_EXPECTED = 8192
 MOST_EXPECTED_WORDS = 4 * 2**20
+# Of so many of them the counts are kept, 6 MiB for 48 x 128 experts. If more run, they are a sample of all.
+MOST_EXPECTED_COUNTS = 1024
 
 
 class Learning:
-    """Learns the prompt model of one group's policy.
+    """Learns the models of one group's policy.
 
     learner: what it has learned.
-    file: where the model is kept. None for nowhere.
+    file: where the models are kept. None for nowhere.
+    reports: whether finished requests' experts are reported.
     """
 
-    def __init__(self, policy: Policy, learner: Learner, metrics: Metrics, file: Path | None) -> None:
+    def __init__(
+        self, policy: Policy, learner: Learner, metrics: Metrics, file: Path | None, reports: bool = True
+    ) -> None:
         self.learner = learner
         self._policy = policy
         self._metrics = metrics
         self._file = file
+        self._takes_counts = reports and policy.corrects_counts
         self._helper = Helper()
         self._throttle = Throttle()
-        self._words: dict[str, Words] = {}
-        self._expected_words = 0
+        self._asked: dict[str, Asked] = {}
+        self._expected_words = self._expected_counts = 0
         self._reported = False
 
     def placed(self, request: DecodeRequest) -> None:
-        """A request was sent to a worker. Until decode experts are reported, those of its prompt are learned from."""
-        words = request.words
-        if words is None or not len(words):
+        """A request was sent to a worker. Until decode experts are reported, those of its prompt teach its words."""
+        words, counts = request.words, request.counts
+        if words is not None and not len(words):
+            words = None
+        if words is not None and counts is not None and not self._reported:
+            self.learner.take(Asked(words), counts)
+        asked = Asked(words)
+        if self._takes_counts and counts is not None and self._expected_counts < MOST_EXPECTED_COUNTS:
+            asked.prompt_tokens, asked.frequencies = counts.prompt_tokens, share_codes(counts)
+            self._expected_counts += 1
+        elif words is None:
             return
-        if request.counts is not None and not self._reported:
-            self.learner.take(words, request.counts)
-        self._words[request.request_id] = words
-        self._expected_words += len(words)
-        while len(self._words) > MOST_EXPECTED or self._expected_words > MOST_EXPECTED_WORDS:
-            self._forget(next(iter(self._words)))
+        self._asked[request.request_id] = asked
+        self._expected_words += 0 if words is None else len(words)
+        while len(self._asked) > MOST_EXPECTED or self._expected_words > MOST_EXPECTED_WORDS:
+            self._forget(next(iter(self._asked)))
 
     def expects(self, request_id: str) -> bool:
-        """Whether the words of this request are known, and its experts are not."""
-        return request_id in self._words
+        """Whether something is known of what this request asked, and its experts are not."""
+        return request_id in self._asked
 
     def report(self, request_id: str, decode: ExpertCounts) -> None:
         """The experts of an expected request became known.
 
         Raises CountsError if no rows can have them, or if they are of another model.
         """
-        words, lessons = self._forget(request_id), self.learner.lessons
-        if words is None:
+        asked, lessons = self._forget(request_id), self.learner.lessons
+        if asked is None:
             return
         decode.check()
         shape = decode.layers, decode.experts, decode.top_k
@@ -83,13 +95,14 @@ class Learning:
                     kept,
                 )
             raise CountsError("geometry", f"the report is of layers, experts and top-k {shape}: another model's")
-        self._reported |= self.learner.take(words, decode)
+        self._reported |= self.learner.take(asked, decode)
 
-    def _forget(self, request_id: str) -> Words | None:
-        words = self._words.pop(request_id, None)
-        if words is not None:
-            self._expected_words -= len(words)
-        return words
+    def _forget(self, request_id: str) -> Asked | None:
+        asked = self._asked.pop(request_id, None)
+        if asked is not None:
+            self._expected_words -= 0 if asked.words is None else len(asked.words)
+            self._expected_counts -= asked.frequencies is not None
+        return asked
 
     async def run(self) -> None:
         """Learn until cancelled."""
@@ -118,15 +131,15 @@ class Learning:
         metrics.learning["adopted" if learned is not None else "kept"] += 1
         metrics.learning_duration_s = time.monotonic() - begun_s
         metrics.learning_r2 = self.learner.r2
+        activation = self.learner.activation
+        metrics.learning_trust = None if activation is None else activation.trust
         if learned is not None and self._file is not None:
             await self._save(self._file)
 
     async def _save(self, file: Path) -> None:
-        model = self.learner.model
-        if model is None:
-            return
+        learner = self.learner
         try:
-            await asyncio.to_thread(save_model, model, file)
+            await asyncio.to_thread(Kept(learner.prompts, learner.activation).save, file)
         except EldrError as error:
             if self._throttle.due("save"):
                 log.error("what was learned is not kept: %s", error)
