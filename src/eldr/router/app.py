@@ -64,6 +64,7 @@ from eldr.router.placement.admission import Admission
 from eldr.router.placement.lanes import Lanes, MakePolicy
 from eldr.router.placement.learning import Learning
 from eldr.router.placement.refits import ZoneRefits
+from eldr.router.placement.sharing import Sharing
 from eldr.router.protocols.base import LegProtocol
 from eldr.router.protocols.sglang import Sglang
 from eldr.router.protocols.vllm_nixl import VllmNixl
@@ -128,7 +129,7 @@ class Router:
             fleet,
             make_policy,
             lambda policy: _zone_refits(policy, config.placement.options, metrics),
-            lambda group, policy: _learning(group, policy, config, metrics, siblings),
+            lambda group, policy: _learning(group, policy, config, metrics, siblings, self._lanes.sharing),
             metrics,
             config.placement.seed,
         )
@@ -362,7 +363,12 @@ def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Zo
 
 
 def _learning(
-    group: ModelGroup, policy: Policy, config: RouterConfig, metrics: Metrics, siblings: Siblings | None
+    group: ModelGroup,
+    policy: Policy,
+    config: RouterConfig,
+    metrics: Metrics,
+    siblings: Siblings | None,
+    sharing: Sharing | None,
 ) -> Learning | None:
     """What learns from a group's requests, beginning with what was kept or fitted before.
 
@@ -385,7 +391,8 @@ def _learning(
     if siblings is not None and siblings.index:
         file = None
     learner = Learner(kept.prompts, kept.activation, words=words, counts=counts, seed=placement.seed)
-    return Learning(policy, learner, metrics, file, reports)
+    tell = None if sharing is None else lambda lesson: sharing.learned(group.name, lesson)
+    return Learning(policy, learner, metrics, file, reports, tell)
 
 
 def _file_name(model: str) -> str:
