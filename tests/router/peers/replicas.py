@@ -129,15 +129,19 @@ class Replica:
 
 
 class AllSums(Scripted):
-    """Keeps the sums of all requests, of this router and of the others, with profiles drawn at random."""
+    """Keeps the sums of all requests, of this router and of the others, with profiles drawn at random.
 
-    def __init__(self) -> None:
+    dimension: of a profile.
+    """
+
+    def __init__(self, dimension: int = D) -> None:
         super().__init__()
+        self._dimension = dimension
         self._own: dict[str, tuple[str, Share]] = {}
         self._others: dict[Share, str] = {}
 
     def share(self, request: DecodeRequest, worker: str) -> Share:
-        share = Share(np.frombuffer(os.urandom(D), dtype=np.uint8), request.prompt_tokens, True)
+        share = Share(np.frombuffer(os.urandom(self._dimension), dtype=np.uint8), request.prompt_tokens, True)
         self._own[request.request_id] = worker, share
         return share
 

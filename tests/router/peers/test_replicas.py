@@ -128,6 +128,24 @@ async def test_a_newcomer_gets_what_runs() -> None:
 
 
 @on_uvloop
+async def test_a_newcomer_gets_a_snapshot_of_many_parts_while_requests_come_and_go() -> None:
+    size = 20_000
+    async with replicas(1, decode=2, policy=lambda: AllSums(size), prepare=slow) as fleet:
+        for worker in fleet.decode:
+            worker.token_gap_s = 1.0
+        tasks = await begun(fleet.all[0], 100)  # 2 MB of profiles
+        newcomer = await fleet.start(AllSums(size))
+        tasks += await begun(fleet.all[0], 5)
+        await end(tasks[:20])
+        one, other = (each.policy for each in fleet.all)
+        assert isinstance(one, AllSums)
+        assert isinstance(other, AllSums)
+        await until(lambda: one.sums == other.sums and total(one.sums) == 85, "it holds the same")
+        assert (newcomer.synced, newcomer.elsewhere) == (1, 85)
+        await end(tasks)
+
+
+@on_uvloop
 async def test_a_replica_that_ends_takes_its_requests_out_at_once() -> None:
     async with replicas(2, decode=1, prepare=slow, max_inflight=2) as fleet:
         one, other = fleet.all

@@ -21,6 +21,8 @@ from eldr.router.placement.sharing import Sharing
 BATCH_S: Final = 0.004
 # Several replicas that ask for a snapshot within this time get one together.
 SNAPSHOT_WAIT_S: Final = 0.05
+# The next part of a snapshot waits until no more than this waits to be sent.
+SNAPSHOT_BACKLOG_BYTES: Final = 4 * 2**20
 # So many lessons are shared between two heartbeats. Models are learned from the last thousand, and a sample will do.
 LESSONS_PER_BEAT: Final = 32
 
@@ -171,6 +173,8 @@ class Own(Sharing):
                 if not self._send(part, to):
                     break
                 await asyncio.sleep(0)
+                while self._bus.backlog_bytes > SNAPSHOT_BACKLOG_BYTES:
+                    await asyncio.sleep(BATCH_S)
         finally:
             self._answering = None
 
