@@ -42,7 +42,7 @@ from workload import write_bodies, write_handoffs  # noqa: E402
 ROOT = HERE.parents[1]
 OUT = ROOT / "build" / "bench-peers"
 PREFILL, DECODE, TOKENS_PER_S = 2, 8, 30
-CONNECTIONS, STREAMS, RAMP_S = 32, 400, 1.5
+CONNECTIONS, STREAMS, RAMP_S = 128, 400, 1.5
 READY_WITHIN_S = 60.0
 Figures = dict[str, float]
 VARIANTS = {"alone": (1, 1, False), "replica": (1, 1, True), "2 replicas": (2, 1, True), "2 processes": (1, 2, False)}

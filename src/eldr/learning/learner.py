@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from eldr.activation import ActivationModel
 from eldr.counts import ExpertCounts
-from eldr.learning.lessons import LEAST_ROWS, Asked, Lessons, share_codes
+from eldr.learning.lessons import LEAST_ROWS, Asked, Lesson, Lessons, share_codes
 from eldr.learning.of_counts import CountsChoice, CountsTask
 from eldr.learning.of_words import WordsTask
 from eldr.policies.learned import Learned
@@ -95,17 +95,25 @@ class Learner:
 
         decode: the counts of its decode rows.
         """
-        has_words = self._words and asked.words is not None and len(asked.words) > 0
-        has_counts = self._counts and asked.frequencies is not None
-        if decode.prompt_tokens < LEAST_ROWS or not (has_words or has_counts):
+        if decode.prompt_tokens < LEAST_ROWS or not self._can_use(asked):
+            return False
+        return self.add(Lesson(decode.layers, decode.experts, decode.top_k, asked, share_codes(decode)))
+
+    def add(self, lesson: Lesson) -> bool:
+        """Learn from a finished request, of this router or another. Returns whether it says something."""
+        if not self._can_use(lesson.asked):
             return False
         lessons = self.lessons
         if lessons is None:
-            lessons = self.lessons = Lessons(decode.layers, decode.experts, decode.top_k)
-        if (decode.layers, decode.experts, decode.top_k) != (lessons.layers, lessons.experts, lessons.top_k):
+            lessons = self.lessons = Lessons(lesson.layers, lesson.experts, lesson.top_k)
+        if (lesson.layers, lesson.experts, lesson.top_k) != (lessons.layers, lessons.experts, lessons.top_k):
             return False
-        lessons.add(asked, share_codes(decode))
+        lessons.add(lesson.asked, lesson.profile)
         return True
+
+    def _can_use(self, asked: Asked) -> bool:
+        has_words = self._words and asked.words is not None and len(asked.words) > 0
+        return has_words or (self._counts and asked.frequencies is not None)
 
     def task(self) -> LearnTask | None:
         """What is to be fitted now. None if there are too few new lessons."""

@@ -46,6 +46,23 @@ class Asked:
         self.frequencies = frequencies
 
 
+class Lesson:
+    """One finished request, as one router tells another.
+
+    layers, experts, top_k: the geometry of its model.
+    profile: uint8 [D], the codes of its decode profile.
+    """
+
+    __slots__ = ("asked", "experts", "layers", "profile", "top_k")
+
+    def __init__(self, layers: int, experts: int, top_k: int, asked: Asked, profile: Codes) -> None:
+        self.layers = layers
+        self.experts = experts
+        self.top_k = top_k
+        self.asked = asked
+        self.profile = profile
+
+
 class Lessons:
     """The last CAPACITY finished requests of one model: what they asked, and their decode profiles.
 

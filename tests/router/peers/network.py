@@ -51,8 +51,8 @@ class Sums(Policy):
 def sums_of(running: list[tuple[str, Share]]) -> dict[str, tuple[int, ...]]:
     found: dict[str, np.ndarray] = {}
     for worker, share in running:
-        codes = [0] * D if share.codes is None else share.codes.tolist()
-        one = np.array([1, share.context_tokens, *codes])
+        codes = [] if share.codes is None else share.codes.tolist()
+        one = np.array([1, share.context_tokens, *(codes or [0] * D)])
         found[worker] = found.get(worker, np.zeros_like(one)) + one
     return {worker: tuple(map(int, sums)) for worker, sums in found.items()}
 

@@ -26,7 +26,7 @@ from eldr.router.config.settings import RouterConfig
 from eldr.router.fleet.workers import Worker
 from eldr.router.peers.bus import Bus
 from tests.router.fake_worker import FakeWorker
-from tests.router.harness import ASK, Reply, Scripted, until
+from tests.router.harness import ASK, Reply, Scripted, bearer, until
 from tests.router.peers.network import D, sums_of
 
 PROGRAM = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or shutil.which("nats-server")
@@ -104,8 +104,11 @@ class Replica:
         return self.router.peers.others.synced
 
     async def post(self, path: str = "/v1/completions", **fields: Any) -> Reply:
-        body = json.dumps({**ASK, **fields}).encode()
-        headers = {"content-type": "application/json"}
+        return await self.send({**ASK, **fields}, path)
+
+    async def send(self, fields: dict[str, Any], path: str, key: str = "") -> Reply:
+        body = json.dumps(fields).encode()
+        headers = {"content-type": "application/json", **(bearer(key) if key else {})}
         async with self._session.post(self.url + path, data=body, headers=headers) as answer:
             return Reply(answer.status, answer.headers, await answer.read())
 
@@ -126,15 +129,19 @@ class Replica:
 
 
 class AllSums(Scripted):
-    """Keeps the sums of all requests, of this router and of the others, with profiles drawn at random."""
+    """Keeps the sums of all requests, of this router and of the others, with profiles drawn at random.
 
-    def __init__(self) -> None:
+    dimension: of a profile.
+    """
+
+    def __init__(self, dimension: int = D) -> None:
         super().__init__()
+        self._dimension = dimension
         self._own: dict[str, tuple[str, Share]] = {}
         self._others: dict[Share, str] = {}
 
     def share(self, request: DecodeRequest, worker: str) -> Share:
-        share = Share(np.frombuffer(os.urandom(D), dtype=np.uint8), request.prompt_tokens, True)
+        share = Share(np.frombuffer(os.urandom(self._dimension), dtype=np.uint8), request.prompt_tokens, True)
         self._own[request.request_id] = worker, share
         return share
 

@@ -10,6 +10,7 @@ import nats
 import numpy as np
 import pytest
 
+from eldr.counts import ExpertCounts, encode_counts
 from eldr.errors import EldrError
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.shares import Share
@@ -17,7 +18,8 @@ from eldr.router.peers import wire
 from eldr.router.peers.nats import NatsBus
 from eldr.router.peers.wire import Bye, Events, Start
 from tests.router.certificates import certificate
-from tests.router.fake_worker import FakeWorker, Seen, reply
+from tests.router.experts.lessons import counted, rows_of
+from tests.router.fake_worker import TOP_K, FakeWorker, Seen, reply
 from tests.router.harness import Scripted, on_uvloop, until
 from tests.router.peers.replicas import AllSums, NatsServer, Replica, Replicas, replicas, slow, total
 
@@ -123,6 +125,24 @@ async def test_a_newcomer_gets_what_runs() -> None:
         assert sum(newcomer.load.values()) == 5
         await end(tasks)
         await until(lambda: newcomer.elsewhere == 0, "it hears of their ends")
+
+
+@on_uvloop
+async def test_a_newcomer_gets_a_snapshot_of_many_parts_while_requests_come_and_go() -> None:
+    size = 20_000
+    async with replicas(1, decode=2, policy=lambda: AllSums(size), prepare=slow) as fleet:
+        for worker in fleet.decode:
+            worker.token_gap_s = 1.0
+        tasks = await begun(fleet.all[0], 100)  # 2 MB of profiles
+        newcomer = await fleet.start(AllSums(size))
+        tasks += await begun(fleet.all[0], 5)
+        await end(tasks[:20])
+        one, other = (each.policy for each in fleet.all)
+        assert isinstance(one, AllSums)
+        assert isinstance(other, AllSums)
+        await until(lambda: one.sums == other.sums and total(one.sums) == 85, "it holds the same")
+        assert (newcomer.synced, newcomer.elsewhere) == (1, 85)
+        await end(tasks)
 
 
 @on_uvloop
@@ -317,3 +337,27 @@ async def test_a_ca_that_cannot_be_read_is_said_before_anything_starts(tmp_path:
     bus = NatsBus(("nats://127.0.0.1:1",), "default", credentials=tmp_path / "none")
     with pytest.raises(EldrError, match="peers_credentials_file"):
         await bus.start(1, lambda frame: None, lambda: None)
+
+
+@on_uvloop
+async def test_all_replicas_learn_from_what_is_reported_to_one(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("of-reports")
+    settings: dict[str, Any] = {"report_key_file": tmp_path / "key"}
+    async with replicas(2, decode=1, policy=lambda: ExpectedUnion(signature="prompt"), **settings) as fleet:
+        one, other = fleet.all
+        for number in range(3):
+            assert (await one.post(prompt=f"words of request {number}", max_tokens=16)).status == 200
+        names = [seen.headers["x-request-id"] for seen in fleet.decode[0].generated]
+        counts = encode_counts(ExpertCounts(counted(rows_of(9)).astype(np.uint32), 9, TOP_K))
+        reports = [{"id": f"cmpl-{name}-0-0123abcd", "counts": counts} for name in names]
+        answer = await one.send({"v": 1, "reports": reports}, "/eldr/experts", "of-reports")
+        assert answer.json() == {"accepted": 3, "refused": {}}
+
+        def lessons(replica: Replica) -> tuple[list[Any], Any]:
+            (lane,) = replica.router.services.lanes
+            learned = lane.learning.learner.lessons
+            words, profiles = ([], np.zeros(0)) if learned is None else learned.with_words()
+            return [each.buckets.tolist() for each in words], profiles.tolist()
+
+        await until(lambda: len(lessons(other)[0]) == 3, "the other has them too")
+        assert lessons(one) == lessons(other)

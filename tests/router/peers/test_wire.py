@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eldr.learning.lessons import Asked, Lesson
 from eldr.policies.shares import Share
+from eldr.prompt.words import Words
 from eldr.router.peers import wire
-from eldr.router.peers.wire import Ask, Bye, Events, Frame, FrameError, Heartbeat, Level, Snapshot, Start
+from eldr.router.peers.wire import Ask, Bye, Events, Frame, FrameError, Heartbeat, Level, Snapshot, Start, Taught
 
 numbers = st.integers(0, 2**64 - 1)
 some = st.integers(0, 2**31 - 1)
@@ -21,6 +23,24 @@ shares = st.none() | st.builds(Share, codes, some, st.booleans(), st.booleans(),
 texts = st.text(st.characters(exclude_categories=()), max_size=20)
 starts = st.lists(st.builds(Start, st.integers(1, 2**64 - 1), texts, shares, st.booleans()), max_size=6)
 levels = st.dictionaries(texts, st.builds(Level, some, st.booleans()), max_size=4)
+
+
+@st.composite
+def lessons(draw: st.DrawFn) -> Lesson:
+    layers, experts = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    profile = st.binary(min_size=layers * experts, max_size=layers * experts)
+    buckets = draw(st.lists(st.integers(0, 65535), unique=True, max_size=8))
+    counts = draw(st.lists(st.integers(1, 65535), min_size=len(buckets), max_size=len(buckets)))
+    words = Words(np.array(buckets, dtype=np.uint16), np.array(counts, dtype=np.uint16)) if buckets else None
+    frequencies = draw(st.none() | profile.map(array))
+    asked = Asked(words, draw(st.integers(1, 2**31 - 1)), frequencies)
+    return Lesson(layers, experts, draw(st.integers(1, experts)), asked, array(draw(profile)))
+
+
+def array(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.frombuffer(data, dtype=np.uint8)
+
+
 ids = st.lists(numbers, max_size=5).map(tuple)
 frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Events, numbers, numbers, starts, ids, ids, levels),
@@ -28,6 +48,7 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Snapshot, numbers, numbers, numbers, st.integers(0, 2**32 - 1), st.booleans(), starts),
     st.builds(Ask, numbers),
     st.builds(Bye, numbers),
+    st.builds(Taught, numbers, texts, lessons()),
 )
 
 
@@ -36,6 +57,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, Share):
         kept = None if value.codes is None else value.codes.tobytes()
         return kept, value.context_tokens, value.known, value.computes_prompt, value.uncached_tokens
+    if isinstance(value, Lesson):
+        words, frequencies = value.asked.words, value.asked.frequencies
+        return (
+            (value.layers, value.experts, value.top_k, value.profile.tobytes(), value.asked.prompt_tokens),
+            None if words is None else (words.buckets.tolist(), words.counts.tolist()),
+            None if frequencies is None else frequencies.tobytes(),
+        )
     if isinstance(value, tuple | list):
         return [plain(each) for each in value]
     return value
@@ -99,3 +127,15 @@ def test_a_profile_that_nothing_has_is_refused() -> None:
     with_none = wire.decode(wire.encode(Events(1, 1, [Start(1, "u", share, True)], [], [], {})))
     assert isinstance(with_none, Events)
     assert with_none.starts[0].share.codes is None
+
+
+@pytest.mark.parametrize(
+    ("buckets", "counts", "shape"), [([1, 1], [1, 1], (1, 4, 2)), ([1], [0], (1, 4, 2)), ([1], [1], (1, 4, 5))]
+)
+def test_a_lesson_that_nobody_had_is_refused(
+    buckets: list[int], counts: list[int], shape: tuple[int, int, int]
+) -> None:
+    words = Words(np.array(buckets, dtype=np.uint16), np.array(counts, dtype=np.uint16))
+    lesson = Lesson(*shape, Asked(words), np.zeros(4, dtype=np.uint8))
+    with pytest.raises(FrameError):
+        wire.decode(wire.encode(Taught(1, "m", lesson)))

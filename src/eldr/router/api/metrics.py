@@ -43,7 +43,7 @@ COUNTS_ERRORS = ("missing", "unavailable", "malformed", "version", "inconsistent
 FAILURES = ("refused", "failed", "status", "wrong_answer", "timeout", "broken_stream", "transfer")
 EJECTIONS = ("consecutive", "rate", "trial")
 RETRIES = ("refused", "failed", "status", "overloaded", "wrong_answer", "timeout", "lease", "unserved")
-PEER_FRAMES = ("events", "heartbeat", "snapshot", "ask", "bye")
+PEER_FRAMES = ("events", "heartbeat", "snapshot", "ask", "bye", "taught")
 SOURCES = ("dns", "kubernetes")
 TIMEOUTS = ("connect", "prefill", "first_byte", "answer", "idle", "total")
 

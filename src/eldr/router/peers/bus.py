@@ -20,6 +20,11 @@ class Bus(ABC):
 
     up: bool
 
+    @property
+    @abstractmethod
+    def backlog_bytes(self) -> int:
+        """How much waits to be sent. Who sends much at once sends the next part when this is little."""
+
     @abstractmethod
     async def start(self, origin: int, hear: Hear, connected: Callable[[], None]) -> None:
         """Begin to connect, and connect again and again. Return at once, whether or not there is anybody to connect to.

@@ -40,10 +40,14 @@ class Channel(asyncio.Protocol):
     def open(self) -> bool:
         return self._transport is not None
 
+    @property
+    def backlog_bytes(self) -> int:
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+
     def send(self, kind: int, number: int, data: bytes = b"") -> bool:
         """Send a message, without waiting. Returns False if it is lost."""
         transport = self._transport
-        if transport is None or transport.get_write_buffer_size() > MOST_WAITING_BYTES:
+        if transport is None or self.backlog_bytes > MOST_WAITING_BYTES:
             return False
         transport.write(_HEAD.pack(kind, number, len(data)) + data)
         return True

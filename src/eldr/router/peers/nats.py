@@ -134,6 +134,10 @@ class NatsBus(Bus):
         self.up = True
         self._connected()
 
+    @property
+    def backlog_bytes(self) -> int:
+        return self._waiting_bytes
+
     def publish(self, frame: bytes, to: int | None = None) -> bool:
         if not self.up or self._waiting_bytes + len(frame) > MOST_WAITING_BYTES:
             return False

@@ -17,7 +17,7 @@ from typing import Final
 
 from eldr.policies.shares import Share
 from eldr.router.peers import wire
-from eldr.router.peers.wire import Ask, Bye, Events, FrameError, Heartbeat, Level, Snapshot, Start
+from eldr.router.peers.wire import Ask, Bye, Events, FrameError, Heartbeat, Level, Snapshot, Start, Taught
 from eldr.router.placement.elsewhere import Elsewhere, RunningElsewhere
 
 # A replica that was not heard for so long has lost its requests here. It says something every HEARTBEAT_S.
@@ -153,6 +153,10 @@ class Others:
             self._forget(frame.origin)
             return
         peer = self._peers.get(frame.origin)
+        if isinstance(frame, Taught):
+            if peer is not None:
+                self._elsewhere.learned(frame.model, frame.lesson)
+            return
         if peer is None:
             if len(self._peers) >= MOST_PEERS:
                 self._counters.refused += 1

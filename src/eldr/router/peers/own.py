@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Final
 
+from eldr.learning.lessons import Lesson
 from eldr.policies.shares import Share
 from eldr.router.fleet.workers import Fleet
 from eldr.router.peers import wire
@@ -20,6 +21,10 @@ from eldr.router.placement.sharing import Sharing
 BATCH_S: Final = 0.004
 # Several replicas that ask for a snapshot within this time get one together.
 SNAPSHOT_WAIT_S: Final = 0.05
+# The next part of a snapshot waits until no more than this waits to be sent.
+SNAPSHOT_BACKLOG_BYTES: Final = 4 * 2**20
+# So many lessons are shared between two heartbeats. Models are learned from the last thousand, and a sample will do.
+LESSONS_PER_BEAT: Final = 32
 
 
 class Own(Sharing):
@@ -43,6 +48,7 @@ class Own(Sharing):
         self._computed: list[int] = []
         self._ended: list[int] = []
         self._bytes = 0
+        self._lessons_left = LESSONS_PER_BEAT
         self._levels: dict[str, Level] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._asking: set[int] = set()
@@ -81,6 +87,13 @@ class Own(Sharing):
         self._ended.append(number)
         if self._timer is None:
             self._schedule()
+
+    def learned(self, model: str, lesson: Lesson) -> None:
+        words = lesson.asked.words
+        fits = len(wire.text_bytes(model)) <= wire.MOST_NAME_BYTES and len(lesson.profile) <= wire.MOST_CODES
+        if self._lessons_left and fits and (words is None or len(words) <= wire.MOST_WORDS) and self._bus.up:
+            self._lessons_left -= 1
+            self._send(wire.encode(wire.Taught(self._origin, model, lesson)))
 
     def admission_changed(self) -> None:
         if self._timer is None:
@@ -131,6 +144,7 @@ class Own(Sharing):
     def beat(self) -> None:
         """Send a sign of life."""
         self._flush()
+        self._lessons_left = LESSONS_PER_BEAT
         if self._bus.up:
             frame = Heartbeat(
                 self._origin, self._sequence, len(self._running), self._digest % 2**64, self._current_levels()
@@ -159,6 +173,8 @@ class Own(Sharing):
                 if not self._send(part, to):
                     break
                 await asyncio.sleep(0)
+                while self._bus.backlog_bytes > SNAPSHOT_BACKLOG_BYTES:
+                    await asyncio.sleep(BATCH_S)
         finally:
             self._answering = None
 

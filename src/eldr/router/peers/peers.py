@@ -57,7 +57,10 @@ class Peers:
         while True:
             if self._bus.up != up:
                 up = self._bus.up
-                log.warning("the other replicas %s", "are heard" if up else "cannot be reached; this one works alone")
+                if up:
+                    log.info("other replicas can be heard")
+                else:
+                    log.warning("other replicas cannot be heard; this one works alone")
             self._own.beat()
             self.others.look(time.monotonic())
             await asyncio.sleep(HEARTBEAT_S)

@@ -29,6 +29,10 @@ class LocalBus(Bus):
         if self.up:
             connected()
 
+    @property
+    def backlog_bytes(self) -> int:
+        return self._siblings.backlog_bytes
+
     def publish(self, frame: bytes, to: int | None = None) -> bool:
         return self.up and self._siblings.send(channel.FRAME, to or 0, frame)
 
@@ -77,6 +81,11 @@ class Siblings:
     def ready(self) -> None:
         """This process serves, and can do what the others were told."""
         self.send(channel.READY, 0)
+
+    @property
+    def backlog_bytes(self) -> int:
+        """How much waits for the parent to read it."""
+        return 0 if self._channel is None else self._channel.backlog_bytes
 
     def send(self, kind: int, number: int, data: bytes = b"") -> bool:
         return self._channel is not None and self._channel.send(kind, number, data)

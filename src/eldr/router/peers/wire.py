@@ -14,7 +14,9 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from eldr.errors import EldrError
+from eldr.learning.lessons import Asked, Lesson
 from eldr.policies.shares import Share
+from eldr.prompt.words import Words
 
 MAGIC: Final = b"EL"
 VERSION: Final = 1
@@ -24,6 +26,7 @@ HEARTBEAT: Final = 2
 SNAPSHOT: Final = 3
 ASK: Final = 4
 BYE: Final = 5
+TAUGHT: Final = 6
 
 # NATS refuses messages of more than 1 MiB, unless it is configured otherwise.
 MOST_FRAME_BYTES: Final = 2**20
@@ -34,6 +37,7 @@ MOST_CODES: Final = 2**18
 MOST_URL_BYTES: Final = 2048
 MOST_NAME_BYTES: Final = 1024
 MOST_GROUPS: Final = 4096
+MOST_WORDS: Final = 2**14
 MOST_COUNT: Final = 2**31 - 1
 
 # Bits of a start.
@@ -48,6 +52,8 @@ _SHORT: Final = struct.Struct("<H")
 # Number, index of the worker's URL in the frame, bits, context tokens, uncached tokens, length of the codes.
 _START: Final = struct.Struct("<QHBIII")
 _LEVEL: Final = struct.Struct("<I?")
+# Layers, experts, top-k, tokens of the prompt, number of words, whether the frequencies of the prompt are there.
+_LESSON: Final = struct.Struct("<HHHII?")
 
 
 class FrameError(EldrError):
@@ -138,7 +144,15 @@ class Bye(NamedTuple):
     origin: int
 
 
-Frame = Events | Heartbeat | Snapshot | Ask | Bye
+class Taught(NamedTuple):
+    """A finished request that all replicas may learn from. model: the name of its base model."""
+
+    origin: int
+    model: str
+    lesson: Lesson
+
+
+Frame = Events | Heartbeat | Snapshot | Ask | Bye | Taught
 
 
 def digest_of(numbers: Iterable[int]) -> int:
@@ -167,6 +181,8 @@ def encode(frame: Frame) -> bytes:
         head = _HEAD.pack(MAGIC, VERSION, SNAPSHOT, frame.origin)
         part = _SNAPSHOT.pack(frame.sequence, frame.next_number, frame.part, frame.last)
         return b"".join((head, part, *_starts(frame.starts)))
+    if isinstance(frame, Taught):
+        return _HEAD.pack(MAGIC, VERSION, TAUGHT, frame.origin) + _text(frame.model) + _lesson(frame.lesson)
     return _HEAD.pack(MAGIC, VERSION, ASK if isinstance(frame, Ask) else BYE, frame.origin)
 
 
@@ -196,6 +212,27 @@ def _starts(starts: Sequence[Start]) -> list[bytes]:
     parts[0] = _SHORT.pack(len(urls))
     parts[1] = b"".join(_text(url) for url in urls)
     return parts
+
+
+def _lesson(lesson: Lesson) -> bytes:
+    asked = lesson.asked
+    words, frequencies = asked.words, asked.frequencies
+    parts = [
+        _LESSON.pack(
+            lesson.layers,
+            lesson.experts,
+            lesson.top_k,
+            min(max(asked.prompt_tokens, 0), MOST_COUNT),
+            0 if words is None else len(words),
+            frequencies is not None,
+        )
+    ]
+    if words is not None:
+        parts += (words.buckets.astype("<u2").tobytes(), words.counts.astype("<u2").tobytes())
+    if frequencies is not None:
+        parts.append(frequencies.tobytes())
+    parts.append(lesson.profile.tobytes())
+    return b"".join(parts)
 
 
 def _numbers(numbers: Sequence[int]) -> bytes:
@@ -253,6 +290,8 @@ def _decode(data: bytes) -> Frame:
         frame = Ask(origin)
     elif kind == BYE:
         frame = Bye(origin)
+    elif kind == TAUGHT:
+        frame = Taught(origin, reader.text(MOST_NAME_BYTES), reader.lesson())
     else:
         raise FrameError(f"unknown kind {kind} of frame")
     reader.end()
@@ -280,7 +319,7 @@ class _Reader:
         self._at += length
         return found
 
-    def _text(self, most: int) -> str:
+    def text(self, most: int) -> str:
         (length,) = self.take(_SHORT)
         if length > most:
             raise FrameError(f"a text of {length} bytes, more than {most}")
@@ -292,7 +331,7 @@ class _Reader:
 
     def starts(self) -> list[Start]:
         (urls,) = self.take(_SHORT)
-        url = [self._text(MOST_URL_BYTES) for _ in range(urls)]
+        url = [self.text(MOST_URL_BYTES) for _ in range(urls)]
         (count,) = self.take(_COUNT)
         return [self._start(url) for _ in range(count)]
 
@@ -311,13 +350,30 @@ class _Reader:
         share = Share(codes, context, bool(bits & _KNOWN), bool(bits & _COMPUTES), uncached)
         return Start(number, urls[at], share, bool(bits & _COMPUTED))
 
+    def lesson(self) -> Lesson:
+        layers, experts, top_k, prompt_tokens, count, has_frequencies = self.take(_LESSON)
+        size = layers * experts
+        if not 0 < size <= MOST_CODES or not 0 < top_k <= experts or count > MOST_WORDS or prompt_tokens > MOST_COUNT:
+            raise FrameError("a lesson beyond the limits")
+        words: Words | None = None
+        if count:
+            buckets, seen = (np.frombuffer(self._bytes(2 * count), dtype="<u2").astype(np.uint16) for _ in range(2))
+            if len(np.unique(buckets)) != count or not seen.all():
+                raise FrameError("the words of a lesson are not different ones")
+            words = Words(buckets, seen)
+        frequencies = np.frombuffer(self._bytes(size), dtype=np.uint8) if has_frequencies else None
+        if frequencies is not None and not prompt_tokens:
+            raise FrameError("a lesson with frequencies of no tokens")
+        profile = np.frombuffer(self._bytes(size), dtype=np.uint8)
+        return Lesson(layers, experts, top_k, Asked(words, prompt_tokens, frequencies), profile)
+
     def levels(self) -> dict[str, Level]:
         (count,) = self.take(_SHORT)
         if count > MOST_GROUPS:
             raise FrameError(f"{count} models, more than {MOST_GROUPS}")
         levels: dict[str, Level] = {}
         for _ in range(count):
-            name = self._text(MOST_NAME_BYTES)
+            name = self.text(MOST_NAME_BYTES)
             promised, waits = self.take(_LEVEL)
             if promised > MOST_COUNT:
                 raise FrameError("more requests than there can be")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from eldr.learning.lessons import Lesson
 from eldr.policies.shares import Share
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.placement.admission import Admission
@@ -86,6 +87,10 @@ class Elsewhere:
                 if need is not None:
                     promised, waiting = promised + need[0], waiting + need[1]
             group.promised_elsewhere, group.waiting_elsewhere = promised, waiting
+
+    def learned(self, model: str, lesson: Lesson) -> None:
+        """Another replica has learned from a request."""
+        self._lanes.learned_elsewhere(model, lesson)
 
     def changed(self) -> None:
         """Admit whoever has room now. To be called after a few of the other calls."""

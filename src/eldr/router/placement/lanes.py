@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from eldr.counts import ExpertCounts
+from eldr.learning.lessons import Lesson
 from eldr.policies.base import Picture, Policy
 from eldr.router.fleet.groups import ModelGroup
 from eldr.router.fleet.workers import Fleet, Worker
@@ -104,6 +105,12 @@ class Lanes:
         for lane in self._lanes.values():
             if lane.learning is not None and lane.learning.expects(request_id):
                 lane.learning.report(request_id, decode)
+
+    def learned_elsewhere(self, model: str, lesson: Lesson) -> None:
+        """Another replica knows the experts of a finished request. model: the name of its base model."""
+        for lane in self._lanes.values():
+            if lane.learning is not None and (model in lane.group.bases or not (model or lane.group.bases)):
+                lane.learning.learner.add(lesson)
 
     def pictures(self) -> Iterator[tuple[ModelGroup, Picture]]:
         """Each policy's view of its state, for those that have one."""

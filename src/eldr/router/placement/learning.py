@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from eldr.counts import CountsError, ExpertCounts
 from eldr.errors import EldrError
 from eldr.learning.kept import Kept
 from eldr.learning.learner import Learner
-from eldr.learning.lessons import Asked, share_codes
+from eldr.learning.lessons import Asked, Lesson, share_codes
 from eldr.policies.base import DecodeRequest, Policy
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.logs import Throttle
@@ -37,13 +38,21 @@ class Learning:
 
     learner: what it has learned.
     file: where the models are kept. None for nowhere.
+    tell: lets other replicas learn from the same. None if there are none.
     reports: whether finished requests' experts are reported.
     """
 
     def __init__(
-        self, policy: Policy, learner: Learner, metrics: Metrics, file: Path | None, reports: bool = True
+        self,
+        policy: Policy,
+        learner: Learner,
+        metrics: Metrics,
+        file: Path | None,
+        reports: bool = True,
+        tell: Callable[[Lesson], None] | None = None,
     ) -> None:
         self.learner = learner
+        self._tell = tell
         self._policy = policy
         self._metrics = metrics
         self._file = file
@@ -60,7 +69,7 @@ class Learning:
         if words is not None and not len(words):
             words = None
         if words is not None and counts is not None and not self._reported:
-            self.learner.take(Asked(words), counts)
+            self._take(Asked(words), counts)
         asked = Asked(words)
         if self._takes_counts and counts is not None and self._expected_counts < MOST_EXPECTED_COUNTS:
             asked.prompt_tokens, asked.frequencies = counts.prompt_tokens, share_codes(counts)
@@ -95,7 +104,15 @@ class Learning:
                     kept,
                 )
             raise CountsError("geometry", f"the report is of layers, experts and top-k {shape}: another model's")
-        self._reported |= self.learner.take(asked, decode)
+        self._reported |= self._take(asked, decode)
+
+    def _take(self, asked: Asked, decode: ExpertCounts) -> bool:
+        """Learn from a request, and let others learn from it. Returns whether it says something."""
+        if not self.learner.take(asked, decode):
+            return False
+        if self._tell is not None:
+            self._tell(Lesson(decode.layers, decode.experts, decode.top_k, asked, share_codes(decode)))
+        return True
 
     def _forget(self, request_id: str) -> Asked | None:
         asked = self._asked.pop(request_id, None)

@@ -24,6 +24,7 @@ from eldr.router.observe.decision_log import DecisionLog, calibration_digests, l
 from eldr.router.placement.lanes import Lanes, MakePolicy
 from eldr.router.placement.learning import Learning
 from eldr.router.placement.refits import ZoneRefits
+from eldr.router.placement.sharing import Sharing
 
 log = logging.getLogger("eldr.router")
 
@@ -78,14 +79,15 @@ def make_lanes(
     reports: whether the experts of finished requests become known.
     keeps: whether what is learned is written to `learned_dir`. Of several processes, one should.
     """
-    return Lanes(
+    lanes = Lanes(
         fleet,
         make,
         lambda policy: _zone_refits(policy, placement.options, metrics),
-        lambda group, policy: _learning(group, policy, placement, metrics, reports, keeps),
+        lambda group, policy: _learning(group, policy, placement, metrics, reports, keeps, lanes.sharing),
         metrics,
         placement.seed,
     )
+    return lanes
 
 
 def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> ZoneRefits | None:
@@ -95,7 +97,13 @@ def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Zo
 
 
 def _learning(
-    group: ModelGroup, policy: Policy, placement: PlacementSettings, metrics: Metrics, reports: bool, keeps: bool
+    group: ModelGroup,
+    policy: Policy,
+    placement: PlacementSettings,
+    metrics: Metrics,
+    reports: bool,
+    keeps: bool,
+    sharing: Sharing | None,
 ) -> Learning | None:
     """What learns from a group's requests, beginning with what was kept or fitted before."""
     words, counts = policy.wants_words(False), policy.corrects_counts and reports
@@ -112,7 +120,8 @@ def _learning(
             except KeptError as error:
                 log.error("what was learned before is not used: %s", error)
     learner = Learner(kept.prompts, kept.activation, words=words, counts=counts, seed=placement.seed)
-    return Learning(policy, learner, metrics, file if keeps else None, reports)
+    tell = None if sharing is None else lambda lesson: sharing.learned(group.name, lesson)
+    return Learning(policy, learner, metrics, file if keeps else None, reports, tell)
 
 
 def _file_name(model: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from eldr.learning.lessons import Lesson
 from eldr.policies.shares import Share
 
 
@@ -24,6 +25,10 @@ class Sharing(ABC):
     @abstractmethod
     def ended(self, number: int) -> None:
         """The request with this number no longer runs there."""
+
+    @abstractmethod
+    def learned(self, model: str, lesson: Lesson) -> None:
+        """The experts of a finished request became known. model: the name of its base model."""
 
     @abstractmethod
     def admission_changed(self) -> None:
