@@ -2,8 +2,8 @@
 
     python benchmarks/picker/run.py --envoy .envs/envoy/bin/envoy [--eldr .envs/compiled/bin/eldr] [--seconds 5]
 
-One C process plays 8 workers, another the clients. CPU time is that of the picker's process and of Envoy's as the kernel
-accounts it, so that a busy machine changes the rates but hardly these figures. `none` is Envoy without a picker.
+One C process plays 8 workers, another the clients. CPU time is that of the picker's process and of Envoy's as the
+kernel accounts it, so that a busy machine changes the rates but hardly these figures. `none` is Envoy alone.
 
 exit codes: 0 measured, 1 a request failed or a process did not start.
 """
@@ -41,7 +41,9 @@ RAMP_S = 1.5
 LOAD_CORE, PROXY_CORE = 1, 0
 READY_WITHIN_S = 30.0
 # Of the example.
-EPP_FILTER = re.compile(r" +- name: envoy\.filters\.http\.ext_proc\n.*?(?= +- name: envoy\.filters\.http\.router\n)", re.S)
+EPP_FILTER = re.compile(
+    r" +- name: envoy\.filters\.http\.ext_proc\n.*?(?= +- name: envoy\.filters\.http\.router\n)", re.DOTALL
+)
 ENDPOINT = "              - endpoint: { address: { socket_address: { address: %s, port_value: %d } } }\n"
 
 
@@ -100,7 +102,14 @@ class Bench:
             figures["requests_per_s"] = seen["answers"] / seen["seconds"]
             for name, used_s in cpu.items():
                 figures[f"{name}_ms_per_request"] = used_s * 1e3 / seen["answers"]
-            stream = ("streams", ports, str(STREAMS), str(self._seconds), str(RAMP_S), str(OUT / f"stream{suffix}.jsonl"))
+            stream = (
+                "streams",
+                ports,
+                str(STREAMS),
+                str(self._seconds),
+                str(RAMP_S),
+                str(OUT / f"stream{suffix}.jsonl"),
+            )
             seen, cpu = self._load(stream, picker, proxy)
             for name, used_s in cpu.items():
                 figures[f"{name}_us_per_token"] = used_s * 1e6 / seen["tokens"]
