@@ -71,7 +71,7 @@ class Peer:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int | None) -> None:
         self._reader, self._writer, self._window = reader, writer, window
-        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding="utf-8"))
+        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding=None))
         if window is not None:
             self.h2.local_settings[h2.settings.SettingCodes.INITIAL_WINDOW_SIZE] = window
             self.h2.local_settings.acknowledge()
@@ -233,7 +233,7 @@ async def test_a_call_of_another_type_is_415() -> None:
         one.h2.send_headers(1, headers, end_stream=True)
         one.flush()
         answer = await one.until(h2.events.ResponseReceived)
-        assert (":status", "415") in answer.headers
+        assert (b":status", b"415") in answer.headers
 
 
 async def test_a_silent_peer_is_asked_and_given_up() -> None:
@@ -278,7 +278,7 @@ async def test_an_end_without_haste() -> None:
         await one.gone()
         await stopping
         endings = [event for event in one.events if isinstance(event, h2.events.TrailersReceived)]
-        assert [(event.stream_id, dict(event.headers)["grpc-status"]) for event in endings] == [(second, "0")]
+        assert [(event.stream_id, dict(event.headers)[b"grpc-status"]) for event in endings] == [(second, b"0")]
 
 
 async def test_tls(tmp_path: Path) -> None:

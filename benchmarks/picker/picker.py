@@ -1,6 +1,6 @@
 """What an endpoint picker costs: Envoy with examples/envoy-epp.yaml, `eldr epp` and a mock fleet, in one run.
 
-    python benchmarks/picker/run.py --envoy .envs/envoy/bin/envoy [--eldr .envs/compiled/bin/eldr] [--seconds 5]
+    python benchmarks/picker/picker.py --envoy .envs/envoy/bin/envoy [--eldr .envs/compiled/bin/eldr] [--seconds 5]
 
 One C process plays 8 workers, another the clients. CPU time is that of the picker's process and of Envoy's as the
 kernel accounts it, so that a busy machine changes the rates but hardly these figures. `none` is Envoy alone.
@@ -49,12 +49,17 @@ ENDPOINT = "              - endpoint: { address: { socket_address: { address: %s
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured. flags: of the picker; None without one. counts: whether bodies bring those of a prefill."""
+    """What is measured.
+
+    flags: of the picker; None without one. counts: whether bodies bring those of a prefill. duplex: whether bodies are
+    streamed both ways, as GAIE and llm-d ask for, and not buffered as in the example.
+    """
 
     name: str
     flags: tuple[str, ...] | None
     role: str = "worker"
     counts: bool = False
+    duplex: bool = False
 
 
 CASES = (
@@ -63,7 +68,11 @@ CASES = (
     Case("aggregated, expected-union", ("--policy", "expected-union")),
     Case("decode phase, jsq", ("--policy", "jsq"), "decode", True),
     Case("decode phase, expected-union", ("--policy", "expected-union"), "decode", True),
+    Case("aggregated, jsq, duplex", ("--policy", "jsq"), duplex=True),
+    Case("decode phase, expected-union, duplex", ("--policy", "expected-union"), "decode", True, True),
 )
+MODE = "request_body_mode: BUFFERED"
+DUPLEX_MODE = "request_body_mode: FULL_DUPLEX_STREAMED\n                        request_trailer_mode: SEND"
 
 
 class Bench:
@@ -118,7 +127,11 @@ class Bench:
 
     @contextmanager
     def _fleet(self) -> Iterator[subprocess.Popen[str]]:
-        command = [self._mock, *map(str, (self._first, 0, WORKERS, TOKENS_PER_S)), OUT / "handoffs.jsonl"]
+        command: list[str | Path] = [
+            self._mock,
+            *map(str, (self._first, 0, WORKERS, TOKENS_PER_S)),
+            OUT / "handoffs.jsonl",
+        ]
         with running(command, LOAD_CORE, OUT / "mock_fleet.log", subprocess.PIPE) as mock:
             assert mock.stdout is not None
             assert mock.stdout.readline() == "ready\n", "the mock fleet did not start"
@@ -145,11 +158,13 @@ class Bench:
         }.items():
             assert text.count(old) == 1, old
             text = text.replace(old, new)
+        if case.duplex:
+            text = text.replace(MODE, DUPLEX_MODE)
         if case.flags is None:
             text = EPP_FILTER.sub("", text)
         config = OUT / "envoy.yaml"
         config.write_text(text)
-        flags = ["-c", config, "--disable-hot-restart", "--concurrency", "1", "--log-level", "error"]
+        flags: list[str | Path] = ["-c", config, "--disable-hot-restart", "--concurrency", "1", "--log-level", "error"]
         with running([self._envoy, *flags], PROXY_CORE, OUT / "envoy.log") as proxy:
             self._until(f"http://127.0.0.1:{self._front}/v1/models", proxy)
             yield proxy
