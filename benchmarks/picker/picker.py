@@ -32,6 +32,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from workload import write_bodies, write_handoffs  # noqa: E402
 
+from eldr.demo.gateway import envoy_config  # noqa: E402
+
 OUT = ROOT / "build" / "picker-bench"
 WORKERS = 8
 TOKENS_PER_S = 30
@@ -44,7 +46,6 @@ READY_WITHIN_S = 30.0
 EPP_FILTER = re.compile(
     r" +- name: envoy\.filters\.http\.ext_proc\n.*?(?= +- name: envoy\.filters\.http\.router\n)", re.DOTALL
 )
-ENDPOINT = "              - endpoint: { address: { socket_address: { address: %s, port_value: %d } } }\n"
 
 
 @dataclass(frozen=True)
@@ -149,15 +150,8 @@ class Bench:
 
     @contextmanager
     def _proxy(self, case: Case) -> Iterator[subprocess.Popen[str]]:
-        text = (ROOT / "examples" / "envoy-epp.yaml").read_text()
-        workers = "".join(ENDPOINT % ("127.0.0.1", self._first + index) for index in range(WORKERS))
-        for old, new in {
-            "address: 0.0.0.0, port_value: 8080": f"address: 127.0.0.1, port_value: {self._front}",
-            "address: 127.0.0.1, port_value: 9002": f"address: 127.0.0.1, port_value: {self._grpc}",
-            ENDPOINT % ("10.0.0.1", 8000) + ENDPOINT % ("10.0.0.2", 8000): workers,
-        }.items():
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
+        example = (ROOT / "examples" / "envoy-epp.yaml").read_text()
+        text = envoy_config(example, self._front, self._grpc, range(self._first, self._first + WORKERS))
         if case.duplex:
             text = text.replace(MODE, DUPLEX_MODE)
         if case.flags is None:

@@ -209,6 +209,21 @@ async def test_more_streams_than_are_allowed_end_the_connection() -> None:
         await all_over(g)
 
 
+async def test_streams_that_have_ended_do_not_count() -> None:
+    async with picking(aggregated=1, max_streams=8) as g, peer(g) as one:
+        await one.until(h2.events.RemoteSettingsChanged)
+        for _ in range(6):
+            one.call(request_headers())
+        for _ in range(30):
+            number = one.call(request_headers(), request_body(BODY))
+            while len(one.responses(number)) < 2:
+                await one.hear()
+            one.h2.end_stream(number)
+            one.flush()
+            while not any(isinstance(each, h2.events.StreamEnded) and each.stream_id == number for each in one.events):
+                await one.hear()
+
+
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", b"\0" * 100, b"\x16\x03\x01\x02\x00\x01"])
 async def test_what_is_no_http2_ends_the_connection(data: bytes) -> None:
     async with picking(aggregated=1) as g:
