@@ -145,7 +145,8 @@ class _Coordinator:
         async with self._session.post(self._url, json=decode, headers={**headers, PROFILE: "decode"}) as answer:
             relayed = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
             await relayed.prepare(request)
-            async for piece in answer.content.iter_any():
-                await relayed.write(piece)
-            await relayed.write_eof()
+            with contextlib.suppress(ConnectionResetError):  # a client needs nothing behind [DONE]
+                async for piece in answer.content.iter_any():
+                    await relayed.write(piece)
+                await relayed.write_eof()
             return relayed

@@ -10,16 +10,20 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
 import pytest
 
+from eldr.demo.gateway import Gateway as DemoGateway
+from eldr.demo.gateway import GatewayError, envoy_config, running_gateway
 from eldr.demo.ports import free_ports
+from eldr.demo.processes import Workers
 from tests.router.fake_worker import FakeWorker
 from tests.router.harness import Scripted, preferring, until
 from tests.router.picker.client import ASK, Gateway, endpoint, picking
-from tests.router.picker.envoy import Envoy, envoy, program
+from tests.router.picker.envoy import EXAMPLE, Envoy, envoy, program
 from tests.router.picker.test_choice import all_over, running_at, workers
 
 STREAM = {**ASK, "stream": True}
@@ -278,3 +282,37 @@ async def test_a_picker_killed_and_started_again_under_load(tmp_path: Path) -> N
         await worker.stop()
     failed = [status for status in done if status != 200]
     assert not failed
+
+
+async def test_the_gateway_of_the_demo(tmp_path: Path) -> None:
+    """Picker, Envoy and the coordinator's stand-in, as `make demo-gateway` starts them, here with fake workers."""
+    prefill, *decode = [await FakeWorker(role).start() for role in ("prefill", "decode", "decode")]
+
+    def process(worker: FakeWorker) -> Any:
+        return SimpleNamespace(url=worker.url, spec=SimpleNamespace(port=port_of(worker)))
+
+    fleet = Workers(process(prefill), process(prefill), [process(worker) for worker in decode])
+    gateway = DemoGateway(Path(program()), EXAMPLE)
+    try:
+        async with (
+            running_gateway(gateway, fleet, ["--policy", "rr"], tmp_path / "picker.log") as url,
+            aiohttp.ClientSession() as session,
+        ):
+            for _ in range(2):
+                async with session.post(f"{url}/v1/completions", json=STREAM) as answer:
+                    assert answer.status == 200
+                    assert (await answer.read()).endswith(b"data: [DONE]\n\n")
+        assert [seen.body["max_tokens"] for seen in completions(prefill)] == [1, 1]
+        for worker in decode:
+            (sent,) = completions(worker)
+            assert sent.body["stream"] is True
+            assert sent.body["kv_transfer_params"]["do_remote_prefill"] is True
+            assert "eldr_counts" not in sent.body["kv_transfer_params"]
+    finally:
+        for worker in (prefill, *decode):
+            await worker.stop()
+
+
+def test_another_configuration_than_the_example_is_not_adapted() -> None:
+    with pytest.raises(GatewayError, match="has not once"):
+        envoy_config("static_resources: {}", 1, 2, [3])
