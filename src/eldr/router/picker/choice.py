@@ -50,7 +50,7 @@ OTHER: Final = "other"
 class Occupied:
     """One request at one worker, for the time of its `with` block."""
 
-    __slots__ = ("_services", "judged", "worker")
+    __slots__ = ("_services", "worker")
 
     def __init__(self, services: Services, worker: Worker) -> None:
         self._services = services
