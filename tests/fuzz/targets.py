@@ -62,6 +62,7 @@ from eldr.router.request.verdict import Names, check_first_event
 from eldr.trace import TraceError, read_trace
 from tests.router.memory import RUNNER, feed, hear, split
 from tests.router.peers.network import URLS, Listener
+from tests.router.picker.memory import CALL_OF_A_GATEWAY, converse
 from tests.unit.events_by_the_standard import by_the_standard
 
 HERE = Path(__file__).parent
@@ -410,6 +411,29 @@ def json_text(data: bytes) -> None:
         assert repr(found) == repr({name: value[name] for name in found})
 
 
+def picker(data: bytes) -> None:
+    """What a gateway sends a picker: every choice ends once, no body is kept, and cuts between bytes mean nothing.
+
+    The first byte says whether all of HTTP/2 follows, or the messages of one call.
+    """
+    if data[:1] == b"2":
+        pieces = split(data[1:], [byte * 11 for byte in data[1:6]])
+    else:
+        pieces = [CALL_OF_A_GATEWAY, *_frames_of_data(data[1:])]
+    service, _ = RUNNER.run(converse([piece for piece in pieces if piece]))
+    for choice in service.choices:
+        assert choice.told in ([], ["ended"], ["answered", "ended"])
+        assert choice.told[-1:] == ["ended"]
+    assert not service.connections
+    assert service.memory.held_bytes == 0
+
+
+def _frames_of_data(data: bytes) -> list[bytes]:
+    """DATA frames of stream 1 (RFC 9113, section 6.1)."""
+    pieces = [data[start : start + 1000] for start in range(0, len(data), 1000)]
+    return [len(piece).to_bytes(3, "big") + b"\0\0\0\0\0\1" + piece for piece in pieces]
+
+
 def urls(data: bytes) -> None:
     """Workers' URLs: UrlError, or URLs that name a host and nothing else, and stay what they are."""
     with contextlib.suppress(UrlError, UnicodeDecodeError):
@@ -545,6 +569,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
         *(http, coding, upstream, sse, events, body, words, json_text, urls),
-        *(counts, rows, handoff, reports, routed_experts, kubernetes, calibration, trace, peers),
+        *(picker, counts, rows, handoff, reports, routed_experts, kubernetes, calibration, trace, peers),
     )
 }

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from eldr.calibration import Calibration, fit_calibration
 from eldr.demo.engine_metrics import read_active_experts
+from eldr.demo.gateway import Gateway, running_gateway
 from eldr.demo.load import make_requests
 from eldr.demo.measure import ActiveExperts, PolicyRun
 from eldr.demo.model import write_model
@@ -58,6 +59,7 @@ class DemoOptions:
     output: the folder for results. requests: how many each policy gets.
     in_flight: how many requests the client keeps in flight, over all decode workers.
     seed: for prompts, lengths and calibration.
+    gateway: put between client and workers, with an endpoint picker for each policy. None for routers.
     """
 
     vllm_python: Path
@@ -67,6 +69,7 @@ class DemoOptions:
     decode_workers: int = 4
     in_flight: int = 40
     seed: int = 0
+    gateway: Gateway | None = None
 
     def check(self) -> None:
         """Raises DemoError if the demo cannot run with these options."""
@@ -79,6 +82,9 @@ class DemoOptions:
             raise DemoError(
                 f"{self.vllm_python}: no such interpreter; give one that has vLLM installed, as `make demo` does"
             )
+        for file in () if self.gateway is None else (self.gateway.envoy, self.gateway.config):
+            if not file.is_file():
+                raise DemoError(f"{file}: no such file; `make demo-gateway` gives both that a gateway needs")
 
 
 def run_demo(options: DemoOptions) -> int:
@@ -224,8 +230,13 @@ class _Demo:
     async def _router(self, policy: str, workers: Workers) -> AsyncIterator[str]:
         # At level debug, the router logs every request and its decode worker.
         flags = ["--policy", policy, "--calibration", str(self.calibration_path), "--log-level", "debug"]
-        async with running_router(workers, flags, self._router_log(policy)) as url:
-            yield url
+        log, gateway = self._router_log(policy), self.options.gateway
+        if gateway is None:
+            async with running_router(workers, flags, log) as url:
+                yield url
+        else:
+            async with running_gateway(gateway, workers, flags, log) as url:
+                yield url
 
     def _router_log(self, policy: str) -> Path:
         return self.options.output / "logs" / f"router-{policy}.log"

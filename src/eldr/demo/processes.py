@@ -104,8 +104,15 @@ async def _all_ready(processes: Sequence[WorkerProcess], pool: Executor, ready: 
 @contextlib.asynccontextmanager
 async def running_router(workers: Workers, flags: Sequence[str], log_path: Path) -> AsyncIterator[str]:
     """Run `eldr serve` in front of `workers`, with further `flags`. Yields its URL. Raises RouterProcessError."""
+    async with running_eldr("serve", workers, flags, log_path) as url:
+        yield url
+
+
+@contextlib.asynccontextmanager
+async def running_eldr(name: str, workers: Workers, flags: Sequence[str], log_path: Path) -> AsyncIterator[str]:
+    """Run a command of eldr that uses `workers`, with further `flags`. Yields its URL. Raises RouterProcessError."""
     port = free_ports(1)[0]
-    command = [sys.executable, "-m", "eldr", "serve", "--port", str(port), "--prefill", workers.prefill.url]
+    command = [sys.executable, "-m", "eldr", name, "--port", str(port), "--prefill", workers.prefill.url]
     for url in workers.decode_urls:
         command += ["--decode", url]
     with log_path.open("wb") as log:
@@ -122,20 +129,21 @@ async def running_router(workers: Workers, flags: Sequence[str], log_path: Path)
         await _router_ready(process, url, log_path)
         yield url
     finally:
-        await asyncio.to_thread(_end, process)
+        await asyncio.to_thread(end_process, process)
 
 
 async def _router_ready(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
     deadline = time.monotonic() + ROUTER_READY_TIMEOUT_S
-    while not await asyncio.to_thread(_answers, f"{url}/ready"):
+    while not await asyncio.to_thread(answers, f"{url}/ready"):
         status = process.poll()
         if status is not None or time.monotonic() > deadline:
             problem = "was not ready in time" if status is None else f"exited with status {status}"
-            raise RouterProcessError(f"the router {problem}.{log_tail(log_path)}")
+            raise RouterProcessError(f"the process behind {url} {problem}.{log_tail(log_path)}")
         await asyncio.sleep(0.1)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a GET of `url` is answered with 200."""
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             return bool(answer.status == 200)
@@ -143,7 +151,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end_process(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):

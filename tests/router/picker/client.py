@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -116,8 +117,9 @@ class Exchange:
 
     async def status(self) -> grpc.StatusCode:
         async with asyncio.timeout(20):
-            while await self.call.read() is not grpc.aio.EOF:
-                pass
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                while await self.call.read() is not grpc.aio.EOF:
+                    pass
             return await self.call.code()
 
     def cancel(self) -> None:

@@ -16,11 +16,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from eldr.demo.gateway import envoy_config
 from eldr.demo.ports import free_ports
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "envoy-epp.yaml"
-WORKER = "              - endpoint: { address: { socket_address: { address: 10.0.0.%d, port_value: 8000 } } }\n"
-ON_THIS_MACHINE = "              - endpoint: { address: { socket_address: { address: 127.0.0.1, port_value: %d } } }\n"
 
 
 def program() -> str:
@@ -69,15 +68,8 @@ async def envoy(
     """Envoy with the example's configuration. changes: of its text."""
     program()
     (port,) = free_ports(1)
-    text = EXAMPLE.read_text()
-    workers = "".join(ON_THIS_MACHINE % worker for worker in worker_ports)
-    for old, new in {
-        "address: 0.0.0.0, port_value: 8080": f"address: 127.0.0.1, port_value: {port}",
-        "address: 127.0.0.1, port_value: 9002": f"address: 127.0.0.1, port_value: {picker_port}",
-        WORKER % 1 + WORKER % 2: workers,
-        "interval: 2s": "interval: 0.1s",
-        **(changes or {}),
-    }.items():
+    text = envoy_config(EXAMPLE.read_text(), port, picker_port, worker_ports)
+    for old, new in {"interval: 2s": "interval: 0.1s", **(changes or {})}.items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
     path = folder / "envoy.yaml"

@@ -384,9 +384,13 @@ async def test_answers_that_a_filter_streams_through_come_back_whole() -> None:
         await all_over(g)
 
 
-async def test_no_tokens_are_asked_for() -> None:
+@pytest.mark.parametrize("mode", [BUFFERED, NONE], ids=["buffered", "none"])
+async def test_no_tokens_are_asked_for(mode: Any) -> None:
     async with picking(aggregated=1) as g:
-        _, picked = await g.ask()
+        exchange, picked = g.exchange(), Picked()
+        await exchange.headers(mode=mode)
+        picked.take(await exchange.next())
         assert picked.override is not None
+        assert picked.override.request_body_mode == mode
         assert picked.override.response_body_mode == NONE
         assert picked.override.response_trailer_mode == 1

@@ -14,7 +14,7 @@ from tests.synthetic import make_calibration
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "record", "fit", "inspect", "replay", "decisions", "calibrate-cost", "demo"]
+    "command", ["serve", "epp", "record", "fit", "inspect", "replay", "decisions", "calibrate-cost", "demo"]
 )
 def test_every_command_explains_itself_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -23,7 +23,7 @@ def test_every_command_explains_itself_with_examples(command: str, capsys: pytes
     assert f"eldr {command}" in capsys.readouterr().out.split("examples:")[1]
 
 
-@pytest.mark.parametrize("command", ["serve", "replay", "decisions"])
+@pytest.mark.parametrize("command", ["serve", "epp", "replay", "decisions"])
 def test_help_states_the_defaults_of_policy_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

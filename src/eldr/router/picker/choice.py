@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from eldr.router.config.picker import PickerSettings
 from eldr.router.fleet.groups import Served
@@ -49,7 +50,7 @@ OTHER: Final = "other"
 class Occupied:
     """One request at one worker, for the time of its `with` block."""
 
-    __slots__ = ("_services", "judged", "worker")
+    __slots__ = ("_services", "worker")
 
     def __init__(self, services: Services, worker: Worker) -> None:
         self._services = services
@@ -105,7 +106,8 @@ class WorkerChoice:
         self._worker: Worker | None = None
         self._placement: Placement | None = None
         self._prefill = ExitStack()  # what ends when the prompt is computed
-        self._answered = False
+        self._notes: dict[str, Any] = {}  # for the log; nothing reads them back
+        self._received_s = request.received_s
         self.task: asyncio.Task[None] | None = None
 
     # The steps.
@@ -124,6 +126,7 @@ class WorkerChoice:
             self._refuse(ApiError(500, "internal error in the endpoint picker"))
         finally:
             self._conversation = self._placement = None
+            self._log()
 
     async def _serve(self, request: Request, subset: frozenset[str] | None) -> None:
         services = self._services
@@ -131,6 +134,7 @@ class WorkerChoice:
         if only is not None and not only:
             raise ApiError(503, "none of the endpoints that the gateway allows is a worker of this pool")
         job = self._read(request)
+        self._notes["id"] = id_of(request) if job is None else job.request_id
         phase = PHASES.get(request.headers.get(PROFILE, b"").lower(), self._shared.settings.phase)
         request.body = b""
         if job is None:
@@ -139,6 +143,11 @@ class WorkerChoice:
             await self._for_prefill(job, only)
         else:
             await self._for_decode(job, only, phase == "pair")
+
+    def _log(self) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            self._notes["seconds"] = round(time.monotonic() - self._received_s, 6)
+            log.debug("request", extra={"fields": {"path": self._path.decode("latin-1"), **self._notes}})
 
     def _read(self, request: Request) -> Job | None:
         """The job of a request for text. None for any other, and for one that cannot be read: a worker will say why."""
@@ -166,6 +175,8 @@ class WorkerChoice:
                 raise ApiError(503, "no worker had room before the lease of the prompt's blocks ended")
             with placement, Occupied(services, placement.worker):
                 self._worker, self._placement = placement.worker, placement
+                self._notes["decode"] = placement.worker.url
+                self._notes["reason"] = placement.decision.reason
                 prefiller = ""
                 if pair and not served.group.aggregated and job.why_whole is None:
                     prefiller = self._pair_with(job, served, only)
@@ -183,6 +194,7 @@ class WorkerChoice:
         if worker is None:
             return ""
         self._prefill.enter_context(Occupied(self._services, worker))
+        self._notes["prefill"] = worker.url
         return endpoint_of(worker.url)
 
     async def _for_prefill(self, job: Job, only: Collection[str] | None) -> None:
@@ -194,6 +206,7 @@ class WorkerChoice:
             await services.admission.until_changed(served, "prefill")
         with Occupied(services, worker):
             self._worker = worker
+            self._notes["prefill"] = worker.url
             endpoints = [endpoint_of(worker.url)]
             for _ in range(self._shared.settings.fallbacks):
                 tried = [each.url for each in served.workers("prefill") if endpoint_of(each.url) in endpoints]
@@ -275,6 +288,7 @@ class WorkerChoice:
             )
 
     def _count(self, status: int) -> None:
+        self._notes["status"] = status
         path = self._path if self._path in openai.ENDPOINTS or self._path in ENDPOINTS else OTHER.encode()
         self._services.metrics.requests[path.decode(), status] += 1
 
@@ -282,7 +296,6 @@ class WorkerChoice:
 
     def answered(self, status: int, endpoint: str) -> None:
         """The answer has begun. A gateway may say that another worker gives it, because the first accepted nothing."""
-        self._answered = True
         self._count(status)
         self._prefill.close()
         if self._placement is not None:

@@ -8,9 +8,9 @@ body in one of several modes (envoy/extensions/filters/http/ext_proc/v3/processi
     BUFFERED              whole, after the headers were answered. The choice comes with the answer to the body.
     all others            not before the headers are answered, so the choice is made without it.
 
-How an answer ends costs nothing while it is streamed: with `response_body_mode: NONE` and
-`response_trailer_mode: SEND`, Envoy sends nothing between its headers and its end. That mode is asked for; a filter
-grants it with `allow_mode_override`.
+That an answer ends is heard for nothing a token: with `response_body_mode: NONE` and `response_trailer_mode: SEND`,
+Envoy sends nothing between its headers and its end. This mode is asked for where Envoy may grant it, by
+`allow_mode_override` of the filter: not in FULL_DUPLEX_STREAMED.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ class Conversation:
             raise GrpcError(Status.INVALID_ARGUMENT, "no ProcessingRequest can be read") from None
         kind = message.WhichOneof("request")
         if kind is None or kind not in TRANSITIONS[self._state]:
-            raise GrpcError(Status.INVALID_ARGUMENT, f"{kind or 'an unknown message'} where {self._state.value}")
+            raise GrpcError(
+                Status.INVALID_ARGUMENT, f"{kind or 'this message'} is not expected now: {self._state.value}"
+            )
         if message.observability_mode:
             raise GrpcError(Status.FAILED_PRECONDITION, "a picker cannot work in observability_mode")
         HANDLERS[kind](self, message)
@@ -144,7 +146,7 @@ class Conversation:
             return
         self._state = RECEIVING
         if self._mode == BUFFERED:
-            self._call.send(replies.REQUEST_HEADERS_SEEN)
+            self._call.send(replies.BODY_AWAITED)
 
     def _on_request_body(self, message: ProcessingRequest) -> None:
         body = message.request_body
@@ -199,7 +201,8 @@ class Conversation:
             return
         self._state = PICKED
         changed = destination.body
-        override = None if self._owes_body else replies.quiet_mode(self._mode)
+        # Envoy overrides no mode in answers to bodies, and none that has FULL_DUPLEX_STREAMED.
+        override = None if self._owes_body or self._mode == DUPLEX else replies.quiet_mode(self._mode)
         send = self._call.send
         send(replies.picked(destination, self._owes_body, override))
         if self._has_body and self._mode == DUPLEX:

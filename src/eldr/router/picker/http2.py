@@ -40,6 +40,8 @@ CONNECTION_WINDOW: Final = 16 * 1024 * 1024
 # What h2 begins with.
 FIRST_WINDOW: Final = 65535
 MOST_HEADER_BYTES: Final = 64 * 1024
+# What is written is kept in pieces of no more than this.
+PIECE_BYTES: Final = 64 * 1024
 # With more than this unsent on a stream, what its peer sends is no longer acknowledged, so that it stops.
 UNSENT_HIGH_BYTES: Final = 1024 * 1024
 # A connection that is silent for so long gets a PING, and is given up if nothing comes for so long after that.
@@ -84,7 +86,7 @@ class Frames(H2Connection):
 
     @property
     def open_inbound_streams(self) -> int:
-        if self._looks_left:
+        if self._looks_left and self._open + 2 < self.local_settings.max_concurrent_streams:
             self._looks_left -= 1
             self._open += 1  # at most
         else:
@@ -118,7 +120,10 @@ class Stream:
         self._connection.has_to_send(self)
 
     def write(self, data: bytes) -> None:
-        self._unsent.append(data)
+        if len(data) <= PIECE_BYTES:
+            self._unsent.append(data)
+        else:  # of a long one, no window is filled by a copy of all that is left
+            self._unsent.extend(data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
         self.unsent_bytes += len(data)
         self._connection.has_to_send(self)
 
@@ -127,30 +132,37 @@ class Stream:
         self._end = trailers
         self._connection.has_to_send(self)
 
-    def pump(self, frames: H2Connection) -> bool:
-        """Give h2 what the windows have room for. Returns whether that was all."""
+    def pump(self, frames: H2Connection) -> None:
+        """Give h2 what the windows have room for. Raises ProtocolError if the stream is no longer open."""
         if self._headers is not None:
             frames.send_headers(self.number, self._headers)
             self._headers = None
         if self._unsent:
             # A window may have become negative (RFC 9113, section 6.9.2).
-            room = max(0, frames.local_flow_control_window(self.number))
-            data = self._unsent.popleft() if len(self._unsent) == 1 else b"".join(self._unsent)
-            self._unsent.clear()
-            size = min(room, len(data))
-            for start in range(0, size, frames.max_outbound_frame_size):
-                frames.send_data(self.number, data[start : min(size, start + frames.max_outbound_frame_size)])
-            self.unsent_bytes = len(data) - size
+            data = self._take(max(0, frames.local_flow_control_window(self.number)))
+            for start in range(0, len(data), frames.max_outbound_frame_size):
+                frames.send_data(self.number, data[start : start + frames.max_outbound_frame_size])
             if self.unsent_bytes:
-                self._unsent.append(data[size:])
-                return False
+                return
         if self._end is not None:
             frames.send_headers(self.number, self._end, end_stream=True)
             self._end = None
             if not self.peer_ended:  # it need not send the rest (RFC 9113, section 8.1)
                 frames.reset_stream(self.number, ErrorCodes.NO_ERROR)
             self._connection.ended(self)
-        return True
+
+    def _take(self, most_bytes: int) -> bytes:
+        """Take so much of what is unsent, or all of it."""
+        pieces: list[bytes] = []
+        while self._unsent and most_bytes > 0:
+            piece = self._unsent.popleft()
+            if len(piece) > most_bytes:
+                self._unsent.appendleft(piece[most_bytes:])
+                piece = piece[:most_bytes]
+            pieces.append(piece)
+            most_bytes -= len(piece)
+            self.unsent_bytes -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class Http2Connection:
@@ -213,8 +225,8 @@ class Http2Connection:
         self._flushing = True  # at the end of this
         try:
             events = self._frames.receive_data(data)
-        except ProtocolError:  # h2 has written the GOAWAY that says what was wrong
-            self._flush()
+        except ProtocolError:  # h2 has written the GOAWAY that says what was wrong, and sends nothing more
+            self._transport.write(self._frames.data_to_send())
             self.close()
             return
         for event in events:
@@ -262,7 +274,7 @@ class Http2Connection:
             if stream is not None:
                 self._to_send.pop(stream, None)
                 self._tell_gone(stream)
-        elif isinstance(event, ConnectionTerminated):
+        elif isinstance(event, ConnectionTerminated):  # h2 sends nothing after it
             self.close()
 
     def _on_request(self, event: RequestReceived) -> None:
@@ -314,8 +326,13 @@ class Http2Connection:
             for stream in to_send:
                 if stream.number not in self._streams:  # it was reset
                     continue
-                stream.pump(self._frames)
-                self._acknowledge(stream)
+                try:
+                    stream.pump(self._frames)
+                except ProtocolError:  # h2 has closed it
+                    del self._streams[stream.number]
+                    self._tell_gone(stream)
+                else:
+                    self._acknowledge(stream)
         data = self._frames.data_to_send()
         if data:
             self._transport.write(data)

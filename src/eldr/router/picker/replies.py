@@ -26,7 +26,6 @@ PREFILLER: Final = "x-prefiller-host-port"
 # A message to Envoy holds no more of a body: what it buffers of a stream is limited, by default to 1 MiB.
 PIECE_BYTES: Final = 64 * 1024
 
-REQUEST_HEADERS_SEEN: Final = ProcessingResponse(request_headers=HeadersResponse()).SerializeToString()
 REQUEST_BODY_SEEN: Final = ProcessingResponse(request_body=BodyResponse()).SerializeToString()
 REQUEST_TRAILERS_SEEN: Final = ProcessingResponse(request_trailers=TrailersResponse()).SerializeToString()
 RESPONSE_HEADERS_SEEN: Final = ProcessingResponse(response_headers=HeadersResponse()).SerializeToString()
@@ -43,6 +42,12 @@ def quiet_mode(request_body_mode: ProcessingMode.BodySendMode) -> ProcessingMode
         response_body_mode=ProcessingMode.NONE,
         response_trailer_mode=ProcessingMode.SEND,
     )
+
+
+# The answer to the headers in front of a body that is buffered.
+BODY_AWAITED: Final = ProcessingResponse(
+    request_headers=HeadersResponse(), mode_override=quiet_mode(ProcessingMode.BUFFERED)
+).SerializeToString()
 
 
 class Destination:
@@ -79,6 +84,8 @@ def picked(destination: Destination, in_body: bool, override: ProcessingMode | N
         common.header_mutation.remove_headers.append(PREFILLER)
     if in_body and destination.body is not None:
         common.body_mutation.body = destination.body
+        # Envoy fails a request whose length is not that of its new body.
+        _set(common, "content-length", str(len(destination.body)))
     if override is not None:
         message.mode_override.CopyFrom(override)
     return message.SerializeToString()

@@ -1,9 +1,9 @@
 """What an endpoint picker costs: Envoy with examples/envoy-epp.yaml, `eldr epp` and a mock fleet, in one run.
 
-    python benchmarks/picker/run.py --envoy .envs/envoy/bin/envoy [--eldr .envs/compiled/bin/eldr] [--seconds 5]
+    python benchmarks/picker/picker.py --envoy .envs/envoy/bin/envoy [--eldr .envs/compiled/bin/eldr] [--seconds 5]
 
-One C process plays 8 workers, another the clients. CPU time is that of the picker's process and of Envoy's as the kernel
-accounts it, so that a busy machine changes the rates but hardly these figures. `none` is Envoy without a picker.
+One C process plays 8 workers, another the clients. CPU time is that of the picker's process and of Envoy's as the
+kernel accounts it, so that a busy machine changes the rates but hardly these figures. `none` is Envoy alone.
 
 exit codes: 0 measured, 1 a request failed or a process did not start.
 """
@@ -32,6 +32,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from workload import write_bodies, write_handoffs  # noqa: E402
 
+from eldr.demo.gateway import envoy_config  # noqa: E402
+
 OUT = ROOT / "build" / "picker-bench"
 WORKERS = 8
 TOKENS_PER_S = 30
@@ -44,17 +46,21 @@ READY_WITHIN_S = 30.0
 EPP_FILTER = re.compile(
     r" +- name: envoy\.filters\.http\.ext_proc\n.*?(?= +- name: envoy\.filters\.http\.router\n)", re.DOTALL
 )
-ENDPOINT = "              - endpoint: { address: { socket_address: { address: %s, port_value: %d } } }\n"
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured. flags: of the picker; None without one. counts: whether bodies bring those of a prefill."""
+    """What is measured.
+
+    flags: of the picker; None without one. counts: whether bodies bring those of a prefill. duplex: whether bodies are
+    streamed both ways, as GAIE and llm-d ask for, and not buffered as in the example.
+    """
 
     name: str
     flags: tuple[str, ...] | None
     role: str = "worker"
     counts: bool = False
+    duplex: bool = False
 
 
 CASES = (
@@ -63,7 +69,11 @@ CASES = (
     Case("aggregated, expected-union", ("--policy", "expected-union")),
     Case("decode phase, jsq", ("--policy", "jsq"), "decode", True),
     Case("decode phase, expected-union", ("--policy", "expected-union"), "decode", True),
+    Case("aggregated, jsq, duplex", ("--policy", "jsq"), duplex=True),
+    Case("decode phase, expected-union, duplex", ("--policy", "expected-union"), "decode", True, True),
 )
+MODE = "request_body_mode: BUFFERED"
+DUPLEX_MODE = "request_body_mode: FULL_DUPLEX_STREAMED\n                        request_trailer_mode: SEND"
 
 
 class Bench:
@@ -118,7 +128,11 @@ class Bench:
 
     @contextmanager
     def _fleet(self) -> Iterator[subprocess.Popen[str]]:
-        command = [self._mock, *map(str, (self._first, 0, WORKERS, TOKENS_PER_S)), OUT / "handoffs.jsonl"]
+        command: list[str | Path] = [
+            self._mock,
+            *map(str, (self._first, 0, WORKERS, TOKENS_PER_S)),
+            OUT / "handoffs.jsonl",
+        ]
         with running(command, LOAD_CORE, OUT / "mock_fleet.log", subprocess.PIPE) as mock:
             assert mock.stdout is not None
             assert mock.stdout.readline() == "ready\n", "the mock fleet did not start"
@@ -136,20 +150,15 @@ class Bench:
 
     @contextmanager
     def _proxy(self, case: Case) -> Iterator[subprocess.Popen[str]]:
-        text = (ROOT / "examples" / "envoy-epp.yaml").read_text()
-        workers = "".join(ENDPOINT % ("127.0.0.1", self._first + index) for index in range(WORKERS))
-        for old, new in {
-            "address: 0.0.0.0, port_value: 8080": f"address: 127.0.0.1, port_value: {self._front}",
-            "address: 127.0.0.1, port_value: 9002": f"address: 127.0.0.1, port_value: {self._grpc}",
-            ENDPOINT % ("10.0.0.1", 8000) + ENDPOINT % ("10.0.0.2", 8000): workers,
-        }.items():
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
+        example = (ROOT / "examples" / "envoy-epp.yaml").read_text()
+        text = envoy_config(example, self._front, self._grpc, range(self._first, self._first + WORKERS))
+        if case.duplex:
+            text = text.replace(MODE, DUPLEX_MODE)
         if case.flags is None:
             text = EPP_FILTER.sub("", text)
         config = OUT / "envoy.yaml"
         config.write_text(text)
-        flags = ["-c", config, "--disable-hot-restart", "--concurrency", "1", "--log-level", "error"]
+        flags: list[str | Path] = ["-c", config, "--disable-hot-restart", "--concurrency", "1", "--log-level", "error"]
         with running([self._envoy, *flags], PROXY_CORE, OUT / "envoy.log") as proxy:
             self._until(f"http://127.0.0.1:{self._front}/v1/models", proxy)
             yield proxy
