@@ -19,7 +19,7 @@ OWN = {"grpc_listen", "phase", "fallbacks"}
 WITHOUT = {
     "api_key_file", "allowed_origins", "request_timeout_s", "prefill_timeout_s", "decode_first_byte_timeout_s",
     "decode_idle_timeout_s", "decode_answer_timeout_s", "stream_keepalive_s", "retries", "retry_ratio", "retry_burst",
-    "otel_endpoint", "otel_sampling", "routed_experts_share",
+    "otel_endpoint", "otel_sampling", "routed_experts_share", "processes",
 }  # fmt: skip
 
 
