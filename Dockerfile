@@ -9,7 +9,7 @@ COPY constraints/dev.txt constraints/
 COPY build_backend build_backend
 COPY src src
 RUN python -m venv /opt/eldr
-RUN ELDR_COMPILE=1 /opt/eldr/bin/pip install --no-cache-dir --constraint constraints/dev.txt '.[router,zstd]'
+RUN ELDR_COMPILE=1 /opt/eldr/bin/pip install --no-cache-dir --constraint constraints/dev.txt '.[router,peers,zstd]'
 
 # The same Python as above: the environment refers to its interpreter.
 FROM python:3.11-slim
