@@ -64,7 +64,9 @@ def replay_speed(layers: int, experts: int, top_k: int) -> None:
 
 
 def decision_time(workers: int, layers: int = 48, experts: int = 128, top_k: int = 8, rank: int = 16) -> None:
-    """Median time of choose, started and finished, with a predictor and without."""
+    """Median time of choose, started and finished, and of hearing of another router's request, with a predictor and
+    without.
+    """
     rng = np.random.default_rng(0)
     dimension = layers * experts
 
@@ -82,15 +84,22 @@ def decision_time(workers: int, layers: int = 48, experts: int = 128, top_k: int
         load = {f"w{worker}": 3 for worker in range(workers)}
         for worker in load:
             policy.joined(worker)
-        times: dict[str, list[float]] = {"choose": [], "started": [], "finished": []}
+        hooks = ("choose", "started", "finished", "elsewhere_started", "elsewhere_finished")
+        times: dict[str, list[float]] = {hook: [] for hook in hooks}
         for number, request in enumerate(requests):
             marks = [time.perf_counter()]
             worker = policy.choose(request, load).worker
             marks.append(time.perf_counter())
             policy.started(request, worker)
             marks.append(time.perf_counter())
+            share = policy.share(request, worker)
+            assert share is not None
             if number % 2:
                 policy.finished(request, worker)
+            marks.append(time.perf_counter())
+            policy.elsewhere_started(worker, share)
+            marks.append(time.perf_counter())
+            policy.elsewhere_finished(worker, share)
             marks.append(time.perf_counter())
             for values, first, last in zip(times.values(), marks, marks[1:], strict=False):
                 values.append(last - first)
