@@ -166,4 +166,4 @@ def encode_exposure(profile: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def decode_exposure(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The probabilities, float32 [D], that `encode_exposure` would encode as these codes."""
-    return _PROBABILITIES[codes]
+    return _PROBABILITIES.take(codes)  # half the time of indexing

@@ -96,7 +96,6 @@ class Machine:
         self._clients, self._admin = list(inherited[:clients]), list(inherited[clients:])
         self._hub = Hub()
         self._running: dict[int, asyncio.subprocess.Process] = {}
-        self._ending = False
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -117,14 +116,14 @@ class Machine:
         first = [asyncio.create_task(self._start(index)) for index in range(self._count)]
         ready = await asyncio.gather(*first)
         if not all(ready):
-            self._ending = True
             await self._end(signal.SIGTERM)
             raise EldrError("not every process serves; the first messages above say why")
         self._tasks = [asyncio.create_task(self._keep(index)) for index in range(self._count)]
         tell_predecessor()
         self._say()
         number = await self._until_end(signals)
-        self._ending = True
+        for task in self._tasks:  # none is started again
+            task.cancel()
         ending = asyncio.create_task(self._end(number))
         while not ending.done():
             again = asyncio.create_task(signals.get())
@@ -132,8 +131,6 @@ class Machine:
             if again.done() and again.result() in ENDING:
                 self._pass_on(again.result())
             again.cancel()
-        for task in self._tasks:
-            task.cancel()
 
     def _say(self) -> None:
         listen = self._config.listen
@@ -209,8 +206,6 @@ class Machine:
             process = self._running.get(index)
             if process is not None:
                 code = await process.wait()
-                if self._ending:
-                    return
                 log.error("process %d (%d) ended with %d and is started again", index, process.pid, code)
             wait_s = LEAST_WAIT_S if loop.time() - begun_s > LONG_S else min(2 * wait_s, MOST_WAIT_S)
             await asyncio.sleep(wait_s)

@@ -121,6 +121,12 @@ async def test_the_clients_address_has_no_page(tmp_path: Path) -> None:
 
 
 @on_uvloop
+async def test_a_bus_that_is_down_leaves_the_others_unknown(tmp_path: Path) -> None:
+    async with shown(tmp_path, peers=("nats://127.0.0.1:1",)) as (_, page):
+        await expect(page.locator(".tile", has_text="In flight")).to_contain_text("0 waiting, others unknown")
+
+
+@on_uvloop
 async def test_load_speed_and_decisions_are_followed(tmp_path: Path) -> None:
     async with shown(tmp_path, decode=2, max_inflight=4) as (s, page):
         for worker in s.decode:
