@@ -52,6 +52,7 @@ from eldr.router.http.errors import ApiError
 from eldr.router.observe.counters import Metrics
 from eldr.router.peers.others import PEER_TIMEOUT_S
 from eldr.router.protocols import openai
+from eldr.router.protocols.prompt_prefix import prompt_prefix
 from eldr.router.protocols.prompt_start import SYSTEM, prompt_start
 from eldr.router.protocols.prompt_text import prompt_text, prompt_words
 from eldr.router.protocols.sglang import Sglang
@@ -428,6 +429,34 @@ def picker(data: bytes) -> None:
     assert service.memory.held_bytes == 0
 
 
+def leg(data: bytes) -> None:
+    """Bodies of legs that somebody else sends: ApiError, or what a choice needs, and all members but eldr's pass."""
+    protocol = VllmNixl()
+    for endpoint in openai.ENDPOINTS.values():
+        names = openai.body_names(endpoint.members | protocol.members | protocol.reserved)
+        try:
+            fields = openai.object_of(openai.text_of(data), names)
+            why = protocol.why_whole(endpoint, fields)
+            openai.model(fields)
+        except ApiError:
+            continue
+        assert why is None or why.isidentifier()
+        start, end = fields.span(endpoint.input) or (0, 0)
+        assert len(prompt_start(endpoint, fields.text, start, end, 64)) <= 64 + len(b"4294967295 ")
+        assert prompt_prefix(endpoint, fields).tokens >= 0
+        prompt_words(endpoint, fields)
+        found = protocol.handoff_in(fields)
+        if found is None:
+            continue
+        assert not math.isnan(found.left_s(1.0))
+        sent, passed_on = _members(fields.text), _members(protocol.passed_on(fields, found))
+        kept = [each for each in sent if each[0] != "kv_transfer_params"]
+        assert repr([each for each in passed_on if each[0] != "kv_transfer_params"]) == repr(kept)
+        (params,) = [value for name, value in passed_on if name == "kv_transfer_params"]
+        assert params["do_remote_prefill"] is True
+        assert not {"eldr_counts", "eldr_record"} & params.keys()
+
+
 def _frames_of_data(data: bytes) -> list[bytes]:
     """DATA frames of stream 1 (RFC 9113, section 6.1)."""
     pieces = [data[start : start + 1000] for start in range(0, len(data), 1000)]
@@ -569,6 +598,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
         *(http, coding, upstream, sse, events, body, words, json_text, urls),
-        *(picker, counts, rows, handoff, reports, routed_experts, kubernetes, calibration, trace, peers),
+        *(picker, leg, counts, rows, handoff, reports, routed_experts, kubernetes, calibration, trace, peers),
     )
 }

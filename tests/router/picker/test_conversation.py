@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from eldr.router.picker.messages_pb2 import HttpBody, HttpHeaders, ProcessingRequest
-from tests.router.harness import Scripted, until
+from tests.router.harness import Scripted, interpreted, until
 from tests.router.picker.client import ASK, PROCESS, Exchange, Picked, header_map, picking
 from tests.router.picker.test_choice import all_over
 
@@ -63,6 +63,36 @@ async def test_a_filter_that_only_observes_gets_no_picker() -> None:
         message = ProcessingRequest(request_headers=HttpHeaders(headers=header_map({":path": "/"})))
         message.observability_mode = True
         assert await raw_call(g, message.SerializeToString()) is grpc.StatusCode.FAILED_PRECONDITION
+
+
+@pytest.mark.parametrize("status", ["", "9" * 5000, "-1", "200 OK", "2"])
+async def test_an_answer_with_an_odd_status(status: str) -> None:
+    async with picking(aggregated=1) as g:
+        exchange, _ = await g.ask()
+        headers = HttpHeaders(headers=header_map({":status": status}))
+        await exchange.send(ProcessingRequest(response_headers=headers))
+        assert (await exchange.next()).WhichOneof("response") == "response_headers"
+        await exchange.trailers()
+        await all_over(g)
+
+
+@interpreted
+async def test_an_error_inside_ends_its_call_alone() -> None:
+    async with picking(aggregated=1) as g:
+        other, _ = await g.ask()
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("for the test")
+
+        exchange, _ = await g.ask()
+        outcomes = g.setup.router.services.outcomes
+        outcomes.succeeded, kept = fail, outcomes.succeeded  # type: ignore[method-assign]
+        await exchange.send(ProcessingRequest(response_headers=HttpHeaders(headers=header_map({":status": "200"}))))
+        assert await exchange.status() is grpc.StatusCode.INTERNAL
+        outcomes.succeeded = kept  # type: ignore[method-assign]
+        await other.answer()
+        await other.trailers()
+        await all_over(g)
 
 
 async def test_other_methods_are_not_implemented() -> None:

@@ -209,6 +209,13 @@ async def test_more_streams_than_are_allowed_end_the_connection() -> None:
         await all_over(g)
 
 
+async def test_headers_beyond_the_limit_end_the_connection() -> None:
+    async with picking(aggregated=1) as g, peer(g) as one:
+        one.h2.send_headers(1, [*CALL, ("x-long", "x" * 100_000)])
+        one.flush()
+        assert (await one.until(h2.events.ConnectionTerminated)).error_code == h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
+
+
 async def test_streams_that_have_ended_do_not_count() -> None:
     async with picking(aggregated=1, max_streams=8) as g, peer(g) as one:
         await one.until(h2.events.RemoteSettingsChanged)

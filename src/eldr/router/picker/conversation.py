@@ -15,6 +15,7 @@ Envoy sends nothing between its headers and its end. This mode is asked for wher
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from enum import Enum
 from typing import Final, Protocol
@@ -32,6 +33,7 @@ from eldr.router.picker.replies import Destination
 
 DUPLEX: Final = ProcessingMode.FULL_DUPLEX_STREAMED
 BUFFERED: Final = ProcessingMode.BUFFERED
+STATUS: Final = re.compile(rb"[1-9][0-9][0-9]")
 # The status of an answer that could not be read.
 NO_STATUS: Final = 0
 
@@ -246,7 +248,7 @@ class Conversation:
         status = headers.get(b":status", b"")
         endpoint = served_by(message.metadata_context) if message.HasField("metadata_context") else ""
         if self._choice is not None:
-            self._choice.answered(int(status) if status.isdigit() else NO_STATUS, endpoint)
+            self._choice.answered(int(status) if STATUS.fullmatch(status) else NO_STATUS, endpoint)
         self._call.send(replies.RESPONSE_HEADERS_SEEN)
         if message.response_headers.end_of_stream:
             self._end()

@@ -5,12 +5,15 @@ https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md. No message is co
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Final, Protocol
 from urllib.parse import quote
 
 from eldr.router.picker.http2 import Headers, Receiver, Stream
+
+log = logging.getLogger("eldr.router")
 
 TYPE: Final = b"application/grpc"
 BEGIN: Final[Headers] = [(b":status", b"200"), (b"content-type", TYPE)]
@@ -147,6 +150,8 @@ class Call:
                     self._answering.on_message(message)
         except GrpcError as error:
             self.fail(error)
+        except Exception:
+            self._broken()
 
     def on_end(self) -> None:
         if self.over or self._answering is None:
@@ -157,6 +162,13 @@ class Call:
             self._answering.on_end()
         except GrpcError as error:
             self.fail(error)
+        except Exception:
+            self._broken()
+
+    def _broken(self) -> None:
+        """An error inside the picker ends this call, and no other on its connection."""
+        log.exception("a call failed inside the picker")
+        self.fail(GrpcError(Status.INTERNAL, "internal error in the endpoint picker"))
 
     def on_gone(self) -> None:
         self.over = True

@@ -192,6 +192,7 @@ class Http2Connection:
         self._frames.local_settings.acknowledge()
         self._streams: dict[int, Stream] = {}
         self._to_send: dict[Stream, None] = {}
+        self._blocked: dict[Stream, None] = {}  # those that wait for a window
         self._flushing = False  # it is done soon
         self._paused = False
         self._closed = False
@@ -241,6 +242,7 @@ class Http2Connection:
         self._service.connections.discard(self)
         streams, self._streams = self._streams, {}
         self._to_send.clear()
+        self._blocked.clear()
         for stream in streams.values():
             self._tell_gone(stream)
 
@@ -268,11 +270,13 @@ class Http2Connection:
         elif isinstance(event, RequestReceived):
             self._on_request(event)
         elif isinstance(event, WindowUpdated | RemoteSettingsChanged):
-            self._to_send.update((stream, None) for stream in self._streams.values() if stream.unsent_bytes)
+            self._to_send.update(self._blocked)
+            self._blocked.clear()
         elif isinstance(event, StreamReset):
             stream = self._streams.pop(event.stream_id, None)
             if stream is not None:
                 self._to_send.pop(stream, None)
+                self._blocked.pop(stream, None)
                 self._tell_gone(stream)
         elif isinstance(event, ConnectionTerminated):  # h2 sends nothing after it
             self.close()
@@ -332,6 +336,8 @@ class Http2Connection:
                     del self._streams[stream.number]
                     self._tell_gone(stream)
                 else:
+                    if stream.unsent_bytes:
+                        self._blocked[stream] = None
                     self._acknowledge(stream)
         data = self._frames.data_to_send()
         if data:
