@@ -1,0 +1,1 @@
+"""The example for Ray Serve, where Ray is installed."""
