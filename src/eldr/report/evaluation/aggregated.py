@@ -35,8 +35,9 @@ def aggregated_section(rows: Rows, prefix: str) -> Section:
     )
     text = (
         "Here every worker computes the prompts of its requests too, in chunks that share steps with decodes. "
-        f"{_shares(rows)}Prompts have {prompt_lengths().mean():.0f} tokens on average (log-normal, median "
-        f"{MEDIAN_TOKENS:.0f}), as Azure's conversations of 2023 do. {_kept(rows)}A row whose tokens a step are "
+        f"{_shares(rows)}The lengths of prompts are drawn: {prompt_lengths().mean():.0f} tokens on average, log-normal "
+        f"with median {MEDIAN_TOKENS:.0f}, which has the logarithms' mean and deviation of Azure's conversations of "
+        f"2023. {_kept(rows)}A row whose tokens a step are "
         "“elsewhere” has prefill workers, at the same batch. Known by nothing, a request is placed by load "
         "and by the work of prompts alone. Counts are given to the policy as if they could be known before the prompt "
         "is computed."
