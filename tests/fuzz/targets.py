@@ -34,7 +34,7 @@ from eldr.event_stream import EventReader
 from eldr.expert_rows import decode_rows, encode_rows
 from eldr.kernels import NO_OBJECT, JsonNames, JsonObject, JsonTextError
 from eldr.kernels._types import TOO_MANY_MEMBERS
-from eldr.prompt.words import MOST_TEXT_BYTES, words_of_text
+from eldr.prompt.words import END_BYTES, END_TIMES, MOST_TEXT_BYTES, words_of_text
 from eldr.router.config.endpoint import ROLES, UrlError, worker_urls
 from eldr.router.config.kubernetes import kubernetes_address
 from eldr.router.experts.base import MoeGeometry
@@ -364,7 +364,7 @@ def words(data: bytes) -> None:
         if not text or span is None:
             continue
         assert text == eldr.kernels._words.json_texts(fields.text, *span, SYSTEM, MOST_TEXT_BYTES)
-        again = eldr.kernels._words.text_words(text)
+        again = eldr.kernels._words.text_words(text, END_BYTES, END_TIMES)
         assert (found.buckets.tolist(), found.counts.tolist()) == (again[0].tolist(), again[1].tolist())
 
 

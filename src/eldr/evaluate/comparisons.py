@@ -121,9 +121,9 @@ def _goodput(bench: Bench, part: Part) -> list[Row]:
             continue
         batch = float(np.mean([run.batch_mean for run in cell.runs]))
         rows.append(row | {"rate": cell.rate, "reached": reached, "batch_mean": batch})
-    best = max((row["rate"] for row in rows if row["policy"] in BASELINES and row["rate"]), default=None)
+    jsq_rate = rows[0]["rate"]
     for row in rows:
-        row["vs_best_baseline"] = 100 * (row["rate"] / best - 1) if best and row["rate"] else None
+        row["vs_jsq"] = 100 * (row["rate"] / jsq_rate - 1) if jsq_rate and row["rate"] else None
     return rows
 
 

@@ -40,7 +40,7 @@ def by_labels(trace: Trace) -> NDArray[np.str_]:
 def by_axis(trace: Trace) -> NDArray[np.str_]:
     """Label each request BEFORE or AFTER, [N], by the main axis of its prompt's expert use.
 
-    The cut is at the median. This is the strongest change of mix that the trace allows.
+    The cut is at the median.
     """
     position = _main_axis(trace)
     return np.where(position <= np.median(position), BEFORE, AFTER)

@@ -17,7 +17,7 @@ from eldr.policies.expected_union import ExpectedUnion
 from eldr.prompt.fit import Choice, held_out_profiles
 from eldr.replay.experiment import Cell, Laboratory
 from eldr.replay.measurements import RunResult
-from eldr.replay.output import STATISTICS, tpot_ms
+from eldr.replay.output import STATISTICS, Measure, tpot_ms
 from eldr.replay.split import Mix, take_requests
 from eldr.replay.statistics import paired_change
 
@@ -48,13 +48,18 @@ def with_prompts(bench: Bench) -> Laboratory:
     return bench.laboratory
 
 
+def against(cell: Cell, other: Cell, measure: Measure, key: str) -> Row:
+    """The paired change of a measure, and its interval, as members `key`, `key`_lo and `key`_hi."""
+    change = paired_change(cell.per_seed(measure), other.per_seed(measure))
+    return {key: change.percent, f"{key}_lo": change.low, f"{key}_hi": change.high}
+
+
 def against_jsq(cell: Cell, jsq: Cell) -> Row:
     """TPOT of a cell, and its paired changes against jsq."""
     row: Row = {}
     for name, percent in STATISTICS.items():
-        change = paired_change(cell.per_seed(tpot_ms(percent)), jsq.per_seed(tpot_ms(percent)))
         row[f"tpot_{name}_ms"] = float(cell.per_seed(tpot_ms(percent)).mean())
-        row |= {f"vs_jsq_{name}": change.percent, f"vs_jsq_{name}_lo": change.low, f"vs_jsq_{name}_hi": change.high}
+        row |= against(cell, jsq, tpot_ms(percent), f"vs_jsq_{name}")
     return row | {"active_experts_mean": float(cell.per_seed(lambda run: run.active_experts_mean).mean())}
 
 
@@ -78,7 +83,7 @@ def _by_signature(bench: Bench, part: Part) -> list[Row]:
                     shares.append(share)
                     made = laboratory.told(profiles, seed)
                 else:
-                    made = _policy(laboratory, policy, signature, workers, seed)
+                    made = policy_by(laboratory, policy, signature, workers, seed)
                 runs.append(laboratory.run_policy(made, workers, rate, MAIN_BATCH, seed))
             row = {"policy": policy, "signature": signature, "workers": workers, "batch_target": MAIN_BATCH}
             row |= {"rate": rate, "seeds": bench.seeds, "prompt_share": float(np.mean(shares)) if shares else None}
@@ -86,7 +91,7 @@ def _by_signature(bench: Bench, part: Part) -> list[Row]:
     return rows
 
 
-def _policy(laboratory: Laboratory, policy: str, signature: str, workers: int, seed: int) -> Policy:
+def policy_by(laboratory: Laboratory, policy: str, signature: str, workers: int, seed: int) -> Policy:
     """A fresh policy that knows requests by one signature."""
     if signature == "none":
         calibration = laboratory.calibration(workers, seed)

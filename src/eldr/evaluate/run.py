@@ -19,6 +19,7 @@ import eldr
 from eldr.errors import EldrError
 from eldr.evaluate import (
     ablations,
+    aggregated,
     comparisons,
     drift,
     named,
@@ -26,6 +27,7 @@ from eldr.evaluate import (
     predictors,
     prompt_costs,
     prompt_signatures,
+    prompt_texts,
     recordings,
 )
 from eldr.evaluate.bench import Bench, EvaluationError, Experiment, Part, Row
@@ -50,6 +52,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         prompt_signatures.BY_SIGNATURE,
         prompt_signatures.LEARNING,
         prompt_signatures.CHANGE,
+        prompt_texts.TEXTS,
+        aggregated.AGGREGATED,
         prompt_costs.PROMPT_COSTS,
         overhead.DECISIONS_TIME,
         overhead.MEMORY,
@@ -186,7 +190,7 @@ def _gather(plan: Plan, benches: dict[Path, Bench], work: list[_Work]) -> Result
         rows.setdefault(item.experiment, []).extend(kept["rows"])
         if kept["skipped"]:
             traces[item.trace].skipped[item.experiment] = kept["skipped"]
-    made = {"seeds": plan.seeds, "requests": plan.requests}
+    made = {"version": eldr.__version__, "seeds": plan.seeds, "requests": plan.requests}
     return Results(made, list(traces.values()), common)
 
 

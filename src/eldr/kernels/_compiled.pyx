@@ -836,9 +836,12 @@ cdef extern from "words.h" nogil:
         WORD_BUCKETS
         WORD_PIECES
         WORD_NEAR_BYTES
+        MOST_OF_A_WORD
 
     struct WordCounts "word_counts":
         Py_ssize_t words
+        Py_ssize_t end_from
+        uint32_t end_times
 
     void words_of_text(const uint8_t *text, Py_ssize_t size, WordCounts *into)
     void words_of_tokens(const uint8_t *text, Py_ssize_t size, WordCounts *into)
@@ -862,13 +865,25 @@ cdef tuple taken():
     return buckets, counts
 
 
-def text_words(bytes text not None):
+cdef void weigh_end(Py_ssize_t size, Py_ssize_t end_bytes, Py_ssize_t end_times) except *:
+    if end_bytes < 0 or not 1 <= end_times <= MOST_OF_A_WORD:
+        raise unfit("end_bytes or end_times", "0 or more, and 1 to 65535")
+    seen.end_from = size - end_bytes
+    seen.end_times = <uint32_t> end_times
+
+
+def text_words(bytes text not None, Py_ssize_t end_bytes=0, Py_ssize_t end_times=1):
+    weigh_end(len(text), end_bytes, end_times)
     words_of_text(text, len(text), &seen)
     return taken()
 
 
-def token_words(bytes text not None, Py_ssize_t start, Py_ssize_t end):
-    words_of_tokens(part_of(text, start, end) + start, end - start, &seen)
+def token_words(
+    bytes text not None, Py_ssize_t start, Py_ssize_t end, Py_ssize_t end_bytes=0, Py_ssize_t end_times=1
+):
+    part = part_of(text, start, end)
+    weigh_end(end - start, end_bytes, end_times)
+    words_of_tokens(part + start, end - start, &seen)
     return taken()
 
 

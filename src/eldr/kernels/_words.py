@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,31 +34,36 @@ NAMED = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 Numbers = NDArray[np.uint16]
 
 
-def text_words(text: bytes) -> tuple[Numbers, Numbers]:
+def text_words(text: bytes, end_bytes: int = 0, end_times: int = 1) -> tuple[Numbers, Numbers]:
     """Count the words of a text.
 
     text: UTF-8, but any bytes will do.
+    end_bytes: words that begin in so many bytes at the end count `end_times` times, 1 to 65,535.
     Returns the buckets of its words in the order of their first sight, and how often each was seen, uint16 [n] each.
     Counts stop at 65,535.
     """
-    hashes: list[int] = []
+    _check_end(end_bytes, end_times)
+    hashes: list[tuple[int, int]] = []
     before, before_end = b"", 0
+    end_from = len(text) - end_bytes
     for match in WORD.finditer(text):
-        word = match[0]
+        word, times = match[0], 1 if match.start() < end_from else end_times
         if word[0] < 0x80:
-            hashes.append(_hash(bytes(byte | 32 for byte in word) if word.isalpha() else word))
+            hashes.append((_hash(bytes(byte | 32 for byte in word) if word.isalpha() else word), times))
             continue
-        hashes.append(_hash(word))
+        hashes.append((_hash(word), times))
         if before and before_end == match.start():
-            hashes.append(_hash(before + word))
+            hashes.append((_hash(before + word), times))
         before, before_end = word, match.end()
     return _counted(hashes)
 
 
-def token_words(text: bytes, start: int, end: int) -> tuple[Numbers, Numbers]:
+def token_words(text: bytes, start: int, end: int, end_bytes: int = 0, end_times: int = 1) -> tuple[Numbers, Numbers]:
     """The same for token ids, which are the runs of digits in text[start:end]."""
     _check_part(text, start, end)
-    return _counted([_hash(b"\0" + match[0]) for match in DIGITS.finditer(text, start, end)])
+    _check_end(end_bytes, end_times)
+    found = DIGITS.finditer(text, start, end)
+    return _counted([(_hash(b"\0" + match[0]), 1 if match.start() < end - end_bytes else end_times) for match in found])
 
 
 def json_texts(text: bytes, start: int, end: int, leading: frozenset[bytes], most: int) -> bytes:
@@ -124,10 +130,10 @@ def _hash(word: bytes) -> int:
     return ((found ^ found >> 32) * MIX & BITS_64) >> 48
 
 
-def _counted(hashes: list[int]) -> tuple[Numbers, Numbers]:
+def _counted(hashes: Iterable[tuple[int, int]]) -> tuple[Numbers, Numbers]:
     counts: dict[int, int] = {}
-    for found in hashes:
-        counts[found] = counts.get(found, 0) + 1
+    for found, times in hashes:
+        counts[found] = counts.get(found, 0) + times
     sizes = np.minimum(np.fromiter(counts.values(), dtype=np.int64, count=len(counts)), MOST_OF_A_WORD)
     return np.fromiter(counts, dtype=np.uint16, count=len(counts)), sizes.astype(np.uint16)
 
@@ -135,6 +141,11 @@ def _counted(hashes: list[int]) -> tuple[Numbers, Numbers]:
 def _check_part(text: bytes, start: int, end: int) -> None:
     if not 0 <= start <= end <= len(text):
         raise ValueError("start or end does not fit: it must be within the text")
+
+
+def _check_end(end_bytes: int, end_times: int) -> None:
+    if end_bytes < 0 or not 1 <= end_times <= MOST_OF_A_WORD:
+        raise ValueError("end_bytes or end_times does not fit: it must be 0 or more, and 1 to 65535")
 
 
 def _member(text: bytes, start: int, end: int, name: str) -> tuple[int, int] | None:

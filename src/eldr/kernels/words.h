@@ -32,20 +32,23 @@
 #define WORD_PRIME UINT64_C(0x100000001B3)
 #define WORD_MIX UINT64_C(0x9E3779B97F4A7C15)
 
-/* How often each word was seen. count: all zero between two texts. touched: the buckets of this text, in their order. */
+/* How often each word was seen. count: all zero between two texts. touched: the buckets of this text, in their order.
+   A word is seen once, but `end_times` from the byte `end_from` on. */
 struct word_counts {
     uint16_t count[WORD_BUCKETS];
     uint16_t touched[WORD_BUCKETS];
     ptrdiff_t words;
+    ptrdiff_t end_from;
+    uint32_t end_times;
 };
 
 static inline uint64_t word_byte(uint64_t hash, uint8_t c) { return (hash ^ c) * WORD_PRIME; }
 
-static inline void word_seen(struct word_counts *into, uint64_t hash) {
+static inline void word_seen(struct word_counts *into, uint64_t hash, ptrdiff_t at) {
     const uint16_t bucket = (uint16_t)(((hash ^ hash >> 32) * WORD_MIX) >> 48);
-    const uint16_t count = into->count[bucket];
-    if (!count) into->touched[into->words++] = bucket;
-    into->count[bucket] = (uint16_t)(count + (count < MOST_OF_A_WORD));
+    const uint32_t before = into->count[bucket], count = before + (at < into->end_from ? 1 : into->end_times);
+    if (!before) into->touched[into->words++] = bucket;
+    into->count[bucket] = (uint16_t)(count < MOST_OF_A_WORD ? count : MOST_OF_A_WORD);
 }
 
 static inline int word_letter(uint8_t c) { return (uint8_t)((c | 32) - 'a') < 26; }
@@ -60,24 +63,24 @@ static void words_of_text(const uint8_t *text, ptrdiff_t size, struct word_count
     ptrdiff_t at = 0, before = 0, before_end = 0; /* the last character above 127 */
     while (at < size) {
         const uint8_t c = text[at];
+        const ptrdiff_t start = at;
         uint64_t hash = WORD_SEED;
         if (word_letter(c)) {
             do hash = word_byte(hash, text[at++] | 32);
             while (at < size && word_letter(text[at]));
-            word_seen(into, hash);
+            word_seen(into, hash, start);
         } else if (c < 0x80) {
             at++;
             if (c == ' ' || c == '\t' || c == '\r') continue;
-            word_seen(into, word_byte(hash, c));
+            word_seen(into, word_byte(hash, c), start);
         } else {
-            const ptrdiff_t start = at;
             at += word_character(c, size - at);
             for (ptrdiff_t i = start; i < at; i++) hash = word_byte(hash, text[i]);
-            word_seen(into, hash);
+            word_seen(into, hash, start);
             if (before_end == start && start > before) {
                 hash = WORD_SEED;
                 for (ptrdiff_t i = before; i < at; i++) hash = word_byte(hash, text[i]);
-                word_seen(into, hash);
+                word_seen(into, hash, start);
             }
             before = start;
             before_end = at;
@@ -93,10 +96,11 @@ static void words_of_tokens(const uint8_t *text, ptrdiff_t size, struct word_cou
             at++;
             continue;
         }
+        const ptrdiff_t start = at;
         uint64_t hash = word_byte(WORD_SEED, 0);
         do hash = word_byte(hash, text[at++]);
         while (at < size && (uint8_t)(text[at] - '0') <= 9);
-        word_seen(into, hash);
+        word_seen(into, hash, start);
     }
 }
 

@@ -11,13 +11,16 @@ from eldr import kernels
 
 # Of a longer prompt, the end is looked at: it asks what the rest is about.
 MOST_TEXT_BYTES = 16384
+# A word of the last END_BYTES counts as much as END_TIMES before them. So the last message of a conversation is not
+# drowned by the earlier ones, nor a question by instructions that many requests share.
+END_BYTES, END_TIMES = 512, 16
 
 
 class Words:
     """The hashed words of one prompt.
 
     buckets: uint16 [n], each once.
-    counts: uint16 [n], how often each was seen.
+    counts: uint16 [n], how often each was seen, weighed by place.
     """
 
     __slots__ = ("buckets", "counts")
@@ -32,7 +35,7 @@ class Words:
 
 def words_of_text(text: bytes) -> Words:
     """The words of the end of a text (`eldr.kernels.text_words`). text: UTF-8, but any bytes will do."""
-    return Words(*kernels.text_words(text[-MOST_TEXT_BYTES:]))
+    return Words(*kernels.text_words(text[-MOST_TEXT_BYTES:], END_BYTES, END_TIMES))
 
 
 def words_of_tokens(text: bytes, start: int, end: int) -> Words:
@@ -41,7 +44,7 @@ def words_of_tokens(text: bytes, start: int, end: int) -> Words:
     if cut > start:
         start = text.find(b",", cut, end)  # the first one may be cut in two
         start = cut if start < 0 else start
-    return Words(*kernels.token_words(text, start, end))
+    return Words(*kernels.token_words(text, start, end, END_BYTES, END_TIMES))
 
 
 def vocabulary(prompts: Iterable[Words]) -> NDArray[np.int64]:

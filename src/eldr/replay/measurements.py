@@ -31,7 +31,7 @@ class RunResult:
     batch_mean: requests per step.
     steps, tokens: made in the measured window by all workers.
     replayed_tokens: made in the whole run.
-    chunk_time_share: the share of the time of these steps in which prompts were computed.
+    chunk_step_share, chunk_time_share: the share of these steps that computed prompts, and of their time.
     """
 
     tpot_s: NDArray[np.float64]
@@ -49,6 +49,7 @@ class RunResult:
     steps: int
     tokens: int
     replayed_tokens: int
+    chunk_step_share: float
     chunk_time_share: float
 
 
@@ -93,13 +94,14 @@ class Window:
 
     steps, tokens: made in the window by all workers.
     experts: the sum over these steps of their active experts.
+    chunk_steps: those of these steps that compute prompts.
     steps_s, chunk_steps_s: the time of these steps, and of those among them that compute prompts.
     replayed_tokens: made in the whole run.
     """
 
     def __init__(self, workload: Workload) -> None:
         arrival_s, measured = workload.arrival_s, workload.measured
-        self.steps = self.tokens = self.replayed_tokens = 0
+        self.steps = self.chunk_steps = self.tokens = self.replayed_tokens = 0
         self.experts = self.steps_s = self.chunk_steps_s = 0.0
         self._from_s = float(arrival_s[measured.start])
         self._until_s = float(arrival_s[measured.stop]) if measured.stop < len(arrival_s) else np.inf
@@ -115,6 +117,7 @@ class Window:
             first, last = (int(at) for at in np.searchsorted(ends_s, (self._from_s, self._until_s)))
         self.steps += last - first
         self.tokens += (last - first) * batch
+        self.chunk_steps += last - first if run.chunk else 0
         self.experts += float(run.experts[first:last].sum())
         if first < last:
             took_s = float(ends_s[last - 1] - (ends_s[first - 1] if first else run.began_s))
@@ -145,5 +148,6 @@ def result_of(workload: Workload, trace: PackedTrace, log: ArrivalLog, window: W
         steps=window.steps,
         tokens=window.tokens,
         replayed_tokens=window.replayed_tokens,
+        chunk_step_share=window.chunk_steps / made,
         chunk_time_share=window.chunk_steps_s / window.steps_s if window.steps_s else 0.0,
     )

@@ -104,6 +104,7 @@ def as_object(cell: Cell, cells: Sequence[Cell], scope: str, aggregated: bool = 
 def _of_prompts(cell: Cell, jsq: Cell) -> dict[str, Any]:
     """The members of a result that exist only where workers compute prompts. Changes are against jsq."""
     result: dict[str, Any] = {
+        "chunk_step_share": float(cell.per_seed(lambda run: run.chunk_step_share).mean()),
         "chunk_time_share": float(cell.per_seed(lambda run: run.chunk_time_share).mean()),
         "prefix_hit_share": float(cell.per_seed(prefix_hit_share).mean()),
     }

@@ -13,16 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+import eldr
 from eldr.calibration import fit_calibration
 from eldr.cli.main import main
-from eldr.evaluate import ablations, comparisons, drift, named, overhead
+from eldr.evaluate import ablations, aggregated, comparisons, drift, named, overhead
 from eldr.evaluate.bench import Bench, EvaluationError
 from eldr.evaluate.results import Results, TraceResults, parse_results, rounded, write_results
 from eldr.evaluate.run import EXPERIMENTS, Plan, about, evaluate
 from eldr.policies.expected_union import TAIL_GUARD
 from eldr.replay.split import take_requests
 from eldr.report.evaluation import write_evaluation
-from eldr.report.evaluation.comparisons import pools_section, workloads_section
+from eldr.report.evaluation.comparisons import knobs_section, pools_section, workloads_section
 from eldr.report.style import style
 from eldr.trace import write_trace
 from tests.synthetic import make_trace, prompts_of_kinds
@@ -82,9 +83,9 @@ def test_the_main_comparison_has_every_policy_in_both_scopes(rows_of: Callable[.
 def test_goodput_keeps_its_limit_and_compares_with_the_balancer(rows_of: Callable[..., Any]) -> None:
     rows = [row for row in rows_of("goodput") if row["relative_limit"] == 1.15]
     by_name = {row["policy"]: row for row in rows}
-    assert by_name["jsq"]["vs_best_baseline"] == 0
+    assert by_name["jsq"]["vs_jsq"] == 0
     for row in rows:
-        assert row["vs_best_baseline"] == pytest.approx(100 * (row["rate"] / by_name["jsq"]["rate"] - 1))
+        assert row["vs_jsq"] == pytest.approx(100 * (row["rate"] / by_name["jsq"]["rate"] - 1))
 
 
 def test_a_knob_has_its_default_once_and_infinity_as_none(rows_of: Callable[..., Any]) -> None:
@@ -313,7 +314,10 @@ def test_the_command_writes_a_folder(bench: Bench, tmp_path: Path) -> None:
 def test_page_and_readme_have_every_section_picture_and_number(
     bench: Bench, rows_of: Callable[..., Any], tmp_path: Path
 ) -> None:
-    experiments = {name: rounded(rows_of(name)) for name in EXPERIMENTS}
+    experiments = {name: rounded(rows_of(name)) for name in EXPERIMENTS if name != "aggregated"}
+    # 25 steps after a thousand tokens of prompt: no more than two fit the made-up requests.
+    light = [{"workers": 2, "batch": 2.0, "chunk": chunk} for chunk in (None, 8192)]
+    experiments["aggregated"] = rounded([row for part in light for row in aggregated.AGGREGATED.run(bench, part)])
     common = {name: experiments.pop(name) for name in ("memory", "prompt-costs")}
     common |= {"capture": [{"what": "add", "prompt_tokens": 9, "p50_us": 123.4}]}
     results = Results({"seeds": 2, "requests": 80}, [TraceResults(about(bench), experiments, {"pools": "few"})], common)
@@ -324,6 +328,7 @@ def test_page_and_readme_have_every_section_picture_and_number(
     titles = ["Who is faster", "TPOT against load", "Goodput", "Active experts against batch", "When the mix changes"]
     titles += ["Median against tail: the knobs", "Ablations", "Prefill against decode", "How reliable the predictor is"]
     titles += ["Signatures from prompts", "Learning while serving", "Signatures from prompts when the mix changes"]
+    titles += ["Shared instructions and conversations", "Aggregated serving"]
     titles += ["Signatures and zones", "Time of a decision", "Memory of the signature cache", "Capture"]
     for title in titles:
         assert f"<h2>{title}" in page
@@ -338,7 +343,17 @@ def test_page_and_readme_have_every_section_picture_and_number(
     assert all(f"pictures/{name}" in readme for name in pictures)
     assert readme.count("![") == len(pictures) == page.count("<figure>")
     assert all((tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
-    for name in ("main", "load", "knobs", "ablations", "drift", "prompt-signatures", "prompt-change"):
+    for name in (
+        "main",
+        "load",
+        "knobs",
+        "ablations",
+        "drift",
+        "prompt-signatures",
+        "prompt-change",
+        "prompt-texts",
+        "aggregated",
+    ):
         for row in experiments[name]:
             assert f"{row['tpot_p99_ms']:.2f}" in readme
     for row in experiments["goodput"]:
@@ -354,3 +369,27 @@ def test_a_pool_that_can_be_replayed_is_shown(bench: Bench, tmp_path: Path) -> N
     with style():
         figure = picture.draw()
     assert [axis.get_title() for axis in figure.axes] == ["median TPOT, batch 3", "p99 TPOT, batch 3"]
+
+
+def test_a_value_is_called_better_than_the_default_only_beyond_the_intervals() -> None:
+    def row(value: float, p50: float, p99: float, *, default: bool = False) -> dict[str, Any]:
+        found: dict[str, Any] = {"knob": "tail_guard", "value": value, "default": default, "workers": 4}
+        for name, change in (("p50", p50), ("p99", p99)):
+            key = f"vs_best_baseline_{name}"
+            found |= {key: change, f"{key}_lo": change - 1, f"{key}_hi": change + 1}
+        return found
+
+    default = row(1, -20, -17, default=True)
+    text = knobs_section([default, row(0, -20.5, -17.5), row(2, -15, -25)], "small").text
+    assert "every value pays for what it gains" in text
+    text = knobs_section([row(0.5, -20, -19.5), row(4, -22.5, -17), default], "small").text
+    assert "a better p99 and no worse a median with tail guard 0.5" in text
+    assert "a better median and no worse a p99 with tail guard 4" in text
+
+
+def test_the_page_says_which_version_made_it(bench: Bench, tmp_path: Path) -> None:
+    plan = Plan((bench.path,), tmp_path / "keep", only=("memory",), seeds=2, requests=40, processes=1)
+    results = evaluate(plan, lambda done, total, last: None)
+    assert results.made == {"version": eldr.__version__, "seeds": 2, "requests": 40}
+    write_evaluation(results, tmp_path)
+    assert f"by version {eldr.__version__}" in (tmp_path / "README.md").read_text()

@@ -11,7 +11,12 @@ from eldr.evaluate.bench import Bench, EvaluationError
 from eldr.evaluate.results import rounded
 from eldr.evaluate.run import Plan, evaluate
 from eldr.prompt.words import words_of_text
-from eldr.report.evaluation.prompt_signatures import by_signature_section, kept_percent, learning_section
+from eldr.report.evaluation.prompt_signatures import (
+    by_signature_section,
+    change_section,
+    kept_percent,
+    learning_section,
+)
 from eldr.trace import write_trace
 from tests.synthetic import make_trace, prompts_of_kinds
 
@@ -102,6 +107,8 @@ def test_the_mix_changes_both_ways(bench: Bench) -> None:
     for side in sides:
         names = [row["signature"] for row in rows if (row["fitted"], row["served"]) == side]
         assert names == list(prompt_signatures.CHANGES)
+    by_words = [row["vs_jsq_mean"] for row in rows if row["signature"] == "prompt, fitted to the others"]
+    assert f"{by_words[0]:+.1f} and {by_words[1]:+.1f} % by words" in change_section(rounded(rows), "spoken").text
 
 
 def test_traces_without_prompts_are_left_out_with_the_reason(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import eldr.kernels
 import eldr.kernels._words
 from eldr.kernels import WORD_BUCKETS, JsonTextError
-from eldr.prompt.words import MOST_TEXT_BYTES, words_of_text, words_of_tokens
+from eldr.prompt.words import END_BYTES, END_TIMES, MOST_TEXT_BYTES, words_of_text, words_of_tokens
 
 needs_compiler = pytest.mark.skipif(not eldr.kernels.COMPILED, reason="this installation could not compile the kernels")
 BOTH = [
@@ -119,7 +119,7 @@ def test_every_script() -> None:
     | st.lists(st.sampled_from([b"\xc3", b"\xff", b"\x80", b"\xf0\x9f", b"a", b" "])).map(b"".join)
 )
 def test_bytes_that_are_no_text_are_counted_alike(text: bytes) -> None:
-    found, expected = eldr.kernels.text_words(text), eldr.kernels._words.text_words(text)
+    found, expected = eldr.kernels.text_words(text, 30, 3), eldr.kernels._words.text_words(text, 30, 3)
     assert found[0].tolist() == expected[0].tolist()
     assert found[1].tolist() == expected[1].tolist()
 
@@ -156,16 +156,58 @@ def test_only_the_end_of_a_text_is_counted() -> None:
     end = b" the end" * 2048
     for text in (b"word " * (32 * 2**18) + end, b"x" * (32 * 2**20) + end):
         found = words_of_text(text)
-        assert int(found.counts.sum()) == MOST_TEXT_BYTES // len(b" the end") * 2
-        assert set(found.buckets.tolist()) <= {bucket(b"the"), bucket(b"end")}
+        before, last = MOST_TEXT_BYTES // len(b" the end"), END_BYTES // len(b" the end")
+        times = before - last + END_TIMES * last
+        assert as_dict((found.buckets, found.counts)) == {bucket(b"the"): times, bucket(b"end"): times}
     found = words_of_text(b"x" * (32 * 2**20))
-    assert found.counts.tolist() == [1]
+    assert found.counts.tolist() == [1]  # it begins before the end
     ids = json.dumps(list(range(3_000_000))).encode()
     tokens = words_of_tokens(ids, 0, len(ids))
-    number = MOST_TEXT_BYTES // len(b", 2999999")
-    assert as_dict((tokens.buckets, tokens.counts)) == counted(
-        [b"\0%d" % id for id in range(3_000_000 - number, 3_000_000)]
-    )
+    number, each = MOST_TEXT_BYTES // len(b", 2999999"), len(b", 2999999")
+    last = 1 + (END_BYTES - len(b"2999999]")) // each
+    heard = [b"\0%d" % id for id in range(3_000_000 - number, 3_000_000)]
+    assert as_dict((tokens.buckets, tokens.counts)) == counted(heard + heard[-last:] * (END_TIMES - 1))
+
+
+@both
+@given(st.lists(st.sampled_from([b"some", b"of", b"these", b"9", b"."]), max_size=30), st.integers(0, 80), st.data())
+def test_words_that_begin_at_the_end_count_more(
+    kernels: ModuleType, words: list[bytes], end_bytes: int, data: st.DataObject
+) -> None:
+    """Laid out with spaces between, so that every word's place is known."""
+    times = data.draw(st.integers(1, 40))
+    text, weighed = b"", []
+    for word in words:
+        weighed.append((word, len(text)))
+        text += word + b" "
+    expected: dict[int, int] = {}
+    for word, place in weighed:
+        count = times if place >= len(text) - end_bytes else 1
+        expected[bucket(word)] = expected.get(bucket(word), 0) + count
+    assert as_dict(kernels.text_words(text, end_bytes, times)) == expected
+    assert as_dict(kernels.text_words(text)) == counted(words), "nothing is left of the weights"
+
+
+@both
+def test_pairs_of_characters_and_token_ids_count_more_at_the_end(kernels: ModuleType) -> None:
+    first, second, third = (sign.encode() for sign in "中文字")
+    found = as_dict(kernels.text_words(first + second + third, 6, 5))
+    assert found == {
+        bucket(first): 1, bucket(second): 5, bucket(third): 5, bucket(first + second): 5, bucket(second + third): 5
+    }  # fmt: skip
+    ids = b"[17, 4, 17, 256]"
+    found = as_dict(kernels.token_words(ids, 1, len(ids) - 1, len(b"17, 256"), 3))
+    assert found == {bucket(b"\x0017"): 4, bucket(b"\x004"): 1, bucket(b"\x00256"): 3}
+    assert as_dict(kernels.text_words(b"a " * 3, 6, 65535)) == {bucket(b"a"): 65535}
+
+
+@both
+def test_weights_of_the_end_that_cannot_be_are_refused(kernels: ModuleType) -> None:
+    for end_bytes, end_times in ((-1, 1), (1, 0), (1, 65536), (1, -3)):
+        with pytest.raises(ValueError, match="end_bytes or end_times"):
+            kernels.text_words(b"text", end_bytes, end_times)
+        with pytest.raises(ValueError, match="end_bytes or end_times"):
+            kernels.token_words(b"[1]", 0, 3, end_bytes, end_times)
 
 
 # The texts of a prompt.

@@ -215,6 +215,7 @@ def test_equals_a_step_by_step_simulation(
     assert result.tokens == sum(decodes for _, decodes, _, _ in steps) == lengths.sum()
     assert result.active_experts_mean == pytest.approx(np.mean([experts for *_, experts in steps]) / 2)
     with_chunk = sum(took for took, _, computed, _ in steps if computed)
+    assert result.chunk_step_share == pytest.approx(np.mean([computed > 0 for _, _, computed, _ in steps]), abs=1e-12)
     assert result.chunk_time_share == pytest.approx(with_chunk / sum(took for took, *_ in steps), abs=1e-12)
 
 

@@ -124,6 +124,7 @@ def run_of(tpot_s: NDArray[np.float64] | list[float]) -> RunResult:
         steps=0,
         tokens=0,
         replayed_tokens=0,
+        chunk_step_share=0.0,
         chunk_time_share=0.0,
     )
 

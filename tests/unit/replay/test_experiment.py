@@ -185,6 +185,7 @@ def result(tpot_s: list[int]) -> RunResult:
         steps=1,
         tokens=1,
         replayed_tokens=1,
+        chunk_step_share=0.25,
         chunk_time_share=0.5,
     )
 
@@ -212,7 +213,7 @@ def test_changes_are_against_the_best_load_balancer_of_all_seeds() -> None:
     assert entry["ttft_mean_ms"] == pytest.approx(6000)
     assert entry["ttft_vs_jsq_p99"] == pytest.approx((-50 - 25) / 2)
     assert entry["request_mean_ms"] == pytest.approx(8000)
-    assert (entry["prefix_hit_share"], entry["chunk_time_share"]) == (0.25, 0.5)
+    assert (entry["prefix_hit_share"], entry["chunk_step_share"], entry["chunk_time_share"]) == (0.25, 0.25, 0.5)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,15 @@ from typing import Any
 from eldr.evaluate.results import Results, TraceResults
 from eldr.fileio import write_atomically
 from eldr.report import html
-from eldr.report.evaluation import comparisons, method, overhead, prompt_signatures, recordings
+from eldr.report.evaluation import (
+    aggregated,
+    comparisons,
+    method,
+    overhead,
+    prompt_signatures,
+    prompt_texts,
+    recordings,
+)
 from eldr.report.evaluation.section import Numbers, Picture, Rows, Section, of, values
 from eldr.report.html import Html, Tile
 from eldr.report.style import as_png, as_svg, style
@@ -19,8 +27,10 @@ HOW_TO_READ = (
     "Recorded: the experts that real models chose, token by token. Replayed: a simulated fleet of decode workers on "
     "those recordings. The distinct experts of every step are exact, and every policy is the code that the router "
     "runs. Modelled: the time of a step, from its distinct experts, batch and context ({cost}). Absolute milliseconds "
-    "belong to the modelled device, so look at the changes between policies instead. Not in the replay: prefill, "
-    "transfer of KV caches, failures. Measured: only the sections that are marked as measured."
+    "belong to the modelled device, so look at the changes between policies instead. Prefill is only in the sections "
+    "on aggregated serving. Not in the replay: transfer of KV caches, failures. Measured: only the sections that are "
+    "marked as measured. Intervals are over seeds, which are other splits, arrivals and orders of the same recording. "
+    "So they tell what chance does to these requests, not what other requests would do."
 )
 
 
@@ -92,6 +102,10 @@ def _of_trace(trace: TraceResults) -> Iterable[Section]:
         yield prompt_signatures.learning_section(rows["prompt-learning"], prefix)
     if rows.get("prompt-change"):
         yield prompt_signatures.change_section(rows["prompt-change"], prefix)
+    if rows.get("prompt-texts"):
+        yield prompt_texts.texts_section(rows["prompt-texts"], prefix)
+    if rows.get("aggregated"):
+        yield aggregated.aggregated_section(rows["aggregated"], prefix)
     if rows.get("pools"):
         yield comparisons.pools_section(rows["pools"], prefix, trace.about["in_flight_at_most"])
     if rows.get("ablations"):
@@ -185,7 +199,7 @@ def write_evaluation(results: Results, folder: Path) -> None:
     title = "Evaluation of eldr"
     subtitle = (
         f"Recorded models: {len(results.traces)}. The main comparison has {results.made['seeds']} paired runs of "
-        f"{results.made['requests']} measured requests each."
+        f"{results.made['requests']} measured requests each{_by_version(results)}."
     )
     html.write_page(html.page(title, subtitle, *evaluation_blocks(results)), folder / "report.html")
     pictures = folder / "pictures"
@@ -201,6 +215,11 @@ def write_evaluation(results: Results, folder: Path) -> None:
             old.unlink()
     text = _readme(title, subtitle, results, parts, common)
     write_atomically(folder / "README.md", lambda file: file.write(text.encode()))
+
+
+def _by_version(results: Results) -> str:
+    version = results.made.get("version")
+    return f", by version {version}" if version else ""
 
 
 def _write_picture(picture: Picture, folder: Path) -> None:

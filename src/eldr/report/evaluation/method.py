@@ -95,8 +95,8 @@ def drift_section(rows: Rows, prefix: str) -> Section:
         "calibration. Refitted zones follow the last seconds of traffic. The switch by labels exchanges whole kinds of "
         "the recording."
         + named
-        + " The switch by main axis serves one side of the median of the main axis of expert use, then the other. It "
-        "is the strongest change that the recording allows. No real traffic is known to change like that."
+        + " The switch by main axis serves one side of the median of the main axis of expert use, then the other. No "
+        "real traffic is known to change like that."
     )
     columns = {
         "switch by": words("grouping"),

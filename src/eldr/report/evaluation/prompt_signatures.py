@@ -173,9 +173,7 @@ def change_section(rows: Rows, prefix: str) -> Section:
     )
     text = (
         "The recording's kinds are cut in half along the main axis of their expert use. The fleet was fitted to one "
-        "half and serves the other. Words lose more by that than counts, because words of other kinds say little. "
-        "Learning while serving wins back what the recording has lessons for. As above, nobody is predicted by a model "
-        "that it has taught."
+        f"half and serves the other. {_of_change(rows)}As above, nobody is predicted by a model that it has taught."
     )
     columns = {
         "fitted to": words("fitted"),
@@ -191,6 +189,23 @@ def change_section(rows: Rows, prefix: str) -> Section:
         pictures,
         (Numbers(columns, rows),),
     )
+
+
+def _of_change(rows: Rows) -> str:
+    """Mean TPOT of both directions, by what places requests."""
+    names = {
+        "counts, fitted to the others": "counts",
+        "prompt, fitted to the others": "words",
+        "prompt, fitted to the others, learning": "words that go on learning",
+        "prompt, learning from nothing": "words learned from nothing",
+    }
+    found = {
+        name: " and ".join(f"{row['vs_jsq_mean']:+.1f}" for row in of(rows, signature=signature))
+        for signature, name in names.items()
+        if of(rows, signature=signature)
+    }
+    changes = ", ".join(f"{values} % by {name}" for name, values in found.items())
+    return f"Mean TPOT changes in the two directions: {changes}. " if found else ""
 
 
 def _change(rows: Rows) -> Figure:
