@@ -13,7 +13,7 @@ from eldr import kernels
 MOST_TEXT_BYTES = 16384
 # A word of the last END_BYTES counts as much as END_TIMES before them. So the last message of a conversation is not
 # drowned by the earlier ones, nor a question by instructions that many requests share.
-END_BYTES, END_TIMES = 512, 16
+END_BYTES, END_TIMES = 1024, 16
 
 
 class Words:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.learned import Learned
+from eldr.policies.shares import Share
 from eldr.prompt.model import ProfileMap
 from eldr.replay.packed import PackedTrace
 
@@ -23,26 +24,57 @@ def trace_index(request: DecodeRequest) -> int:
     return int(request.request_id.rpartition(".")[2])
 
 
-class ToldProfiles(ExpectedUnion):
+class ToldProfiles(Policy):
     """Expected-union that is told the profile of every request. With the true ones it bounds any predictor.
+
+    It holds the policy and does not derive from it, since that may be compiled.
 
     profiles: float32 [N, D], one for each request of the trace.
     layers, top_k: the geometry of the trace.
     options: those of `ExpectedUnion`. `signature` does not matter.
     """
 
+    name = ExpectedUnion.name
+
     def __init__(self, profiles: NDArray[np.float32], layers: int, top_k: int, **options: Any) -> None:
-        super().__init__(**options | {"signature": "prompt"})
+        self._policy = policy = ExpectedUnion(**options | {"signature": "prompt"})
         # A latent with a single one picks its row from the map.
         mean = profiles.mean(axis=0)
-        self.learned(Learned(ProfileMap(mean, np.ascontiguousarray(profiles - mean), layers, top_k), None))
+        policy.learned(Learned(ProfileMap(mean, np.ascontiguousarray(profiles - mean), layers, top_k), None))
         self._requests = len(profiles)
 
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
         request.words = None
         request.latent = np.zeros(self._requests, dtype=np.float32)
         request.latent[trace_index(request)] = 1
-        return super().choose(request, in_flight)
+        return self._policy.choose(request, in_flight)
+
+    def started(self, request: DecodeRequest, worker: str) -> None:
+        self._policy.started(request, worker)
+
+    def prompt_computed(self, request: DecodeRequest, worker: str) -> None:
+        self._policy.prompt_computed(request, worker)
+
+    def finished(self, request: DecodeRequest, worker: str) -> None:
+        self._policy.finished(request, worker)
+
+    def joined(self, worker: str) -> None:
+        self._policy.joined(worker)
+
+    def left(self, worker: str) -> None:
+        self._policy.left(worker)
+
+    def share(self, request: DecodeRequest, worker: str) -> Share | None:
+        return self._policy.share(request, worker)
+
+    def elsewhere_started(self, worker: str, share: Share) -> None:
+        self._policy.elsewhere_started(worker, share)
+
+    def elsewhere_prompt_computed(self, worker: str, share: Share) -> None:
+        self._policy.elsewhere_prompt_computed(worker, share)
+
+    def elsewhere_finished(self, worker: str, share: Share) -> None:
+        self._policy.elsewhere_finished(worker, share)
 
 
 class Clairvoyant(Policy):
