@@ -304,6 +304,24 @@ async def test_bodies_that_nobody_here_reads_pass_untouched(path: str, body: byt
         await all_over(g)
 
 
+@pytest.mark.parametrize("body", [b"{}", b"no json"])
+async def test_a_picker_for_one_phase_sends_them_there(body: bytes) -> None:
+    async with picking(prefill=2) as g:
+        for path in ("/v1/models", "/v1/score", "/v1/completions"):
+            exchange, picked = await g.ask(body, path=path, epp_profile="prefill")
+            assert not picked.status
+            assert set(picked.endpoints) == {endpoint(worker) for worker in g.setup.prefill}
+            await exchange.answer(end=True)
+        await all_over(g)
+
+
+async def test_all_busy_is_429_for_what_has_no_queue() -> None:
+    async with picking(aggregated=1, max_inflight=1) as g:
+        await g.ask()
+        _, picked = await g.ask(b"{}", path="/v1/score")
+        assert picked.status == 429
+
+
 async def test_a_get_has_no_body_to_wait_for() -> None:
     async with picking(aggregated=1) as g:
         exchange, picked = g.exchange(), Picked()

@@ -86,7 +86,8 @@ async def test_an_error_inside_ends_its_call_alone() -> None:
 
         exchange, _ = await g.ask()
         outcomes = g.setup.router.services.outcomes
-        outcomes.succeeded, kept = fail, outcomes.succeeded  # type: ignore[method-assign]
+        kept = outcomes.succeeded
+        outcomes.succeeded = fail  # type: ignore[method-assign,assignment]
         await exchange.send(ProcessingRequest(response_headers=HttpHeaders(headers=header_map({":status": "200"}))))
         assert await exchange.status() is grpc.StatusCode.INTERNAL
         outcomes.succeeded = kept  # type: ignore[method-assign]

@@ -106,7 +106,7 @@ async def test_a_line_for_each_request_at_level_debug(caplog: pytest.LogCaptureF
 
 async def test_workers_join_and_drain_by_the_admin_api(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("the-key")
-    settings = {"admin_key_file": str(tmp_path / "key"), "admin_listen": "127.0.0.1:0"}
+    settings: dict[str, Any] = {"admin_key_file": str(tmp_path / "key"), "admin_listen": "127.0.0.1:0"}
     async with picking(aggregated=2, **settings) as g:
         first, second = g.setup.aggregated
         admin = f"http://127.0.0.1:{g.setup.router.admin_port}"

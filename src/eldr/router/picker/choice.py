@@ -24,11 +24,10 @@ from eldr.router.fleet.groups import Served
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.errors import ApiError
 from eldr.router.http.message import Request
-from eldr.router.observe.logs import Throttle
 from eldr.router.picker.conversation import Conversation
 from eldr.router.picker.endpoints import endpoint_of, urls_in
 from eldr.router.picker.replies import Destination
-from eldr.router.placement.admission import RETRY_AFTER_S
+from eldr.router.placement.admission import RETRY_AFTER_S, NoWorkerError
 from eldr.router.placement.decode import Placement
 from eldr.router.protocols import openai
 from eldr.router.request.choice import by_load, place, prefill_worker
@@ -69,12 +68,11 @@ class Occupied:
 
 
 class Choosing:
-    """Chooses for all requests. throttle: of what is said about many of them."""
+    """Chooses for all requests."""
 
     def __init__(self, services: Services, settings: PickerSettings) -> None:
         self.services = services
         self.settings = settings
-        self.throttle = Throttle()
         self.running: dict[asyncio.Task[None], WorkerChoice] = {}
 
     def choose(self, conversation: Conversation, request: Request, subset: frozenset[str] | None) -> WorkerChoice:
@@ -94,6 +92,9 @@ class WorkerChoice:
     """The choice for one request.
 
     task: runs it, until the request is over. told: whether Envoy knows the worker.
+
+    It has more attributes than a class should: they say where the request is, and each of the events that may come at
+    any time needs most of them.
     """
 
     def __init__(self, shared: Choosing, conversation: Conversation, request: Request) -> None:
@@ -139,8 +140,12 @@ class WorkerChoice:
         request.body = b""
         if job is None:
             await self._any(request, only)
-        elif phase == "prefill" and not self._is_aggregated(job):
-            await self._for_prefill(job, only)
+        elif phase == "prefill":
+            served = await services.lists.find(job.model)
+            if served.group.aggregated:
+                await self._for_decode(job, only, False)
+            else:
+                await self._for_prefill(job, served, only)
         else:
             await self._for_decode(job, only, phase == "pair")
 
@@ -157,10 +162,6 @@ class WorkerChoice:
             return self._services.intake.take_leg(request, id_of(request))
         except ApiError:
             return None
-
-    def _is_aggregated(self, job: Job) -> bool:
-        served = self._services.fleet.served(job.model)
-        return served is not None and served.group.aggregated
 
     async def _for_decode(self, job: Job, only: Collection[str] | None, pair: bool) -> None:
         services = self._services
@@ -197,9 +198,8 @@ class WorkerChoice:
         self._notes["prefill"] = worker.url
         return endpoint_of(worker.url)
 
-    async def _for_prefill(self, job: Job, only: Collection[str] | None) -> None:
+    async def _for_prefill(self, job: Job, served: Served, only: Collection[str] | None) -> None:
         services = self._services
-        served = await services.lists.find(job.model)
         while (worker := prefill_worker(services, job, served, (), only)) is None:
             if only is not None:
                 raise _none_allowed()
@@ -223,13 +223,14 @@ class WorkerChoice:
         endpoint = ENDPOINTS.get(request.path)
         engine = request.path in openai.ENDPOINTS or (endpoint is not None and endpoint.engine)
         served = services.fleet.any_served()
-        worker = by_load(services, served, engine, (), only)
-        if worker is None and engine:
-            worker = by_load(services, served, False, (), only)
-            if worker is not None:
-                raise ApiError(429, "all workers are busy; try again later", retry_after_s=RETRY_AFTER_S)
+        if services.fleet.workers("decode"):
+            worker = by_load(services, served, engine, (), only)
+        else:  # a picker for the prefill phase alone, whose workers have queues of their own
+            worker = by_load(services, served, False, (), only, "prefill")
+        if worker is None and engine and by_load(services, served, False, (), only) is not None:
+            raise ApiError(429, "all workers are busy; try again later", retry_after_s=RETRY_AFTER_S)
         if worker is None:
-            raise _none_allowed() if only is not None else ApiError(503, "no worker is available", retry_after_s=2)
+            raise _none_allowed() if only is not None else NoWorkerError("decode")
         with ExitStack() as stack:
             if engine:
                 stack.enter_context(Occupied(services, worker))

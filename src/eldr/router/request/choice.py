@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection
 
 from eldr.policies.base import DecodeRequest
+from eldr.router.config.endpoint import LegName
 from eldr.router.fleet.groups import Served
 from eldr.router.fleet.workers import Worker
 from eldr.router.placement.decode import Placement
@@ -78,14 +79,20 @@ async def place(
 
 
 def by_load(
-    services: Services, served: Served, engine: bool, tried: Collection[str], only: Collection[str] | None = None
+    services: Services,
+    served: Served,
+    engine: bool,
+    tried: Collection[str],
+    only: Collection[str] | None = None,
+    leg: LegName = "decode",
 ) -> Worker | None:
     """A worker with the fewest requests in flight, any of several, and rather one that was not tried.
 
-    engine: whether it is to run the model, and so needs room. only: the workers to choose from. None for all.
+    engine: whether it is to run the model, and so needs room; prefill workers have no limit. only: the workers to
+        choose from. None for all. leg: of those that run this leg.
     None if there is none that is available and has room.
     """
-    workers = [worker for worker in served.workers("decode") if worker.available]
+    workers = [worker for worker in served.workers(leg) if worker.available]
     if engine:
         usable = both(services.admission.usable(served), only)
         workers = [worker for worker in workers if worker.free > 0]
