@@ -78,8 +78,8 @@ test-architectures: $(VLLM)/.test-installed  ## the counts of every MoE architec
 test-sglang: $(DEV)/.installed  ## a real pair of SGLang's workers behind the router: PREFILL=URL DECODE=URL, and PLAIN=URL to compare with
 	ELDR_SGLANG_PREFILL=$(PREFILL) ELDR_SGLANG_DECODE=$(DECODE) ELDR_SGLANG_PLAIN=$(PLAIN) $(DEV)/bin/python -m pytest tests/sglang
 
-test-kubernetes: $(DEV)/.installed .envs/kubernetes/.built  ## discovery against a real kube-apiserver, built once in 15 minutes (Debian 12)
-	$(DEV)/bin/python -m pytest tests/kubernetes
+test-kubernetes: $(DEV)/.installed $(HELM)/.installed .envs/kubernetes/.built  ## discovery against a real kube-apiserver, built once in 15 minutes (Debian 12)
+	$(DEV)/bin/python -m pytest tests/kubernetes tests/deploy/test_apiserver.py
 
 test-dynamo: $(DYNAMO)/.test-installed  ## the component for Dynamo between its real frontend and fake workers
 	$(DYNAMO)/bin/python -m pytest tests/dynamo

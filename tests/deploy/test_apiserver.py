@@ -10,10 +10,8 @@ import pytest
 
 from tests.deploy.cases import CASES
 from tests.deploy.charts import EXAMPLES, Manifest, needs_helm, of_kind, parse, render
+from tests.kubernetes import cluster
 from tests.router.harness import on_uvloop
-
-# Discovery in Kubernetes.
-cluster = pytest.importorskip("tests.kubernetes.cluster")
 
 pytestmark = needs_helm
 # The server is of Kubernetes 1.20. Newer kinds are left out, and newer fields it drops.

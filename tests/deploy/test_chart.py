@@ -206,22 +206,8 @@ def test_the_image_has_what_the_chart_configures() -> None:
     assert {"router", "kubernetes", "peers"} & extras <= set(installed[1].split(","))
 
 
-# Addresses of pods, and settings of the bus.
-def complete(values: dict[str, Any]) -> bool:
-    toml = toml_of(render(values))
-    return set(tomllib.loads(toml)) <= KNOWN and ("k8s+" not in toml or understands_pods())
-
-
-def understands_pods() -> bool:
-    with contextlib.suppress(Exception):
-        return bool(RouterConfig.of(worker=["k8s+http://?selector=a=b&port=http"]))
-    return False
-
-
 @every_case
 def test_the_router_takes_its_configuration(values: dict[str, Any], tmp_path: Path) -> None:
-    if not complete(values):
-        pytest.skip("this router does not know addresses of pods, or the bus")
     path = tmp_path / "eldr.toml"
     path.write_text(toml_of(render(values)))
     config = RouterConfig.load(path, {})

@@ -20,12 +20,10 @@ import pytest
 
 from tests.deploy.cases import IMAGE
 from tests.deploy.charts import EXAMPLES, Manifest, labels_of, needs_helm, of_kind, parse, render, toml_of
+from tests.router import fake_apiserver as apiserver
 from tests.router.fake_worker import FakeWorker
 from tests.router.harness import ASK, on_uvloop
-
-# Discovery in Kubernetes, and the bus.
-apiserver = pytest.importorskip("tests.router.fake_apiserver")
-NATS = pytest.importorskip("tests.router.peers.replicas").PROGRAM
+from tests.router.peers.replicas import PROGRAM as NATS
 
 SERVING = apiserver.PODS.format("serving")
 ELDR = (sys.executable, "-c", "import sys; from eldr.cli.main import main; sys.exit(main())")

@@ -40,7 +40,7 @@ class ComponentCollector(Collector):
         yield _counter("eldr_retries", "Legs that were tried again.", ("leg", "reason"), m.retries)
         yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
         yield _counter("eldr_broken_streams", "Streams that a worker did not finish.", (), {(): m.broken_streams})
-        yield _counter("eldr_prompt_model_fits", "Fits of the model of prompts' words.", ("outcome",), m.learning)
+        yield _counter("eldr_learning_fits", "Fits of the models that are learned.", ("outcome",), m.learning)
         yield _counter("eldr_zone_refits", "Background refits of zones.", ("outcome",), m.refits)
         labels = ("role", "worker", "reason")
         yield _counter("eldr_worker_failures", "Legs that failed through the worker's fault.", labels, m.failures)
