@@ -127,7 +127,8 @@ class ExpectedUnion(Policy):
         self._rng = random.Random(seed)
         self._rows = WorkerRows()
         self._running: dict[tuple[str, str], Share] = {}
-        self._elsewhere: dict[str, set[Share]] = {}  # by worker, which need not have joined
+        # By worker, which need not have joined, in the order of hearing: averages depend on it.
+        self._elsewhere: dict[str, dict[Share, None]] = {}
         self._latest: Arrival | None = None
         self._placement: Placement | None = None
         if predictor is not None:
@@ -305,10 +306,10 @@ class ExpectedUnion(Policy):
         return self._running.get((request.request_id, worker))
 
     def elsewhere_started(self, worker: str, share: Share) -> None:
-        there = self._elsewhere.setdefault(worker, set())
+        there = self._elsewhere.setdefault(worker, {})
         if share in there:
             return
-        there.add(share)
+        there[share] = None
         if share.computes_prompt:
             self._backlog.add(worker, share)
         row = self._rows.row_of.get(worker)
@@ -322,7 +323,7 @@ class ExpectedUnion(Policy):
         there = self._elsewhere.get(worker)
         if there is None or share not in there:
             return
-        there.remove(share)
+        del there[share]
         if not there:
             del self._elsewhere[worker]
         self._ended(worker, share)

@@ -198,7 +198,7 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("policy", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)

@@ -294,6 +294,23 @@ def test_the_mean_profile_is_that_of_all_routers() -> None:
     assert mean[:, 2] == pytest.approx(0.9 / 32, abs=0.02)
 
 
+def test_what_was_heard_is_learned_in_the_order_of_hearing() -> None:
+    """Averages depend on it in their last bits, and so would a repeated log."""
+    profiles = np.random.default_rng(8).uniform(0, 1, (60, LAYERS * EXPERTS)).astype(np.float32)
+    found = []
+    for seed in range(4):
+        places = Random(seed).sample(range(60), 60)
+        shares = {place: Share(encode_exposure(profiles[place]), 20, known=True) for place in places}
+        policy = Given(profiles, anchor=0.2)
+        for place in range(60):
+            policy.elsewhere_started("a", shares[place])
+        policy.joined("a")
+        policy.joined("b")
+        costs = [policy.costs(asked(row), {"a": 60, "b": 0}) for row in range(20)]
+        found.append(costs)
+    assert found[0] == found[1] == found[2] == found[3]
+
+
 def test_requests_of_which_other_routers_know_nothing_teach_nothing() -> None:
     profile = encode_exposure(one_hot_profiles()[0])
     told, untold = Given(one_hot_profiles()), Given(one_hot_profiles())

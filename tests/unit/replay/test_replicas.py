@@ -196,16 +196,26 @@ def test_the_command(
     delay_ms: float | None,
 ) -> None:
     results = tmp_path / "r.json"
-    arguments = ["replay", str(path), *COMMON, str(results), "--policies", "jsq,expected-union", "--replicas", "1,4"]
+    arguments = [
+        "replay",
+        str(path),
+        *COMMON,
+        str(results),
+        "--policies",
+        "jsq,expected-union-true",
+        "--replicas",
+        "1,4",
+    ]
     assert main([*arguments, *options]) == 0
     shown = capsys.readouterr().out
-    assert "expected-union x4" in shown
+    assert "expected-union-true x4" in shown
+    assert "…" not in shown  # nothing is cut off in 80 columns
     rows = json.loads(results.read_text())
     assert [(row["policy"], row.get("replicas")) for row in rows] == [
         *((name, None) for name in BASELINES),
-        ("expected-union", None),
+        ("expected-union-true", None),
         ("jsq", 4),
-        ("expected-union", 4),
+        ("expected-union-true", 4),
     ]
     for row in rows[-2:]:
         assert (row["share"], row["share_delay_ms"]) == (share, delay_ms)
