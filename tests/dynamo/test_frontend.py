@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -20,7 +22,8 @@ A, B = "aaaa bbbb", "bbbb aaaa"
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     found = Deployment(tmp_path_factory.mktemp("dynamo"))
     try:
-        found.start_component("--policy", "expected-union", "--learn", "off")
+        log = str(found.folder / "decisions")
+        found.start_component("--policy", "expected-union", "--learn", "off", "--decision-log", log)
         found.start_frontend()
         found.worker("prefill", "p0")
         found.wait_ready()
@@ -201,3 +204,13 @@ def test_a_frontend_that_dies(deployment: Deployment, workers: list[FakeWorker])
     deployment.start_frontend()
     deployment.wait_ready()
     assert deployment.complete(A, 3)[0] == 200
+
+
+def test_the_decisions_so_far_are_repeated(deployment: Deployment) -> None:
+    log = deployment.folder / "decisions"
+    decisions = deployment.metric("eldr_decisions_total")
+    wait_until(lambda: log.read_text().count('"event":"choose"') == decisions, "not all decisions are written")
+    repeated = subprocess.run(
+        [sys.executable, "-m", "eldr", "decisions", str(log)], capture_output=True, text=True, check=False
+    )
+    assert repeated.returncode == 0, repeated.stdout + repeated.stderr
