@@ -20,6 +20,8 @@ COMPILED := .envs/compiled
 HELM := .envs/helm
 ENVOY := .envs/envoy
 DYNAMO := .envs/dynamo
+# Most tests wait most of the time. The tests of a file stay together, since they share what they have started.
+AT_ONCE := --numprocesses 4 --dist loadfile
 # An installation for development compiles these alone.
 KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx \
 	$(addprefix src/eldr/kernels/,loops.h json_text.h words.h)
@@ -64,10 +66,11 @@ test: $(DEV)/.installed $(HELM)/.installed $(VLLM)/.test-installed $(ENVOY)/.ins
 	-@$(MAKE) --no-print-directory browser
 	$(VLLM)/bin/python -m pytest tests/vllm
 	ELDR_VLLM_PYTHON=$(VLLM)/bin/python ELDR_VLLM_OLD_PYTHON=$(wildcard $(VLLM_OLD)/bin/python) \
-	ELDR_ENVOY=$(abspath $(ENVOY)/bin/envoy) $(DEV)/bin/python -m pytest tests --ignore tests/vllm
+	  $(DEV)/bin/python -m pytest tests/e2e
+	ELDR_ENVOY=$(abspath $(ENVOY)/bin/envoy) $(DEV)/bin/python -m pytest $(AT_ONCE) tests --ignore tests/vllm --ignore tests/e2e
 
 test-fast: $(DEV)/.installed $(HELM)/.installed  ## the tests that need no vLLM
-	$(DEV)/bin/python -m pytest tests --ignore tests/vllm --ignore tests/e2e
+	$(DEV)/bin/python -m pytest $(AT_ONCE) tests --ignore tests/vllm --ignore tests/e2e
 
 test-matrix: $(VLLM_OLD)/.test-installed  ## the connector's tests on vLLM 0.30
 	$(VLLM_OLD)/bin/python -m pytest tests/vllm
@@ -85,7 +88,7 @@ test-dynamo: $(DYNAMO)/.test-installed  ## the component for Dynamo between its 
 	$(DYNAMO)/bin/python -m pytest tests/dynamo
 
 test-compiled: $(COMPILED)/.compiled  ## the router's tests on a compiled router
-	$(COMPILED)/bin/python -m pytest tests/router
+	$(COMPILED)/bin/python -m pytest $(AT_ONCE) tests/router
 
 check: $(DEV)/.installed  ## linters, type checker, and who may import whom
 	$(DEV)/bin/ruff check .
