@@ -119,7 +119,8 @@ $(DEV)/.installed: $(KERNELS)
 $(DEV)/.installed $(COMPILED)/.installed: pyproject.toml models/small-moe/pyproject.toml integrations/dynamo/pyproject.toml constraints/dev.txt
 	@echo "installing eldr and its tools into $(@D), about a minute"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt --editable models/small-moe --editable integrations/dynamo --editable '.[dev]'
+	@$(@D)/bin/python $(PIP_INSTALL) --constraint constraints/dev.txt \
+	  --editable '.[dev]' --editable models/small-moe --editable integrations/dynamo
 	@touch $@
 
 # Not editable: modules that are compiled would hide their sources.
