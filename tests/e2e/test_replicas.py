@@ -1,0 +1,178 @@
+"""Two routers that share what they run over a real NATS server, before the same workers."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from eldr.demo.ports import free_ports
+from tests.e2e.load import PROMPTS, Load, ask, until
+from tests.e2e.real_fleet import MODEL, Fleet, Router, StartRouter, client_of, metric
+
+PROGRAM = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or shutil.which("nats-server")
+TOP_K = 4  # experts of a token in a layer of the model
+STREAMS = 4  # of each router
+# So long that nothing ends while what two routers show is compared.
+LONG: dict[str, Any] = {"max_tokens": 1900, "temperature": 0, "stream": True, "extra_body": {"ignore_eos": True}}
+
+
+class NatsServer:
+    """It can be killed, and started again at the same address."""
+
+    def __init__(self) -> None:
+        self._port = free_ports(1)[0]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        assert PROGRAM is not None
+        command = [PROGRAM, "-a", "127.0.0.1", "-p", str(self._port)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until(self._listens, "the NATS server listens")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _listens(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self._port), 1).close()
+        except OSError:
+            return False
+        return True
+
+
+@pytest.fixture(scope="module")
+def bus() -> Iterator[NatsServer]:
+    if PROGRAM is None:
+        pytest.skip("nats-server is not installed")
+    server = NatsServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(bus: NatsServer, start_router: StartRouter) -> Iterator[list[Router]]:
+    """Two routers that know each other."""
+    with ExitStack() as stack:
+        flags = ("--policy", "expected-union", "--peers", bus.url)
+        routers = [stack.enter_context(start_router(*flags)) for _ in range(2)]
+        until(lambda: every(routers, "eldr_peers", 1, state="synced"), "they know each other")
+        yield routers
+
+
+@pytest.fixture(scope="module")
+def expected(plain: openai.OpenAI) -> dict[str, str]:
+    return {prompt: ask(plain, prompt) for prompt in PROMPTS}
+
+
+def every(routers: list[Router], name: str, value: float, **labels: str) -> bool:
+    return all(metric(router.url, name, **labels) == value for router in routers)
+
+
+def running(router: Router, fleet: Fleet) -> list[tuple[float, float]]:
+    """What each decode worker runs for this router, and for the other as this one believes."""
+    names = ("eldr_inflight", "eldr_inflight_elsewhere")
+    own, elsewhere = ([metric(router.url, name, worker=worker.url) for worker in fleet.decode] for name in names)
+    return list(zip(own, elsewhere, strict=True))
+
+
+def unions(router: Router, fleet: Fleet) -> list[float]:
+    """How many experts this router expects the next step of each decode worker to activate."""
+    return [metric(router.url, "eldr_expected_active_experts", worker=worker.url) for worker in fleet.decode]
+
+
+def idle(routers: list[Router], fleet: Fleet) -> bool:
+    """Whether no router believes that anything runs."""
+    nothing, empty = [(0.0, 0.0)] * len(fleet.decode), [0.0] * len(fleet.decode)
+    return all(running(router, fleet) == nothing and unions(router, fleet) == empty for router in routers)
+
+
+def test_answers_are_those_of_one_worker_whichever_router_is_asked(
+    fleet: Fleet, pair: list[Router], expected: dict[str, str]
+) -> None:
+    clients = [client_of(router.url) for router in pair]
+    order = PROMPTS + PROMPTS[::-1]  # each prompt goes to both
+    before = [metric(router.url, "eldr_request_total", status="200") for router in pair]
+    with ThreadPoolExecutor(6) as pool:
+        texts = list(pool.map(lambda n: ask(clients[n % 2], order[n]), range(len(order))))
+    assert texts == [expected[prompt] for prompt in order]
+    after = [metric(router.url, "eldr_request_total", status="200") for router in pair]
+    assert after == [count + len(PROMPTS) for count in before]
+    assert every(pair, "eldr_counts_errors_total", 0)
+    until(lambda: idle(pair, fleet), "both know that all have ended")
+
+
+def test_both_have_the_same_picture_of_what_runs(fleet: Fleet, pair: list[Router]) -> None:
+    ask(client_of(pair[0].url), PROMPTS[0], 2)  # the first hand-off states the model's experts
+    ask(client_of(pair[1].url), PROMPTS[1], 2)
+    clients = [client_of(router.url) for router in pair]
+    streams = []
+    try:
+        for number in range(2 * STREAMS):
+            stream = clients[number % 2].completions.create(model=MODEL, prompt=PROMPTS[number], **LONG)
+            streams.append(stream)
+            next(iter(stream))
+        one, other = pair
+
+        def same() -> bool:
+            seen = running(one, fleet)
+            return (
+                [(elsewhere, own) for own, elsewhere in seen] == running(other, fleet)
+                and [sum(side) for side in zip(*seen, strict=True)] == [STREAMS, STREAMS]
+                and unions(one, fleet) == unions(other, fleet)
+            )
+
+        until(same, "each knows what the other runs, and both expect the same of the next step")
+        assert max(unions(one, fleet)) > TOP_K, "the union of several requests, not of one"
+    finally:
+        for stream in streams:
+            stream.close()
+    until(lambda: idle(pair, fleet), "unions return to zero")
+    until(lambda: sum(metric(each.url, "vllm:num_requests_running") for each in fleet.decode) == 0, "workers stop")
+
+
+def test_nobody_notices_that_the_bus_is_down(
+    fleet: Fleet, bus: NatsServer, pair: list[Router], expected: dict[str, str]
+) -> None:
+    loads = [Load(router.url, 2) for router in pair]
+    try:
+        for load in loads:
+            load.more(4)
+        bus.kill()
+        until(lambda: every(pair, "eldr_peers_reachable", 0), "both find out")
+        until(lambda: every(pair, "eldr_peers", 0), "both forget the other")
+        until(lambda: every(pair, "eldr_inflight_elsewhere", 0), "and what the other ran")
+        for load in loads:
+            load.more(4)
+        bus.start()
+        until(lambda: every(pair, "eldr_peers", 1, state="synced"), "they know each other again")
+        until(lambda: all(metric(router.url, "eldr_inflight_elsewhere") > 0 for router in pair), "and what runs")
+        for load in loads:
+            load.more(4)
+    finally:
+        for load in loads:
+            load.stop()
+    for load in loads:
+        assert load.errors == []
+        for prompt, text in load.ended:
+            assert text == expected[prompt]
+    until(lambda: idle(pair, fleet), "unions return to zero")
