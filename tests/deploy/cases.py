@@ -116,6 +116,14 @@ CASES: dict[str, dict[str, Any]] = {
             "service": {"annotations": {"example.com/kind": "picker"}},
         },
     },
+    "picker with workers of its own": {
+        **IMAGE,
+        "picker": {
+            "enabled": True,
+            "config": {"prefill": None, "decode": None, "worker": ["k8s+http:///inferencepools/whole"]},
+        },
+        "networkPolicy": {"egress": [{"to": [{"podSelector": {"matchLabels": {"app": "whole"}}}]}]},
+    },
     "own bus": {**IMAGE, "nats": {"enabled": False}, "peers": {"url": "tls://nats.messaging.svc:4443"}},
     "no objects beside": {
         **IMAGE,
