@@ -364,9 +364,11 @@ def test_routers_reach_what_they_need() -> None:
         assert found[2] in ports_of(worker)
         peers = [peer["podSelector"]["matchLabels"] for peer in peers_of(router, "egress", found[2])]
         assert selector in peers
-        # The workers' own policy lets routers in.
-        (source, _) = peers_of(of_kind(examples, "NetworkPolicy")["vllm"], "ingress", found[2])
-        assert selects(source["podSelector"]["matchLabels"], labels_of(workloads_["eldr"]))
+        # The workers' own policy lets routers and pickers in.
+        *sources, _ = peers_of(of_kind(examples, "NetworkPolicy")["vllm"], "ingress", found[2])
+        pods = [workloads_["eldr"], of_kind(render(CASES["picker"]), "Deployment")["eldr-epp"]]
+        for source, pod in zip(sources, pods, strict=True):
+            assert selects(source["podSelector"]["matchLabels"], labels_of(pod))
     # The bus: out of one policy and into the other.
     (there,) = peers_of(router, "egress", 4222)
     assert selects(there["podSelector"]["matchLabels"], labels_of(workloads_["eldr-nats"]))

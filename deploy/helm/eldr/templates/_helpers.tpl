@@ -6,16 +6,18 @@
 {{- .Values.serviceAccount.name | default (ternary (include "eldr.name" .) "default" .Values.serviceAccount.create) -}}
 {{- end }}
 
-{{/* What runs, as YAML: for each component its objects' name, its command, and its replicas, resources and annotations. */}}
+{{/* What runs, as YAML: for each component the name of its objects, its command, replicas and resources. */}}
 {{- define "eldr.components" -}}
 {{- $name := include "eldr.name" . -}}
 {{- $components := dict -}}
 {{- if .Values.router.enabled -}}
-{{- $_ := dict "name" $name "command" "serve" "replicas" .Values.replicas "resources" .Values.resources | set $components "router" -}}
+{{- $router := dict "name" $name "command" "serve" "replicas" .Values.replicas "resources" .Values.resources -}}
+{{- $_ := set $components "router" $router -}}
 {{- end -}}
 {{- with .Values.picker -}}
 {{- if .enabled -}}
-{{- $_ := dict "name" (printf "%s-epp" $name) "command" "epp" "replicas" .replicas "resources" .resources | set $components "picker" -}}
+{{- $picker := dict "name" (printf "%s-epp" $name) "command" "epp" "replicas" .replicas "resources" .resources -}}
+{{- $_ := set $components "picker" $picker -}}
 {{- end -}}
 {{- end -}}
 {{- if not $components }}{{ fail "there is nothing to run: set router.enabled or picker.enabled" }}{{ end -}}
