@@ -1,7 +1,8 @@
-"""Writes the schema of `config` into the chart's values.schema.json, from the declarations of the settings.
+"""Writes the schemas of `config` and `picker.config` into the chart's values.schema.json, from the declarations of the
+settings, and the names of those that a picker does not have into files/routers-own.json.
 
-So helm refuses a setting that the router would refuse. Run: python tools/settings_schema.py [--check]. With --check it
-writes nothing, and exits with 1 if the schema is out of date.
+So helm refuses a setting that the router or the picker would refuse. Run: python tools/settings_schema.py [--check].
+With --check it writes nothing, and exits with 1 if a file is out of date.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from eldr.router.config.picker import PickerConfig
 from eldr.router.config.settings import RouterConfig
 from eldr.settings import Setting, settings_of
 
-SCHEMA = Path(__file__).parents[1] / "deploy" / "helm" / "eldr" / "values.schema.json"
+CHART = Path(__file__).parents[1] / "deploy" / "helm" / "eldr"
+SCHEMA, ROUTERS_OWN = CHART / "values.schema.json", CHART / "files" / "routers-own.json"
 
 
 def schema_of(one: Setting) -> dict[str, Any]:
@@ -35,22 +38,33 @@ def schema_of(one: Setting) -> dict[str, Any]:
     return schema
 
 
-def main() -> int:
-    text = SCHEMA.read_text(encoding="utf-8")
-    schema = json.loads(text)
-    schema["properties"]["config"] = {
-        "description": "Keys of eldr.toml. null leaves out a key that the chart sets.",
+def schema_of_all(kind: type[RouterConfig], description: str) -> dict[str, Any]:
+    return {
+        "description": description,
         "type": "object",
         "additionalProperties": False,
-        "properties": {one.key: schema_of(one) for one in settings_of(RouterConfig)},
+        "properties": {one.key: schema_of(one) for one in settings_of(kind)},
     }
-    new = json.dumps(schema, indent=2) + "\n"
-    if "--check" in sys.argv[1:]:
-        if new != text:
-            print(f"the settings in {SCHEMA} are out of date: run `make settings`", file=sys.stderr)
-        return int(new != text)
-    SCHEMA.write_text(new, encoding="utf-8")
-    return 0
+
+
+def main() -> int:
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    values = schema["properties"]
+    values["config"] = schema_of_all(RouterConfig, "Keys of eldr.toml. null leaves out a key that the chart sets.")
+    values["picker"]["properties"]["config"] = schema_of_all(
+        PickerConfig, "Keys of the picker's eldr.toml. null leaves out a key that the chart or config sets."
+    )
+    out_of_date = 0
+    for path, content in ((SCHEMA, schema), (ROUTERS_OWN, sorted(PickerConfig.without))):
+        text = json.dumps(content, indent=2) + "\n"
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        if "--check" in sys.argv[1:]:
+            print(f"the settings in {path} are out of date: run `make settings`", file=sys.stderr)
+            out_of_date = 1
+        else:
+            path.write_text(text, encoding="utf-8")
+    return out_of_date
 
 
 if __name__ == "__main__":

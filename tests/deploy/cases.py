@@ -81,6 +81,49 @@ CASES: dict[str, dict[str, Any]] = {
             "decode": {"inferencePool": {"name": "qwen3", "selector": "llm-d.ai/role=decode", "port": 8200}},
         },
     },
+    "picker": {
+        **IMAGE,
+        "router": {"enabled": False},
+        "picker": {
+            "enabled": True,
+            "config": {"phase": "pair", "fallbacks": 3},
+            "inferencePool": {"create": True, "name": "qwen3", "matchLabels": {"app": "qwen3"}},
+        },
+        "discovery": {
+            "prefill": {"selector": ""},
+            "decode": {"selector": ""},
+            "worker": {"inferencePool": {"name": "qwen3"}},
+        },
+        "autoscaling": {"enabled": True},  # the router's, which is not there
+        "serviceMonitor": {"enabled": True},
+        "prometheusRule": {"enabled": True},
+    },
+    # Every setting that a router has and a picker does not.
+    "router and picker": {
+        **EVERYTHING,
+        "config": {**EVERYTHING["config"], "retries": 3, "processes": 2, "otel_endpoint": "http://collector:4318"},
+        "picker": {
+            "enabled": True,
+            "replicas": 3,
+            "config": {
+                "grpc_listen": "0.0.0.0:9443",
+                "port": 9090,
+                "policy": "jsq",
+                "prefill": None,
+                "grace_s": 5,
+                "worker_costs": {"http://10.0.0.2:8200": "qwen3-30b-a3b-rtxpro6000"},
+            },
+            "service": {"annotations": {"example.com/kind": "picker"}},
+        },
+    },
+    "picker with workers of its own": {
+        **IMAGE,
+        "picker": {
+            "enabled": True,
+            "config": {"prefill": None, "decode": None, "worker": ["k8s+http:///inferencepools/whole"]},
+        },
+        "networkPolicy": {"egress": [{"to": [{"podSelector": {"matchLabels": {"app": "whole"}}}]}]},
+    },
     "own bus": {**IMAGE, "nats": {"enabled": False}, "peers": {"url": "tls://nats.messaging.svc:4443"}},
     "no objects beside": {
         **IMAGE,

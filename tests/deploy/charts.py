@@ -90,5 +90,6 @@ def ports_of(workload: Manifest) -> dict[str, int]:
     return {port["name"]: port["containerPort"] for port in container_of(workload)["ports"]}
 
 
-def toml_of(manifests: Iterable[Manifest]) -> str:
-    return of_kind(manifests, "ConfigMap")["eldr"]["data"]["eldr.toml"]
+def toml_of(manifests: Iterable[Manifest], name: str = "eldr") -> str:
+    """The configuration of the router, or that of the picker: eldr-epp."""
+    return of_kind(manifests, "ConfigMap")[name]["data"]["eldr.toml"]

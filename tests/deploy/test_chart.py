@@ -18,6 +18,7 @@ import yaml
 
 import eldr
 from eldr.cli.main import main
+from eldr.router.config.picker import PickerConfig
 from eldr.router.config.settings import RouterConfig
 from eldr.settings import settings_of
 from tests.deploy.cases import CASES, EVERYTHING, IMAGE, NO_BUS
@@ -42,7 +43,7 @@ from tests.deploy.charts import (
 from tests.router.harness import ASK, on_uvloop, running
 
 pytestmark = needs_helm
-KNOWN = {one.key for one in settings_of(RouterConfig)}
+KINDS = {"serve": RouterConfig, "epp": PickerConfig}
 every_case = pytest.mark.parametrize("values", CASES.values(), ids=CASES)
 
 
@@ -60,7 +61,7 @@ def test_selectors_find_their_pods_and_no_others(values: dict[str, Any]) -> None
     for manifest in manifests:
         spec = manifest.get("spec", {})
         for selector in (spec.get("selector"), spec.get("podSelector")):
-            if manifest["kind"] == "ServiceMonitor" or not selector:
+            if manifest["kind"] in ("ServiceMonitor", "InferencePool") or not selector:
                 continue
             labels = selector.get("matchLabels", selector)
             found = [name for name, pod in pods.items() if selects(labels, pod)]
@@ -82,6 +83,14 @@ def test_ports_that_are_named_exist(values: dict[str, Any]) -> None:
     for name, policy in of_kind(manifests, "NetworkPolicy").items():
         for rule in policy["spec"]["ingress"]:
             assert {port["port"] for port in rule["ports"]} <= ports_of(by_name[name]).keys()
+    for pool in of_kind(manifests, "InferencePool").values():
+        picker = pool["spec"]["endpointPickerRef"]
+        (port,) = (
+            port
+            for port in of_kind(manifests, "Service")[picker["name"]]["spec"]["ports"]
+            if port["port"] == picker["port"]["number"]
+        )
+        assert port["targetPort"] == "grpc"
     for workload in by_name.values():
         for _, probe in probes_of(workload):
             assert probe["httpGet"]["port"] in ports_of(workload)
@@ -149,12 +158,14 @@ def test_every_secret_is_mounted_where_its_setting_says() -> None:
 
 
 @every_case
-def test_the_router_may_watch_pods_and_nothing_else(values: dict[str, Any]) -> None:
+def test_pods_may_watch_pods_and_nothing_else(values: dict[str, Any]) -> None:
     manifests = render(values)
-    pod = pod_of(of_kind(manifests, "Deployment")["eldr"])
-    asks = "k8s+" in toml_of(manifests)
-    assert pod["automountServiceAccountToken"] is asks
     account = values.get("serviceAccount", {})
+    configs = {name: toml_of(manifests, name) for name in of_kind(manifests, "Deployment")}
+    asks = any("k8s+" in text for text in configs.values())
+    for name, text in configs.items():
+        pod = pod_of(of_kind(manifests, "Deployment")[name])
+        assert pod["automountServiceAccountToken"] is ("k8s+" in text)
     if account.get("create", True):
         assert pod["serviceAccountName"] in of_kind(manifests, "ServiceAccount")
     else:
@@ -172,7 +183,7 @@ def test_the_router_may_watch_pods_and_nothing_else(values: dict[str, Any]) -> N
     assert subject == {"kind": "ServiceAccount", "name": pod["serviceAccountName"], "namespace": "serving"}
     verbs = {(*rule["apiGroups"], *rule["resources"]): set(rule["verbs"]) for rule in role["rules"]}
     pools = [key for key in verbs if key == ("inference.networking.k8s.io", "inferencepools")]
-    assert bool(pools) == ("inferencepools" in toml_of(manifests))
+    assert bool(pools) == any("inferencepools" in text for text in configs.values())
     assert verbs.keys() - pools == {("", "pods")}
     assert all(given == {"list", "watch"} for given in verbs.values())
 
@@ -203,21 +214,30 @@ def test_the_image_has_what_the_chart_configures() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
     installed = re.search(r"'\.\[(.+)\]'$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert installed is not None
-    assert {"router", "kubernetes", "peers"} & extras <= set(installed[1].split(","))
+    assert {"router", "epp", "kubernetes", "peers"} & extras <= set(installed[1].split(","))
 
 
 @every_case
-def test_the_router_takes_its_configuration(values: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "eldr.toml"
-    path.write_text(toml_of(render(values)))
-    config = RouterConfig.load(path, {})
-    for key, value in values.get("config", {}).items():
-        if value is not None and not isinstance(value, list | dict):
-            (one,) = (each for each in settings_of(RouterConfig) if each.key == key)
-            found = getattr(one.holder(config), key)
-            assert found == (float(value) if value == "inf" else value)
-    assert config.listen.port == values.get("config", {}).get("port", 8000)
-    assert config.listen.host == "0.0.0.0"
+def test_router_and_picker_take_their_configurations(values: dict[str, Any], tmp_path: Path) -> None:
+    manifests = render(values)
+    for name, deployment in of_kind(manifests, "Deployment").items():
+        asked: dict[str, Any] = values.get("config", {})
+        kind = KINDS[container_of(deployment)["command"][1]]
+        if kind is PickerConfig:
+            asked = {key: value for key, value in asked.items() if key not in PickerConfig.without}
+            asked |= values["picker"].get("config", {})
+        path = tmp_path / "eldr.toml"
+        path.write_text(toml_of(manifests, name))
+        config = kind.load(path, {})
+        for key, value in asked.items():
+            if value is not None and not isinstance(value, list | dict):
+                (one,) = (each for each in settings_of(kind) if each.key == key)
+                found = getattr(one.holder(config), key)
+                assert found == (float(value) if value == "inf" else value)
+        assert config.listen.host == "0.0.0.0"
+        assert config.listen.port == asked.get("port", 8000) == ports_of(deployment)["http"]
+        if isinstance(config, PickerConfig):
+            assert config.picker.grpc_listen == f"0.0.0.0:{ports_of(deployment)['grpc']}"
 
 
 def test_what_config_says_is_in_the_file_as_it_is() -> None:
@@ -227,8 +247,9 @@ def test_what_config_says_is_in_the_file_as_it_is() -> None:
         assert isinstance(config[key], float if value == "inf" else type(value))
 
 
-def test_the_command_is_one_of_eldr(tmp_path: Path) -> None:
-    program, *arguments = container_of(of_kind(render(IMAGE), "Deployment")["eldr"])["command"]
+@pytest.mark.parametrize(("case", "name"), [("default", "eldr"), ("picker", "eldr-epp")])
+def test_the_command_is_one_of_eldr(case: str, name: str, tmp_path: Path) -> None:
+    program, *arguments = container_of(of_kind(render(CASES[case]), "Deployment")[name])["command"]
     assert program == "eldr"
     empty = tmp_path / "eldr.toml"
     empty.write_text("")
@@ -250,14 +271,14 @@ def test_the_file_is_where_the_command_looks() -> None:
 @every_case
 def test_the_end_leaves_time_for_running_requests(values: dict[str, Any]) -> None:
     manifests = render(values)
-    config = tomllib.loads(toml_of(manifests))
-    router = of_kind(manifests, "Deployment")["eldr"]
-    assert "lifecycle" not in container_of(router)  # shutdown_delay_s is in its place
-    spare_s = pod_of(router)["terminationGracePeriodSeconds"] - config["shutdown_delay_s"] - config["grace_s"]
-    assert 10 <= spare_s <= 20
-    # Within shutdown_delay_s, every proxy hears that the pod is not ready.
-    readiness = dict(probes_of(router))["readinessProbe"]
-    assert readiness["periodSeconds"] * readiness["failureThreshold"] <= config["shutdown_delay_s"]
+    for name, deployment in of_kind(manifests, "Deployment").items():
+        config = tomllib.loads(toml_of(manifests, name))
+        assert "lifecycle" not in container_of(deployment)  # shutdown_delay_s is in its place
+        spare_s = pod_of(deployment)["terminationGracePeriodSeconds"] - config["shutdown_delay_s"] - config["grace_s"]
+        assert 10 <= spare_s <= 20
+        # Within shutdown_delay_s, every proxy hears that the pod is not ready.
+        readiness = dict(probes_of(deployment))["readinessProbe"]
+        assert readiness["periodSeconds"] * readiness["failureThreshold"] <= config["shutdown_delay_s"]
 
 
 def test_other_delays_change_the_end() -> None:
@@ -278,14 +299,12 @@ def test_a_changed_configuration_rolls_the_pods() -> None:
 @every_case
 def test_memory_covers_the_bodies(values: dict[str, Any]) -> None:
     """docs/security.md: twice max_bodies_bytes, and 300 MB."""
-    router = container_of(of_kind(render(values), "Deployment")["eldr"])
-    limit = router["resources"]["limits"]["memory"]
-    assert limit.endswith("Mi")
-    assert (
-        int(limit.removesuffix("Mi")) * 2**20
-        >= 2 * RouterConfig.of(worker=["http://w:1"]).clients.max_bodies_bytes + 3e8
-    )
-    assert "cpu" not in router["resources"]["limits"]
+    needed = 2 * RouterConfig.of(worker=["http://w:1"]).clients.max_bodies_bytes + 3e8
+    for deployment in of_kind(render(values), "Deployment").values():
+        limits = container_of(deployment)["resources"]["limits"]
+        assert limits["memory"].endswith("Mi")
+        assert int(limits["memory"].removesuffix("Mi")) * 2**20 >= needed
+        assert "cpu" not in limits
 
 
 @on_uvloop
@@ -345,9 +364,11 @@ def test_routers_reach_what_they_need() -> None:
         assert found[2] in ports_of(worker)
         peers = [peer["podSelector"]["matchLabels"] for peer in peers_of(router, "egress", found[2])]
         assert selector in peers
-        # The workers' own policy lets routers in.
-        (source, _) = peers_of(of_kind(examples, "NetworkPolicy")["vllm"], "ingress", found[2])
-        assert selects(source["podSelector"]["matchLabels"], labels_of(workloads_["eldr"]))
+        # The workers' own policy lets routers and pickers in.
+        *sources, _ = peers_of(of_kind(examples, "NetworkPolicy")["vllm"], "ingress", found[2])
+        pods = [workloads_["eldr"], of_kind(render(CASES["picker"]), "Deployment")["eldr-epp"]]
+        for source, pod in zip(sources, pods, strict=True):
+            assert selects(source["podSelector"]["matchLabels"], labels_of(pod))
     # The bus: out of one policy and into the other.
     (there,) = peers_of(router, "egress", 4222)
     assert selects(there["podSelector"]["matchLabels"], labels_of(workloads_["eldr-nats"]))
@@ -425,6 +446,22 @@ def test_the_policy_lets_through_what_the_selector_finds(selector: str, labels: 
         ({**IMAGE, "config": {"tail_guard": "none"}}, "/config/tail_guard"),
         ({**IMAGE, "config": {"worker": ["dns+http://vllm:8000"]}}, "networkPolicy.egress is empty"),
         ({**IMAGE, "peers": {"url": "nats://bus:4222"}}, "give one bus"),
+        ({**IMAGE, "router": {"enabled": False}}, "there is nothing to run"),
+        ({**IMAGE, "picker": {"config": {"retries": 3}}}, "retries"),
+        ({**IMAGE, "config": {"phase": "pair"}}, "phase"),
+        ({**IMAGE, "picker": {"config": {"phase": "both"}}}, "/picker/config/phase"),
+        ({**IMAGE, "picker": {"config": {"fallbacks": 17}}}, "/picker/config/fallbacks"),
+        ({**IMAGE, "picker": {"config": {"worker": ["http://10.0.0.1:8000"]}}}, "networkPolicy.egress is empty"),
+        ({**IMAGE, "picker": {"inferencePool": {"failureMode": "Open"}}}, "/picker/inferencePool/failureMode"),
+        ({**IMAGE, "picker": {"inferencePool": {"targetPorts": []}}}, "/picker/inferencePool/targetPorts"),
+        (
+            {**IMAGE, "picker": {"enabled": True, "inferencePool": {"create": True}}},
+            "picker.inferencePool.matchLabels is empty",
+        ),
+        (
+            {**CASES["picker"], "discovery": {"namespace": "workers"}},
+            "an InferencePool takes pods and its picker from its own namespace",
+        ),
         ({**IMAGE, "peers": {"url": "redis://bus"}}, "/peers/url"),
         ({**IMAGE, "peers": {"fleet": "a.b"}}, "/peers/fleet"),
         (
@@ -444,6 +481,79 @@ def test_prometheus_gets_the_key_that_metrics_need() -> None:
     (endpoint,) = monitor["spec"]["endpoints"]
     assert endpoint["authorization"] == {"credentials": {"name": "metrics", "key": "metrics-key"}}
     assert endpoint["scheme"] == "https"
+
+
+def test_a_picker_needs_no_router() -> None:
+    manifests = render(CASES["picker"])
+    for kind in ("Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service", "ConfigMap"):
+        assert of_kind(manifests, kind).keys() - {"eldr-nats"} == {"eldr-epp"}, kind
+    assert not of_kind(manifests, "HorizontalPodAutoscaler")
+    assert of_kind(manifests, "ServiceMonitor").keys() == {"eldr-epp"}
+
+
+def test_gateways_speak_http2_to_the_picker() -> None:
+    def port(case: str, name: str) -> dict[str, Any]:
+        ports = of_kind(render(CASES[case]), "Service")["eldr-epp"]["spec"]["ports"]
+        (found,) = (port for port in ports if port["name"] == name)
+        return found
+
+    assert (port("picker", "grpc")["port"], port("picker", "http")["port"]) == (9002, 8000)
+    assert port("picker", "grpc")["appProtocol"] == "kubernetes.io/h2c"
+    assert (port("router and picker", "grpc")["port"], port("router and picker", "http")["port"]) == (9443, 9090)
+    assert port("router and picker", "grpc")["appProtocol"] == "http2"  # with TLS
+
+
+def test_the_pool_is_what_the_picker_picks_from() -> None:
+    manifests = render(CASES["picker"])
+    (pool,) = of_kind(manifests, "InferencePool").values()
+    assert tomllib.loads(toml_of(manifests, "eldr-epp"))["worker"] == [
+        f"k8s+http:///inferencepools/{pool['metadata']['name']}"
+    ]
+    assert pool["spec"]["selector"] == {"matchLabels": {"app": "qwen3"}}
+    assert pool["spec"]["targetPorts"] == [{"number": 8000}]
+    assert pool["spec"]["endpointPickerRef"]["failureMode"] == "FailClose"
+    assert not of_kind(render(CASES["router and picker"]), "InferencePool")
+
+
+def test_a_picker_has_the_routers_settings_and_secrets_but_for_those_that_mean_nothing_to_it() -> None:
+    manifests = render(CASES["router and picker"])
+    router, picker = (tomllib.loads(toml_of(manifests, name)) for name in ("eldr", "eldr-epp"))
+    without = {"api_key_file", "allowed_origins", "retries", "processes", "otel_endpoint", "prefill"}
+    assert without <= router.keys()
+    assert picker.keys() == router.keys() - without | {"grpc_listen"}
+    assert {key for key in picker.keys() & router.keys() if picker[key] != router[key]} == {
+        "port", "policy", "grace_s", "worker_costs"
+    }  # fmt: skip
+    deployments = of_kind(manifests, "Deployment")
+    mounted = [{volume["name"] for volume in pod_of(deployments[name])["volumes"]} for name in ("eldr", "eldr-epp")]
+    assert mounted[0] - mounted[1] == {"api-keys"}
+    assert mounted[1] <= mounted[0]
+    monitors = of_kind(manifests, "ServiceMonitor")
+    assert "authorization" not in monitors["eldr-epp"]["spec"]["endpoints"][0]
+    assert deployments["eldr-epp"]["spec"]["replicas"] == 3
+    assert "replicas" not in deployments["eldr"]["spec"]  # the autoscaler's
+
+
+def test_pickers_are_reached_by_the_gateway_and_reach_what_they_need() -> None:
+    manifests = render(CASES["router and picker"])
+    policies = of_kind(manifests, "NetworkPolicy")
+    pods = {workload["metadata"]["name"]: labels_of(workload) for workload in workloads(manifests)}
+    for port in ("grpc", "http"):
+        assert peers_of(policies["eldr-epp"], "ingress", port) == EVERYTHING["networkPolicy"]["from"]
+    assert policies["eldr-epp"]["spec"]["egress"] == policies["eldr"]["spec"]["egress"]
+    sources = [peer["podSelector"]["matchLabels"] for peer in peers_of(policies["eldr-nats"], "ingress", "client")]
+    for name in ("eldr", "eldr-epp"):
+        assert any(selects(source, pods[name]) for source in sources)
+
+
+@on_uvloop
+async def test_probes_ask_what_the_picker_answers() -> None:
+    probes = probes_of(of_kind(render(CASES["picker"]), "Deployment")["eldr-epp"])
+    paths = {probe["httpGet"]["path"] for _, probe in probes}
+    assert paths == {"/health", "/ready"}
+    async with running(kind=PickerConfig) as s:
+        for path in paths:
+            assert (await s.get(path)).status == 200
 
 
 def test_alerts_and_dashboard_are_those_of_the_repository() -> None:

@@ -13,8 +13,8 @@ import yaml
 
 from eldr.router.api.keys import ApiKeys
 from eldr.router.config.settings import read_key
-from tests.deploy.cases import IMAGE
-from tests.deploy.charts import MANIFESTS, ROOT, needs_helm, of_kind, program, render, template
+from tests.deploy.cases import CASES, IMAGE
+from tests.deploy.charts import MANIFESTS, ROOT, faults, needs_helm, of_kind, program, render, template, toml_of
 
 GUIDE = (ROOT / "docs" / "kubernetes.md").read_text()
 SECTIONS = {section.partition("\n")[0]: section for section in GUIDE.split("\n## ")}
@@ -29,6 +29,28 @@ def test_the_values_of_the_guide_can_be_installed() -> None:
     for kind, name in (("ServiceMonitor", "eldr"), ("PrometheusRule", "eldr"), ("ConfigMap", "eldr-dashboard")):
         assert name in of_kind(manifests, kind)
     assert "policy = " in of_kind(manifests, "ConfigMap")["eldr"]["data"]["eldr.toml"]
+
+
+@needs_helm
+def test_the_values_of_the_page_about_gateways_can_be_installed() -> None:
+    (text,) = re.findall(r"```yaml\n(image:.+?)```", (ROOT / "docs" / "gateway.md").read_text(), re.DOTALL)
+    manifests = render(yaml.safe_load(text))
+    assert faults(yaml.safe_dump_all(manifests), "1.37") == ""
+    (pool,) = of_kind(manifests, "InferencePool")
+    assert toml_of(manifests, "eldr-epp").count(f"/inferencepools/{pool}") == 1
+    assert of_kind(manifests, "Deployment").keys() == {"eldr-epp"}
+
+
+@needs_helm
+def test_the_picker_is_where_the_guide_says() -> None:
+    section = SECTIONS["Behind a gateway"]
+    service = of_kind(render(CASES["picker"]), "Service")["eldr-epp"]
+    for port in service["spec"]["ports"]:
+        assert re.search(rf"answers {port['name']} at {port['port']}\b", section, re.IGNORECASE)
+        assert f"`{port.get('appProtocol', 'http2')}`" in section
+    named = re.findall(r"[A-Z]\w+", section.partition(" are called")[0].rpartition("**Objects.**")[2])
+    manifests = render(CASES["picker"])
+    assert {manifest["kind"] for manifest in manifests if manifest["metadata"]["name"] == "eldr-epp"} == set(named)
 
 
 def test_the_keys_of_the_guide_are_keys(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two routers and two NATS servers as the chart configures them, with a fake API server and fake workers."""
+"""Routers, NATS servers and a picker as the chart configures them, with a fake API server and fake workers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from functools import partial
 from pathlib import Path
 
 import aiohttp
+import grpc.aio
 import pytest
 
-from tests.deploy.cases import IMAGE
-from tests.deploy.charts import EXAMPLES, Manifest, labels_of, needs_helm, of_kind, parse, render, toml_of
+from tests.deploy.cases import CASES, IMAGE, NO_BUS
+from tests.deploy.charts import EXAMPLES, Manifest, container_of, labels_of, needs_helm, of_kind, parse, render, toml_of
 from tests.router import fake_apiserver as apiserver
 from tests.router.fake_worker import FakeWorker
 from tests.router.harness import ASK, on_uvloop
 from tests.router.peers.replicas import PROGRAM as NATS
+from tests.router.picker.client import Caller, endpoint
 
 SERVING = apiserver.PODS.format("serving")
 ELDR = (sys.executable, "-c", "import sys; from eldr.cli.main import main; sys.exit(main())")
@@ -154,6 +156,47 @@ async def test_routers_of_the_chart_find_workers_and_each_other(tmp_path: Path) 
         await eventually(partial(has, one, "/ready", 503), "it is not ready")
         assert await routers[0].wait() == 0
         assert await other.status("/ready") == 200
+
+
+@on_uvloop
+async def test_a_picker_of_the_chart_picks_from_its_pool(tmp_path: Path) -> None:
+    account = tmp_path / "account"
+    account.mkdir()
+    (account / "namespace").write_text("serving")
+    async with AsyncExitStack() as stack:
+        api = await apiserver.FakeApiserver().start()
+        stack.push_async_callback(api.stop)
+        worker = await FakeWorker().start()
+        stack.push_async_callback(worker.stop)
+        pool_of_values = {
+            **CASES["picker"]["picker"]["inferencePool"],
+            "targetPorts": [int(worker.url.rpartition(":")[2])],
+        }
+        values = {**CASES["picker"], **NO_BUS, "picker": {"enabled": True, "inferencePool": pool_of_values}}
+        manifests = render(values)
+        (pool,) = of_kind(manifests, "InferencePool").values()
+        labels = pool["spec"]["selector"]["matchLabels"]
+        await api.put(SERVING, apiserver.pod("qwen3-0", "127.0.0.1", labels))
+        await api.put(SERVING, apiserver.pod("another", "127.0.0.2", {"app": "another"}))
+        config = tmp_path / "eldr.toml"
+        text = toml_of(manifests, "eldr-epp")
+        config.write_text(f'{text}\nkubernetes_api = "{api.url}"\nkubernetes_account = "{account}"\n')
+        http, asked = free_ports(2)
+        flags = ("--host", "127.0.0.1", "--port", str(http), "--grpc-listen", f"127.0.0.1:{asked}")
+        command = container_of(of_kind(manifests, "Deployment")["eldr-epp"])["command"]
+        await stack.enter_async_context(process(*ELDR, command[1], "--config", config, *flags))
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        client = Client(session, f"http://127.0.0.1:{http}")
+
+        # A picker without pods is alive and not ready. With the pool it picks its pod.
+        await eventually(partial(has, client, "/health", 200), "the picker is alive")
+        assert await client.status("/ready") == 503
+        await api.put(apiserver.POOLS.format("serving"), pool)
+        await eventually(partial(has, client, "/ready", 200), "the picker has its worker")
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{asked}") as channel:
+            exchange, picked = await Caller(channel).ask(ASK)
+            assert picked.endpoints == [endpoint(worker)]
+            exchange.cancel()
 
 
 async def ready(client: Client) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.deploy.cases import CASES, EVERYTHING
-from tests.deploy.charts import CHART, EXAMPLES, MANIFESTS, faults, needs_helm, program, render, rendered
+from tests.deploy.charts import CHART, EXAMPLES, MANIFESTS, faults, needs_helm, of_kind, program, render, rendered
 
 pytestmark = needs_helm
 OLDEST = re.search(r">=(\d+\.\d+)", yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"])
@@ -32,11 +32,13 @@ def test_fields_that_do_not_exist_are_faults() -> None:
     unknown = {
         "Deployment": ("spec.template.spec", "terminationGracePeriod"),
         "HorizontalPodAutoscaler": ("spec", "maximum"),
+        "InferencePool": ("spec.endpointPickerRef", "portNumber"),
         "NetworkPolicy": ("spec", "ingres"),
         "PrometheusRule": ("spec", "group"),
         "ServiceMonitor": ("spec", "endpoint"),
     }
     manifests = [each for each in render(EVERYTHING) if each["kind"] in unknown and each["metadata"]["name"] == "eldr"]
+    manifests += of_kind(render(CASES["picker"]), "InferencePool").values()
     for manifest in manifests:
         place, key = unknown[manifest["kind"]]
         reduce(getitem, place.split("."), manifest)[key] = 1

@@ -1,4 +1,4 @@
-"""Checks manifests against the published schemas: Kubernetes' own, strictly, and the Prometheus Operator's.
+"""Checks manifests against the published schemas: Kubernetes' own, strictly, the Prometheus Operator's, and GAIE's.
 
 Run: .envs/helm/bin/python tests/deploy/validate.py VERSION < manifests.yaml, with VERSION such as 1.27. Writes a line
 for each fault, and exits with 1 if there is one.
@@ -10,13 +10,44 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import yaml
+
+
+def record(*required: str, **properties: object) -> dict[str, object]:
+    return {"type": "object", "required": required, "additionalProperties": False, "properties": properties}
+
+
+# What GAIE's definition of inference.networking.k8s.io/v1 says of an InferencePool's spec. No package has it.
+NAME, LABEL = {"type": "string", "minLength": 1, "maxLength": 253}, {"type": "string", "maxLength": 63}
+PORT = record("number", number={"type": "integer", "minimum": 1, "maximum": 65535})
+INFERENCE_POOL = record(
+    "selector",
+    "targetPorts",
+    "endpointPickerRef",
+    selector=record("matchLabels", matchLabels={"type": "object", "additionalProperties": LABEL}),
+    targetPorts={"type": "array", "minItems": 1, "maxItems": 8, "uniqueItems": True, "items": PORT},
+    appProtocol={"enum": ["http", "kubernetes.io/h2c"]},
+    endpointPickerRef=record(
+        "name",
+        "port",  # a Service's
+        group={"type": "string"},
+        kind=NAME,
+        name=NAME,
+        port=PORT,
+        failureMode={"enum": ["FailOpen", "FailClose"]},
+    ),
+)
 
 
 def faults(manifest: dict[str, Any], version: str) -> Iterator[str]:
     if manifest["apiVersion"].startswith("monitoring.coreos.com/"):
         yield from operator_faults(manifest)
+        return
+    if manifest["apiVersion"] == "inference.networking.k8s.io/v1":
+        for error in jsonschema.Draft202012Validator(INFERENCE_POOL).iter_errors(manifest["spec"]):
+            yield f"{error.json_path}: {error.message}"
         return
     try:
         kubernetes_validate.validate(manifest, version, strict=True)

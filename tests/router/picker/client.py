@@ -43,7 +43,7 @@ def header_map(fields: dict[str, str]) -> HeaderMap:
 class Exchange:
     """One call of Process. seen: what the picker has sent."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Caller) -> None:
         self.call = gateway.channel.stream_stream(
             PROCESS,
             request_serializer=ProcessingRequest.SerializeToString,
@@ -164,11 +164,10 @@ class Picked:
         self.endpoints = self.headers.get(DESTINATION, "").split(",")
 
 
-class Gateway:
-    """What a gateway does. setup: the picker's process and its workers."""
+class Caller:
+    """What a gateway does. channel: to the picker."""
 
-    def __init__(self, setup: Setup, channel: grpc.aio.Channel) -> None:
-        self.setup = setup
+    def __init__(self, channel: grpc.aio.Channel) -> None:
         self.channel = channel
 
     def exchange(self) -> Exchange:
@@ -210,6 +209,14 @@ class Gateway:
             response_deserializer=HealthCheckResponse.FromString,
         )
         return call(HealthCheckRequest(service=service), timeout=20)
+
+
+class Gateway(Caller):
+    """The same, of a picker in this process. setup: the picker and its workers."""
+
+    def __init__(self, setup: Setup, channel: grpc.aio.Channel) -> None:
+        super().__init__(channel)
+        self.setup = setup
 
 
 def endpoint(worker: Any) -> str:
