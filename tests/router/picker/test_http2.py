@@ -182,6 +182,32 @@ async def test_a_peer_that_takes_nothing_may_send_no_more() -> None:
             await one.hear()
 
 
+async def test_a_stream_that_is_reset_gives_the_connections_window_back() -> None:
+    async with picking(aggregated=1, max_inflight=100) as g, peer(g, window=1000) as one:
+        await one.until(h2.events.WindowUpdated)
+        whole = one.h2.outbound_flow_control_window
+        piece = framed(ProcessingRequest(response_body=HttpBody(body=b"x" * 60_000)))
+        for _ in range(12):
+            number = one.call(request_headers(ProcessingMode.FULL_DUPLEX_STREAMED), request_body(BODY))
+            while len(one.responses(number)) < 2:
+                await one.hear()
+            answer = HttpHeaders(headers=header_map({":status": "200"}))
+            one.send(number, framed(ProcessingRequest(response_headers=answer)))
+            with contextlib.suppress(TimeoutError):  # until the picker takes no more of it
+                while True:
+                    while one.h2.local_flow_control_window(number) >= len(piece):
+                        one.send(number, piece)
+                    async with asyncio.timeout(0.2):
+                        await one.hear()
+            one.h2.reset_stream(number)
+            one.flush()
+        one.h2.ping(b"12345678")
+        one.flush()
+        await one.until(h2.events.PingAckReceived)
+        # What was read is given back by halves of the window.
+        assert one.h2.outbound_flow_control_window > whole // 2 - 2**21
+
+
 async def test_many_calls_on_one_connection() -> None:
     async with picking(aggregated=1, max_inflight=1000) as g, peer(g) as one:
         numbers = [one.call(request_headers(), request_body(BODY)) for _ in range(400)]

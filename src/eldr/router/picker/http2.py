@@ -275,9 +275,7 @@ class Http2Connection:
         elif isinstance(event, StreamReset):
             stream = self._streams.pop(event.stream_id, None)
             if stream is not None:
-                self._to_send.pop(stream, None)
-                self._blocked.pop(stream, None)
-                self._tell_gone(stream)
+                self._drop(stream)
         elif isinstance(event, ConnectionTerminated):  # h2 sends nothing after it
             self.close()
 
@@ -300,6 +298,15 @@ class Http2Connection:
         if stream.unacknowledged and stream.unsent_bytes < UNSENT_HIGH_BYTES and not self._closed:
             self._frames.acknowledge_received_data(stream.unacknowledged, stream.number)
             stream.unacknowledged = 0
+
+    def _drop(self, stream: Stream) -> None:
+        """A stream was reset. The connection's window is shared by all streams, so this one gives back what it took."""
+        self._to_send.pop(stream, None)
+        self._blocked.pop(stream, None)
+        if stream.unacknowledged:
+            self._frames.acknowledge_received_data(stream.unacknowledged, stream.number)
+            stream.unacknowledged = 0
+        self._tell_gone(stream)
 
     def _tell_gone(self, stream: Stream) -> None:
         receiver, stream.receiver = stream.receiver, None
@@ -334,7 +341,7 @@ class Http2Connection:
                     stream.pump(self._frames)
                 except ProtocolError:  # h2 has closed it
                     del self._streams[stream.number]
-                    self._tell_gone(stream)
+                    self._drop(stream)
                 else:
                     if stream.unsent_bytes:
                         self._blocked[stream] = None
