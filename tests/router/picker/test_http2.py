@@ -21,10 +21,12 @@ import h2.errors
 import h2.events
 import h2.settings
 import pytest
+from hyperframe.frame import PingFrame
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eldr.router.picker.grpc import GrpcError, MessageReader, Status
+from eldr.router.picker.http2 import Http2Connection
 from eldr.router.picker.messages_pb2 import (
     HttpBody,
     HttpHeaders,
@@ -35,7 +37,9 @@ from eldr.router.picker.messages_pb2 import (
 )
 from tests.router.certificates import certificate
 from tests.router.harness import until
+from tests.router.memory import LIMITS, MemoryTransport
 from tests.router.picker.client import ASK, PROCESS, Gateway, header_map, picking
+from tests.router.picker.memory import CALL_OF_A_GATEWAY, Choosing
 from tests.router.picker.test_choice import all_over
 
 CALL = [
@@ -255,6 +259,44 @@ async def test_streams_that_have_ended_do_not_count() -> None:
             one.flush()
             while not any(isinstance(each, h2.events.StreamEnded) and each.stream_id == number for each in one.events):
                 await one.hear()
+
+
+async def test_streams_opened_only_to_be_reset_end_the_connection() -> None:
+    async with picking(aggregated=1) as g, peer(g) as one:
+        for _ in range(1500):
+            one.h2.reset_stream(one.call())
+        with contextlib.suppress(ConnectionError):
+            one.flush()
+            ended = await one.until(h2.events.ConnectionTerminated)
+            assert ended.error_code == h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
+        await one.gone()
+        await all_over(g)
+
+
+async def test_streams_that_are_reset_after_their_answer_do_not() -> None:
+    async with picking(aggregated=1, max_inflight=1000) as g, peer(g) as one:
+        for _ in range(12):
+            numbers = [one.call(request_headers(), request_body(BODY)) for _ in range(100)]
+            while not all(len(one.responses(number)) == 2 for number in numbers):
+                await one.hear()
+            for number in numbers:
+                one.h2.reset_stream(number)
+            one.flush()
+        await all_over(g)
+
+
+async def test_a_peer_that_reads_no_answers_to_its_pings_is_cut_off() -> None:
+    connection, transport = Http2Connection(Choosing(), LIMITS, 10), MemoryTransport()
+    connection.connection_made(transport)
+    connection.data_received(CALL_OF_A_GATEWAY)
+    connection.pause_writing()
+    pings = PingFrame(0, b"12345678").serialize() * 1000
+    before = len(transport.written)
+    for _ in range(100):
+        connection.data_received(pings)
+    assert len(transport.written) - before < 2**19
+    assert transport.is_closing()
+    connection.connection_lost(None)
 
 
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", b"\0" * 100, b"\x16\x03\x01\x02\x00\x01"])

@@ -47,6 +47,13 @@ UNSENT_HIGH_BYTES: Final = 1024 * 1024
 # A connection that is silent for so long gets a PING, and is given up if nothing comes for so long after that.
 PING_AFTER_S: Final = 30.0
 PONG_WITHIN_S: Final = 10.0
+# While a peer reads nothing, it may still make this side write: the answers to its pings and settings. No more of them
+# are kept than this.
+UNREAD_MOST_BYTES: Final = 256 * 1024
+# A stream that is reset before anything was sent on it was work for nothing, and the limit on streams does not hold it
+# back (CVE-2023-44487). So many may come at once, and so many a second after that.
+EARLY_RESETS: Final = 1000
+EARLY_RESETS_A_SECOND: Final = 100
 # The streams of a connection that ends gracefully are those up to this number: any that are on their way.
 ANY_STREAM: Final = 2**31 - 1
 
@@ -99,7 +106,7 @@ class Stream:
     """One stream, to which this side answers. Nothing is sent before the event loop's turn or input is over."""
 
     __slots__ = (
-        "_connection", "_end", "_headers", "_unsent", "number", "peer_ended", "receiver", "unacknowledged",
+        "_connection", "_end", "_headers", "_unsent", "begun", "number", "peer_ended", "receiver", "unacknowledged",
         "unsent_bytes",
     )  # fmt: skip
 
@@ -108,6 +115,7 @@ class Stream:
         self._headers: Headers | None = None
         self._unsent: deque[bytes] = deque()
         self._end: Headers | None = None
+        self.begun = False
         self.number = number
         self.receiver: Receiver | None = None
         self.peer_ended = False
@@ -137,6 +145,7 @@ class Stream:
         if self._headers is not None:
             frames.send_headers(self.number, self._headers)
             self._headers = None
+            self.begun = True
         if self._unsent:
             # A window may have become negative (RFC 9113, section 6.9.2).
             data = self._take(max(0, frames.local_flow_control_window(self.number)))
@@ -201,6 +210,9 @@ class Http2Connection:
         self._pinged_s: float | None = None
         self._begun = False
         self._stalled_since_s: float | None = None
+        self._unread_bytes = 0
+        self._resets_left = float(EARLY_RESETS)
+        self._reset_s = self._heard_s
 
     # Events of the connection.
 
@@ -232,6 +244,8 @@ class Http2Connection:
             return
         for event in events:
             self._take(event)
+            if self._closed:
+                return
         self._flush()
 
     def eof_received(self) -> None:
@@ -252,6 +266,7 @@ class Http2Connection:
 
     def resume_writing(self) -> None:
         self._paused = False
+        self._unread_bytes = 0
         self._stalled_since_s = None
         self._flush()
 
@@ -276,6 +291,8 @@ class Http2Connection:
             stream = self._streams.pop(event.stream_id, None)
             if stream is not None:
                 self._drop(stream)
+                if not stream.begun:
+                    self._count_early_reset()
         elif isinstance(event, ConnectionTerminated):  # h2 sends nothing after it
             self.close()
 
@@ -307,6 +324,15 @@ class Http2Connection:
             self._frames.acknowledge_received_data(stream.unacknowledged, stream.number)
             stream.unacknowledged = 0
         self._tell_gone(stream)
+
+    def _count_early_reset(self) -> None:
+        """End the connection of a peer that opens streams only to reset them."""
+        left = self._resets_left + (self._heard_s - self._reset_s) * EARLY_RESETS_A_SECOND
+        self._resets_left, self._reset_s = min(left, EARLY_RESETS) - 1, self._heard_s
+        if self._resets_left < 0:
+            self._frames.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
+            self._transport.write(self._frames.data_to_send())
+            self.close()
 
     def _tell_gone(self, stream: Stream) -> None:
         receiver, stream.receiver = stream.receiver, None
@@ -348,6 +374,11 @@ class Http2Connection:
                     self._acknowledge(stream)
         data = self._frames.data_to_send()
         if data:
+            if self._paused:
+                self._unread_bytes += len(data)
+                if self._unread_bytes > UNREAD_MOST_BYTES:
+                    self.abort()
+                    return
             self._transport.write(data)
 
     # Ends.
