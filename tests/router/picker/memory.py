@@ -40,7 +40,7 @@ class Chosen:
         self.body = request.body
         self.told: list[str] = []
 
-    def answered(self, status: int, endpoint: str) -> None:
+    def answered(self, status: int, endpoint: str, reached: bool) -> None:
         self.told.append("answered")
 
     def ended(self) -> None:

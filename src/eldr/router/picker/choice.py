@@ -295,14 +295,16 @@ class WorkerChoice:
 
     # Events of the request.
 
-    def answered(self, status: int, endpoint: str) -> None:
-        """The answer has begun. A gateway may say that another worker gives it, because the first accepted nothing."""
+    def answered(self, status: int, endpoint: str, reached: bool) -> None:
+        """The answer has begun. A gateway may say that another worker gives it, because the first accepted nothing, or
+        that it has sent the request to none, which is no fault of theirs.
+        """
         self._count(status)
         self._prefill.close()
         if self._placement is not None:
             self._placement.prompt_computed()
         worker = self._worker
-        if worker is None:
+        if worker is None or not reached:
             return
         outcomes = self._services.outcomes
         if endpoint and endpoint != endpoint_of(worker.url):

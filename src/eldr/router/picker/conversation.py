@@ -34,6 +34,8 @@ from eldr.router.picker.replies import Destination
 DUPLEX: Final = ProcessingMode.FULL_DUPLEX_STREAMED
 BUFFERED: Final = ProcessingMode.BUFFERED
 STATUS: Final = re.compile(rb"[1-9][0-9][0-9]")
+# Envoy says so in an answer of its own, when its circuit breaker lets no more requests through.
+ENVOY_OVERLOADED: Final = b"x-envoy-overloaded"
 # The status of an answer that could not be read.
 NO_STATUS: Final = 0
 
@@ -66,8 +68,12 @@ TRANSITIONS: Final[dict[State, tuple[str, ...]]] = {
 class Choice(Protocol):
     """Chooses the worker of one request, and hears what becomes of it."""
 
-    def answered(self, status: int, endpoint: str) -> None:
-        """The answer has begun. endpoint: where it comes from, ip:port. Empty if nobody said."""
+    def answered(self, status: int, endpoint: str, reached: bool) -> None:
+        """The answer has begun.
+
+        endpoint: where it comes from, ip:port. Empty if nobody said.
+        reached: whether the request may have reached a worker. It did not if Envoy had too many at once.
+        """
 
     def ended(self) -> None:
         """The request is over. Nothing follows, and it is said once. Whether its client got all is not known: Envoy
@@ -248,7 +254,9 @@ class Conversation:
         status = headers.get(b":status", b"")
         endpoint = served_by(message.metadata_context) if message.HasField("metadata_context") else ""
         if self._choice is not None:
-            self._choice.answered(int(status) if STATUS.fullmatch(status) else NO_STATUS, endpoint)
+            self._choice.answered(
+                int(status) if STATUS.fullmatch(status) else NO_STATUS, endpoint, ENVOY_OVERLOADED not in headers
+            )
         self._call.send(replies.RESPONSE_HEADERS_SEEN)
         if message.response_headers.end_of_stream:
             self._end()
