@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -203,6 +204,26 @@ async def test_memory_for_bodies_is_limited_in_sum() -> None:
         await third.body(b"x" * 700_000)
         passed.take(await third.next())
         assert not passed.status
+
+
+async def test_a_body_that_came_in_pieces_is_held_once() -> None:
+    async with picking(aggregated=1, max_inflight=1) as g:
+        first, _ = await g.ask()
+        second, size = g.exchange(), 8_000_000
+        await second.headers()
+        tracemalloc.start()
+        body = json.dumps({**ASK, "prompt": "x" * size}).encode()
+        for start in range(0, len(body), 1_000_000):
+            await second.body(body[start : start + 1_000_000], end=False)
+        del body
+        await second.body(b"", end=True)
+        await until(lambda: g.setup.router.services.admission.queued, "it waits")
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert held < 1.6 * size
+        first.cancel()
+        second.cancel()
+        await all_over(g)
 
 
 async def test_requests_leave_no_cycles() -> None:

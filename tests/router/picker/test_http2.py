@@ -8,6 +8,7 @@ import itertools
 import json
 import ssl
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -212,6 +213,24 @@ async def test_a_stream_that_is_reset_gives_the_connections_window_back() -> Non
         assert one.h2.outbound_flow_control_window > whole // 2 - 2**21
 
 
+async def test_a_body_counts_in_memory_before_all_of_its_message_is_there() -> None:
+    """A filter that buffers bodies sends each as one message, and slowly if its window is small."""
+    async with picking(aggregated=1, max_bodies_bytes=1_000_000) as g, peer(g) as one:
+        await one.until(h2.events.WindowUpdated)
+        body = request_body(b"x" * 700_000)
+        first = one.call(request_headers(), body[:-1])
+        second = one.call(request_headers(), body[:200_000])
+        while not one.responses(second):
+            await one.hear()
+        assert one.responses(second)[0].immediate_response.status.code == 503
+        assert not one.responses(first)
+        one.h2.reset_stream(first)
+        third = one.call(request_headers(), body)
+        while not one.responses(third):
+            await one.hear()
+        assert one.responses(third)[0].HasField("request_headers")
+
+
 async def test_many_calls_on_one_connection() -> None:
     async with picking(aggregated=1, max_inflight=1000) as g, peer(g) as one:
         numbers = [one.call(request_headers(), request_body(BODY)) for _ in range(400)]
@@ -407,6 +426,17 @@ def test_a_message_in_many_pieces_takes_time_in_proportion() -> None:
     assert reader.feed(b"\0" + size.to_bytes(4, "big")) == []
     pieces = [reader.feed(piece) for _ in range(size // len(piece))]
     assert [len(found) for found in pieces if found] == [1]
+
+
+def test_empty_pieces_of_a_message_take_no_memory() -> None:
+    reader = MessageReader(10)
+    reader.feed(b"\0")
+    tracemalloc.start()
+    for _ in range(100_000):
+        assert reader.feed(b"") == []
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 50_000
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ class Conversation:
         self._choose = choose
         self._most_body_bytes = most_body_bytes
         self._hold = Hold(memory)
+        self._part = Hold(memory)  # of a message that is not whole: a buffered body is one message
         self._memory = memory
         self._state = OPENED
         self._choice: Choice | None = None
@@ -115,6 +116,7 @@ class Conversation:
     # Events of the call.
 
     def on_message(self, data: bytes) -> None:
+        self._part.release()
         if self._state is OVER:
             return
         try:
@@ -129,6 +131,17 @@ class Conversation:
         if message.observability_mode:
             raise GrpcError(Status.FAILED_PRECONDITION, "a picker cannot work in observability_mode")
         HANDLERS[kind](self, message)
+
+    def on_part(self, size: int) -> None:
+        if self._state not in (OPENED, RECEIVING):  # what comes later passes through
+            return
+        more = size - self._part.size
+        try:
+            self._memory.admit_request(self._hold.size + self._part.size, more)
+        except ApiError as error:
+            self.refuse(error)
+        else:
+            self._part.add(more)
 
     def on_end(self) -> None:
         """Envoy has nothing more to say: the answer has ended, its filter does not tell the end, or the client left."""
@@ -196,7 +209,9 @@ class Conversation:
         request = self._request
         assert request is not None
         self._state = CHOOSING
-        request.body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        if len(self._pieces) > 1:  # in one piece alone, or a request that waits would hold its body twice
+            self._pieces = [b"".join(self._pieces)]
+        request.body = self._pieces[0] if self._pieces else b""
         request.hold = self._hold
         self._choice = self._choose(self, request, self._subset)
         self._subset = None
@@ -241,6 +256,7 @@ class Conversation:
         self._pieces = []
         self._request = None
         self._hold.release()
+        self._part.release()
 
     # The answer.
 

@@ -48,6 +48,9 @@ class Answering(Protocol):
     def on_message(self, message: bytes) -> None:
         """Raises GrpcError, which ends the call."""
 
+    def on_part(self, size: int) -> None:
+        """So many bytes have come of a message that is not whole."""
+
     def on_end(self) -> None:
         """The peer sends nothing more. Raises GrpcError, which ends the call."""
 
@@ -71,8 +74,19 @@ class MessageReader:
         """Whether nothing of a further message has come."""
         return not self._held
 
+    @property
+    def held_bytes(self) -> int:
+        """How much of a further message has come."""
+        return self._held_bytes if self._held else 0
+
+    def let_go(self) -> None:
+        """Forget what has come of a further message."""
+        self._held.clear()
+
     def feed(self, data: bytes) -> list[bytes]:
         """Return the messages that `data` completes. Raises GrpcError."""
+        if not data:  # nothing limits how many frames are empty
+            return []
         if self._held:
             self._held.append(data)
             self._held_bytes += len(data)
@@ -128,6 +142,7 @@ class Call:
             return
         self.over = True
         self._answering = None
+        self._reader.let_go()
         trailers = [(b"grpc-status", b"%d" % status)]
         if message:
             trailers.append((b"grpc-message", quote(message, safe=" ").encode()))
@@ -148,6 +163,9 @@ class Call:
             for message in self._reader.feed(data):
                 if self._answering is not None:
                     self._answering.on_message(message)
+            part = self._reader.held_bytes
+            if part and self._answering is not None:
+                self._answering.on_part(part)
         except GrpcError as error:
             self.fail(error)
         except Exception:

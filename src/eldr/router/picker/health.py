@@ -81,6 +81,9 @@ class _Asked:
         except DecodeError:
             raise GrpcError(Status.INVALID_ARGUMENT, "no HealthCheckRequest can be read") from None
 
+    def on_part(self, size: int) -> None:
+        pass
+
     def service(self) -> str:
         if self._service is None:
             raise GrpcError(Status.INVALID_ARGUMENT, "a health check is one message")
