@@ -72,7 +72,7 @@ class Choosing:
 async def converse(pieces: list[bytes]) -> tuple[Choosing, bytes]:
     """Feed a connection, then lose it. Returns what was chosen, and what was written."""
     service = Choosing()
-    connection, transport = Http2Connection(service, LIMITS, MOST_STREAMS), MemoryTransport()
+    connection, transport = Http2Connection(service, LIMITS, MOST_STREAMS, service.memory), MemoryTransport()
     connection.connection_made(transport)
     for piece in pieces:
         connection.data_received(piece)

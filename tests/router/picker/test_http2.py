@@ -231,6 +231,27 @@ async def test_a_body_counts_in_memory_before_all_of_its_message_is_there() -> N
         assert one.responses(third)[0].HasField("request_headers")
 
 
+async def test_a_body_that_nobody_takes_back_counts_in_memory() -> None:
+    async with picking(aggregated=1, max_bodies_bytes=1_000_000) as g, peer(g, window=1000) as one:
+        await one.until(h2.events.WindowUpdated)
+        body = request_body(b"x" * 700_000)
+        first = one.call(request_headers(), body)
+        while len(one.data.get(first, b"")) < 1000:
+            await one.hear()
+        second = one.call(request_headers(), body)
+        while not one.responses(second):
+            await one.hear()
+        assert one.responses(second)[0].immediate_response.status.code == 503
+        one.h2.reset_stream(first)
+        third = one.call(request_headers(), body)
+        while not one.responses(third):
+            await one.hear()
+        assert one.responses(third)[0].HasField("request_headers")
+        one.h2.reset_stream(third)
+        one.flush()
+        await all_over(g)
+
+
 async def test_many_calls_on_one_connection() -> None:
     async with picking(aggregated=1, max_inflight=1000) as g, peer(g) as one:
         numbers = [one.call(request_headers(), request_body(BODY)) for _ in range(400)]
@@ -305,7 +326,8 @@ async def test_streams_that_are_reset_after_their_answer_do_not() -> None:
 
 
 async def test_a_peer_that_reads_no_answers_to_its_pings_is_cut_off() -> None:
-    connection, transport = Http2Connection(Choosing(), LIMITS, 10), MemoryTransport()
+    service = Choosing()
+    connection, transport = Http2Connection(service, LIMITS, 10, service.memory), MemoryTransport()
     connection.connection_made(transport)
     connection.data_received(CALL_OF_A_GATEWAY)
     connection.pause_writing()

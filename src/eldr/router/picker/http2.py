@@ -29,6 +29,7 @@ from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame
 
 from eldr.router.config.groups import ClientLimits
+from eldr.router.http.body_memory import BodyMemory, Hold
 from eldr.router.http.keepalive import keep_alive
 from eldr.router.http.server import PROBE_IDLE_S, PROBE_INTERVAL_S
 
@@ -133,6 +134,7 @@ class Stream:
         else:  # of a long one, no window is filled by a copy of all that is left
             self._unsent.extend(data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
         self.unsent_bytes += len(data)
+        self._connection.unsent_bytes += len(data)
         self._connection.has_to_send(self)
 
     def end(self, trailers: Headers) -> None:
@@ -171,18 +173,20 @@ class Stream:
             pieces.append(piece)
             most_bytes -= len(piece)
             self.unsent_bytes -= len(piece)
+            self._connection.unsent_bytes -= len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class Http2Connection:
     """The server's side of one connection. It implements asyncio.Protocol.
 
-    limits: those of clients. most_streams: on one connection.
+    limits: those of clients. most_streams: on one connection. memory: counts what waits for a peer that does not read.
+    unsent_bytes: what waits for windows.
     """
 
     _transport: asyncio.Transport
 
-    def __init__(self, service: Service, limits: ClientLimits, most_streams: int) -> None:
+    def __init__(self, service: Service, limits: ClientLimits, most_streams: int, memory: BodyMemory) -> None:
         self._service = service
         self._limits = limits
         config = H2Configuration(
@@ -211,6 +215,8 @@ class Http2Connection:
         self._begun = False
         self._stalled_since_s: float | None = None
         self._unread_bytes = 0
+        self.unsent_bytes = 0
+        self._unsent = Hold(memory)
         self._resets_left = float(EARLY_RESETS)
         self._reset_s = self._heard_s
 
@@ -257,6 +263,7 @@ class Http2Connection:
         streams, self._streams = self._streams, {}
         self._to_send.clear()
         self._blocked.clear()
+        self._unsent.release()
         for stream in streams.values():
             self._tell_gone(stream)
 
@@ -323,6 +330,9 @@ class Http2Connection:
         if stream.unacknowledged:
             self._frames.acknowledge_received_data(stream.unacknowledged, stream.number)
             stream.unacknowledged = 0
+        self.unsent_bytes -= stream.unsent_bytes
+        stream.unsent_bytes = 0
+        self._count_unsent()
         self._tell_gone(stream)
 
     def _count_early_reset(self) -> None:
@@ -380,6 +390,12 @@ class Http2Connection:
                     self.abort()
                     return
             self._transport.write(data)
+        self._count_unsent()
+
+    def _count_unsent(self) -> None:
+        size = self.unsent_bytes + (self._transport.get_write_buffer_size() if self._paused else 0)
+        if size != self._unsent.size:
+            self._unsent.add(size - self._unsent.size)
 
     # Ends.
 

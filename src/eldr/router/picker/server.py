@@ -68,7 +68,7 @@ class Picker:
 
     def connection(self) -> Http2Connection:
         """A protocol for a new connection."""
-        return Http2Connection(self, self._limits, self._most_streams)
+        return Http2Connection(self, self._limits, self._most_streams, self._memory)
 
     def open(self, stream: Stream, headers: Headers) -> Receiver:
         return open_call(stream, headers, self._methods, self._limits.max_body_bytes + MORE_BYTES)
