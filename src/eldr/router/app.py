@@ -292,6 +292,8 @@ class Router:
             picker.closing = True
         await asyncio.sleep(delay_s)
         self._listeners.close()
+        if picker is not None:
+            picker.drain()
         deadline_s = time.monotonic() + grace_s
         await self._finish(deadline_s)
         await clients.end_all()

@@ -22,7 +22,7 @@ import h2.errors
 import h2.events
 import h2.settings
 import pytest
-from hyperframe.frame import PingFrame
+from hyperframe.frame import GoAwayFrame, PingFrame
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,6 +52,8 @@ CALL = [
     ("te", "trailers"),
 ]
 BODY = json.dumps(ASK).encode()
+# By it a peer is asked to open no more streams. All are seen that it has opened (RFC 9113, section 6.8).
+LEAVE = GoAwayFrame(0, last_stream_id=2**31 - 1).serialize()
 
 
 def framed(message: ProcessingRequest) -> bytes:
@@ -72,7 +74,10 @@ def request_body(body: bytes) -> bytes:
 
 
 class Peer:
-    """A client over h2. events: all that came. data: by stream. window: of each stream, which the test then manages."""
+    """A client over h2. events: all that came. data: by stream. is_to_leave: whether it should open no more streams.
+
+    window: of each stream, which the test then manages.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int | None) -> None:
         self._reader, self._writer, self._window = reader, writer, window
@@ -82,6 +87,7 @@ class Peer:
             self.h2.local_settings.acknowledge()
         self.events: list[Any] = []
         self.data: dict[int, bytes] = {}
+        self.is_to_leave = False
         self.h2.initiate_connection()
         self.flush()
 
@@ -108,6 +114,9 @@ class Peer:
             raw = await self._reader.read(65536)
         if not raw:
             return False
+        if LEAVE in raw:  # h2 would take nothing after it, although the streams go on
+            self.is_to_leave = True
+            raw = raw.replace(LEAVE, b"")
         for event in self.h2.receive_data(raw):
             self.events.append(event)
             if isinstance(event, h2.events.DataReceived):
@@ -410,6 +419,23 @@ async def test_an_end_without_haste() -> None:
         await stopping
         endings = [event for event in one.events if isinstance(event, h2.events.TrailersReceived)]
         assert [(event.stream_id, dict(event.headers)[b"grpc-status"]) for event in endings] == [(second, b"0")]
+
+
+async def test_what_crosses_the_end_is_still_served() -> None:
+    async with picking(aggregated=1) as g, peer(g) as one:
+        first = one.call(request_headers(), request_body(BODY))
+        while len(one.responses(first)) < 2:
+            await one.hear()
+        stopping = asyncio.create_task(g.setup.router.stop(5))
+        while not one.is_to_leave:
+            assert await one.hear(), "closed without a word"
+        second = one.call(request_headers(), request_body(BODY))
+        while len(one.responses(second)) < 2:
+            assert await one.hear(), "closed too early"
+        await one.gone()
+        await stopping
+        ended = await one.until(h2.events.ConnectionTerminated)
+        assert (ended.error_code, ended.last_stream_id) == (h2.errors.ErrorCodes.NO_ERROR, second)
 
 
 async def test_tls(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ class Http2Connection:
             events = self._frames.receive_data(data)
         except ProtocolError:  # h2 has written the GOAWAY that says what was wrong, and sends nothing more
             self._transport.write(self._frames.data_to_send())
-            self.close()
+            self._shut()
             return
         for event in events:
             self._take(event)
@@ -301,7 +301,7 @@ class Http2Connection:
                 if not stream.begun:
                     self._count_early_reset()
         elif isinstance(event, ConnectionTerminated):  # h2 sends nothing after it
-            self.close()
+            self._shut()
 
     def _on_request(self, event: RequestReceived) -> None:
         number = event.stream_id
@@ -342,7 +342,7 @@ class Http2Connection:
         if self._resets_left < 0:
             self._frames.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
             self._transport.write(self._frames.data_to_send())
-            self.close()
+            self._shut()
 
     def _tell_gone(self, stream: Stream) -> None:
         receiver, stream.receiver = stream.receiver, None
@@ -415,23 +415,34 @@ class Http2Connection:
             self._frames.ping(b"eldr epp")
             self._flush()
 
-    def close_if_idle(self) -> None:
-        """Ask the peer to open no more streams, and close once there is none. Called again and again at the end."""
-        if self._closed:
+    def drain(self) -> None:
+        """Ask the peer to open no more streams. Those that there are, or that cross this, are served."""
+        if self._closed or self._draining:
             return
-        if not self._streams:
+        self._draining = True
+        # h2 knows no graceful end: it would refuse to send on the streams that there are.
+        self._flush()
+        self._transport.write(GoAwayFrame(0, last_stream_id=ANY_STREAM).serialize())
+
+    def close_if_idle(self) -> None:
+        """Close if there is no stream, and ask for no more of them otherwise. Called again and again at the end."""
+        if self._streams:
+            self.drain()
+        else:
             self.close()
-        elif not self._draining:
-            self._draining = True
-            # h2 knows no graceful end: it would refuse to send on the streams that there are.
-            self._flush()
-            self._transport.write(GoAwayFrame(0, last_stream_id=ANY_STREAM).serialize())
 
     def close(self) -> None:
-        """Close after sending everything that was written."""
-        if not self._closed:
-            self._closed = True
-            self._transport.close()
+        """Close after sending everything that was written. The peer hears which of its streams were not seen."""
+        if self._closed:
+            return
+        self._flush()
+        self._frames.close_connection()
+        self._transport.write(self._frames.data_to_send())
+        self._shut()
+
+    def _shut(self) -> None:
+        self._closed = True
+        self._transport.close()
 
     def abort(self) -> None:
         """Close at once."""
