@@ -438,6 +438,19 @@ async def test_what_crosses_the_end_is_still_served() -> None:
         assert (ended.error_code, ended.last_stream_id) == (h2.errors.ErrorCodes.NO_ERROR, second)
 
 
+async def test_a_request_that_still_waits_at_the_end_is_refused() -> None:
+    async with picking(aggregated=1, max_inflight=1) as g, peer(g) as one:
+        for _ in range(2):
+            number = one.call(request_headers(), request_body(BODY))
+        services = g.setup.router.services
+        await until(lambda: services.admission.queued, "the second waits")
+        await g.setup.router.stop(0.1)
+        await one.gone()
+        assert one.responses(number)[0].immediate_response.status.code == 503
+        assert services.metrics.requests["/v1/completions", 503] == 1
+        assert services.metrics.disconnects == 0
+
+
 async def test_tls(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path, "picker")
     async with picking(aggregated=1, tls_cert=str(cert), tls_key=str(key)) as g:

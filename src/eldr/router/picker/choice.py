@@ -283,10 +283,11 @@ class WorkerChoice:
             return
         if self.told:
             self._conversation.leave()
-        else:
-            self._conversation.refuse(
-                ApiError(503, "the endpoint picker is shutting down", retry_after_s=RETRY_AFTER_S)
-            )
+            return
+        task = self.task
+        self._refuse(ApiError(503, "the endpoint picker is shutting down", retry_after_s=RETRY_AFTER_S))
+        if task is not None:
+            task.cancel()
 
     def _count(self, status: int) -> None:
         self._notes["status"] = status
