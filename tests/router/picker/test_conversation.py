@@ -14,7 +14,7 @@ import pytest
 
 from eldr.router.picker.messages_pb2 import HttpBody, HttpHeaders, ProcessingRequest
 from tests.router.harness import Scripted, interpreted, until
-from tests.router.picker.client import ASK, PROCESS, Exchange, Picked, header_map, picking
+from tests.router.picker.client import ASK, BUFFERED, PROCESS, Exchange, Picked, header_map, picking
 from tests.router.picker.test_choice import all_over
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -110,6 +110,18 @@ async def test_a_message_beyond_the_limit_ends_the_call() -> None:
     async with picking(aggregated=1, max_body_bytes=1000) as g:
         message = ProcessingRequest(request_body=HttpBody(body=b"x" * 2**20)).SerializeToString()
         assert await raw_call(g, message) is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_body_in_such_a_message_is_413() -> None:
+    async with picking(aggregated=1, max_body_bytes=1000) as g:
+        exchange, picked_ = g.exchange(), Picked()
+        await exchange.headers(mode=BUFFERED)
+        assert (await exchange.next()).WhichOneof("response") == "request_headers"
+        await exchange.body(b"x" * 2**20)
+        picked_.take(await exchange.next())
+        assert picked_.status == 413
+        assert await exchange.status() is grpc.StatusCode.OK
+        await all_over(g)
 
 
 async def test_compressed_messages_are_refused() -> None:

@@ -143,6 +143,13 @@ class Conversation:
         else:
             self._part.add(more)
 
+    def on_too_long(self) -> None:
+        if self._state is RECEIVING:  # only a body is so long
+            self.refuse(self._too_large())
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the request body exceeds {self._most_body_bytes} bytes")
+
     def on_end(self) -> None:
         """Envoy has nothing more to say: the answer has ended, its filter does not tell the end, or the client left."""
         self._end()
@@ -190,7 +197,7 @@ class Conversation:
         """Keep a piece of the body. Raises ApiError if there is no room."""
         size = len(body.body)
         if self._hold.size + size > self._most_body_bytes:
-            raise ApiError(413, f"the request body exceeds {self._most_body_bytes} bytes")
+            raise self._too_large()
         self._memory.admit_request(self._hold.size, size)
         self._hold.add(size)
         self._pieces.append(body.body)

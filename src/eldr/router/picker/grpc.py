@@ -42,6 +42,13 @@ class GrpcError(Exception):
         self.status = status
 
 
+class TooLongError(GrpcError):
+    """A message that is longer than it may be."""
+
+    def __init__(self, most_bytes: int) -> None:
+        super().__init__(Status.RESOURCE_EXHAUSTED, f"a message exceeds {most_bytes} bytes")
+
+
 class Answering(Protocol):
     """Answers one call."""
 
@@ -50,6 +57,9 @@ class Answering(Protocol):
 
     def on_part(self, size: int) -> None:
         """So many bytes have come of a message that is not whole."""
+
+    def on_too_long(self) -> None:
+        """A message is longer than it may be. If this does not end the call, it ends with that error."""
 
     def on_end(self) -> None:
         """The peer sends nothing more. Raises GrpcError, which ends the call."""
@@ -101,7 +111,7 @@ class MessageReader:
                 raise GrpcError(Status.UNIMPLEMENTED, "compressed messages are not read")
             size = int.from_bytes(data[at + 1 : at + PREFIX_BYTES], "big")
             if size > self._most_bytes:
-                raise GrpcError(Status.RESOURCE_EXHAUSTED, f"a message exceeds {self._most_bytes} bytes")
+                raise TooLongError(self._most_bytes)
             end = at + PREFIX_BYTES + size
             if end > len(data):
                 break
@@ -166,6 +176,10 @@ class Call:
             part = self._reader.held_bytes
             if part and self._answering is not None:
                 self._answering.on_part(part)
+        except TooLongError as error:
+            if self._answering is not None:
+                self._answering.on_too_long()
+            self.fail(error)
         except GrpcError as error:
             self.fail(error)
         except Exception:
