@@ -91,8 +91,8 @@ class Exchange:
         headers = HttpHeaders(headers=header_map(given), end_of_stream=end)
         message = ProcessingRequest(response_headers=headers)
         if served:
-            fields = message.metadata_context.filter_metadata["envoy.lb"].fields
-            fields[DESTINATION + "-served"].string_value = served
+            namespace = message.metadata_context.filter_metadata["envoy.lb"]
+            namespace.fields[DESTINATION + "-served"].string_value = served
         await self.send(message)
         assert (await self.next()).WhichOneof("response") == "response_headers"
 

@@ -250,7 +250,7 @@ class Http2Connection:
             return
         for event in events:
             self._take(event)
-            if self._closed:
+            if self._transport.is_closing():
                 return
         self._flush()
 
