@@ -55,12 +55,16 @@ class Choosing:
         self.closing = False
         self.memory = BodyMemory(LIMITS)
         self.choices: list[Chosen] = []
+        self.refusals: list[int] = []
 
     def open(self, stream: Stream, headers: Headers) -> Receiver:
         return open_call(stream, headers, {PROCESS: self._process}, LIMITS.max_body_bytes + 1000)
 
     def _process(self, call: Call) -> Conversation:
-        return Conversation(call, self._choose, LIMITS.max_body_bytes, self.memory)
+        return Conversation(call, self._choose, self._refused, LIMITS.max_body_bytes, self.memory)
+
+    def _refused(self, path: bytes, status: int) -> None:
+        self.refusals.append(status)
 
     def _choose(self, conversation: Conversation, request: Request, subset: frozenset[str] | None) -> Chosen:
         chosen = Chosen(request)

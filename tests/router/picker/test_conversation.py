@@ -121,6 +121,7 @@ async def test_a_body_in_such_a_message_is_413() -> None:
         picked_.take(await exchange.next())
         assert picked_.status == 413
         assert await exchange.status() is grpc.StatusCode.OK
+        assert g.setup.router.services.metrics.requests["/v1/completions", 413] == 1
         await all_over(g)
 
 

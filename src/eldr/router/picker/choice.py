@@ -87,6 +87,11 @@ class Choosing:
     def _done(self, task: asyncio.Task[None]) -> None:
         del self.running[task]
 
+    def count(self, path: bytes, status: int) -> None:
+        """A request got its answer."""
+        known = path in openai.ENDPOINTS or path in ENDPOINTS
+        self.services.metrics.requests[path.decode() if known else OTHER, status] += 1
+
 
 class WorkerChoice:
     """The choice for one request.
@@ -291,8 +296,7 @@ class WorkerChoice:
 
     def _count(self, status: int) -> None:
         self._notes["status"] = status
-        path = self._path if self._path in openai.ENDPOINTS or self._path in ENDPOINTS else OTHER.encode()
-        self._services.metrics.requests[path.decode(), status] += 1
+        self._shared.count(self._path, status)
 
     # Events of the request.
 

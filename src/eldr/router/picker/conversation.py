@@ -84,6 +84,9 @@ class Choice(Protocol):
 # Begins to choose: for a request with its body, among the endpoints of a subset if there is one.
 Choose = Callable[["Conversation", Request, frozenset[str] | None], Choice]
 
+# Hears of requests that are refused before the choice: the path, and the status.
+Refused = Callable[[bytes, int], None]
+
 
 class Conversation:
     """One call of `Process`.
@@ -91,9 +94,10 @@ class Conversation:
     It has many attributes because the modes differ in what is owed to Envoy, and when.
     """
 
-    def __init__(self, call: Call, choose: Choose, most_body_bytes: int, memory: BodyMemory) -> None:
+    def __init__(self, call: Call, choose: Choose, refused: Refused, most_body_bytes: int, memory: BodyMemory) -> None:
         self._call = call
         self._choose = choose
+        self._refused = refused
         self._most_body_bytes = most_body_bytes
         self._hold = Hold(memory)
         self._part = Hold(memory)  # of a message that is not whole: a buffered body is one message
@@ -249,6 +253,8 @@ class Conversation:
         if self._state is OVER:
             return
         path = b"" if self._request is None else self._request.path
+        if self._choice is None:
+            self._refused(path, error.status)
         self._call.send(replies.refused(error, path))
         self._end()
         self._call.end()

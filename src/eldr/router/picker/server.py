@@ -76,7 +76,8 @@ class Picker:
         return open_call(stream, headers, self._methods, self._limits.max_body_bytes + MORE_BYTES)
 
     def _process(self, call: Call) -> Conversation:
-        return Conversation(call, self._choosing.choose, self._limits.max_body_bytes, self._memory)
+        choosing = self._choosing
+        return Conversation(call, choosing.choose, choosing.count, self._limits.max_body_bytes, self._memory)
 
     def fleet_changed(self, worker: Worker) -> None:
         """A listener of the fleet."""
