@@ -195,7 +195,8 @@ class Router:
         else:
             cors = Cors(listen.allowed_origins)
             self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector, reports, whole)
-        self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services, self.peers), whole)
+        ui, behind_gateway = UiState(self.services, self.peers), self.picker is not None
+        self.admin = AdminApi(self.membership, self.admin_key, ui, whole, behind_gateway)
         self._listeners = Listeners(config.clients, memory, self._tls, inherited)
 
     # Starting and stopping.

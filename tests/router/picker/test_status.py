@@ -136,5 +136,10 @@ async def test_workers_join_and_drain_by_the_admin_api(tmp_path: Path) -> None:
         for _ in range(3):
             _, picked = await g.ask()
             assert picked.endpoints == [endpoint(second)]
+        for url in ("http://worker:8000", first.url + "/path", first.url + "#rank=1"):
+            body = {"url": url, "role": "aggregated"}
+            async with g.setup.session.post(admin + "/admin/workers", json=body, headers=headers) as answer:
+                assert answer.status == 400
+                assert "gateway" in (await answer.json())["error"]["message"]
         async with g.setup.session.get(admin + "/ui/state", headers=headers) as answer:
             assert len((await answer.json())["decisions"]) == 3
