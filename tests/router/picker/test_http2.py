@@ -322,6 +322,21 @@ async def test_streams_opened_only_to_be_reset_end_the_connection() -> None:
         await all_over(g)
 
 
+async def test_clients_that_all_leave_the_queue_do_not() -> None:
+    async with picking(aggregated=1) as g, peer(g) as one:
+        numbers = [one.call() for _ in range(1500)]
+        while not (one.h2.outbound_flow_control_window > 2**16):
+            await one.hear()
+        await asyncio.sleep(1.1)
+        for number in numbers:
+            one.h2.reset_stream(number)
+        one.flush()
+        await asyncio.sleep(0.1)
+        number = one.call(request_headers(), request_body(BODY))
+        while len(one.responses(number)) < 2:
+            assert await one.hear(), "the connection was closed"
+
+
 async def test_streams_that_are_reset_after_their_answer_do_not() -> None:
     async with picking(aggregated=1, max_inflight=1000) as g, peer(g) as one:
         for _ in range(12):

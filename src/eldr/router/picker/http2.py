@@ -51,8 +51,10 @@ PONG_WITHIN_S: Final = 10.0
 # While a peer reads nothing, it may still make this side write: the answers to its pings and settings. No more of them
 # are kept than this.
 UNREAD_MOST_BYTES: Final = 256 * 1024
-# A stream that is reset before anything was sent on it was work for nothing, and the limit on streams does not hold it
-# back (CVE-2023-44487). So many may come at once, and so many a second after that.
+# A stream that is reset at once, before anything was sent on it, was work for nothing, and the limit on streams does
+# not hold it back (CVE-2023-44487). So many may come at once, and so many a second after that. Streams of clients that
+# leave the queue are older: Envoy resets these, too.
+EARLY_RESET_S: Final = 1.0
 EARLY_RESETS: Final = 1000
 EARLY_RESETS_A_SECOND: Final = 100
 # The streams of a connection that ends gracefully are those up to this number: any that are on their way.
@@ -107,17 +109,18 @@ class Stream:
     """One stream, to which this side answers. Nothing is sent before the event loop's turn or input is over."""
 
     __slots__ = (
-        "_connection", "_end", "_headers", "_unsent", "begun", "number", "peer_ended", "receiver", "unacknowledged",
-        "unsent_bytes",
+        "_connection", "_end", "_headers", "_unsent", "begun", "number", "opened_s", "peer_ended", "receiver",
+        "unacknowledged", "unsent_bytes",
     )  # fmt: skip
 
-    def __init__(self, connection: Http2Connection, number: int) -> None:
+    def __init__(self, connection: Http2Connection, number: int, opened_s: float) -> None:
         self._connection = connection
         self._headers: Headers | None = None
         self._unsent: deque[bytes] = deque()
         self._end: Headers | None = None
         self.begun = False
         self.number = number
+        self.opened_s = opened_s
         self.receiver: Receiver | None = None
         self.peer_ended = False
         self.unacknowledged = 0
@@ -298,14 +301,14 @@ class Http2Connection:
             stream = self._streams.pop(event.stream_id, None)
             if stream is not None:
                 self._drop(stream)
-                if not stream.begun:
+                if not stream.begun and self._heard_s - stream.opened_s < EARLY_RESET_S:
                     self._count_early_reset()
         elif isinstance(event, ConnectionTerminated):  # h2 sends nothing after it
             self._shut()
 
     def _on_request(self, event: RequestReceived) -> None:
         number = event.stream_id
-        stream = self._streams[number] = Stream(self, number)
+        stream = self._streams[number] = Stream(self, number, self._heard_s)
         stream.receiver = self._service.open(stream, event.headers)
 
     def _on_data(self, event: DataReceived) -> None:
