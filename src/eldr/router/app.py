@@ -195,7 +195,8 @@ class Router:
         else:
             cors = Cors(listen.allowed_origins)
             self.clients = ClientApi(self.services, self._keys, self.admin_key, cors, collector, reports, whole)
-        self.admin = AdminApi(self.membership, self.admin_key, UiState(self.services, self.peers), whole)
+        ui, behind_gateway = UiState(self.services, self.peers), self.picker is not None
+        self.admin = AdminApi(self.membership, self.admin_key, ui, whole, behind_gateway)
         self._listeners = Listeners(config.clients, memory, self._tls, inherited)
 
     # Starting and stopping.
@@ -292,6 +293,8 @@ class Router:
             picker.closing = True
         await asyncio.sleep(delay_s)
         self._listeners.close()
+        if picker is not None:
+            picker.drain()
         deadline_s = time.monotonic() + grace_s
         await self._finish(deadline_s)
         await clients.end_all()

@@ -53,6 +53,9 @@ def test_every_key_and_every_flag() -> None:
         ({"worker": ["http://worker:8000"]}, "not its name"),
         ({"decode": ["http://10.0.0.1:8000/path"]}, "does not change paths"),
         ({"decode": ["http://10.0.0.1:8000#rank=1"]}, "not ranks"),
+        ({"decode": ["dns+http://decode:8000/path"]}, "does not change paths"),
+        ({"decode": ["k8s+http://?selector=app=a&port=8000&path=/path"]}, "does not change paths"),
+        ({"decode": ["k8s+http://?selector=app=a&port=8000#dp=2"]}, "not ranks"),
         ({"worker": ["http://10.0.0.1:1"], "grpc_listen": "9002"}, "grpc_listen"),
         ({"worker": ["http://10.0.0.1:1"], "phase": "both"}, "phase"),
         ({"worker": ["http://10.0.0.1:1"], "fallbacks": 17}, "fallbacks"),
@@ -61,6 +64,11 @@ def test_every_key_and_every_flag() -> None:
 def test_what_no_gateway_could_use_is_refused(settings: dict[str, object], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         PickerConfig.of(**settings)
+
+
+def test_workers_that_are_found_have_addresses() -> None:
+    found = ["dns+http://decode:8000", "k8s+http://serving/inferencepools/qwen3", "k8s+http://?selector=a=b&port=http"]
+    assert PickerConfig.of(decode=found).workers.decode == tuple(found)
 
 
 @pytest.mark.parametrize("leg", ["prefill", "decode"])

@@ -85,13 +85,14 @@ class Exchange:
     async def request_trailers(self) -> None:
         await self.send(ProcessingRequest(request_trailers=HttpTrailers()))
 
-    async def answer(self, status: int = 200, end: bool = False, served: str = "") -> None:
-        """The headers of the worker's answer, and the picker's answer to them."""
-        headers = HttpHeaders(headers=header_map({":status": str(status)}), end_of_stream=end)
+    async def answer(self, status: int = 200, end: bool = False, served: str = "", **fields: str) -> None:
+        """The headers of the worker's answer, and the picker's answer to them. fields: more of them, with _ for -."""
+        given = {":status": str(status)} | {name.replace("_", "-"): value for name, value in fields.items()}
+        headers = HttpHeaders(headers=header_map(given), end_of_stream=end)
         message = ProcessingRequest(response_headers=headers)
         if served:
-            fields = message.metadata_context.filter_metadata["envoy.lb"].fields
-            fields[DESTINATION + "-served"].string_value = served
+            namespace = message.metadata_context.filter_metadata["envoy.lb"]
+            namespace.fields[DESTINATION + "-served"].string_value = served
         await self.send(message)
         assert (await self.next()).WhichOneof("response") == "response_headers"
 

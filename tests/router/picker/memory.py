@@ -40,7 +40,7 @@ class Chosen:
         self.body = request.body
         self.told: list[str] = []
 
-    def answered(self, status: int, endpoint: str) -> None:
+    def answered(self, status: int, endpoint: str, reached: bool) -> None:
         self.told.append("answered")
 
     def ended(self) -> None:
@@ -55,12 +55,16 @@ class Choosing:
         self.closing = False
         self.memory = BodyMemory(LIMITS)
         self.choices: list[Chosen] = []
+        self.refusals: list[int] = []
 
     def open(self, stream: Stream, headers: Headers) -> Receiver:
         return open_call(stream, headers, {PROCESS: self._process}, LIMITS.max_body_bytes + 1000)
 
     def _process(self, call: Call) -> Conversation:
-        return Conversation(call, self._choose, LIMITS.max_body_bytes, self.memory)
+        return Conversation(call, self._choose, self._refused, LIMITS.max_body_bytes, self.memory)
+
+    def _refused(self, path: bytes, status: int) -> None:
+        self.refusals.append(status)
 
     def _choose(self, conversation: Conversation, request: Request, subset: frozenset[str] | None) -> Chosen:
         chosen = Chosen(request)
@@ -72,7 +76,7 @@ class Choosing:
 async def converse(pieces: list[bytes]) -> tuple[Choosing, bytes]:
     """Feed a connection, then lose it. Returns what was chosen, and what was written."""
     service = Choosing()
-    connection, transport = Http2Connection(service, LIMITS, MOST_STREAMS), MemoryTransport()
+    connection, transport = Http2Connection(service, LIMITS, MOST_STREAMS, service.memory), MemoryTransport()
     connection.connection_made(transport)
     for piece in pieces:
         connection.data_received(piece)

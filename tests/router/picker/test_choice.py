@@ -209,6 +209,16 @@ async def test_failed_answers_eject_a_worker_and_others_do_not() -> None:
         assert workers(g)[endpoint(first)].ejected
 
 
+async def test_a_gateway_with_too_many_requests_of_its_own_ejects_no_worker() -> None:
+    async with picking(aggregated=2, eject_failures=2) as g:
+        for _ in range(8):
+            exchange, _ = await g.ask()
+            await exchange.answer(503, x_envoy_overloaded="true")
+            await exchange.trailers()
+        assert not any(worker.ejected for worker in workers(g).values())
+        await all_over(g)
+
+
 # Subsets.
 
 

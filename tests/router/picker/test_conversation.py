@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from eldr.router.picker.messages_pb2 import HttpBody, HttpHeaders, ProcessingRequest
 from tests.router.harness import Scripted, interpreted, until
-from tests.router.picker.client import ASK, PROCESS, Exchange, Picked, header_map, picking
+from tests.router.picker.client import ASK, BUFFERED, PROCESS, Exchange, Picked, header_map, picking
 from tests.router.picker.test_choice import all_over
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -111,6 +112,19 @@ async def test_a_message_beyond_the_limit_ends_the_call() -> None:
         assert await raw_call(g, message) is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_a_body_in_such_a_message_is_413() -> None:
+    async with picking(aggregated=1, max_body_bytes=1000) as g:
+        exchange, picked_ = g.exchange(), Picked()
+        await exchange.headers(mode=BUFFERED)
+        assert (await exchange.next()).WhichOneof("response") == "request_headers"
+        await exchange.body(b"x" * 2**20)
+        picked_.take(await exchange.next())
+        assert picked_.status == 413
+        assert await exchange.status() is grpc.StatusCode.OK
+        assert g.setup.router.services.metrics.requests["/v1/completions", 413] == 1
+        await all_over(g)
+
+
 async def test_compressed_messages_are_refused() -> None:
     async with picking(aggregated=1) as g:
         call = g.channel.stream_stream(PROCESS)(compression=grpc.Compression.Gzip)
@@ -203,6 +217,26 @@ async def test_memory_for_bodies_is_limited_in_sum() -> None:
         await third.body(b"x" * 700_000)
         passed.take(await third.next())
         assert not passed.status
+
+
+async def test_a_body_that_came_in_pieces_is_held_once() -> None:
+    async with picking(aggregated=1, max_inflight=1) as g:
+        first, _ = await g.ask()
+        second, size = g.exchange(), 8_000_000
+        await second.headers()
+        tracemalloc.start()
+        body = json.dumps({**ASK, "prompt": "x" * size}).encode()
+        for start in range(0, len(body), 1_000_000):
+            await second.body(body[start : start + 1_000_000], end=False)
+        del body
+        await second.body(b"", end=True)
+        await until(lambda: g.setup.router.services.admission.queued, "it waits")
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert held < 1.6 * size
+        first.cancel()
+        second.cancel()
+        await all_over(g)
 
 
 async def test_requests_leave_no_cycles() -> None:

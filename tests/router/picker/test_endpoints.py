@@ -75,8 +75,11 @@ def test_endpoints_become_workers_of_any_role() -> None:
         ("http://10.0.0.1:1", "prefill"),
         ("http://10.0.0.2:1", "decode"),
         ("http://10.0.0.2:2", "decode"),
+        ("http://[fd00::1]:8000", "decode"),
     ):
         fleet.add(url, role, 1)  # type: ignore[arg-type]
     assert urls_in(fleet, {"10.0.0.1:1", "10.0.0.2:2"}) == {"http://10.0.0.1:1", "http://10.0.0.2:2"}
     assert urls_in(fleet, {"10.0.0.2"}) == {"http://10.0.0.2:1", "http://10.0.0.2:2"}
-    assert urls_in(fleet, {"10.0.0.9:1"}) == set()
+    for same in ("[fd00::1]:8000", "[fd00::1]", "fd00::1"):
+        assert urls_in(fleet, {same}) == {"http://[fd00::1]:8000"}
+    assert urls_in(fleet, {"10.0.0.9:1", "fd00::1:8000"}) == set()

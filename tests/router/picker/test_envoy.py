@@ -35,6 +35,13 @@ DUPLEX = {
     + "request_trailer_mode: SEND"
 }
 RESPONSES_TOO = {**DUPLEX, "response_body_mode: NONE": "response_body_mode: FULL_DUPLEX_STREAMED"}
+CIRCUIT_BREAKERS = """
+      circuit_breakers:
+        thresholds:
+          - max_connections: 65536
+            max_pending_requests: 65536
+            max_requests: 65536
+"""
 EXT_PROC = "                  - name: envoy.filters.http.ext_proc\n"
 SUBSET = """\
                   - name: envoy.filters.http.set_metadata
@@ -199,6 +206,21 @@ async def test_a_client_that_leaves_the_queue_takes_no_turn(tmp_path: Path) -> N
         first.cancel()
         await all_over(g)
         await asyncio.gather(first, second, return_exceptions=True)
+
+
+async def test_a_full_circuit_breaker_is_no_fault_of_a_worker(tmp_path: Path) -> None:
+    limits = "are the limits here." + CIRCUIT_BREAKERS
+    one_at_once = {limits: limits.replace("max_requests: 65536", "max_requests: 1")}
+    async with behind_envoy(tmp_path, one_at_once, aggregated=2, eject_failures=1) as (g, one):
+        for worker in g.setup.aggregated:
+            worker.token_gap_s = 5
+        first = asyncio.create_task(post(one, STREAM))
+        await until(lambda: any(map(completions, g.setup.aggregated)), "the first runs")
+        assert [(await post(one))[0] for _ in range(3)] == [503] * 3
+        assert not any(worker.ejected for worker in workers(g).values())
+        first.cancel()
+        await all_over(g)
+        await asyncio.gather(first, return_exceptions=True)
 
 
 async def test_a_worker_that_accepts_nothing_is_passed_over(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import ssl
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,10 +22,12 @@ import h2.errors
 import h2.events
 import h2.settings
 import pytest
+from hyperframe.frame import GoAwayFrame, PingFrame
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eldr.router.picker.grpc import GrpcError, MessageReader, Status
+from eldr.router.picker.http2 import Http2Connection
 from eldr.router.picker.messages_pb2 import (
     HttpBody,
     HttpHeaders,
@@ -35,7 +38,9 @@ from eldr.router.picker.messages_pb2 import (
 )
 from tests.router.certificates import certificate
 from tests.router.harness import until
+from tests.router.memory import LIMITS, MemoryTransport
 from tests.router.picker.client import ASK, PROCESS, Gateway, header_map, picking
+from tests.router.picker.memory import CALL_OF_A_GATEWAY, Choosing
 from tests.router.picker.test_choice import all_over
 
 CALL = [
@@ -47,6 +52,8 @@ CALL = [
     ("te", "trailers"),
 ]
 BODY = json.dumps(ASK).encode()
+# By it a peer is asked to open no more streams. All are seen that it has opened (RFC 9113, section 6.8).
+LEAVE = GoAwayFrame(0, last_stream_id=2**31 - 1).serialize()
 
 
 def framed(message: ProcessingRequest) -> bytes:
@@ -67,7 +74,10 @@ def request_body(body: bytes) -> bytes:
 
 
 class Peer:
-    """A client over h2. events: all that came. data: by stream. window: of each stream, which the test then manages."""
+    """A client over h2. events: all that came. data: by stream. is_to_leave: whether it should open no more streams.
+
+    window: of each stream, which the test then manages.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int | None) -> None:
         self._reader, self._writer, self._window = reader, writer, window
@@ -77,6 +87,7 @@ class Peer:
             self.h2.local_settings.acknowledge()
         self.events: list[Any] = []
         self.data: dict[int, bytes] = {}
+        self.is_to_leave = False
         self.h2.initiate_connection()
         self.flush()
 
@@ -103,6 +114,9 @@ class Peer:
             raw = await self._reader.read(65536)
         if not raw:
             return False
+        if LEAVE in raw:  # h2 would take nothing after it, although the streams go on
+            self.is_to_leave = True
+            raw = raw.replace(LEAVE, b"")
         for event in self.h2.receive_data(raw):
             self.events.append(event)
             if isinstance(event, h2.events.DataReceived):
@@ -182,6 +196,71 @@ async def test_a_peer_that_takes_nothing_may_send_no_more() -> None:
             await one.hear()
 
 
+async def test_a_stream_that_is_reset_gives_the_connections_window_back() -> None:
+    async with picking(aggregated=1, max_inflight=100) as g, peer(g, window=1000) as one:
+        await one.until(h2.events.WindowUpdated)
+        whole = one.h2.outbound_flow_control_window
+        piece = framed(ProcessingRequest(response_body=HttpBody(body=b"x" * 60_000)))
+        for _ in range(12):
+            number = one.call(request_headers(ProcessingMode.FULL_DUPLEX_STREAMED), request_body(BODY))
+            while len(one.responses(number)) < 2:
+                await one.hear()
+            answer = HttpHeaders(headers=header_map({":status": "200"}))
+            one.send(number, framed(ProcessingRequest(response_headers=answer)))
+            with contextlib.suppress(TimeoutError):  # until the picker takes no more of it
+                while True:
+                    while one.h2.local_flow_control_window(number) >= len(piece):
+                        one.send(number, piece)
+                    async with asyncio.timeout(0.2):
+                        await one.hear()
+            one.h2.reset_stream(number)
+            one.flush()
+        one.h2.ping(b"12345678")
+        one.flush()
+        await one.until(h2.events.PingAckReceived)
+        # What was read is given back by halves of the window.
+        assert one.h2.outbound_flow_control_window > whole // 2 - 2**21
+
+
+async def test_a_body_counts_in_memory_before_all_of_its_message_is_there() -> None:
+    """A filter that buffers bodies sends each as one message, and slowly if its window is small."""
+    async with picking(aggregated=1, max_bodies_bytes=1_000_000) as g, peer(g) as one:
+        await one.until(h2.events.WindowUpdated)
+        body = request_body(b"x" * 700_000)
+        first = one.call(request_headers(), body[:-1])
+        second = one.call(request_headers(), body[:200_000])
+        while not one.responses(second):
+            await one.hear()
+        assert one.responses(second)[0].immediate_response.status.code == 503
+        assert not one.responses(first)
+        one.h2.reset_stream(first)
+        third = one.call(request_headers(), body)
+        while not one.responses(third):
+            await one.hear()
+        assert one.responses(third)[0].HasField("request_headers")
+
+
+async def test_a_body_that_nobody_takes_back_counts_in_memory() -> None:
+    async with picking(aggregated=1, max_bodies_bytes=1_000_000) as g, peer(g, window=1000) as one:
+        await one.until(h2.events.WindowUpdated)
+        body = request_body(b"x" * 700_000)
+        first = one.call(request_headers(), body)
+        while len(one.data.get(first, b"")) < 1000:
+            await one.hear()
+        second = one.call(request_headers(), body)
+        while not one.responses(second):
+            await one.hear()
+        assert one.responses(second)[0].immediate_response.status.code == 503
+        one.h2.reset_stream(first)
+        third = one.call(request_headers(), body)
+        while not one.responses(third):
+            await one.hear()
+        assert one.responses(third)[0].HasField("request_headers")
+        one.h2.reset_stream(third)
+        one.flush()
+        await all_over(g)
+
+
 async def test_many_calls_on_one_connection() -> None:
     async with picking(aggregated=1, max_inflight=1000) as g, peer(g) as one:
         numbers = [one.call(request_headers(), request_body(BODY)) for _ in range(400)]
@@ -229,6 +308,60 @@ async def test_streams_that_have_ended_do_not_count() -> None:
             one.flush()
             while not any(isinstance(each, h2.events.StreamEnded) and each.stream_id == number for each in one.events):
                 await one.hear()
+
+
+async def test_streams_opened_only_to_be_reset_end_the_connection() -> None:
+    async with picking(aggregated=1) as g, peer(g) as one:
+        for _ in range(1500):
+            one.h2.reset_stream(one.call())
+        with contextlib.suppress(ConnectionError):
+            one.flush()
+            ended = await one.until(h2.events.ConnectionTerminated)
+            assert ended.error_code == h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
+        await one.gone()
+        await all_over(g)
+
+
+async def test_clients_that_all_leave_the_queue_do_not() -> None:
+    async with picking(aggregated=1) as g, peer(g) as one:
+        numbers = [one.call() for _ in range(1500)]
+        while not (one.h2.outbound_flow_control_window > 2**16):
+            await one.hear()
+        await asyncio.sleep(1.1)
+        for number in numbers:
+            one.h2.reset_stream(number)
+        one.flush()
+        await asyncio.sleep(0.1)
+        number = one.call(request_headers(), request_body(BODY))
+        while len(one.responses(number)) < 2:
+            assert await one.hear(), "the connection was closed"
+
+
+async def test_streams_that_are_reset_after_their_answer_do_not() -> None:
+    async with picking(aggregated=1, max_inflight=1000) as g, peer(g) as one:
+        for _ in range(12):
+            numbers = [one.call(request_headers(), request_body(BODY)) for _ in range(100)]
+            while not all(len(one.responses(number)) == 2 for number in numbers):
+                await one.hear()
+            for number in numbers:
+                one.h2.reset_stream(number)
+            one.flush()
+        await all_over(g)
+
+
+async def test_a_peer_that_reads_no_answers_to_its_pings_is_cut_off() -> None:
+    service = Choosing()
+    connection, transport = Http2Connection(service, LIMITS, 10, service.memory), MemoryTransport()
+    connection.connection_made(transport)
+    connection.data_received(CALL_OF_A_GATEWAY)
+    connection.pause_writing()
+    pings = PingFrame(0, b"12345678").serialize() * 1000
+    before = len(transport.written)
+    for _ in range(100):
+        connection.data_received(pings)
+    assert len(transport.written) - before < 2**19
+    assert transport.is_closing()
+    connection.connection_lost(None)
 
 
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", b"\0" * 100, b"\x16\x03\x01\x02\x00\x01"])
@@ -303,6 +436,36 @@ async def test_an_end_without_haste() -> None:
         assert [(event.stream_id, dict(event.headers)[b"grpc-status"]) for event in endings] == [(second, b"0")]
 
 
+async def test_what_crosses_the_end_is_still_served() -> None:
+    async with picking(aggregated=1) as g, peer(g) as one:
+        first = one.call(request_headers(), request_body(BODY))
+        while len(one.responses(first)) < 2:
+            await one.hear()
+        stopping = asyncio.create_task(g.setup.router.stop(5))
+        while not one.is_to_leave:
+            assert await one.hear(), "closed without a word"
+        second = one.call(request_headers(), request_body(BODY))
+        while len(one.responses(second)) < 2:
+            assert await one.hear(), "closed too early"
+        await one.gone()
+        await stopping
+        ended = await one.until(h2.events.ConnectionTerminated)
+        assert (ended.error_code, ended.last_stream_id) == (h2.errors.ErrorCodes.NO_ERROR, second)
+
+
+async def test_a_request_that_still_waits_at_the_end_is_refused() -> None:
+    async with picking(aggregated=1, max_inflight=1) as g, peer(g) as one:
+        for _ in range(2):
+            number = one.call(request_headers(), request_body(BODY))
+        services = g.setup.router.services
+        await until(lambda: services.admission.queued, "the second waits")
+        await g.setup.router.stop(0.1)
+        await one.gone()
+        assert one.responses(number)[0].immediate_response.status.code == 503
+        assert services.metrics.requests["/v1/completions", 503] == 1
+        assert services.metrics.disconnects == 0
+
+
 async def test_tls(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path, "picker")
     async with picking(aggregated=1, tls_cert=str(cert), tls_key=str(key)) as g:
@@ -339,6 +502,17 @@ def test_a_message_in_many_pieces_takes_time_in_proportion() -> None:
     assert reader.feed(b"\0" + size.to_bytes(4, "big")) == []
     pieces = [reader.feed(piece) for _ in range(size // len(piece))]
     assert [len(found) for found in pieces if found] == [1]
+
+
+def test_empty_pieces_of_a_message_take_no_memory() -> None:
+    reader = MessageReader(10)
+    reader.feed(b"\0")
+    tracemalloc.start()
+    for _ in range(100_000):
+        assert reader.feed(b"") == []
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 50_000
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,26 @@ async def test_a_finished_request_is_learned_from(tmp_path: Path) -> None:
         assert (await report(g.setup, {"id": named("one"), "counts": wire()}, key="wrong")).status == 401
 
 
+@pytest.mark.parametrize("status", [500, 0])
+async def test_a_request_that_failed_is_not_and_its_name_is_free_again(tmp_path: Path, status: int) -> None:
+    """status: of its answer. 0 if the client leaves before there is one."""
+    (tmp_path / "report").write_text(KEY)
+    lessons = Lessons()
+    settings: dict[str, Any] = {"report_key_file": str(tmp_path / "report"), "expert_geometry": GEOMETRY}
+    async with picking(aggregated=1, expert_sink=lessons, **settings) as g:
+        failed, _ = await g.ask(x_request_id="one")
+        if status:
+            await failed.answer(status)
+        await failed.end()
+        await all_over(g)
+        answer = await report(g.setup, {"id": named("one"), "counts": wire()})
+        assert answer.json()["refused"] == {"unknown_request": 1}
+        again, _ = await g.ask(x_request_id="one")
+        await again.answer()
+        assert (await report(g.setup, {"id": named("one"), "counts": wire()})).json()["accepted"] == 1
+        assert len(lessons.heard) == 1
+
+
 async def test_the_decision_log(tmp_path: Path) -> None:
     async with picking(decode=2, decision_log=str(tmp_path / "log")) as g:
         exchange, picked = await g.ask(handed_off(), x_request_id="mine")
@@ -116,5 +136,10 @@ async def test_workers_join_and_drain_by_the_admin_api(tmp_path: Path) -> None:
         for _ in range(3):
             _, picked = await g.ask()
             assert picked.endpoints == [endpoint(second)]
+        for url in ("http://worker:8000", first.url + "/path", first.url + "#rank=1"):
+            body = {"url": url, "role": "aggregated"}
+            async with g.setup.session.post(admin + "/admin/workers", json=body, headers=headers) as answer:
+                assert answer.status == 400
+                assert "gateway" in (await answer.json())["error"]["message"]
         async with g.setup.session.get(admin + "/ui/state", headers=headers) as answer:
             assert len((await answer.json())["decisions"]) == 3

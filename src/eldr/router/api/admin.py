@@ -12,7 +12,7 @@ import orjson
 from eldr.router.api.ui.page import TYPE, page
 from eldr.router.api.ui.state import UiState
 from eldr.router.api.whole import Whole, all_states, all_workers
-from eldr.router.config.endpoint import ROLES, Endpoint, Role, UrlError, worker_url
+from eldr.router.config.endpoint import ROLES, Endpoint, Role, UrlError, why_no_endpoint, worker_url
 from eldr.router.fleet.membership import Membership, MembershipError
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.admin_key import AdminKey
@@ -38,9 +38,13 @@ class AdminApi:
 
     ui: the data that the page shows.
     whole: all processes of this router. What one is told, all do.
+    behind_gateway: whether a gateway must be able to send requests to workers that join.
     """
 
-    def __init__(self, membership: Membership, key: AdminKey, ui: UiState, whole: Whole) -> None:
+    def __init__(
+        self, membership: Membership, key: AdminKey, ui: UiState, whole: Whole, behind_gateway: bool = False
+    ) -> None:
+        self._behind_gateway = behind_gateway
         self._ui = ui
         self._whole = whole
         if whole.siblings is not None:
@@ -137,8 +141,12 @@ class AdminApi:
         role = _role(fields)
         if role is None:
             raise _no_role()
+        url = _url(fields)
+        why_not = why_no_endpoint(url) if self._behind_gateway else None
+        if why_not is not None:
+            raise ApiError(400, f"{url}: {why_not}", param="url")
         try:
-            worker = self._membership.join(Endpoint(_url(fields), role), SOURCE)
+            worker = self._membership.join(Endpoint(url, role), SOURCE)
         except MembershipError as error:
             raise ApiError(409, str(error), param="url") from None
         return 202, describe(worker)

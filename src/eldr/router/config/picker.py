@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
+from urllib.parse import urlsplit
 
 from eldr.router.config.endpoint import why_no_endpoint
 from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port
 from eldr.settings import group, setting
 
+# The address of a worker that is not known yet.
+ANY: Final = "0.0.0.0"
 PHASES = ("decode", "prefill", "pair")
 
 
@@ -51,8 +54,12 @@ class PickerConfig(RouterConfig):
             raise ConfigError(
                 "no workers are given: give some as prefill, decode or worker, such as http://10.0.0.1:8000"
             )
-        for endpoint in workers.endpoints:
-            why = why_no_endpoint(endpoint.url)
+        found = [(endpoint.url, endpoint.url) for endpoint in workers.endpoints]
+        # What else is found has an address, but also the path and the ranks that it is given.
+        found += [(url, urlsplit(url)._replace(netloc=ANY).geturl()) for url, _ in workers.dns_names]
+        found += [(str(each), url) for each, _ in workers.kubernetes for url in each.worker_urls(ANY, 1)]
+        for given, url in found:
+            why = why_no_endpoint(url)
             if why is not None:
-                raise ConfigError(f"{endpoint.url}: {why}")
+                raise ConfigError(f"{given}: {why}")
         host_and_port("grpc_listen", self.picker.grpc_listen)

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from eldr.router.config.picker import PickerSettings
+from eldr.router.experts.watch import LegWatch
 from eldr.router.fleet.groups import Served
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.errors import ApiError
@@ -87,6 +88,11 @@ class Choosing:
     def _done(self, task: asyncio.Task[None]) -> None:
         del self.running[task]
 
+    def count(self, path: bytes, status: int) -> None:
+        """A request got its answer."""
+        known = path in openai.ENDPOINTS or path in ENDPOINTS
+        self.services.metrics.requests[path.decode() if known else OTHER, status] += 1
+
 
 class WorkerChoice:
     """The choice for one request.
@@ -108,6 +114,7 @@ class WorkerChoice:
         self._placement: Placement | None = None
         self._prefill = ExitStack()  # what ends when the prompt is computed
         self._notes: dict[str, Any] = {}  # for the log; nothing reads them back
+        self._watch: LegWatch | None = None  # what failed if no answer begins
         self._received_s = request.received_s
         self.task: asyncio.Task[None] | None = None
 
@@ -127,6 +134,8 @@ class WorkerChoice:
             self._refuse(ApiError(500, "internal error in the endpoint picker"))
         finally:
             self._conversation = self._placement = None
+            if self._watch is not None:
+                self._watch.failed()
             self._log()
 
     async def _serve(self, request: Request, subset: frozenset[str] | None) -> None:
@@ -182,7 +191,7 @@ class WorkerChoice:
                 if pair and not served.group.aggregated and job.why_whole is None:
                     prefiller = self._pair_with(job, served, only)
                 body = None if handoff is None else services.protocol.passed_on(job.body, handoff)
-                self._watch(job, placement)
+                self._expect_experts(job, placement)
                 self._tell(job, Destination(self._endpoints(served, placement.worker, only), prefiller, body))
                 del body, handoff
                 await self._over
@@ -257,11 +266,11 @@ class WorkerChoice:
             endpoints += [endpoint_of(other.url) for other in others[:most]]
         return endpoints
 
-    def _watch(self, job: Job, placement: Placement) -> None:
+    def _expect_experts(self, job: Job, placement: Placement) -> None:
         """Announce the request to the sources of experts. The worker knows it by its X-Request-Id."""
         experts = self._services.experts
         if experts is not None:
-            experts.watch(job.request_id, placement.request_id, job.model, job.max_tokens, None)
+            self._watch = experts.watch(job.request_id, placement.request_id, job.model, job.max_tokens, None)
 
     def _tell(self, job: Job | None, destination: Destination) -> None:
         if job is not None:
@@ -283,26 +292,30 @@ class WorkerChoice:
             return
         if self.told:
             self._conversation.leave()
-        else:
-            self._conversation.refuse(
-                ApiError(503, "the endpoint picker is shutting down", retry_after_s=RETRY_AFTER_S)
-            )
+            return
+        task = self.task
+        self._refuse(ApiError(503, "the endpoint picker is shutting down", retry_after_s=RETRY_AFTER_S))
+        if task is not None:
+            task.cancel()
 
     def _count(self, status: int) -> None:
         self._notes["status"] = status
-        path = self._path if self._path in openai.ENDPOINTS or self._path in ENDPOINTS else OTHER.encode()
-        self._services.metrics.requests[path.decode(), status] += 1
+        self._shared.count(self._path, status)
 
     # Events of the request.
 
-    def answered(self, status: int, endpoint: str) -> None:
-        """The answer has begun. A gateway may say that another worker gives it, because the first accepted nothing."""
+    def answered(self, status: int, endpoint: str, reached: bool) -> None:
+        """The answer has begun. A gateway may say that another worker gives it, because the first accepted nothing, or
+        that it has sent the request to none, which is no fault of theirs.
+        """
         self._count(status)
+        if status == 200:
+            self._watch = None
         self._prefill.close()
         if self._placement is not None:
             self._placement.prompt_computed()
         worker = self._worker
-        if worker is None:
+        if worker is None or not reached:
             return
         outcomes = self._services.outcomes
         if endpoint and endpoint != endpoint_of(worker.url):

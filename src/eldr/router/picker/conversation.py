@@ -34,6 +34,8 @@ from eldr.router.picker.replies import Destination
 DUPLEX: Final = ProcessingMode.FULL_DUPLEX_STREAMED
 BUFFERED: Final = ProcessingMode.BUFFERED
 STATUS: Final = re.compile(rb"[1-9][0-9][0-9]")
+# Envoy says so in an answer of its own, when its circuit breaker lets no more requests through.
+ENVOY_OVERLOADED: Final = b"x-envoy-overloaded"
 # The status of an answer that could not be read.
 NO_STATUS: Final = 0
 
@@ -66,8 +68,12 @@ TRANSITIONS: Final[dict[State, tuple[str, ...]]] = {
 class Choice(Protocol):
     """Chooses the worker of one request, and hears what becomes of it."""
 
-    def answered(self, status: int, endpoint: str) -> None:
-        """The answer has begun. endpoint: where it comes from, ip:port. Empty if nobody said."""
+    def answered(self, status: int, endpoint: str, reached: bool) -> None:
+        """The answer has begun.
+
+        endpoint: where it comes from, ip:port. Empty if nobody said.
+        reached: whether the request may have reached a worker. It did not if Envoy had too many at once.
+        """
 
     def ended(self) -> None:
         """The request is over. Nothing follows, and it is said once. Whether its client got all is not known: Envoy
@@ -78,6 +84,9 @@ class Choice(Protocol):
 # Begins to choose: for a request with its body, among the endpoints of a subset if there is one.
 Choose = Callable[["Conversation", Request, frozenset[str] | None], Choice]
 
+# Hears of requests that are refused before the choice: the path, and the status.
+Refused = Callable[[bytes, int], None]
+
 
 class Conversation:
     """One call of `Process`.
@@ -85,11 +94,13 @@ class Conversation:
     It has many attributes because the modes differ in what is owed to Envoy, and when.
     """
 
-    def __init__(self, call: Call, choose: Choose, most_body_bytes: int, memory: BodyMemory) -> None:
+    def __init__(self, call: Call, choose: Choose, refused: Refused, most_body_bytes: int, memory: BodyMemory) -> None:
         self._call = call
         self._choose = choose
+        self._refused = refused
         self._most_body_bytes = most_body_bytes
         self._hold = Hold(memory)
+        self._part = Hold(memory)  # of a message that is not whole: a buffered body is one message
         self._memory = memory
         self._state = OPENED
         self._choice: Choice | None = None
@@ -109,6 +120,7 @@ class Conversation:
     # Events of the call.
 
     def on_message(self, data: bytes) -> None:
+        self._part.release()
         if self._state is OVER:
             return
         try:
@@ -123,6 +135,24 @@ class Conversation:
         if message.observability_mode:
             raise GrpcError(Status.FAILED_PRECONDITION, "a picker cannot work in observability_mode")
         HANDLERS[kind](self, message)
+
+    def on_part(self, size: int) -> None:
+        if self._state not in (OPENED, RECEIVING):  # what comes later passes through
+            return
+        more = size - self._part.size
+        try:
+            self._memory.admit_request(self._hold.size + self._part.size, more)
+        except ApiError as error:
+            self.refuse(error)
+        else:
+            self._part.add(more)
+
+    def on_too_long(self) -> None:
+        if self._state is RECEIVING:  # only a body is so long
+            self.refuse(self._too_large())
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the request body exceeds {self._most_body_bytes} bytes")
 
     def on_end(self) -> None:
         """Envoy has nothing more to say: the answer has ended, its filter does not tell the end, or the client left."""
@@ -171,7 +201,7 @@ class Conversation:
         """Keep a piece of the body. Raises ApiError if there is no room."""
         size = len(body.body)
         if self._hold.size + size > self._most_body_bytes:
-            raise ApiError(413, f"the request body exceeds {self._most_body_bytes} bytes")
+            raise self._too_large()
         self._memory.admit_request(self._hold.size, size)
         self._hold.add(size)
         self._pieces.append(body.body)
@@ -190,7 +220,9 @@ class Conversation:
         request = self._request
         assert request is not None
         self._state = CHOOSING
-        request.body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        if len(self._pieces) > 1:  # in one piece alone, or a request that waits would hold its body twice
+            self._pieces = [b"".join(self._pieces)]
+        request.body = self._pieces[0] if self._pieces else b""
         request.hold = self._hold
         self._choice = self._choose(self, request, self._subset)
         self._subset = None
@@ -221,6 +253,8 @@ class Conversation:
         if self._state is OVER:
             return
         path = b"" if self._request is None else self._request.path
+        if self._choice is None:
+            self._refused(path, error.status)
         self._call.send(replies.refused(error, path))
         self._end()
         self._call.end()
@@ -235,6 +269,7 @@ class Conversation:
         self._pieces = []
         self._request = None
         self._hold.release()
+        self._part.release()
 
     # The answer.
 
@@ -248,7 +283,9 @@ class Conversation:
         status = headers.get(b":status", b"")
         endpoint = served_by(message.metadata_context) if message.HasField("metadata_context") else ""
         if self._choice is not None:
-            self._choice.answered(int(status) if STATUS.fullmatch(status) else NO_STATUS, endpoint)
+            self._choice.answered(
+                int(status) if STATUS.fullmatch(status) else NO_STATUS, endpoint, ENVOY_OVERLOADED not in headers
+            )
         self._call.send(replies.RESPONSE_HEADERS_SEEN)
         if message.response_headers.end_of_stream:
             self._end()

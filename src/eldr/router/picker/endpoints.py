@@ -55,7 +55,8 @@ def urls_in(fleet: Fleet, endpoints: Collection[str]) -> frozenset[str]:
     for leg in LEGS:
         for url in fleet.workers(leg):
             endpoint = endpoint_of(url)
-            if endpoint in endpoints or endpoint.rpartition(":")[0] in endpoints:
+            host = endpoint.rpartition(":")[0]
+            if endpoint in endpoints or host in endpoints or host.strip("[]") in endpoints:
                 urls.add(url)
     return frozenset(urls)
 

@@ -42,11 +42,24 @@ class GrpcError(Exception):
         self.status = status
 
 
+class TooLongError(GrpcError):
+    """A message that is longer than it may be."""
+
+    def __init__(self, most_bytes: int) -> None:
+        super().__init__(Status.RESOURCE_EXHAUSTED, f"a message exceeds {most_bytes} bytes")
+
+
 class Answering(Protocol):
     """Answers one call."""
 
     def on_message(self, message: bytes) -> None:
         """Raises GrpcError, which ends the call."""
+
+    def on_part(self, size: int) -> None:
+        """So many bytes have come of a message that is not whole."""
+
+    def on_too_long(self) -> None:
+        """A message is longer than it may be. If this does not end the call, it ends with that error."""
 
     def on_end(self) -> None:
         """The peer sends nothing more. Raises GrpcError, which ends the call."""
@@ -71,8 +84,19 @@ class MessageReader:
         """Whether nothing of a further message has come."""
         return not self._held
 
+    @property
+    def held_bytes(self) -> int:
+        """How much of a further message has come."""
+        return self._held_bytes if self._held else 0
+
+    def let_go(self) -> None:
+        """Forget what has come of a further message."""
+        self._held.clear()
+
     def feed(self, data: bytes) -> list[bytes]:
         """Return the messages that `data` completes. Raises GrpcError."""
+        if not data:  # nothing limits how many frames are empty
+            return []
         if self._held:
             self._held.append(data)
             self._held_bytes += len(data)
@@ -87,7 +111,7 @@ class MessageReader:
                 raise GrpcError(Status.UNIMPLEMENTED, "compressed messages are not read")
             size = int.from_bytes(data[at + 1 : at + PREFIX_BYTES], "big")
             if size > self._most_bytes:
-                raise GrpcError(Status.RESOURCE_EXHAUSTED, f"a message exceeds {self._most_bytes} bytes")
+                raise TooLongError(self._most_bytes)
             end = at + PREFIX_BYTES + size
             if end > len(data):
                 break
@@ -128,6 +152,7 @@ class Call:
             return
         self.over = True
         self._answering = None
+        self._reader.let_go()
         trailers = [(b"grpc-status", b"%d" % status)]
         if message:
             trailers.append((b"grpc-message", quote(message, safe=" ").encode()))
@@ -148,6 +173,13 @@ class Call:
             for message in self._reader.feed(data):
                 if self._answering is not None:
                     self._answering.on_message(message)
+            part = self._reader.held_bytes
+            if part and self._answering is not None:
+                self._answering.on_part(part)
+        except TooLongError as error:
+            if self._answering is not None:
+                self._answering.on_too_long()
+            self.fail(error)
         except GrpcError as error:
             self.fail(error)
         except Exception:

@@ -81,6 +81,12 @@ class _Asked:
         except DecodeError:
             raise GrpcError(Status.INVALID_ARGUMENT, "no HealthCheckRequest can be read") from None
 
+    def on_part(self, size: int) -> None:
+        pass
+
+    def on_too_long(self) -> None:
+        pass
+
     def service(self) -> str:
         if self._service is None:
             raise GrpcError(Status.INVALID_ARGUMENT, "a health check is one message")

@@ -29,6 +29,7 @@ from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame
 
 from eldr.router.config.groups import ClientLimits
+from eldr.router.http.body_memory import BodyMemory, Hold
 from eldr.router.http.keepalive import keep_alive
 from eldr.router.http.server import PROBE_IDLE_S, PROBE_INTERVAL_S
 
@@ -47,6 +48,15 @@ UNSENT_HIGH_BYTES: Final = 1024 * 1024
 # A connection that is silent for so long gets a PING, and is given up if nothing comes for so long after that.
 PING_AFTER_S: Final = 30.0
 PONG_WITHIN_S: Final = 10.0
+# While a peer reads nothing, it may still make this side write: the answers to its pings and settings. No more of them
+# are kept than this.
+UNREAD_MOST_BYTES: Final = 256 * 1024
+# A stream that is reset at once, before anything was sent on it, was work for nothing, and the limit on streams does
+# not hold it back (CVE-2023-44487). So many may come at once, and so many a second after that. Streams of clients that
+# leave the queue are older: Envoy resets these, too.
+EARLY_RESET_S: Final = 1.0
+EARLY_RESETS: Final = 1000
+EARLY_RESETS_A_SECOND: Final = 100
 # The streams of a connection that ends gracefully are those up to this number: any that are on their way.
 ANY_STREAM: Final = 2**31 - 1
 
@@ -99,16 +109,18 @@ class Stream:
     """One stream, to which this side answers. Nothing is sent before the event loop's turn or input is over."""
 
     __slots__ = (
-        "_connection", "_end", "_headers", "_unsent", "number", "peer_ended", "receiver", "unacknowledged",
-        "unsent_bytes",
+        "_connection", "_end", "_headers", "_unsent", "begun", "number", "opened_s", "peer_ended", "receiver",
+        "unacknowledged", "unsent_bytes",
     )  # fmt: skip
 
-    def __init__(self, connection: Http2Connection, number: int) -> None:
+    def __init__(self, connection: Http2Connection, number: int, opened_s: float) -> None:
         self._connection = connection
         self._headers: Headers | None = None
         self._unsent: deque[bytes] = deque()
         self._end: Headers | None = None
+        self.begun = False
         self.number = number
+        self.opened_s = opened_s
         self.receiver: Receiver | None = None
         self.peer_ended = False
         self.unacknowledged = 0
@@ -125,6 +137,7 @@ class Stream:
         else:  # of a long one, no window is filled by a copy of all that is left
             self._unsent.extend(data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
         self.unsent_bytes += len(data)
+        self._connection.unsent_bytes += len(data)
         self._connection.has_to_send(self)
 
     def end(self, trailers: Headers) -> None:
@@ -137,6 +150,7 @@ class Stream:
         if self._headers is not None:
             frames.send_headers(self.number, self._headers)
             self._headers = None
+            self.begun = True
         if self._unsent:
             # A window may have become negative (RFC 9113, section 6.9.2).
             data = self._take(max(0, frames.local_flow_control_window(self.number)))
@@ -162,18 +176,20 @@ class Stream:
             pieces.append(piece)
             most_bytes -= len(piece)
             self.unsent_bytes -= len(piece)
+            self._connection.unsent_bytes -= len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class Http2Connection:
     """The server's side of one connection. It implements asyncio.Protocol.
 
-    limits: those of clients. most_streams: on one connection.
+    limits: those of clients. most_streams: on one connection. memory: counts what waits for a peer that does not read.
+    unsent_bytes: what waits for windows.
     """
 
     _transport: asyncio.Transport
 
-    def __init__(self, service: Service, limits: ClientLimits, most_streams: int) -> None:
+    def __init__(self, service: Service, limits: ClientLimits, most_streams: int, memory: BodyMemory) -> None:
         self._service = service
         self._limits = limits
         config = H2Configuration(
@@ -201,6 +217,11 @@ class Http2Connection:
         self._pinged_s: float | None = None
         self._begun = False
         self._stalled_since_s: float | None = None
+        self._unread_bytes = 0
+        self.unsent_bytes = 0
+        self._unsent = Hold(memory)
+        self._resets_left = float(EARLY_RESETS)
+        self._reset_s = self._heard_s
 
     # Events of the connection.
 
@@ -228,10 +249,12 @@ class Http2Connection:
             events = self._frames.receive_data(data)
         except ProtocolError:  # h2 has written the GOAWAY that says what was wrong, and sends nothing more
             self._transport.write(self._frames.data_to_send())
-            self.close()
+            self._shut()
             return
         for event in events:
             self._take(event)
+            if self._transport.is_closing():
+                return
         self._flush()
 
     def eof_received(self) -> None:
@@ -243,6 +266,7 @@ class Http2Connection:
         streams, self._streams = self._streams, {}
         self._to_send.clear()
         self._blocked.clear()
+        self._unsent.release()
         for stream in streams.values():
             self._tell_gone(stream)
 
@@ -252,6 +276,7 @@ class Http2Connection:
 
     def resume_writing(self) -> None:
         self._paused = False
+        self._unread_bytes = 0
         self._stalled_since_s = None
         self._flush()
 
@@ -275,15 +300,15 @@ class Http2Connection:
         elif isinstance(event, StreamReset):
             stream = self._streams.pop(event.stream_id, None)
             if stream is not None:
-                self._to_send.pop(stream, None)
-                self._blocked.pop(stream, None)
-                self._tell_gone(stream)
+                self._drop(stream)
+                if not stream.begun and self._heard_s - stream.opened_s < EARLY_RESET_S:
+                    self._count_early_reset()
         elif isinstance(event, ConnectionTerminated):  # h2 sends nothing after it
-            self.close()
+            self._shut()
 
     def _on_request(self, event: RequestReceived) -> None:
         number = event.stream_id
-        stream = self._streams[number] = Stream(self, number)
+        stream = self._streams[number] = Stream(self, number, self._heard_s)
         stream.receiver = self._service.open(stream, event.headers)
 
     def _on_data(self, event: DataReceived) -> None:
@@ -300,6 +325,27 @@ class Http2Connection:
         if stream.unacknowledged and stream.unsent_bytes < UNSENT_HIGH_BYTES and not self._closed:
             self._frames.acknowledge_received_data(stream.unacknowledged, stream.number)
             stream.unacknowledged = 0
+
+    def _drop(self, stream: Stream) -> None:
+        """A stream was reset. The connection's window is shared by all streams, so this one gives back what it took."""
+        self._to_send.pop(stream, None)
+        self._blocked.pop(stream, None)
+        if stream.unacknowledged:
+            self._frames.acknowledge_received_data(stream.unacknowledged, stream.number)
+            stream.unacknowledged = 0
+        self.unsent_bytes -= stream.unsent_bytes
+        stream.unsent_bytes = 0
+        self._count_unsent()
+        self._tell_gone(stream)
+
+    def _count_early_reset(self) -> None:
+        """End the connection of a peer that opens streams only to reset them."""
+        left = self._resets_left + (self._heard_s - self._reset_s) * EARLY_RESETS_A_SECOND
+        self._resets_left, self._reset_s = min(left, EARLY_RESETS) - 1, self._heard_s
+        if self._resets_left < 0:
+            self._frames.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
+            self._transport.write(self._frames.data_to_send())
+            self._shut()
 
     def _tell_gone(self, stream: Stream) -> None:
         receiver, stream.receiver = stream.receiver, None
@@ -334,14 +380,25 @@ class Http2Connection:
                     stream.pump(self._frames)
                 except ProtocolError:  # h2 has closed it
                     del self._streams[stream.number]
-                    self._tell_gone(stream)
+                    self._drop(stream)
                 else:
                     if stream.unsent_bytes:
                         self._blocked[stream] = None
                     self._acknowledge(stream)
         data = self._frames.data_to_send()
         if data:
+            if self._paused:
+                self._unread_bytes += len(data)
+                if self._unread_bytes > UNREAD_MOST_BYTES:
+                    self.abort()
+                    return
             self._transport.write(data)
+        self._count_unsent()
+
+    def _count_unsent(self) -> None:
+        size = self.unsent_bytes + (self._transport.get_write_buffer_size() if self._paused else 0)
+        if size != self._unsent.size:
+            self._unsent.add(size - self._unsent.size)
 
     # Ends.
 
@@ -361,23 +418,34 @@ class Http2Connection:
             self._frames.ping(b"eldr epp")
             self._flush()
 
-    def close_if_idle(self) -> None:
-        """Ask the peer to open no more streams, and close once there is none. Called again and again at the end."""
-        if self._closed:
+    def drain(self) -> None:
+        """Ask the peer to open no more streams. Those that there are, or that cross this, are served."""
+        if self._closed or self._draining:
             return
-        if not self._streams:
+        self._draining = True
+        # h2 knows no graceful end: it would refuse to send on the streams that there are.
+        self._flush()
+        self._transport.write(GoAwayFrame(0, last_stream_id=ANY_STREAM).serialize())
+
+    def close_if_idle(self) -> None:
+        """Close if there is no stream, and ask for no more of them otherwise. Called again and again at the end."""
+        if self._streams:
+            self.drain()
+        else:
             self.close()
-        elif not self._draining:
-            self._draining = True
-            # h2 knows no graceful end: it would refuse to send on the streams that there are.
-            self._flush()
-            self._transport.write(GoAwayFrame(0, last_stream_id=ANY_STREAM).serialize())
 
     def close(self) -> None:
-        """Close after sending everything that was written."""
-        if not self._closed:
-            self._closed = True
-            self._transport.close()
+        """Close after sending everything that was written. The peer hears which of its streams were not seen."""
+        if self._closed:
+            return
+        self._flush()
+        self._frames.close_connection()
+        self._transport.write(self._frames.data_to_send())
+        self._shut()
+
+    def _shut(self) -> None:
+        self._closed = True
+        self._transport.close()
 
     def abort(self) -> None:
         """Close at once."""

@@ -20,6 +20,8 @@ from eldr.router.request.services import Services
 PROCESS: Final = b"/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 # A message has no more than a body, or headers, and what is said besides.
 MORE_BYTES: Final = 256 * 1024
+# How long requests may come that Envoy sent before it heard that there should be no more.
+CROSSING_S: Final = 0.2
 # How long conversations may take to end once they were told to.
 END_S: Final = 1.0
 
@@ -68,20 +70,28 @@ class Picker:
 
     def connection(self) -> Http2Connection:
         """A protocol for a new connection."""
-        return Http2Connection(self, self._limits, self._most_streams)
+        return Http2Connection(self, self._limits, self._most_streams, self._memory)
 
     def open(self, stream: Stream, headers: Headers) -> Receiver:
         return open_call(stream, headers, self._methods, self._limits.max_body_bytes + MORE_BYTES)
 
     def _process(self, call: Call) -> Conversation:
-        return Conversation(call, self._choosing.choose, self._limits.max_body_bytes, self._memory)
+        choosing = self._choosing
+        return Conversation(call, choosing.choose, choosing.count, self._limits.max_body_bytes, self._memory)
 
     def fleet_changed(self, worker: Worker) -> None:
         """A listener of the fleet."""
         self._health.changed()
 
+    def drain(self) -> None:
+        """Ask Envoy to send no more requests on its connections. It opens others, to whoever listens now."""
+        for connection in self.connections:
+            connection.drain()
+
     async def end_all(self) -> None:
         """End what still runs. Envoy goes on alone with requests of which it knows the worker."""
+        if self.connections:
+            await asyncio.sleep(CROSSING_S)
         self._health.end()
         await asyncio.sleep(0)  # a task that never ran could not tell Envoy
         running = dict(self._choosing.running)
