@@ -80,7 +80,7 @@ def _listen_often(host: str, port: int, count: int) -> list[socket.socket]:
 class Machine:
     """The parent of a router's processes.
 
-    inherited: sockets that already listen: of a predecessor with as many processes, or one of systemd's for all.
+    inherited: sockets that already listen: of a predecessor with as many processes, or one for all, as of systemd.
     """
 
     def __init__(self, config: RouterConfig, inherited: Sequence[socket.socket]) -> None:
@@ -88,7 +88,7 @@ class Machine:
         self._count = config.listen.processes
         given = os.environ.pop(CLIENT_SOCKETS, "")
         clients = int(given) if given else min(len(inherited), 1)
-        if given and clients != self._count:
+        if clients > 1 and clients != self._count:
             raise ConfigError(
                 f"processes has changed from {clients} to {self._count}, which needs a restart: a handover passes the "
                 "listening sockets on, one for each process"
