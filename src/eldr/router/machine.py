@@ -124,6 +124,9 @@ class Machine:
         number = await self._until_end(signals)
         for task in self._tasks:  # none is started again
             task.cancel()
+        # Each process closes its own when it no longer accepts. Connections would then wait here for nobody.
+        for sock in (*self._clients, *self._admin):
+            sock.close()
         ending = asyncio.create_task(self._end(number))
         while not ending.done():
             again = asyncio.create_task(signals.get())

@@ -251,6 +251,29 @@ def test_a_machine_hands_over_without_losing_a_request() -> None:
             process.wait()
 
 
+def test_new_connections_are_refused_while_a_machine_ends() -> None:
+    with Workers() as workers:
+        for worker in workers.all[1:]:
+            slow(worker)
+        with machine(workers, count=2) as (process, port):
+            streams = Streams(port, 4)
+            try:
+                process.send_signal(signal.SIGTERM)
+                wait_for(lambda: refuses(port), "connections are refused", 15)
+                assert process.poll() is None
+            finally:
+                streams.close()
+            assert process.wait(30) == 0
+
+
+def refuses(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_a_machine_hands_over_the_one_socket_of_systemd() -> None:
     with Workers() as workers, socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
         process = serve(
