@@ -57,6 +57,8 @@ class Learner:
     words, counts: whether to learn from the words of prompts, and from their counts.
     seed: the seed of the folds.
     lessons: what it learns from. None before the first.
+    is_sure: whether their geometry is that of a model it had at first, or of a request of its own router. Before that,
+        lessons of other routers are kept, but nothing is fitted to them.
     prompts: the best prompt model so far.
     activation: the activation model that it has learned. None before the first, and if reports are not believed.
     r2: the share of the variance of profiles that the last prompt model explained, cross-validated.
@@ -80,6 +82,7 @@ class Learner:
         self._counts_choice: CountsChoice | None = None
         self._chosen_at = self._fitted_at = 0
         self.lessons: Lessons | None = None
+        self.is_sure = fitted is not None or predictor is not None
         self.prompts = fitted
         self.activation: ActivationModel | None = None
         self.r2 = 0.0
@@ -91,12 +94,17 @@ class Learner:
             self.lessons = Lessons(predictor.layers, experts, predictor.top_k)
 
     def take(self, asked: Asked, decode: ExpertCounts) -> bool:
-        """Learn from a finished request. Returns whether it says something.
+        """Learn from a finished request of this router. Returns whether it says something.
 
         decode: the counts of its decode rows.
         """
         if decode.prompt_tokens < LEAST_ROWS or not self._can_use(asked):
             return False
+        if not self.is_sure:
+            self.is_sure = True
+            lessons, shape = self.lessons, (decode.layers, decode.experts, decode.top_k)
+            if lessons is not None and (lessons.layers, lessons.experts, lessons.top_k) != shape:
+                self.lessons = None  # other routers spoke of another model
         return self.add(Lesson(decode.layers, decode.experts, decode.top_k, asked, share_codes(decode)))
 
     def add(self, lesson: Lesson) -> bool:
@@ -118,7 +126,7 @@ class Learner:
     def task(self) -> LearnTask | None:
         """What is to be fitted now. None if there are too few new lessons."""
         lessons = self.lessons
-        if lessons is None or lessons.taken < FIRST:
+        if lessons is None or lessons.taken < FIRST or not self.is_sure:
             return None
         if self._fitted_at and lessons.taken < self._fitted_at + max(EVERY, EVERY_SHARE * len(lessons)):
             return None

@@ -80,7 +80,7 @@ def _listen_often(host: str, port: int, count: int) -> list[socket.socket]:
 class Machine:
     """The parent of a router's processes.
 
-    inherited: sockets that already listen: of a predecessor with as many processes, or one of systemd's for all.
+    inherited: sockets that already listen: of a predecessor with as many processes, or one for all, as of systemd.
     """
 
     def __init__(self, config: RouterConfig, inherited: Sequence[socket.socket]) -> None:
@@ -88,7 +88,7 @@ class Machine:
         self._count = config.listen.processes
         given = os.environ.pop(CLIENT_SOCKETS, "")
         clients = int(given) if given else min(len(inherited), 1)
-        if given and clients != self._count:
+        if clients > 1 and clients != self._count:
             raise ConfigError(
                 f"processes has changed from {clients} to {self._count}, which needs a restart: a handover passes the "
                 "listening sockets on, one for each process"
@@ -124,6 +124,9 @@ class Machine:
         number = await self._until_end(signals)
         for task in self._tasks:  # none is started again
             task.cancel()
+        # Each process closes its own when it no longer accepts. Connections would then wait here for nobody.
+        for sock in (*self._clients, *self._admin):
+            sock.close()
         ending = asyncio.create_task(self._end(number))
         while not ending.done():
             again = asyncio.create_task(signals.get())

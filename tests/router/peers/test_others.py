@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
+from collections.abc import Iterable, Iterator
 from itertools import count
 
 import numpy as np
@@ -11,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eldr.policies.shares import Share
-from eldr.router.peers import wire
+from eldr.router.peers import others, wire
 from eldr.router.peers.others import MOST_PEERS, PEER_TIMEOUT_S
 from eldr.router.peers.wire import Bye, Events, Heartbeat, Level, Snapshot, Start
+from tests.router.harness import interpreted
 from tests.router.peers.network import URLS, D, Listener, Network, Origin, sums_of
 
 
@@ -203,6 +206,41 @@ def test_a_snapshot_that_nobody_needs_changes_nothing() -> None:
     listener.others.hear(wire.encode(origin.events([(URLS[0], share(chance))], 0, chance)), 1.0)
     listener.others.hear(wire.encode(Snapshot(1, 1, 9, 0, True, [])), 1.0)
     assert listener.load[URLS[0]] == 1
+
+
+def kept_bytes(frames: Iterable[wire.Frame]) -> int:
+    """What a listener keeps that has heard these frames, which are encoded one by one."""
+    listener, _ = alone()
+    tracemalloc.start()
+    try:
+        for frame in frames:
+            listener.others.hear(wire.encode(frame), 1.0)
+        return tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+
+@interpreted
+def test_snapshots_without_an_end_take_no_more_memory_than_profiles_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(others, "MOST_PROFILE_BYTES", 2**22)
+    codes = np.zeros(2**18, dtype=np.uint8)
+
+    def frames() -> Iterator[wire.Frame]:
+        for origin in (1, 2):
+            for part in range(40):
+                starts = [Start(2 * part + each, URLS[0], Share(codes, 1), True) for each in (1, 2)]
+                yield Snapshot(origin, 5, 10**6, part, False, starts)
+
+    assert kept_bytes(frames()) < 3 * 2**22  # they are 40 MiB
+
+
+def test_the_ends_of_replicas_without_snapshots_are_not_remembered_for_ever() -> None:
+    def frames() -> Iterator[wire.Frame]:
+        for origin in (1, 2, 3, 4):
+            yield Heartbeat(origin, 9, 1, 1, {})
+            yield Events(origin, 10, [], [], range(1, 100_001), {})
+
+    assert kept_bytes(frames()) < 2**23  # they are 30 MiB
 
 
 @settings(max_examples=100, deadline=None)

@@ -218,6 +218,34 @@ async def test_a_router_starts_without_the_bus_and_joins_later() -> None:
 
 
 @on_uvloop
+async def test_a_connection_that_the_server_ends_with_an_error_is_made_again() -> None:
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        writer.write(b'INFO {"server_id":"x","version":"2.10.0","max_payload":1048576}\r\n')
+        while line := await reader.readline():
+            if line.startswith(b"PING"):
+                writer.write(b"PONG\r\n")
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    bus = NatsBus((f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}",), "default")
+    times: list[bool] = []
+    await bus.start(1, lambda frame: None, lambda: times.append(bus.up))
+    try:
+        await until(lambda: times == [True], "it is connected")
+        writers[-1].write(b"-ERR 'User Authentication Expired'\r\n")
+        writers[-1].close()
+        await until(lambda: times == [True, True] and bus.up, "it is connected again")
+        assert bus.publish(b"x")
+    finally:
+        await bus.close()
+        for writer in writers:
+            writer.close()
+        server.close()
+
+
+@on_uvloop
 async def test_hostile_messages_are_counted_and_nothing_else() -> None:
     async with replicas(2, decode=1, prepare=slow) as fleet:
         one, other = fleet.all

@@ -516,3 +516,42 @@ async def test_a_flood_for_one_adapter_does_not_starve_others_on_its_worker() ->
     others = [asyncio.create_task(ask("z", b"2")) for _ in range(4)]
     await asyncio.gather(*flood, *others)
     assert max(at for at, who in enumerate(order) if who == "z2") < 60
+
+
+# Replicas that wait for the same slots.
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 6), st.booleans(), st.lists(st.integers(0, 5), min_size=3, max_size=3)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_where_all_replicas_wait_one_may_take_a_slot_that_is_free(fleet: list[tuple[int, bool, list[int]]]) -> None:
+    """fleet: of each worker its limit, whether it drains, and what each of three replicas runs there."""
+
+    async def run() -> list[int]:
+        """How many requests each replica admits, of one that arrives."""
+        admitted = []
+        for replica in range(3):
+            known = Fleet()
+            for number, (limit, drains, runs) in enumerate(fleet):
+                worker = known.add(f"http://d{number}", "decode", limit)
+                known.set_healthy(worker, True)
+                for _ in range(runs[replica]):
+                    known.started(worker)
+                known.set_elsewhere(worker, sum(runs) - runs[replica])
+                known.set_draining(worker, drains)
+            served, admission = known.groups[0].whole, Admission(QueueLimits(1000, 1000, 60.0, 60.0))
+            served.group.waiting_elsewhere = 2
+            task = asyncio.create_task(admission.enter(Claim(b"", 1, 1), served))
+            await settle()
+            admitted.append(admission.admitted)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        return admitted
+
+    free = any(not drains and sum(runs) < limit for limit, drains, runs in fleet)
+    assert any(asyncio.run(run())) == free

@@ -19,6 +19,7 @@ from eldr.cli.main import main
 from eldr.counts import CountsError, ExpertCounts, encode_counts
 from eldr.learning.kept import Kept, load_kept
 from eldr.learning.learner import FIRST, Learner
+from eldr.learning.lessons import Asked, Lesson
 from eldr.policies import make_policy
 from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import ExpectedUnion
@@ -405,6 +406,15 @@ def test_experts_of_another_model_are_refused_and_what_to_do_is_said(
     assert taken(learning) == 1
     assert caplog.text.count("which is not what was learned from before") == 1
     assert f"if the model has changed, remove {path} and start anew" in caplog.text
+
+
+def test_another_routers_lesson_of_another_model_keeps_no_report_out() -> None:
+    learning = make_learning()
+    words = request("1").words
+    learning.learner.add(Lesson(1, 4, 2, Asked(words), np.zeros(4, dtype=np.uint8)))
+    learning.placed(request("1"))
+    learning.report("1", counts_of(0))
+    assert taken(learning) == 1
 
 
 def test_requests_that_are_never_reported_are_forgotten() -> None:

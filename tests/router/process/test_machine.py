@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -242,6 +243,52 @@ def test_a_machine_hands_over_without_losing_a_request() -> None:
         finally:
             if clients is not None:
                 clients.join()
+            for pid in pids:
+                for child in children(pid):
+                    end(child)
+                end(pid)
+            process.stderr.close()
+            process.wait()
+
+
+def test_new_connections_are_refused_while_a_machine_ends() -> None:
+    with Workers() as workers:
+        for worker in workers.all[1:]:
+            slow(worker)
+        with machine(workers, count=2) as (process, port):
+            streams = Streams(port, 4)
+            try:
+                process.send_signal(signal.SIGTERM)
+                wait_for(lambda: refuses(port), "connections are refused", 15)
+                assert process.poll() is None
+            finally:
+                streams.close()
+            assert process.wait(30) == 0
+
+
+def refuses(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_a_machine_hands_over_the_one_socket_of_systemd() -> None:
+    with Workers() as workers, socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
+        process = serve(
+            workers, "--processes", "2", env={**os.environ, "LISTEN_FDS": "1"}, pass_fds=(3,),
+            preexec_fn=lambda: os.dup2(listening.fileno(), 3),
+        )  # fmt: skip
+        pids = [process.pid]
+        try:
+            port = port_of(process)
+            assert port == listening.getsockname()[1]
+            process.send_signal(signal.SIGUSR2)
+            pids.append(successor_of(process))
+            assert process.wait(60) == 0
+            ask(port, 4)
+        finally:
             for pid in pids:
                 for child in children(pid):
                     end(child)

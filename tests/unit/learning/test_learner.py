@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from eldr.counts import ExpertCounts
 from eldr.learning.learner import CHOOSE_AGAIN, EVERY, FIRST, Learner, Taught
-from eldr.learning.lessons import CAPACITY, LEAST_ROWS, Asked, Lessons, decoded, share_codes
+from eldr.learning.lessons import CAPACITY, LEAST_ROWS, Asked, Lesson, Lessons, decoded, share_codes
 from eldr.learning.of_words import WordsTask, explained
 from eldr.prompt.fit import Choice, fit_prompt_model
 from eldr.prompt.model import PromptModel
@@ -141,6 +141,30 @@ def test_experts_of_another_model_are_not_taken(fitted: PromptModel | None) -> N
     assert not learner.take(asked(1), ExpertCounts(other.counts, other.prompt_tokens, TOP_K + 1))
     assert learner.lessons is not None
     assert learner.lessons.taken == 1
+
+
+def elsewhere(request: int, layers: int = LAYERS) -> Lesson:
+    """What another router tells of a request."""
+    decode = report_of(request % KINDS, layers=layers)
+    return Lesson(decode.layers, decode.experts, decode.top_k, asked(request), share_codes(decode))
+
+
+def test_lessons_of_others_are_used_once_an_own_one_shows_their_geometry() -> None:
+    learner = Learner()
+    for request in range(FIRST):
+        assert learner.add(elsewhere(request))
+    assert learner.task() is None
+    assert learner.take(asked(FIRST), report_of(FIRST % KINDS))
+    assert len(due(learner).words) == FIRST + 1
+
+
+def test_lessons_of_others_do_not_keep_out_a_routers_own() -> None:
+    learner = Learner()
+    for request in range(FIRST):
+        assert learner.add(elsewhere(request, layers=LAYERS + 1))
+    fill(learner, FIRST)
+    assert not learner.add(elsewhere(0, layers=LAYERS + 1))
+    assert len(due(learner).words) == FIRST
 
 
 # When a fit is due.

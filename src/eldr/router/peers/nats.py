@@ -7,6 +7,7 @@ is stored: core NATS delivers at most once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 from collections import deque
@@ -71,12 +72,11 @@ class NatsBus(Bus):
         if self._credentials is not None and not self._credentials.is_file():
             raise NatsError(f"peers_credentials_file: {self._credentials} is not a file")
         tls = self._tls()
-        self._client = Client()
         self._connected = connected
         loop = asyncio.get_running_loop()
         self._tasks = [
-            loop.create_task(self._connect(self._client, tls, origin, hear)),
-            loop.create_task(self._send_all(self._client)),
+            loop.create_task(self._stay_connected(Client, tls, origin, hear)),
+            loop.create_task(self._send_all()),
         ]
 
     def _tls(self) -> ssl.SSLContext | None:
@@ -87,39 +87,61 @@ class NatsBus(Bus):
         except (OSError, ssl.SSLError) as error:
             raise NatsError(f"peers_ca: {self._ca} cannot be used: {error}") from None
 
-    async def _connect(self, client: Client, tls: ssl.SSLContext | None, origin: int, hear: Hear) -> None:
+    async def _stay_connected(
+        self, make_client: Callable[[], Client], tls: ssl.SSLContext | None, origin: int, hear: Hear
+    ) -> None:
+        """Connect with one client after another.
+
+        A client connects again by itself, unless the server has ended the connection with an error: for credentials
+        that have expired, or because it was overrun. Then it is closed for good.
+        """
+        while True:
+            self._client = client = make_client()
+            closed = asyncio.Event()
+            try:
+                await self._connect(client, closed, tls, origin, hear)
+                await self._reconnected()
+                await closed.wait()
+            except Exception as error:
+                await self._failed(error)
+                with contextlib.suppress(Exception):
+                    await client.close()
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _connect(
+        self, client: Client, closed: asyncio.Event, tls: ssl.SSLContext | None, origin: int, hear: Hear
+    ) -> None:
+        """Connect and subscribe. closed: is set when the client will not connect again."""
         options: dict[str, Any] = {} if tls is None else {"tls": tls}
         if self._credentials is not None:
             options["user_credentials"] = str(self._credentials)
-        while True:
-            try:
-                await client.connect(
-                    servers=self._servers,
-                    name="eldr",
-                    no_echo=True,
-                    allow_reconnect=True,
-                    max_reconnect_attempts=-1,
-                    reconnect_time_wait=RECONNECT_S,
-                    connect_timeout=CONNECT_TIMEOUT_S,
-                    ping_interval=PING_S,
-                    max_outstanding_pings=2,
-                    pending_size=MOST_WAITING_BYTES,
-                    error_cb=self._failed,
-                    disconnected_cb=self._down,
-                    reconnected_cb=self._reconnected,
-                    **options,
-                )
-                break
-            except Exception as error:
-                await self._failed(error)
-                await asyncio.sleep(RECONNECT_S)
 
         async def heard(message: Msg) -> None:
             hear(message.data)
 
+        async def ended() -> None:
+            await self._down()
+            closed.set()
+
+        await client.connect(
+            servers=self._servers,
+            name="eldr",
+            no_echo=True,
+            allow_reconnect=True,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=RECONNECT_S,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            ping_interval=PING_S,
+            max_outstanding_pings=2,
+            pending_size=MOST_WAITING_BYTES,
+            error_cb=self._failed,
+            disconnected_cb=self._down,
+            reconnected_cb=self._reconnected,
+            closed_cb=ended,
+            **options,
+        )
         for subject in (f"{self._subject}.all", f"{self._subject}.to.{origin:016x}"):
             await client.subscribe(subject, cb=heard, pending_bytes_limit=MOST_UNREAD_BYTES)
-        await self._reconnected()
 
     async def _failed(self, error: Exception) -> None:
         if self._throttle.due(type(error).__name__):
@@ -146,11 +168,11 @@ class NatsBus(Bus):
         self._wake.set()
         return True
 
-    async def _send_all(self, client: Client) -> None:
+    async def _send_all(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._waiting:
+            while self._waiting and (client := self._client) is not None:
                 subject, frame = self._waiting.popleft()
                 self._waiting_bytes -= len(frame)
                 try:

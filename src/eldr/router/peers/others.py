@@ -26,13 +26,14 @@ HEARTBEAT_S: Final = 1.0
 # How long to wait for a snapshot before asking again.
 ASK_AGAIN_S: Final = 1.0
 # What frames may make this process keep: so many replicas, requests of one and of all, and bytes of profiles. Requests
-# beyond that many bytes still count as load.
+# beyond that many bytes still count as load. Snapshots of which parts are missing get as much again.
 MOST_PEERS: Final = 256
 MOST_RUNNING: Final = 2**16
 MOST_RUNNING_OF_ALL: Final = 2**18
 MOST_PROFILE_BYTES: Final = 2**29
-# How many ended requests to remember while a snapshot is on its way.
+# How many ended requests of one and of all to remember while snapshots are on their way.
 MOST_ENDED: Final = 2**16
+MOST_ENDED_OF_ALL: Final = 2**20
 
 
 class PeerCounters:
@@ -63,6 +64,7 @@ class _Arriving:
         self.sequence: Final = sequence
         self.parts = 0
         self.starts: dict[int, Start] = {}
+        self.profile_bytes = 0
 
 
 class Peer:
@@ -89,6 +91,11 @@ class Peer:
         self.computed: set[int] = set()
         self.arriving: _Arriving | None = None
         self.asked_s = -math.inf
+
+    @property
+    def remembers(self) -> int:
+        """How many numbers it remembers until a snapshot is there."""
+        return len(self.ended) + len(self.computed)
 
     def miss(self, next_sequence: int) -> None:
         """Something was missed. next_sequence: the frame from which on all is heard again."""
@@ -210,11 +217,13 @@ class Others:
             self._missed(peer, frame.sequence)
         elif frame.sequence <= peer.latest:
             return
-        elif frame.sequence != peer.latest + 1 or len(peer.ended) + len(peer.computed) > MOST_ENDED:
+        elif frame.sequence != peer.latest + 1:
             peer.miss(frame.sequence)
         peer.latest = frame.sequence
         peer.ended.update(frame.ended)
         peer.computed.update(frame.computed)
+        if peer.remembers > MOST_ENDED or sum(each.remembers for each in self) > MOST_ENDED_OF_ALL:
+            peer.miss(frame.sequence + 1)
         self._apply(peer, frame)
 
     def _missed(self, peer: Peer, next_sequence: int) -> None:
@@ -265,15 +274,27 @@ class Others:
             return  # it came twice, or one was lost: then all are asked for again
         arriving.parts += 1
         for start in frame.starts:
-            if start.number < frame.next_number and start.number not in peer.ended:
-                arriving.starts[start.number] = start
-        if len(arriving.starts) > MOST_RUNNING:
+            number = start.number
+            if number < frame.next_number and number not in peer.ended and number not in arriving.starts:
+                arriving.starts[number] = start
+                arriving.profile_bytes += _profile_bytes(start.share)
+        if self._is_too_much(arriving):
+            self._counters.refused += 1
             peer.arriving = None
         elif frame.last:
             peer.arriving = None
             # All frames after the snapshot must have been heard: those between `first` and `latest`, if any.
             if peer.first <= frame.sequence + 1:
                 self._merge(peer, arriving, frame.next_number)
+
+    def _is_too_much(self, arriving: _Arriving) -> bool:
+        """Whether the snapshots that arrive, this one among them, take more memory than they may."""
+        all_arriving = [peer.arriving for peer in self._peers.values() if peer.arriving is not None]
+        return (
+            len(arriving.starts) > MOST_RUNNING
+            or sum(len(each.starts) for each in all_arriving) > MOST_RUNNING_OF_ALL
+            or sum(each.profile_bytes for each in all_arriving) > MOST_PROFILE_BYTES
+        )
 
     def _merge(self, peer: Peer, snapshot: _Arriving, next_number: int) -> None:
         """Let this peer run what is in its snapshot and has not ended, and what it started later."""

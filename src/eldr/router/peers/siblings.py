@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import socket
 from collections.abc import Callable
 from typing import Final
@@ -11,6 +12,8 @@ from typing import Final
 from eldr.router.peers import channel
 from eldr.router.peers.bus import Bus, Hear
 from eldr.router.peers.channel import Channel, open_channel
+
+log = logging.getLogger("eldr.router")
 
 # How long to wait for the others' answers. They have them at hand.
 ANSWER_S: Final = 1.0
@@ -118,6 +121,14 @@ class Siblings:
             self._channel.close()
 
     def _heard(self, kind: int, number: int, data: bytes) -> None:
+        try:
+            self._take(kind, number, data)
+        except Exception:  # the event loop would close the channel, and this process would end
+            log.exception("a message of another process of this router cannot be used")
+            if kind == channel.ASK:
+                self.send(channel.ANSWER, number)
+
+    def _take(self, kind: int, number: int, data: bytes) -> None:
         if kind == channel.FRAME:
             self.hear(data)
         elif kind == channel.ASK:

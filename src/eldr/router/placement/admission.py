@@ -209,16 +209,17 @@ class Admission:
     def _may_use_more(self, group: ModelGroup) -> bool:
         """Whether no other replica has the better right to a free slot: one that waits, and runs less than its part.
 
-        Without this rule, a replica with a queue would keep every slot that it once got.
+        Without this rule, a replica with a queue would keep every slot that it once got. The parts of all that wait are
+        together no less than what runs and what is free, so as long as there is room, one of them may use it.
         """
         waiting = group.waiting_elsewhere
         if not waiting:
             return True
         slots = used = 0
         for worker in group.workers["decode"].values():
-            used += worker.in_flight
             if worker.available:
-                slots += worker.max_inflight
+                used += worker.in_flight
+                slots += max(worker.max_inflight, worker.busy)
         return used + group.promised < math.ceil(slots / (waiting + 1))
 
     def waits_for_slots(self, group: ModelGroup) -> bool:

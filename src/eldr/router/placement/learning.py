@@ -90,7 +90,7 @@ class Learning:
 
         Raises CountsError if no rows can have them, or if they are of another model.
         """
-        asked, lessons = self._forget(request_id), self.learner.lessons
+        asked, lessons = self._forget(request_id), self.learner.lessons if self.learner.is_sure else None
         if asked is None:
             return
         decode.check()
