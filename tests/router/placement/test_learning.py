@@ -26,6 +26,7 @@ from eldr.policies.expected_union import ExpectedUnion
 from eldr.prompt.fit import fit_prompt_model
 from eldr.prompt.model import PromptModel
 from eldr.prompt.words import Words, words_of_text, words_of_tokens
+from eldr.router.api.metrics import FRESH_PER_S
 from eldr.router.observe.counters import Metrics
 from eldr.router.placement.learning import MOST_EXPECTED, MOST_EXPECTED_COUNTS, MOST_EXPECTED_WORDS, Learning
 from tests.router.fake_worker import CHAT, EXPERTS, LAYERS, MESSAGES, RESPONSES, TOP_K, FakeWorker, Seen
@@ -75,7 +76,7 @@ async def by_words(s: Setup) -> float:
 async def until_fits(s: Setup, outcome: str, count: float = 1) -> None:
     async with asyncio.timeout(40):
         while await s.metric("eldr_learning_fits_total", outcome=outcome) < count:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(1.5 / FRESH_PER_S)  # what is asked more often is told the same again
 
 
 def save_fitted(folder: Path) -> Path:
