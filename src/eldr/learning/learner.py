@@ -93,19 +93,20 @@ class Learner:
             experts = len(predictor.mean_profile) // predictor.layers
             self.lessons = Lessons(predictor.layers, experts, predictor.top_k)
 
-    def take(self, asked: Asked, decode: ExpertCounts) -> bool:
-        """Learn from a finished request of this router. Returns whether it says something.
+    def take(self, asked: Asked, decode: ExpertCounts) -> Lesson | None:
+        """Learn from a finished request of this router. Returns what was learned from. None if it says nothing.
 
         decode: the counts of its decode rows.
         """
         if decode.prompt_tokens < LEAST_ROWS or not self._can_use(asked):
-            return False
+            return None
         if not self.is_sure:
             self.is_sure = True
             lessons, shape = self.lessons, (decode.layers, decode.experts, decode.top_k)
             if lessons is not None and (lessons.layers, lessons.experts, lessons.top_k) != shape:
                 self.lessons = None  # other routers spoke of another model
-        return self.add(Lesson(decode.layers, decode.experts, decode.top_k, asked, share_codes(decode)))
+        lesson = Lesson(decode.layers, decode.experts, decode.top_k, asked, share_codes(decode))
+        return lesson if self.add(lesson) else None
 
     def add(self, lesson: Lesson) -> bool:
         """Learn from a finished request, of this router or another. Returns whether it says something."""

@@ -108,11 +108,10 @@ class Learning:
 
     def _take(self, asked: Asked, decode: ExpertCounts) -> bool:
         """Learn from a request, and let others learn from it. Returns whether it says something."""
-        if not self.learner.take(asked, decode):
-            return False
-        if self._tell is not None:
-            self._tell(Lesson(decode.layers, decode.experts, decode.top_k, asked, share_codes(decode)))
-        return True
+        lesson = self.learner.take(asked, decode)
+        if lesson is not None and self._tell is not None:
+            self._tell(lesson)
+        return lesson is not None
 
     def _forget(self, request_id: str) -> Asked | None:
         asked = self._asked.pop(request_id, None)
