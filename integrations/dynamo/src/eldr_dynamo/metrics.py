@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from eldr.router.api.metrics import expected_active_experts
+from eldr.router.api.metrics import counter, expected_active_experts
 from eldr.router.config.endpoint import LEGS
 from eldr.router.fleet.workers import Fleet
 from eldr.router.observe.counters import Metrics
@@ -33,18 +32,18 @@ class ComponentCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         m = self._metrics
-        yield _counter("eldr_decisions", "Decode workers chosen.", ("policy", "reason"), m.decisions)
-        yield _counter("eldr_policy_errors", "Failures of the policy, replaced by jsq.", (), {(): m.policy_errors})
-        yield _counter("eldr_handoffs", "Decode requests with a hand-off.", (), {(): m.handoffs})
-        yield _counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), m.counts_errors)
-        yield _counter("eldr_retries", "Legs that were tried again.", ("leg", "reason"), m.retries)
-        yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
-        yield _counter("eldr_broken_streams", "Streams that a worker did not finish.", (), {(): m.broken_streams})
-        yield _counter("eldr_learning_fits", "Fits of the models that are learned.", ("outcome",), m.learning)
-        yield _counter("eldr_zone_refits", "Background refits of zones.", ("outcome",), m.refits)
+        yield counter("eldr_decisions", "Decode workers chosen.", ("policy", "reason"), m.decisions)
+        yield counter("eldr_policy_errors", "Failures of the policy, replaced by jsq.", (), {(): m.policy_errors})
+        yield counter("eldr_handoffs", "Decode requests with a hand-off.", (), {(): m.handoffs})
+        yield counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), m.counts_errors)
+        yield counter("eldr_retries", "Legs that were tried again.", ("leg", "reason"), m.retries)
+        yield counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
+        yield counter("eldr_broken_streams", "Streams that a worker did not finish.", (), {(): m.broken_streams})
+        yield counter("eldr_learning_fits", "Fits of the models that are learned.", ("outcome",), m.learning)
+        yield counter("eldr_zone_refits", "Background refits of zones.", ("outcome",), m.refits)
         labels = ("role", "worker", "reason")
-        yield _counter("eldr_worker_failures", "Legs that failed through the worker's fault.", labels, m.failures)
-        yield _counter("eldr_ejections", "Workers taken out of service for their failures.", labels, m.ejections)
+        yield counter("eldr_worker_failures", "Legs that failed through the worker's fault.", labels, m.failures)
+        yield counter("eldr_ejections", "Workers taken out of service for their failures.", labels, m.ejections)
         yield from self._worker_families()
 
     def _worker_families(self) -> Iterator[Metric]:
@@ -62,10 +61,3 @@ class ComponentCollector(Collector):
             for url, experts in expected_active_experts(picture).items():
                 expected.add_metric(("decode", url), experts)
         yield from (in_flight, ejected, expected)
-
-
-def _counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, int]) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, text, labels=labels)
-    for key, value in values.items():
-        family.add_metric([str(part) for part in (key if isinstance(key, tuple) else (key,))], value)
-    return family

@@ -97,43 +97,43 @@ class RouterCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         m = self._metrics
         requests = _from_zero(product(ENDPOINTS, STATUSES), m.requests)
-        yield _counter("eldr_request", "Requests answered.", ("endpoint", "status"), requests)
-        yield _counter(
+        yield counter("eldr_request", "Requests answered.", ("endpoint", "status"), requests)
+        yield counter(
             "eldr_client_disconnects", "Clients that left before the end of their answer.", (), {(): m.disconnects}
         )
-        yield _counter("eldr_decisions", "Decode workers chosen.", ("policy", "reason"), m.decisions)
-        yield _counter("eldr_policy_errors", "Failures of the policy, replaced by jsq.", (), {(): m.policy_errors})
-        yield _counter("eldr_handoffs", "Prefill answers with a hand-off.", (), {(): m.handoffs})
+        yield counter("eldr_decisions", "Decode workers chosen.", ("policy", "reason"), m.decisions)
+        yield counter("eldr_policy_errors", "Failures of the policy, replaced by jsq.", (), {(): m.policy_errors})
+        yield counter("eldr_handoffs", "Prefill answers with a hand-off.", (), {(): m.handoffs})
         errors = _from_zero(COUNTS_ERRORS, m.counts_errors)
-        yield _counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), errors)
+        yield counter("eldr_counts_errors", "Hand-offs without usable expert counts.", ("reason",), errors)
         reports = _from_zero((), m.expert_reports)
-        yield _counter(
+        yield counter(
             "eldr_expert_reports", "Experts of finished requests that became known.", ("source", "outcome"), reports
         )
-        yield _counter("eldr_passthrough", "Requests that could not be handed off.", ("reason",), m.passthrough)
+        yield counter("eldr_passthrough", "Requests that could not be handed off.", ("reason",), m.passthrough)
         retries = _from_zero(product(LEGS, RETRIES), m.retries)
-        yield _counter("eldr_retries", "Legs that were tried again.", ("leg", "reason"), retries)
+        yield counter("eldr_retries", "Legs that were tried again.", ("leg", "reason"), retries)
         denied = _from_zero(product(LEGS, ("tries", "budget")), m.retries_denied)
-        yield _counter("eldr_retries_denied", "Failed legs that were not tried again.", ("leg", "reason"), denied)
-        yield _counter("eldr_timeouts", "Deadlines that passed.", ("leg",), _from_zero(TIMEOUTS, m.timeouts))
+        yield counter("eldr_retries_denied", "Failed legs that were not tried again.", ("leg", "reason"), denied)
+        yield counter("eldr_timeouts", "Deadlines that passed.", ("leg",), _from_zero(TIMEOUTS, m.timeouts))
         sources = _from_zero(SOURCES, m.discovery_failures)
-        yield _counter("eldr_discovery_failures", "Looks for workers that failed.", ("source",), sources)
-        yield _counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
-        yield _counter(
+        yield counter("eldr_discovery_failures", "Looks for workers that failed.", ("source",), sources)
+        yield counter("eldr_prefill_spills", "Prefills that left a full worker.", (), {(): m.prefill_spills})
+        yield counter(
             "eldr_prompt_tokens", "Estimated tokens of prompts sent to aggregated workers.", (), {(): m.prompt_tokens}
         )
-        yield _counter(
+        yield counter(
             "eldr_prompt_tokens_cached",
             "Estimated tokens among them that the worker had in its prefix cache.",
             (),
             {(): m.prompt_tokens_cached},
         )
-        yield _counter("eldr_broken_streams", "Streams that a worker did not finish.", (), {(): m.broken_streams})
-        yield _counter("eldr_stream_events", "Server-sent events forwarded to clients.", (), {(): m.stream_events})
+        yield counter("eldr_broken_streams", "Streams that a worker did not finish.", (), {(): m.broken_streams})
+        yield counter("eldr_stream_events", "Server-sent events forwarded to clients.", (), {(): m.stream_events})
         decisions = self._decision_log
         written, dropped = (0, 0) if decisions is None else (decisions.written, decisions.dropped)
-        yield _counter("eldr_decision_log_lines", "Lines written to the decision log.", (), {(): written})
-        yield _counter(
+        yield counter("eldr_decision_log_lines", "Lines written to the decision log.", (), {(): written})
+        yield counter(
             "eldr_decision_log_dropped",
             "Lines that the decision log lost because its file could not be written fast enough.",
             (),
@@ -155,7 +155,7 @@ class RouterCollector(Collector):
             queued.add_metric((priority,), count)
         yield queued
         refusals = _from_zero(QUEUE_REFUSALS, self._admission.refusals)
-        yield _counter("eldr_queue_refusals", "Requests that got no turn in the queue.", ("reason",), refusals)
+        yield counter("eldr_queue_refusals", "Requests that got no turn in the queue.", ("reason",), refusals)
         tasks = len(asyncio.all_tasks())
         yield GaugeMetricFamily("eldr_tasks", "Tasks of the event loop: one per request, some per worker.", value=tasks)
         memory = self._memory
@@ -163,7 +163,7 @@ class RouterCollector(Collector):
             "eldr_bodies_bytes", "Memory of the bodies of requests and answers.", value=memory.held_bytes
         )
         no_room = {"request": memory.refused_requests, "answer": memory.refused_answers}
-        yield _counter("eldr_bodies_refused", "Bodies that found no room in memory.", ("body",), no_room)
+        yield counter("eldr_bodies_refused", "Bodies that found no room in memory.", ("body",), no_room)
         yield GaugeMetricFamily("eldr_admitted", "Requests past the queue.", value=self._admission.admitted)
         yield from self._model_families()
         if self._peers is not None:
@@ -174,7 +174,7 @@ class RouterCollector(Collector):
     def _learning_families(self) -> Iterator[Metric]:
         m = self._metrics
         fits = _from_zero(("adopted", "kept", "failed"), m.learning)
-        yield _counter("eldr_learning_fits", "Fits of the models that are learned.", ("outcome",), fits)
+        yield counter("eldr_learning_fits", "Fits of the models that are learned.", ("outcome",), fits)
         if m.learning:
             yield GaugeMetricFamily(
                 "eldr_learning_fit_duration_seconds", "Duration of the last fit.", value=m.learning_duration_s
@@ -194,8 +194,8 @@ class RouterCollector(Collector):
     def _refit_families(self) -> Iterator[Metric]:
         m = self._metrics
         refits = _from_zero(("applied", "failed"), m.refits)
-        yield _counter("eldr_zone_refits", "Background refits of zones.", ("outcome",), refits)
-        yield _counter(
+        yield counter("eldr_zone_refits", "Background refits of zones.", ("outcome",), refits)
+        yield counter(
             "eldr_zones_moved", "Zones that a refit moved nearer to another's old place.", (), {(): m.zones_moved}
         )
         if m.last_refit_s is not None:
@@ -224,7 +224,7 @@ class RouterCollector(Collector):
             running.add_metric((worker.role, worker.url), worker.elsewhere)
         yield running
         received = _from_zero(PEER_FRAMES, counters.received)
-        yield _counter("eldr_peer_frames_received", "Frames of other replicas.", ("kind",), received)
+        yield counter("eldr_peer_frames_received", "Frames of other replicas.", ("kind",), received)
         for name, text, value in (
             ("eldr_peer_frames_sent", "Frames to other replicas.", counters.sent),
             ("eldr_peer_sent_bytes", "Bytes of the frames to other replicas.", counters.sent_bytes),
@@ -234,7 +234,7 @@ class RouterCollector(Collector):
             ("eldr_peer_resyncs", "Snapshots of other replicas that were taken over.", counters.resyncs),
             ("eldr_peers_expired", "Other replicas that were not heard any more.", counters.expired),
         ):
-            yield _counter(name, text, (), {(): value})
+            yield counter(name, text, (), {(): value})
 
     def _model_families(self) -> Iterator[Metric]:
         workers = GaugeMetricFamily(
@@ -303,7 +303,7 @@ class RouterCollector(Collector):
             ("eldr_ejections", "Workers taken out of service for their failures.", EJECTIONS, self._metrics.ejections),
         ):
             values = {(*worker, reason): counts.get((*worker, reason), 0) for worker in here for reason in reasons}
-            yield _counter(name, text, ("role", "worker", "reason"), values)
+            yield counter(name, text, ("role", "worker", "reason"), values)
 
 
 class ClientCollector(Collector):
@@ -315,11 +315,11 @@ class ClientCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         quotas = self._quotas.clients
         requests = {client: quota.used[REQUESTS] for client, quota in quotas.items()}
-        yield _counter("eldr_client_requests", "Requests that the client's quota let in.", ("client",), requests)
+        yield counter("eldr_client_requests", "Requests that the client's quota let in.", ("client",), requests)
         tokens = {client: quota.used[TOKENS] for client, quota in quotas.items()}
-        yield _counter("eldr_client_tokens", "Tokens of the client's prompts and answers.", ("client",), tokens)
+        yield counter("eldr_client_tokens", "Tokens of the client's prompts and answers.", ("client",), tokens)
         refused = {(client, kind): quota.refused[kind] for client, quota in quotas.items() for kind in KINDS}
-        yield _counter("eldr_client_refusals", "Requests beyond the client's quota.", ("client", "limit"), refused)
+        yield counter("eldr_client_refusals", "Requests beyond the client's quota.", ("client", "limit"), refused)
 
 
 def expected_active_experts(picture: Picture) -> dict[str, float]:
@@ -329,7 +329,8 @@ def expected_active_experts(picture: Picture) -> dict[str, float]:
     return {worker: sum(row) / len(row) for worker, row in picture.rows.items()}
 
 
-def _counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, int]) -> CounterMetricFamily:
+def counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, int]) -> CounterMetricFamily:
+    """A counter with the value of each combination of its labels: a tuple, or one label's value by itself."""
     family = CounterMetricFamily(name, text, labels=labels)
     for key, value in values.items():
         family.add_metric([str(part) for part in (key if isinstance(key, tuple) else (key,))], value)
