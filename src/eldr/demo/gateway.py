@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import subprocess
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +21,8 @@ from aiohttp import web
 
 from eldr.demo.ports import free_ports
 from eldr.demo.processes import Workers, answers, end_process, running_eldr
-from eldr.demo.workers import log_tail
+from eldr.demo.workers import log_tail, start_logged
 from eldr.errors import EldrError
-from eldr.lifeline import die_with
 
 READY_TIMEOUT_S = 60.0
 PROFILE = "EPP-Profile"
@@ -89,15 +86,7 @@ async def running_gateway(
 @contextlib.asynccontextmanager
 async def _running_envoy(program: Path, config: Path, url: str, log_path: Path) -> AsyncIterator[None]:
     flags = ["-c", str(config), "--disable-hot-restart", "--concurrency", "1", "--log-level", "warning"]
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [str(program), *flags],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-            preexec_fn=die_with(os.getpid()),
-        )
+    process = start_logged([str(program), *flags], log_path)
     try:
         deadline_s = time.monotonic() + READY_TIMEOUT_S
         while not await asyncio.to_thread(answers, url):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -16,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eldr.demo.ports import free_ports
-from eldr.demo.workers import Role, WorkerError, WorkerProcess, WorkerSpec, log_tail
+from eldr.demo.workers import Role, WorkerError, WorkerProcess, WorkerSpec, log_tail, start_logged
 from eldr.errors import EldrError
-from eldr.lifeline import die_with
 
 MODEL_NAME = "eldr-demo"
 # The smallest size that vLLM's CPU attention allows, so that the openings that prompts share fill a few blocks.
@@ -115,15 +113,7 @@ async def running_eldr(name: str, workers: Workers, flags: Sequence[str], log_pa
     command = [sys.executable, "-m", "eldr", name, "--port", str(port), "--prefill", workers.prefill.url]
     for url in workers.decode_urls:
         command += ["--decode", url]
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [*command, *flags],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-            preexec_fn=die_with(os.getpid()),
-        )
+    process = start_logged([*command, *flags], log_path)
     try:
         url = f"http://127.0.0.1:{port}"
         await _router_ready(process, url, log_path)

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -144,16 +144,8 @@ class WorkerProcess:
         self._claim_port()
         self.spec.log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self.spec.log_path.open("wb") as log:
-                self._process = subprocess.Popen(
-                    self.spec.command(),
-                    env=self.spec.environment(os.environ),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    process_group=0,
-                    preexec_fn=die_with(os.getpid()),
-                )
+            environment = self.spec.environment(os.environ)
+            self._process = start_logged(self.spec.command(), self.spec.log_path, environment)
         except OSError as error:
             raise WorkerError(f"{self._name} cannot be started: {error}") from None
         self._watchdog = _watch(self._process.pid)
@@ -230,6 +222,25 @@ class WorkerProcess:
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
+
+
+def start_logged(
+    command: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a process, in a group of its own, that ends with this one and writes its output to a log. Raises OSError.
+
+    environment: its variables. None for those of this process.
+    """
+    with log_path.open("wb") as log:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            preexec_fn=die_with(os.getpid()),
+        )
 
 
 def log_tail(path: Path) -> str:
