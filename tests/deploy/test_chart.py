@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import shutil
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +39,7 @@ from tests.deploy.charts import (
     workloads,
 )
 from tests.router.harness import ASK, on_uvloop, running
+from tests.router.peers.replicas import PROGRAM as NATS
 
 pytestmark = needs_helm
 KINDS = {"serve": RouterConfig, "epp": PickerConfig}
@@ -568,14 +567,13 @@ def test_alerts_and_dashboard_are_those_of_the_repository() -> None:
 
 
 def test_nats_takes_its_configuration(tmp_path: Path) -> None:
-    server = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or shutil.which("nats-server")
-    if server is None:
+    if NATS is None:
         pytest.skip("no nats-server")
     manifests = render({**IMAGE, "nats": {"replicas": 3}})
     text = of_kind(manifests, "ConfigMap")["eldr-nats"]["data"]["nats.conf"]
     path = tmp_path / "nats.conf"
     path.write_text(text)
-    done = subprocess.run([server, "-t", "-c", path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([NATS, "-t", "-c", path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     # Each pod of the set is a route, under the name that a headless service gives it.
     stateful = of_kind(manifests, "StatefulSet")["eldr-nats"]["spec"]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -18,8 +15,8 @@ import pytest
 from eldr.demo.ports import free_ports
 from tests.e2e.load import PROMPTS, Load, ask, until
 from tests.e2e.real_fleet import MODEL, Fleet, Router, StartRouter, client_of, metric
+from tests.router.peers.replicas import PROGRAM
 
-PROGRAM = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or shutil.which("nats-server")
 TOP_K = 4  # experts of a token in a layer of the model
 STREAMS = 8  # of all routers together
 # So long that nothing ends while what two routers show is compared.

@@ -35,11 +35,18 @@ def machine(workers: Workers, *flags: Any, count: int = 3) -> Iterator[tuple[sub
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     finally:
-        for pid in children(process.pid):
-            end(pid)
-        end(process.pid)
-        process.stderr.close()
-        process.wait()
+        end_all(process, [process.pid])
+
+
+def end_all(process: subprocess.Popen[str], pids: list[int]) -> None:
+    """End these processes, of which `process` is the first, with all that they have started."""
+    for pid in pids:
+        for child in children(pid):
+            end(child)
+        end(pid)
+    assert process.stderr is not None
+    process.stderr.close()
+    process.wait()
 
 
 def children(pid: int) -> list[int]:
@@ -201,11 +208,7 @@ def test_the_admin_api_changes_all_processes_and_those_that_start_later(tmp_path
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
         finally:
-            for pid in children(process.pid):
-                end(pid)
-            end(process.pid)
-            process.stderr.close()
-            process.wait()
+            end_all(process, [process.pid])
 
 
 def subprocess_with_one_decode(workers: Workers, *flags: str) -> subprocess.Popen[str]:
@@ -243,12 +246,7 @@ def test_a_machine_hands_over_without_losing_a_request() -> None:
         finally:
             if clients is not None:
                 clients.join()
-            for pid in pids:
-                for child in children(pid):
-                    end(child)
-                end(pid)
-            process.stderr.close()
-            process.wait()
+            end_all(process, pids)
 
 
 def test_new_connections_are_refused_while_a_machine_ends() -> None:
@@ -289,12 +287,7 @@ def test_a_machine_hands_over_the_one_socket_of_systemd() -> None:
             assert process.wait(60) == 0
             ask(port, 4)
         finally:
-            for pid in pids:
-                for child in children(pid):
-                    end(child)
-                end(pid)
-            process.stderr.close()
-            process.wait()
+            end_all(process, pids)
 
 
 def test_settings_that_cannot_be_used_are_said_once() -> None:
