@@ -25,6 +25,7 @@ from eldr.replay.measurements import RunResult
 from eldr.replay.oracle import Clairvoyant, ToldProfiles
 from eldr.replay.packed import PackedTrace, pack_trace
 from eldr.replay.prompts import RecordedPrompts, SharedPrefixes, draw_prompts
+from eldr.replay.reading import BusiestRank, ReadingMaker, distinct_experts
 from eldr.replay.refits import SimulatedRefits
 from eldr.replay.replicas import Replica, Replicas, Sharing
 from eldr.replay.split import Mix, Split, split_trace, take_requests
@@ -98,12 +99,17 @@ class Laboratory:
     def __init__(self, trace: Trace, settings: Settings, calibration: Calibration | None = None) -> None:
         self.trace = trace
         self.settings = settings
-        self.packed: PackedTrace = pack_trace(trace, settings.max_output, settings.options.expert_parallel)
+        self.packed: PackedTrace = pack_trace(trace, settings.max_output)
         self._steps = np.array([self.packed.steps(index) for index in range(self.packed.requests)])
         self._given = calibration
         self._fitted: dict[int, Calibration] = {}
         self._profiles: NDArray[np.float32] | None = None
         self._splits: dict[int, Split] = {}
+        if trace.meta.experts % settings.options.expert_parallel:
+            raise ReplayError(
+                f"{trace.meta.experts} experts cannot be divided over {settings.options.expert_parallel} ranks of "
+                "expert parallelism"
+            )
         if self.packed.prompts is None and settings.options.signature == "prompt":
             raise ReplayError("the trace holds no prompts, so there are no words; record it with --keep-prompts")
         if calibration is not None:
@@ -244,7 +250,15 @@ class Laboratory:
             tuple(model.step_cost(layers, options.cost_scope) for model in models),
             tuple(model.step_cost(layers, "moe") for model in models),
             dataclasses.replace(self.settings.limits, prefill_chunk=options.prefill_chunk),
+            self._reading(),
         )
+
+    def _reading(self) -> ReadingMaker:
+        ranks = self.settings.options.expert_parallel
+        if ranks == 1:
+            return distinct_experts
+        layers, experts, _ = self.packed_geometry
+        return lambda _: BusiestRank(layers, experts, ranks)
 
     def run(
         self,

@@ -8,6 +8,7 @@ from eldr.cost import StepCost
 from eldr.policies.base import DecodeRequest
 from eldr.replay.errors import ReplayError
 from eldr.replay.prompts import Prompt
+from eldr.replay.reading import ReadingMaker, distinct_experts
 from eldr.replay.replicas import Replica, Replicas
 from eldr.replay.worker import DecodeWorker, WorkerLimits
 
@@ -19,11 +20,13 @@ class FleetSpec:
     costs: the cost model of each worker. Hardware may differ.
     moe_costs: the cost of the MoE layers alone, accounted in addition to the step time.
     limits: the limits that all workers share.
+    reading: makes what the steps of each worker wait for.
     """
 
     costs: tuple[StepCost, ...]
     moe_costs: tuple[StepCost, ...]
     limits: WorkerLimits = field(default_factory=WorkerLimits)
+    reading: ReadingMaker = distinct_experts
 
 
 class SimulatedFleet:
@@ -40,6 +43,7 @@ class SimulatedFleet:
         self.in_flight: dict[str, int] = {}
         self._draining: dict[str, int] = {}  # worker -> requests it still has
         self._limits = spec.limits
+        self._reading = spec.reading
         self._routers = routers
         for cost, moe_cost in zip(spec.costs, spec.moe_costs, strict=True):
             self._join(cost, moe_cost)
@@ -76,7 +80,8 @@ class SimulatedFleet:
         self._leave_if_idle(name)
 
     def _join(self, cost: StepCost, moe_cost: StepCost) -> None:
-        worker = DecodeWorker(len(self.workers), cost, moe_cost, self._limits)
+        index = len(self.workers)
+        worker = DecodeWorker(index, cost, moe_cost, self._reading(index), self._limits)
         self.workers.append(worker)
         self.by_name[worker.name] = worker
         self.in_flight[worker.name] = 0

@@ -28,6 +28,7 @@ class RunResult:
     prompt_tokens, cached_tokens: int64 [M], the length of its prompt, and how much of it the worker had. The latter is
         the whole prompt if prefill computed it before.
     active_experts_mean: distinct experts per step and layer.
+    expert_reads_mean: reads that a step waits for, per layer (`eldr.replay.reading`).
     batch_mean: requests per step.
     steps, tokens: made in the measured window by all workers.
     replayed_tokens: made in the whole run.
@@ -45,6 +46,7 @@ class RunResult:
     prompt_tokens: NDArray[np.int64]
     cached_tokens: NDArray[np.int64]
     active_experts_mean: float
+    expert_reads_mean: float
     batch_mean: float
     steps: int
     tokens: int
@@ -93,7 +95,7 @@ class Window:
     """Sums over the steps that end between the first measured arrival and the first one after the measured.
 
     steps, tokens: made in the window by all workers.
-    experts: the sum over these steps of their active experts.
+    experts, reads: the sums over these steps of their distinct experts and of their reads.
     chunk_steps: those of these steps that compute prompts.
     steps_s, chunk_steps_s: the time of these steps, and of those among them that compute prompts.
     replayed_tokens: made in the whole run.
@@ -102,7 +104,7 @@ class Window:
     def __init__(self, workload: Workload) -> None:
         arrival_s, measured = workload.arrival_s, workload.measured
         self.steps = self.chunk_steps = self.tokens = self.replayed_tokens = 0
-        self.experts = self.steps_s = self.chunk_steps_s = 0.0
+        self.experts = self.reads = self.steps_s = self.chunk_steps_s = 0.0
         self._from_s = float(arrival_s[measured.start])
         self._until_s = float(arrival_s[measured.stop]) if measured.stop < len(arrival_s) else np.inf
 
@@ -119,6 +121,7 @@ class Window:
         self.tokens += (last - first) * batch
         self.chunk_steps += last - first if run.chunk else 0
         self.experts += float(run.experts[first:last].sum())
+        self.reads += float(run.reads[first:last].sum())
         if first < last:
             took_s = float(ends_s[last - 1] - (ends_s[first - 1] if first else run.began_s))
             self.steps_s += took_s
@@ -144,6 +147,7 @@ def result_of(workload: Workload, trace: PackedTrace, log: ArrivalLog, window: W
         prompt_tokens=log.prompt_tokens[part],
         cached_tokens=log.cached_tokens[part],
         active_experts_mean=window.experts / made / trace.layers,
+        expert_reads_mean=window.reads / made / trace.layers,
         batch_mean=window.tokens / made,
         steps=window.steps,
         tokens=window.tokens,

@@ -80,8 +80,8 @@ class ToldProfiles(Policy):
 class Clairvoyant(Policy):
     """Greedy placement with full knowledge of the future steps of every running request.
 
-    For each worker it computes, from the recorded rows, the distinct experts that the newcomer would add to every step
-    it shares with the requests there. It picks the worker with the least added decode time: the same cost as
+    For each worker it computes, from the recorded rows, the expert reads that the newcomer would add to every step it
+    shares with the requests there. It picks the worker with the least added decode time: the same cost as
     expected-union, with the truth instead of expectations. It knows nothing about future arrivals and has no anchor, so
     it is not an upper bound on the gains of routing.
     """
@@ -99,10 +99,10 @@ class Clairvoyant(Policy):
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
         assert self._engine is not None
         index = trace_index(request)
-        costs = [self._placement_s(index, position) for position in range(len(in_flight))]
+        costs = [self._placement_s(index, name) for name in in_flight]
         return Decision(list(in_flight)[int(np.argmin(costs))], "clairvoyant")
 
-    def _placement_s(self, index: int, position: int) -> float:
+    def _placement_s(self, index: int, name: str) -> float:
         """Seconds that the newcomer and the others pay together on one worker, over the newcomer's whole decode."""
         assert self._engine is not None
         trace = self._trace
@@ -110,13 +110,13 @@ class Clairvoyant(Policy):
         mine = trace.words[row:end]
         union = np.zeros_like(mine)
         running = np.zeros(len(mine))
-        worker = self._engine.fleet.workers[position]
+        worker = self._engine.fleet.by_name[name]
         for other_row, other_end in worker.future_rows(self._engine.clock.now_s):
             shared = min(other_end - other_row, len(mine))
             union[:shared] |= trace.words[other_row : other_row + shared]
             running[:shared] += 1
-        there = trace.active_experts(union)
-        added = trace.active_experts(union | mine) - there
+        there = worker.reading.of_batch(union)
+        added = worker.reading.of_batch(union | mine) - there
         cost = worker.cost
         step_s = cost.base_s + cost.per_expert_s * there + cost.per_token_s * running
         added_s = cost.per_expert_s * added + cost.per_token_s

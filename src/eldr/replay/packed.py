@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.activation import busiest_rank_experts
 from eldr.counts import ExpertCounts
 from eldr.prompt.words import Words, words_of_text
 from eldr.replay.errors import ReplayError
@@ -28,7 +27,6 @@ class PackedTrace:
     label: str [N].
     counts: the expert counts of each prompt, as the router would receive them.
     prompts: the words of each prompt, as the router would read them. None if the trace has no prompts.
-    ranks: expert-parallel ranks. A step waits for the rank with the most active experts in each layer.
     """
 
     words: NDArray[np.uint64]
@@ -40,7 +38,6 @@ class PackedTrace:
     layers: int
     experts: int
     top_k: int
-    ranks: int = 1
     prompts: list[Words] | None = None
 
     @property
@@ -58,16 +55,6 @@ class PackedTrace:
         counts = bits.sum(axis=0, dtype=np.uint32).reshape(self.layers, self.experts)
         return ExpertCounts(counts, len(rows), self.top_k)
 
-    def active_experts(self, union: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Experts that each step waits for, summed over layers, int64 [steps].
-
-        union: unions of rows, [steps, words].
-        """
-        if self.ranks == 1:
-            return np.asarray(np.bitwise_count(union).sum(axis=1, dtype=np.int64))
-        bits = np.unpackbits(union.view(np.uint8), axis=1, bitorder="little")[:, : self.layers * self.experts]
-        return busiest_rank_experts(bits, self.layers, self.ranks).astype(np.int64)
-
     def untouched(self, request: int, tokens: int) -> NDArray[np.float64]:
         """Probability that so many tokens of a request's prompt activate none of each (layer, expert), float64 [L * E].
 
@@ -76,27 +63,13 @@ class PackedTrace:
         counts = self.counts[request]
         return np.asarray((1 - counts.counts.reshape(-1) / counts.prompt_tokens) ** tokens)
 
-    def expected_experts(self, union: NDArray[np.uint64], untouched: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Experts that each step waits for if a chunk of prompts shares it, summed over layers, float64 [steps].
 
-        union: unions of the rows of decoding requests, [steps, words].
-        untouched: float64 [L * E], the probability that the chunk activates none of each.
-        """
-        bits = np.unpackbits(union.view(np.uint8), axis=1, bitorder="little")[:, : self.layers * self.experts]
-        active = 1 - (1 - bits) * untouched
-        if self.ranks == 1:
-            return np.asarray(active.sum(axis=1))
-        return np.asarray(busiest_rank_experts(active, self.layers, self.ranks))
-
-
-def pack_trace(trace: Trace, max_output: int | None = None, ranks: int = 1) -> PackedTrace:
+def pack_trace(trace: Trace, max_output: int | None = None) -> PackedTrace:
     """Pack `trace` into bit sets. Each request is cut after `max_output` generated tokens.
 
-    Raises ReplayError if no request has a decode step left, or if `ranks` does not divide the experts.
+    Raises ReplayError if no request has a decode step left.
     """
     meta = trace.meta
-    if meta.experts % ranks:
-        raise ReplayError(f"{meta.experts} experts cannot be divided over {ranks} ranks of expert parallelism")
     first_row = trace.decode_offsets[:-1]
     steps = np.diff(trace.decode_offsets)
     if max_output is not None:
@@ -116,7 +89,6 @@ def pack_trace(trace: Trace, max_output: int | None = None, ranks: int = 1) -> P
         layers=meta.layers,
         experts=meta.experts,
         top_k=meta.top_k,
-        ranks=ranks,
         prompts=_prompts(trace) if trace.has_prompts else None,
     )
 

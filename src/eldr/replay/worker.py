@@ -25,6 +25,7 @@ from eldr.policies.base import DecodeRequest
 from eldr.replay.errors import ReplayError
 from eldr.replay.packed import PackedTrace, union_rows
 from eldr.replay.prompts import PrefixCache
+from eldr.replay.reading import Reading, unpacked
 
 # At most this many steps are computed at once. It bounds memory, and the work that an arrival throws away.
 MAX_RUN_STEPS = 256
@@ -86,7 +87,9 @@ class Run:
 
     began_s: when the first step began.
     ends_s: float64 [S], the end of each step.
-    experts: float64 [S], the active experts of each step, summed over layers. Expected ones with a chunk.
+    active: uint64 [S, words], the experts that the running requests of each step activate.
+    experts: float64 [S], the distinct experts of each step, summed over layers. Expected ones with a chunk.
+    reads: float64 [S], the reads that each step waits for (`eldr.replay.reading`).
     planned: how many steps will be made before the batch changes.
     chunk: the prompts that share every step, with the tokens of each per step. A prompt ends with the last step or not
         at all.
@@ -94,7 +97,9 @@ class Run:
 
     began_s: float
     ends_s: NDArray[np.float64]
+    active: NDArray[np.uint64]
     experts: NDArray[np.float64]
+    reads: NDArray[np.float64]
     planned: int
     chunk: tuple[tuple[Running, int], ...] = ()
 
@@ -108,6 +113,7 @@ class DecodeWorker:
     """One worker of the fleet. Times are those of the simulation.
 
     cost, moe_cost: the time of a step, and of its MoE layers alone.
+    reading: the expert weights that its steps wait for.
     batch: the running requests.
     computing: the requests whose prompts have begun, in order of arrival.
     waiting: the other requests, in order of arrival.
@@ -116,16 +122,17 @@ class DecodeWorker:
     moe_s: the time that its MoE layers have taken since the start.
     """
 
-    def __init__(self, index: int, cost: StepCost, moe_cost: StepCost, limits: WorkerLimits) -> None:
+    def __init__(self, index: int, cost: StepCost, moe_cost: StepCost, reading: Reading, limits: WorkerLimits) -> None:
         self.index = index
         self.name = worker_name(index)
         self.cost = cost
         self.moe_cost = moe_cost
+        self.reading = reading
         self.batch: list[Running] = []
         self.computing: list[Running] = []
         self.waiting: deque[Running] = deque()
         self.cache = PrefixCache(limits.kv_tokens)
-        self.run = Run(0.0, np.empty(0), np.empty(0), 0)
+        self.run = Run(0.0, np.empty(0), np.empty((0, 0), dtype=np.uint64), np.empty(0), np.empty(0), 0)
         self.moe_s = 0.0
         self._limits = limits
         self._reserved_tokens = 0
@@ -174,11 +181,13 @@ class DecodeWorker:
                 untouched *= trace.untouched(entry.trace_index, tokens)
                 context_tokens += entry.context_tokens + tokens * nth
                 computed += tokens
-            experts = trace.expected_experts(union, untouched)
+            expected = 1 - (1 - unpacked(union, len(untouched))) * untouched
+            experts, reads = expected.sum(axis=1), self.reading.of_expected(expected)
         else:
-            experts = trace.active_experts(union).astype(np.float64)
-        ends_s = now_s + np.cumsum(self.cost.step_s(experts, len(batch) + computed, context_tokens))
-        self.run = Run(now_s, ends_s, experts, steps, chunk)
+            experts = np.bitwise_count(union).sum(axis=1, dtype=np.float64)
+            reads = self.reading.of_batch(union)
+        ends_s = now_s + np.cumsum(self.cost.step_s(reads, len(batch) + computed, context_tokens))
+        self.run = Run(now_s, ends_s, union, experts, reads, steps, chunk)
         return float(ends_s[-1])
 
     def _admit(self, now_s: float) -> tuple[tuple[Running, int], ...]:
@@ -224,7 +233,8 @@ class DecodeWorker:
         """
         run, batch, moe = self.run, self.batch, self.moe_cost
         steps = run.planned
-        total = float(run.experts[:steps].sum())
+        self.reading.made(run.active[:steps])
+        total = float(run.reads[:steps].sum())
         self.moe_s += steps * moe.step_s(0.0, len(batch) + run.chunk_tokens, 0.0) + moe.per_expert_s * total
         still: list[Running] = []
         ended: list[Running] = []

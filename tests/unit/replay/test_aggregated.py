@@ -219,19 +219,6 @@ def test_equals_a_step_by_step_simulation(
     assert result.chunk_time_share == pytest.approx(with_chunk / sum(took for took, *_ in steps), abs=1e-12)
 
 
-def test_a_chunk_that_shares_its_step_waits_for_the_busiest_rank() -> None:
-    trace = make_trace(requests=2, layers=3, experts=16, seed=1, steps=9)
-    packed = pack_trace(trace, ranks=4)
-    bits = np.zeros((3, 16))
-    for layer in range(3):
-        bits[layer, trace.decode_experts[0, layer]] = 1
-    untouched = (1 - trace.prefill_counts[1] / trace.prompt_tokens[1]) ** 6
-    active = 1 - (1 - bits) * untouched
-    busiest = active.reshape(3, 4, 4).sum(axis=2).max(axis=1).sum()
-    found = packed.expected_experts(packed.words[:1], packed.untouched(1, 6))
-    assert found == pytest.approx([busiest])
-
-
 class Hears(Listed):
     """Keeps what it hears of prompts."""
 

@@ -120,6 +120,7 @@ def run_of(tpot_s: NDArray[np.float64] | list[float]) -> RunResult:
         prompt_tokens=whole,
         cached_tokens=whole,
         active_experts_mean=0.0,
+        expert_reads_mean=0.0,
         batch_mean=0.0,
         steps=0,
         tokens=0,

@@ -243,24 +243,3 @@ def test_unions_hold_distinct_experts(layers: int, experts: int, top_k: int) -> 
     ]
     assert sizes.tolist() == expected
     assert np.bitwise_count(union_rows(words, [7], 2)).sum(axis=1).tolist() == [layers * top_k] * 2
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_a_step_waits_for_the_busiest_rank(ranks: int) -> None:
-    trace = make_trace(requests=4, layers=3, experts=40, seed=1, steps=9)
-    packed = pack_trace(trace, ranks=ranks)
-    rows = [int(row) for row in trace.decode_offsets[:3]]
-    share = 40 // ranks
-    expected = []
-    for step in range(4):
-        slowest = 0
-        for layer in range(3):
-            union = {int(expert) for row in rows for expert in trace.decode_experts[row + step, layer]}
-            slowest += max(sum(expert // share == rank for expert in union) for rank in range(ranks))
-        expected.append(slowest)
-    assert packed.active_experts(union_rows(packed.words, rows, 4)).tolist() == expected
-
-
-def test_ranks_that_do_not_divide_the_experts_are_refused() -> None:
-    with pytest.raises(ReplayError, match="40 experts cannot be divided over 3 ranks"):
-        pack_trace(make_trace(requests=4, layers=3, experts=40, seed=1, steps=9), ranks=3)

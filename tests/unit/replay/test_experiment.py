@@ -181,6 +181,7 @@ def result(tpot_s: list[int]) -> RunResult:
         prompt_tokens=none + 40,
         cached_tokens=none + 10,
         active_experts_mean=3.0,
+        expert_reads_mean=3.0,
         batch_mean=2.0,
         steps=1,
         tokens=1,
