@@ -389,21 +389,6 @@ def overlap_gain(predicted: Floats, recorded: Floats) -> float:
     return min(max(math.sqrt(max(slope, 0.0)), LEAST_GAIN), MOST_GAIN)
 
 
-def busiest_rank_experts(active: NDArray[Any], layers: int, ranks: int) -> NDArray[Any]:
-    """Experts that a step waits for when experts are divided over ranks (expert parallelism).
-
-    Rank r of R holds experts r * E / R up to (r + 1) * E / R of every layer. A layer is done when its busiest rank is
-    done, so the result is the sum over layers of the most active experts on one rank. The expectation of that maximum
-    is above the maximum of the expectations, by about the same amount for every batch. This function returns the
-    latter.
-
-    active: [..., D], the probability (or 0 and 1) that each expert is active.
-    layers: L, the number of MoE layers.
-    ranks: R.
-    """
-    return np.asarray(active.reshape(*active.shape[:-1], layers, ranks, -1).sum(axis=-1).max(axis=-1).sum(axis=-1))
-
-
 def of_a_step(profile: Floats, step_tokens: float) -> Floats:
     """Probability that one step activates each expert, float32 [D], from the probability that one token does.
 

@@ -16,7 +16,6 @@ from eldr.activation import (
     TRUST,
     ActivationError,
     ActivationModel,
-    busiest_rank_experts,
     effective_tokens,
     expected_union,
     of_a_step,
@@ -270,18 +269,6 @@ def test_a_damaged_predictor_is_refused(trace: Trace, tmp_path: Path, case: str)
     write_npz(tmp_path / "c.npz", {name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(CalibrationError, match=message):
         load_calibration(tmp_path / "c.npz")
-
-
-@given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 4, 2), (3, 12, 3), (2, 6, 6), (4, 8, 1)]))
-def test_the_busiest_rank_is_the_one_with_most_active_experts(seed: int, geometry: tuple[int, int, int]) -> None:
-    layers, experts, ranks = geometry
-    active = np.random.default_rng(seed).random((5, layers, experts)) < 0.4
-    share = experts // ranks
-    expected = [
-        sum(max(sum(layer[rank * share : (rank + 1) * share]) for rank in range(ranks)) for layer in step)
-        for step in active.tolist()
-    ]
-    assert busiest_rank_experts(active.reshape(5, -1), layers, ranks).tolist() == expected
 
 
 def test_a_step_of_several_tokens_activates_what_any_of_them_does() -> None:

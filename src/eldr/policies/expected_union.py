@@ -73,8 +73,8 @@ class ExpectedUnion(Policy):
         the mean of a fleet routed by load. Larger favours the median, smaller the tail. Infinity turns it off.
     step_tokens: the number of independent tokens that a request gains per step. More than 1 with speculative decoding
         (`eldr.activation.of_a_step`).
-    ranks: expert-parallel ranks per worker. A step then waits for the rank with the most active experts
-        (`eldr.activation.busiest_rank_experts`).
+    ranks: expert-parallel ranks per worker. They share its experts, so that a step waits for 1/R of them. Which rank
+        is the busiest does not matter to the choice (docs/composition.md).
     prefill_weight: the weight of the time that a prompt costs if its worker computes it. 1 is its true share. More
         favours TTFT.
     prefill_chunk: the tokens that an aggregated worker computes in a step, at most, decodes included.
@@ -117,9 +117,8 @@ class ExpectedUnion(Policy):
         self._prompts = prompts
         self._uses_counts = signature != "prompt"
         self._uses_prompts = signature != "counts"
-        self._worker_costs = WorkerCosts(cost, scope, worker_costs or {}, step_tokens)
+        self._worker_costs = WorkerCosts(cost, scope, worker_costs or {}, step_tokens, ranks)
         self._weights = kernels.PlacementWeights(others_weight, anchor, tail_guard, GUARD_EXPERT_SHARE)
-        self._ranks = ranks
         self._prefill_weight = prefill_weight
         self._prefill_chunk = prefill_chunk
         self._backlog = Backlog()
@@ -133,14 +132,12 @@ class ExpectedUnion(Policy):
         self._placement: Placement | None = None
         if predictor is not None:
             experts = len(predictor.mean_profile) // predictor.layers
-            if experts % ranks:
-                raise ValueError(f"{experts} experts cannot be divided over {ranks} ranks")
             self._make_placement(predictor.layers, experts, predictor.top_k)
         elif prompts is not None and self._uses_prompts:
             self._adopt(prompts.profiles)
 
     def _make_placement(self, layers: int, experts: int, top_k: int) -> Placement:
-        geometry = Geometry(layers, experts, self._ranks)
+        geometry = Geometry(layers, experts)
         means = first_means(geometry, top_k, self._predictor, self._by_prompt.profiles, self._step_tokens)
         self._placement = placement = Placement(geometry, top_k, self._weights, means, self._prefill_chunk)
         for worker in self._rows.names:
@@ -158,7 +155,7 @@ class ExpectedUnion(Policy):
             placement.add(row, share)
 
     def _adopt(self, profiles: ProfileMap) -> None:
-        if self._placement is None and profiles.experts % self._ranks == 0:
+        if self._placement is None:
             self._make_placement(profiles.layers, profiles.experts, profiles.top_k)
 
     def wants_words(self, with_counts: bool) -> bool:
@@ -186,7 +183,7 @@ class ExpectedUnion(Policy):
 
     def _placement_for(self, counts: ExpertCounts | None) -> Placement | None:
         """The placement. A model or the first usable counts make it; until then it is None."""
-        if self._placement is None and self._uses_counts and counts is not None and counts.experts % self._ranks == 0:
+        if self._placement is None and self._uses_counts and counts is not None:
             return self._make_placement(counts.layers, counts.experts, counts.top_k)
         return self._placement
 

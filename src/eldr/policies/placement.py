@@ -49,7 +49,7 @@ class Placement:
         self._least = np.zeros(0)
         self._uniform.set_mean(np.full(geometry.dimension, top_k / geometry.experts, dtype=np.float32))
         self._prefill = kernels.PrefillTerms(
-            geometry.dimension / geometry.ranks, 1 - top_k / geometry.experts, chunk_tokens, weights.others
+            geometry.dimension, 1 - top_k / geometry.experts, chunk_tokens, weights.others
         )
         self._heavy = HeavyTimes()
         self._set_columns(np.zeros((4, 0)))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr import kernels
-from eldr.activation import LEAST, MOST, busiest_rank_experts
+from eldr.activation import LEAST, MOST
 from eldr.policies.rows import longer, row_products
 
 # The experts of random batches are recomputed after this many starts, and sooner as long as there were few.
@@ -27,22 +27,15 @@ _PROBABILITIES = (1 - np.exp2(-_UNIT * np.arange(256.0) ** 2)).astype(np.float32
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """L MoE layers of E experts, divided over `ranks` expert-parallel ranks. D = L * E, layer by layer."""
+    """L MoE layers of E experts. D = L * E, layer by layer."""
 
     layers: int
     experts: int
-    ranks: int = 1
 
     @property
     def dimension(self) -> int:
         """D, the number of (layer, expert) pairs."""
         return self.layers * self.experts
-
-    def active(self, survival: NDArray[np.float32]) -> float:
-        """Distinct experts that a step waits for, given the probabilities [D] that no request activates an expert."""
-        if self.ranks == 1:
-            return len(survival) - float(survival.sum())
-        return float(busiest_rank_experts(1 - survival, self.layers, self.ranks))
 
 
 class Unions:
@@ -52,8 +45,7 @@ class Unions:
 
     exposure: uint32 [W, D], the sum of -log2(1 - p) over the running requests, in units of _UNIT.
     survival: uint16 [W, D], the probability 2^-exposure that no request activates an expert, as a fraction of CERTAIN.
-    union: float64 [W], the expected distinct experts that a step waits for, summed over layers. With expert parallelism
-        these are the experts of the busiest rank (`busiest_rank_experts`), otherwise all.
+    union: float64 [W], the expected distinct experts of a step, summed over layers.
     context: W numbers, the tokens of running prompts.
     """
 
@@ -105,23 +97,15 @@ class Unions:
         context_tokens: the tokens of its prompt.
         """
         self.context[row] += sign * context_tokens
-        union = kernels.shift_exposure(codes, sign, _UNIT, self._exposure, self._survival, row)
-        if self._geometry.ranks > 1:
-            union = self._geometry.active(kernels.from_fractions(self._survival[row]))
-        self.union[row] = union
+        self.union[row] = kernels.shift_exposure(codes, sign, _UNIT, self._exposure, self._survival, row)
 
     def added(self, profile: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Distinct experts that a request would add to those that each worker's steps wait for, float64 [W]."""
-        survival = self.survival
-        geometry = self._geometry
-        if geometry.ranks == 1:
-            return row_products(survival, profile)
-        active = 1 - kernels.from_fractions(survival) * (1 - profile)
-        return busiest_rank_experts(active, geometry.layers, geometry.ranks) - self.union
+        """Distinct experts that a request would add to each worker's steps, float64 [W]."""
+        return row_products(self.survival, profile)
 
 
 class RandomBatches:
-    """The distinct experts that a step of a random batch waits for. This is what routing by load alone gives.
+    """The distinct experts of a step of a random batch. This is what routing by load alone gives.
 
     With the fleet's mean profile m, B independent requests activate an expert with probability 1 - (1 - m)^B.
     """
@@ -152,7 +136,7 @@ class RandomBatches:
             more = []
             for _ in range(len(self._experts), most + 1):
                 self._product *= self._survival
-                more.append(self._geometry.active(self._product))
+                more.append(len(self._product) - float(self._product.sum()))
             self._experts = np.append(self._experts, more)
         return self._experts
 

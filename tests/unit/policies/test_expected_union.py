@@ -192,41 +192,28 @@ def test_experts_of_random_batches() -> None:
         assert random_batches.experts(batch)[[batch, 0]] == pytest.approx([union, 0.0], rel=2e-3)
 
 
-def test_with_expert_parallelism_the_busiest_rank_counts() -> None:
-    """a's requests use rank 0 of every layer, b's both ranks alike; the newcomer uses rank 0."""
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_experts_of_a_step(ranks: int) -> None:
+    """Whether their number divides that of the experts (8) or not."""
     rng = np.random.default_rng(7)
     profiles = rng.uniform(0.02, 0.7, (6, LAYERS * EXPERTS)).astype(np.float32)
-    policy = Given(profiles, anchor=0, ranks=2, tail_guard=np.inf)
+    policy = Given(profiles, anchor=0, ranks=ranks, tail_guard=np.inf)
     placed = {"a": [0, 1], "b": [2, 3, 4]}
     for worker, rows in placed.items():
         policy.joined(worker)
         for row in rows:
             policy.started(request(row), worker)
 
-    def busiest(rows: list[int]) -> float:
-        active = 1 - np.prod(1 - profiles[rows].astype(np.float64), axis=0)
-        return active.reshape(LAYERS, 2, EXPERTS // 2).sum(axis=2).max(axis=1).sum()
+    def share(rows: list[int]) -> float:
+        return float((1 - np.prod(1 - profiles[rows].astype(np.float64), axis=0)).sum()) / ranks
 
     found = placement_costs(policy, request(5), {"a": 2, "b": 3})
     expected = {}
     for worker, rows in placed.items():
-        step_us = LAYERS * (100 + len(rows)) + 10 * busiest(rows)
-        added_us = LAYERS + 10 * (busiest([*rows, 5]) - busiest(rows))
+        step_us = LAYERS * (100 + len(rows)) + 10 * share(rows)
+        added_us = LAYERS + 10 * (share([*rows, 5]) - share(rows))
         expected[worker] = (step_us + added_us + len(rows) * added_us) * 1e-6
     assert found == pytest.approx(expected, rel=5e-3)
-    for row in (0, 1):
-        policy.finished(request(row), "a")
-    assert policy.unions.union[policy.row("a")] == 0
-
-
-def test_ranks_that_do_not_divide_the_experts() -> None:
-    policy = Given(one_hot_profiles(), ranks=3)
-    policy.joined("a")
-    assert policy.choose(request(0), {"a": 0}).reason == "wrong_geometry"
-    trace = make_trace(requests=40, layers=LAYERS, experts=EXPERTS)
-    model = ActivationModel.fit(trace.prefill_counts, trace.prompt_tokens, trace.decode_profiles(), TOP_K)
-    with pytest.raises(ValueError, match="8 experts cannot be divided over 3 ranks"):
-        ExpectedUnion(model, ranks=3)
 
 
 def test_steps_of_several_tokens() -> None:

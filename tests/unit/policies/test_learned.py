@@ -160,9 +160,9 @@ def test_a_request_that_is_known_by_its_words_is_never_free(ranks: int) -> None:
     union = float(policy.unions.union[0])
     assert union == pytest.approx(LAYERS * TOP_K, abs=0.2)
     inactive = (1 - TOP_K / EXPERTS) ** 3
-    added = 0.25 * LAYERS * TOP_K * inactive / ranks
+    added = 0.25 * LAYERS * TOP_K * inactive
     # The newcomer and the three that are there wait for what is added, and the newcomer for what there is.
-    assert found["a"] == pytest.approx(1e-5 * (union + (1 + 3) * added), rel=1e-3)
+    assert found["a"] == pytest.approx(1e-5 * (union + (1 + 3) * added) / ranks, rel=1e-3)
 
 
 def test_a_model_that_comes_between_choice_and_start_leaves_the_books_even() -> None:
