@@ -14,6 +14,14 @@ def positive(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def read_key_file(path: Path | None) -> str | None:
     """Return the key in a one-line file. Raises ConfigError."""
     from eldr.router.config.settings import read_key

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eldr.cli.arguments import count
 from eldr.cli.json_output import write_json
 from eldr.policies.options import PolicyOptions
 from eldr.settings import add_flags, given
@@ -34,6 +35,8 @@ EXAMPLES = """examples:
   eldr replay trace.npz --aggregated --prompt-tokens azure_conv.csv --policies prefix-affinity,expected-union
   eldr replay trace.npz --replicas 1,2,4,8 --share-delay-ms 200 --policies expected-union,jsq
   eldr replay trace.npz --replicas 4 --share nothing
+  eldr replay trace.npz --expert-parallel 4 --placement union-aware --placement-of worker
+  eldr replay trace.npz --expert-parallel 4 --placement eplb --redundant 8 --replica fewest
 
 The load balancers rr, random, p2c and jsq always run, in a single router, because changes are given against the best of
 them. "expected-union x4" is expected-union in four routers.
@@ -98,6 +101,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--max-num-seqs", type=_whole, default=256, metavar="N", help="requests that a worker runs at once (256)")
     flag("--kv-tokens", type=_whole, metavar="N",
          help="tokens that a worker's KV cache holds, and its prefix cache (no limit)")  # fmt: skip
+    flag("--placement", choices=("contiguous", "eplb", "union-aware"), default="contiguous",
+         help="with --expert-parallel: which rank holds which experts: in their order, by EPLB (balanced tokens), or "
+         "so that the busiest rank reads few (contiguous)")  # fmt: skip
+    flag("--placement-of", choices=("fleet", "worker"), default="fleet",
+         help="whose traffic places the experts: that of the calibration requests once, or again and again what each "
+         "worker's steps used lately (fleet)")  # fmt: skip
+    flag("--redundant", type=count, default=0, metavar="N",
+         help="with --expert-parallel: redundant experts in each layer (0)")  # fmt: skip
+    flag("--replica", choices=("random", "lp", "fewest"),
+         help="with --redundant: which copy of an expert computes: one at random for each token, as vLLM has it, by "
+         "LPLB's linear programme on tokens, or so that the busiest rank reads fewest, as METRO (random)")  # fmt: skip
     flag("--replicas", type=_whole_numbers, default=(1,), metavar="R[,R...]",
          help="number of routers, each with its own policy; a request goes to a random one (1)")  # fmt: skip
     flag("--share", choices=("all", "load", "nothing"),
@@ -135,6 +149,7 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
     from eldr.replay.errors import ReplayError
     from eldr.replay.experiment import Laboratory, Settings, check_names
     from eldr.replay.prompts import read_prompts
+    from eldr.replay.ranks import ExpertParallel
     from eldr.replay.split import Mix
     from eldr.replay.worker import WorkerLimits
     from eldr.trace import read_trace
@@ -156,6 +171,11 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
             f"--prefill-chunk {options.prefill_chunk} is less than --max-num-seqs {arguments.max_num_seqs}: a step "
             "must have room for a token of every request"
         )
+    if arguments.replica is not None and not arguments.redundant:
+        raise ReplayError("--replica needs --redundant: without redundant experts there is nothing to choose")
+    ranks = ExpertParallel(
+        arguments.placement, arguments.placement_of, arguments.redundant, arguments.replica or "random"
+    )
     kinds, output_tokens = _workload(arguments, trace.label.tolist())
     labels = tuple(label for kind in kinds for label in kind.labels) or None
     settings = Settings(
@@ -177,6 +197,7 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
         aggregated=arguments.aggregated,
         recorded_prompts=None if arguments.prompt_tokens == "trace" else read_prompts(Path(arguments.prompt_tokens)),
         shared_prefixes=arguments.shared_prefixes,
+        ranks=ranks,
     )
     calibration = None if arguments.calibration is None else load_calibration(arguments.calibration)
     return Laboratory(trace, settings, calibration)

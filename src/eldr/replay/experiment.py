@@ -25,7 +25,8 @@ from eldr.replay.measurements import RunResult
 from eldr.replay.oracle import Clairvoyant, ToldProfiles
 from eldr.replay.packed import PackedTrace, pack_trace
 from eldr.replay.prompts import RecordedPrompts, SharedPrefixes, draw_prompts
-from eldr.replay.reading import BusiestRank, ReadingMaker, distinct_experts
+from eldr.replay.ranks import ExpertParallel, ranks_of
+from eldr.replay.reading import ReadingMaker, distinct_experts
 from eldr.replay.refits import SimulatedRefits
 from eldr.replay.replicas import Replica, Replicas, Sharing
 from eldr.replay.split import Mix, Split, split_trace, take_requests
@@ -75,6 +76,7 @@ class Settings:
     recorded_prompts: prompts whose lengths, and shared blocks if they have any, replace those of the trace.
     shared_prefixes: prefixes that the prompts begin with. They have an effect on aggregated workers only.
     sharing: how many routers there are, and what they know of each other's requests.
+    ranks: how the ranks of a worker share its experts, if `options.expert_parallel` is above 1.
     """
 
     requests: int = 2000
@@ -91,6 +93,7 @@ class Settings:
     recorded_prompts: RecordedPrompts | None = None
     shared_prefixes: SharedPrefixes | None = None
     sharing: Sharing = field(default_factory=Sharing)
+    ranks: ExpertParallel = field(default_factory=ExpertParallel)
 
 
 class Laboratory:
@@ -105,11 +108,7 @@ class Laboratory:
         self._fitted: dict[int, Calibration] = {}
         self._profiles: NDArray[np.float32] | None = None
         self._splits: dict[int, Split] = {}
-        if trace.meta.experts % settings.options.expert_parallel:
-            raise ReplayError(
-                f"{trace.meta.experts} experts cannot be divided over {settings.options.expert_parallel} ranks of "
-                "expert parallelism"
-            )
+        settings.ranks.check(trace.meta.experts, settings.options.expert_parallel)
         if self.packed.prompts is None and settings.options.signature == "prompt":
             raise ReplayError("the trace holds no prompts, so there are no words; record it with --keep-prompts")
         if calibration is not None:
@@ -243,22 +242,22 @@ class Laboratory:
         pools = [(pool[np.isin(labels, kind.labels)], kind.share) for kind in self.settings.kinds]
         return [(requests, share) for requests, share in pools if len(requests)]
 
-    def fleet(self, workers: int) -> FleetSpec:
+    def fleet(self, workers: int, reading: ReadingMaker = distinct_experts) -> FleetSpec:
         options, layers = self.settings.options, self.packed.layers
         models = [options.worker_costs.get(worker_name(index), options.cost) for index in range(workers)]
         return FleetSpec(
             tuple(model.step_cost(layers, options.cost_scope) for model in models),
             tuple(model.step_cost(layers, "moe") for model in models),
             dataclasses.replace(self.settings.limits, prefill_chunk=options.prefill_chunk),
-            self._reading(),
+            reading,
         )
 
-    def _reading(self) -> ReadingMaker:
+    def _reading(self, batch: float, seed: int) -> ReadingMaker:
+        """What the steps of workers wait for, whose experts are placed for batches of this size."""
         ranks = self.settings.options.expert_parallel
         if ranks == 1:
             return distinct_experts
-        layers, experts, _ = self.packed_geometry
-        return lambda _: BusiestRank(layers, experts, ranks)
+        return ranks_of(self.packed, ranks, self.settings.ranks, self.split(seed).calibrate, batch, seed)
 
     def run(
         self,
@@ -307,7 +306,8 @@ class Laboratory:
             # Refits have no effect on a policy that keeps no signatures.
             learning = self._learning(policy, seed + ROUTER_SEEDS * number)
             routers.append(Replica(policy, SimulatedRefits(policy, schedule), learning))
-        engine = Engine(self.packed, workload, self.fleet(workers), Replicas(routers, self.settings.sharing))
+        fleet = self.fleet(workers, self._reading(batch, seed))
+        engine = Engine(self.packed, workload, fleet, Replicas(routers, self.settings.sharing))
         for policy in policies:
             if isinstance(policy, Clairvoyant):
                 policy.attach(engine)
@@ -361,6 +361,8 @@ class Laboratory:
         serve = self.split(seed).serve
         size = min(batch, len(serve))
         packed, cost = self.packed, self.fleet(1).costs[0]
+        # Ranks share the experts, more or less.
+        ranks = self.settings.options.expert_parallel
         times = []
         for _ in range(32):
             chosen = rng.choice(serve, size, replace=False).tolist()
@@ -369,7 +371,7 @@ class Laboratory:
                 packed.prompt_tokens[i] + row - packed.first_row[i] for i, row in zip(chosen, rows, strict=True)
             )
             experts = int(np.bitwise_count(np.bitwise_or.reduce(packed.words[rows], axis=0)).sum())
-            times.append(cost.step_s(float(experts), size, float(context)))
+            times.append(cost.step_s(experts / ranks, size, float(context)))
         return float(np.mean(times))
 
     def rate_for_batch(self, batch: float, workers: int, seed: int = 0) -> float:

@@ -111,13 +111,19 @@ def pack_rows(decode_experts: NDArray[np.unsignedinteger[Any]], experts: int) ->
     return words
 
 
+def request_rows(words: NDArray[np.uint64], rows: list[int], steps: int) -> list[NDArray[np.uint64]]:
+    """For each of `rows` the experts of this row and the next ones, as views, uint64 [steps, words]."""
+    return [words[row : row + steps] for row in rows]
+
+
 def union_rows(words: NDArray[np.uint64], rows: list[int], steps: int) -> NDArray[np.uint64]:
     """The experts of each step as bit sets, uint64 [steps, words]. Step s is the union over the rows `row + s`."""
     if not rows:
         return np.zeros((steps, words.shape[1]), dtype=np.uint64)
-    union = words[rows[0] : rows[0] + steps]
-    if len(rows) > 1:
-        union = union | words[rows[1] : rows[1] + steps]
-        for row in rows[2:]:
-            np.bitwise_or(union, words[row : row + steps], out=union)
+    first, *others = request_rows(words, rows, steps)
+    if not others:
+        return first
+    union = first | others[0]
+    for more in others[1:]:
+        np.bitwise_or(union, more, out=union)
     return union

@@ -8,7 +8,7 @@ the device that computes it, which `StepCost.per_expert_s` prices.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,13 @@ class Reading(ABC):
 
         active: uint64 [S, words], the experts that each step activates (`PackedTrace.words`).
         """
+
+    def of_requests(self, active: NDArray[np.uint64], requests: Sequence[NDArray[np.uint64]]) -> NDArray[np.float64]:
+        """The same, given the experts of each running request as well, which matter where tokens do.
+
+        requests: for each of them uint64 [S, words], the experts of its token in each step.
+        """
+        return self.of_batch(active)
 
     @abstractmethod
     def of_expected(self, active: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -52,30 +59,6 @@ class DistinctExperts(Reading):
 def distinct_experts(worker: int) -> Reading:
     """The reading of a worker with one device, which has no state."""
     return DistinctExperts()
-
-
-class BusiestRank(Reading):
-    """Expert parallelism: every rank reads its own experts, and a layer is done when its busiest rank is.
-
-    Rank r of R holds experts r * E / R up to (r + 1) * E / R of every layer.
-    layers, experts: L and E.
-    ranks: R, which divides E.
-    """
-
-    def __init__(self, layers: int, experts: int, ranks: int) -> None:
-        self._layers = layers
-        self._experts = experts
-        self._ranks = ranks
-
-    def of_batch(self, active: NDArray[np.uint64]) -> NDArray[np.float64]:
-        return self._busiest(unpacked(active, self._layers * self._experts))
-
-    def of_expected(self, active: NDArray[np.float64]) -> NDArray[np.float64]:
-        return self._busiest(active)
-
-    def _busiest(self, active: NDArray[np.uint8] | NDArray[np.float64]) -> NDArray[np.float64]:
-        of_ranks = active.reshape(len(active), self._layers, self._ranks, -1).sum(axis=-1, dtype=np.float64)
-        return np.asarray(of_ranks.max(axis=-1).sum(axis=-1))
 
 
 def unpacked(active: NDArray[np.uint64], dimension: int) -> NDArray[np.uint8]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from eldr.cost import StepCost
 from eldr.policies.base import DecodeRequest
 from eldr.replay.errors import ReplayError
-from eldr.replay.packed import PackedTrace, union_rows
+from eldr.replay.packed import PackedTrace, request_rows, union_rows
 from eldr.replay.prompts import PrefixCache
 from eldr.replay.reading import Reading, unpacked
 
@@ -171,7 +171,8 @@ class DecodeWorker:
         # As long as the first prompt takes the whole budget, all steps are alike.
         alike = [entry.prompt_left // tokens for entry, tokens in chunk]
         steps = min([*[entry.end_row - entry.row for entry in batch], *alike, MAX_RUN_STEPS])
-        union = union_rows(trace.words, [entry.row for entry in batch], steps)
+        rows = [entry.row for entry in batch]
+        union = union_rows(trace.words, rows, steps)
         nth = np.arange(1, steps + 1, dtype=np.float64)
         context_tokens = sum([entry.context_tokens for entry in batch]) + len(batch) * nth
         computed = 0
@@ -185,7 +186,7 @@ class DecodeWorker:
             experts, reads = expected.sum(axis=1), self.reading.of_expected(expected)
         else:
             experts = np.bitwise_count(union).sum(axis=1, dtype=np.float64)
-            reads = self.reading.of_batch(union)
+            reads = self.reading.of_requests(union, request_rows(trace.words, rows, steps))
         ends_s = now_s + np.cumsum(self.cost.step_s(reads, len(batch) + computed, context_tokens))
         self.run = Run(now_s, ends_s, union, experts, reads, steps, chunk)
         return float(ends_s[-1])

@@ -5,50 +5,26 @@ import pytest
 from numpy.typing import NDArray
 
 from eldr.cost import StepCost
-from eldr.policies import PolicyOptions, make_policy
+from eldr.policies import make_policy
 from eldr.replay.engine import Engine
-from eldr.replay.errors import ReplayError
-from eldr.replay.experiment import Laboratory, Settings
 from eldr.replay.fleet import FleetSpec
 from eldr.replay.packed import pack_trace, union_rows
-from eldr.replay.reading import BusiestRank, DistinctExperts, Reading
+from eldr.replay.reading import DistinctExperts, Reading
 from eldr.replay.replicas import alone
 from eldr.replay.workload import Workload
 from tests.synthetic import make_trace
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_a_step_waits_for_the_busiest_rank(ranks: int) -> None:
+def test_every_distinct_expert_is_a_read() -> None:
     trace = make_trace(requests=4, layers=3, experts=40, seed=1, steps=9)
     rows = [int(row) for row in trace.decode_offsets[:3]]
-    share = 40 // ranks
-    expected = []
-    for step in range(4):
-        slowest = 0
-        for layer in range(3):
-            union = {int(expert) for row in rows for expert in trace.decode_experts[row + step, layer]}
-            slowest += max(sum(expert // share == rank for expert in union) for rank in range(ranks))
-        expected.append(slowest)
-    words = union_rows(pack_trace(trace).words, rows, 4)
-    assert BusiestRank(3, 40, ranks).of_batch(words).tolist() == expected
-    if ranks == 1:
-        assert DistinctExperts().of_batch(words).tolist() == expected
-
-
-def test_expected_experts_of_the_busiest_rank() -> None:
-    active = np.random.default_rng(1).random((5, 3 * 16))
     expected = [
-        sum(max(row[first + 4 * rank : first + 4 * rank + 4].sum() for rank in range(4)) for first in (0, 16, 32))
-        for row in active
+        sum(len({int(e) for row in rows for e in trace.decode_experts[row + step, layer]}) for layer in range(3))
+        for step in range(4)
     ]
-    assert BusiestRank(3, 16, 4).of_expected(active) == pytest.approx(expected)
+    assert DistinctExperts().of_batch(union_rows(pack_trace(trace).words, rows, 4)).tolist() == expected
+    active = np.random.default_rng(1).random((5, 3 * 16))
     assert DistinctExperts().of_expected(active) == pytest.approx([row.sum() for row in active])
-
-
-def test_ranks_that_do_not_divide_the_experts_are_refused() -> None:
-    trace = make_trace(requests=4, layers=3, experts=40, seed=1, steps=9)
-    with pytest.raises(ReplayError, match="40 experts cannot be divided over 3 ranks"):
-        Laboratory(trace, Settings(options=PolicyOptions(expert_parallel=3)))
 
 
 class Doubled(DistinctExperts):
