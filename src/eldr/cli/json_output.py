@@ -9,8 +9,12 @@ from pathlib import Path
 from eldr.errors import EldrError
 
 
-def write_json(target: str | None, value: object, what: str, failure: type[EldrError]) -> None:
+def write_json(
+    target: str | None, value: object, what: str, failure: type[EldrError], *, indent: int | None = 2
+) -> None:
     """Write `value` to the file `target`, or to standard output if it is "-". None writes nothing.
+
+    indent: as of `json.dumps`. None writes one line.
 
     Raises `failure`, which names the file and `what` could not be written.
     """
@@ -18,7 +22,7 @@ def write_json(target: str | None, value: object, what: str, failure: type[EldrE
 
     if target is None:
         return
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return

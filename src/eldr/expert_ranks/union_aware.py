@@ -7,6 +7,8 @@ many tokens they have. This is known from the steps of past traffic, and from no
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +19,12 @@ from eldr.expert_ranks.placement import ExpertPlacement, check_slots
 PASSES = 6
 
 
-def union_aware(active: NDArray[np.uint8], ranks: int, redundant: int = 0) -> ExpertPlacement:
+def union_aware(
+    active: NDArray[np.uint8],
+    ranks: int,
+    redundant: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExpertPlacement:
     """Place experts so that the mean over steps of the most active experts on one rank is small.
 
     A local search. It begins with EPLB of how often an expert is active, and swaps two experts of different ranks as
@@ -28,6 +35,7 @@ def union_aware(active: NDArray[np.uint8], ranks: int, redundant: int = 0) -> Ex
 
     active: [S, L, E], 1 if a step activates an expert, otherwise 0.
     redundant: the copies that each layer may have on top of its experts.
+    progress: called now and then with the slots that were looked at, and with the number of all in all passes.
 
     Raises PlacementError as `check_slots` does.
     """
@@ -47,8 +55,14 @@ def union_aware(active: NDArray[np.uint8], ranks: int, redundant: int = 0) -> Ex
     by_layer = np.ascontiguousarray(active.transpose(1, 2, 0))
     reads = np.take_along_axis(by_layer, expert_of_slot[:, :, None], axis=1) * np.array(shares, np.float32)[:, :, None]
     search = _Search(reads.reshape(layers, ranks, room, steps), expert_of_slot.reshape(layers, ranks, room))
-    for _ in range(PASSES):
-        if not search.improve():
+    slots = ranks * room
+    for done in range(PASSES):
+        better = False
+        for slot in range(slots):
+            better |= search.swap(*divmod(slot, room))
+            if progress is not None:
+                progress(done * slots + slot + 1, PASSES * slots)
+        if not better:
             break
     return ExpertPlacement(experts, ranks, search.expert.reshape(layers, -1))
 
@@ -65,14 +79,11 @@ class _Search:
         self._reads = reads
         self._of_rank = reads.sum(axis=2)  # [L, R, S]
 
-    def improve(self) -> bool:
-        """Let every slot in turn make the best of its swaps. Returns whether there was one that is better."""
-        _, ranks, room, _ = self._reads.shape
-        found = [self._swap(rank, slot) for rank in range(ranks) for slot in range(room)]
-        return any(found)
+    def swap(self, rank: int, slot: int) -> bool:
+        """Swap this slot of each layer with the one where the busiest rank then reads least, if that is less.
 
-    def _swap(self, rank: int, slot: int) -> bool:
-        """Swap this slot of each layer with the one where the busiest rank then reads least, if that is less."""
+        Returns whether any layer has swapped.
+        """
         reads, of_rank = self._reads, self._of_rank
         layers, ranks, room, _ = reads.shape
         mine = reads[:, rank, slot]  # [L, S]

@@ -14,7 +14,8 @@ from tests.synthetic import make_calibration
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "epp", "record", "fit", "inspect", "replay", "decisions", "calibrate-cost", "demo"]
+    "command",
+    ["serve", "epp", "record", "fit", "inspect", "replay", "place-experts", "decisions", "calibrate-cost", "demo"],
 )
 def test_every_command_explains_itself_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -13,6 +13,7 @@ from eldr.report import html
 from eldr.report.evaluation import (
     aggregated,
     comparisons,
+    expert_parallel,
     method,
     overhead,
     prompt_signatures,
@@ -106,6 +107,8 @@ def _of_trace(trace: TraceResults) -> Iterable[Section]:
         yield prompt_texts.texts_section(rows["prompt-texts"], prefix)
     if rows.get("aggregated"):
         yield aggregated.aggregated_section(rows["aggregated"], prefix)
+    if rows.get("expert-parallel"):
+        yield expert_parallel.expert_parallel_section(rows["expert-parallel"], prefix)
     if rows.get("pools"):
         yield comparisons.pools_section(rows["pools"], prefix, trace.about["in_flight_at_most"])
     if rows.get("ablations"):
