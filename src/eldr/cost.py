@@ -54,6 +54,15 @@ class StepCost:
         fixed_s = self.base_s + self.per_token_s * batch
         return fixed_s + self.per_expert_s * active_experts + self.per_context_token_s * context_tokens
 
+    def times(self, factor: float) -> StepCost:
+        """The cost of steps that take `factor` times as long."""
+        return StepCost(
+            self.base_s * factor,
+            self.per_expert_s * factor,
+            self.per_token_s * factor,
+            self.per_context_token_s * factor,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class MoeLayerCost:

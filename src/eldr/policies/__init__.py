@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from eldr.policies.base import Policy
 from eldr.policies.domain import Domain
 from eldr.policies.expected_union import ExpectedUnion
-from eldr.policies.load import PowerOfTwo, Random, RoundRobin, ShortestQueue
+from eldr.policies.load import FastestQueue, PowerOfTwo, Random, RoundRobin, ShortestQueue
 from eldr.policies.locality_band import LocalityBand
 from eldr.policies.options import PolicyError, PolicyOptions
 from eldr.policies.prefix_affinity import PrefixAffinity
@@ -52,6 +52,7 @@ _MAKERS: dict[str, _Maker] = {
     "random": lambda calibration, options, seed: Random(seed),
     "p2c": lambda calibration, options, seed: PowerOfTwo(seed),
     "jsq": lambda calibration, options, seed: ShortestQueue(seed),
+    "jsq-speed": lambda calibration, options, seed: FastestQueue(options.step_costs(), seed),
     "prefix-affinity": lambda calibration, options, seed: PrefixAffinity(seed),
     "domain": lambda calibration, options, seed: Domain(seed),
     "locality-band": _locality_band,

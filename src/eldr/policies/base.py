@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from eldr.activation import ActivationModel
     from eldr.policies.learned import Learned
     from eldr.policies.refit import Refit, RefitTask
+    from eldr.policies.worker_costs import LearnedCost
     from eldr.prompt.model import PromptModel
 
 
@@ -126,6 +127,21 @@ class Picture:
     most: float
 
 
+@dataclass(frozen=True, slots=True)
+class ExpectedStep:
+    """What a policy expects of the next decode step of a worker.
+
+    experts: the distinct experts, summed over the MoE layers.
+    layers, experts_per_layer: the shape of the model.
+    context_tokens: the tokens of the prompts of the requests there.
+    """
+
+    experts: float
+    layers: int
+    experts_per_layer: int
+    context_tokens: int
+
+
 # A compiled router accepts policies that are not compiled.
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Policy(ABC):
@@ -188,6 +204,22 @@ class Policy(ABC):
 
     def learned(self, learned: Learned) -> None:  # noqa: B027
         """Predict by what was learned from finished requests from now on. A policy that predicts nothing ignores it."""
+
+    # Step times learned from the workers' own reports. A policy without step times needs none of these.
+    @property
+    def prices_steps(self) -> bool:
+        """Whether it makes anything of a learned step time."""
+        return False
+
+    def expected_step(self, worker: str) -> ExpectedStep | None:
+        """What it expects of the next step of a worker that has joined. None if it expects nothing."""
+        return None
+
+    def cost_learned(self, worker: str, learned: LearnedCost) -> None:  # noqa: B027
+        """Believe this step time of a worker that has joined, until the next one or until it has left.
+
+        A policy without step times ignores it.
+        """
 
     # Hooks for policies that keep state. A policy that only looks at the load needs none of them.
     def started(self, request: DecodeRequest, worker: str) -> None:  # noqa: B027

@@ -32,7 +32,7 @@ from eldr import kernels
 from eldr.activation import ActivationModel, own_frequencies
 from eldr.cost import DEFAULT_PRESET, PRESETS, CostModel
 from eldr.counts import ExpertCounts
-from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
+from eldr.policies.base import Decision, DecodeRequest, ExpectedStep, Picture, Policy
 from eldr.policies.learned import Learned
 from eldr.policies.placement import Placement
 from eldr.policies.prefill import Backlog, OutputLength
@@ -41,7 +41,7 @@ from eldr.policies.request_model import Arrival, CountsPredictor, PromptPredicto
 from eldr.policies.rows import WorkerRows
 from eldr.policies.shares import Share
 from eldr.policies.unions import Geometry, Unions
-from eldr.policies.worker_costs import WorkerCosts
+from eldr.policies.worker_costs import LearnedCost, WorkerCosts
 from eldr.prompt.model import ProfileMap, PromptModel
 
 # Weight of the self-anchor per unit of cosine similarity, relative to the expert time of an average worker's batch.
@@ -65,7 +65,7 @@ class ExpectedUnion(Policy):
     prompts: a fitted prompt model, for requests without counts. It can be learned later (`learned`).
     signature: one of SIGNATURES: what requests are known by.
     cost, scope: the step-time model of every worker.
-    worker_costs: step-time models of single workers, if hardware differs.
+    worker_costs: step-time models of single workers, if hardware differs. Learned ones (`cost_learned`) replace them.
     others_weight: the weight of the time added to the requests already there. 1 is their true share in steady state.
         0.5 favours the tail of TPOT, 2 its median. With a tail guard it matters little.
     anchor: the weight of the self-anchor. 0 turns it off.
@@ -330,7 +330,25 @@ class ExpectedUnion(Policy):
         if self._placement is not None:
             self._append(self._placement, worker)
 
+    @property
+    def prices_steps(self) -> bool:
+        return True
+
+    def expected_step(self, worker: str) -> ExpectedStep | None:
+        placement = self._placement
+        if placement is None:
+            return None
+        layers, experts, _ = placement.shape
+        row = self._rows.row_of[worker]
+        return ExpectedStep(float(placement.unions.union[row]), layers, experts, placement.unions.context[row])
+
+    def cost_learned(self, worker: str, learned: LearnedCost) -> None:
+        self._worker_costs.learn(worker, learned.cost)
+        if self._placement is not None:
+            self._placement.set_cost(self._rows.row_of[worker], learned.cost)
+
     def left(self, worker: str) -> None:
+        self._worker_costs.forget(worker)
         row = self._rows.remove(worker)
         if self._placement is not None:
             self._placement.remove_worker(row)

@@ -1,4 +1,7 @@
-"""The four load balancers that ELDR is compared with: round-robin, random, power of two choices and shortest queue."""
+"""The load balancers that ELDR is compared with.
+
+Four see the load alone: round-robin, random, power of two choices and shortest queue. The fifth weighs queues by speed.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ import random
 from collections.abc import Mapping
 
 from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.policies.worker_costs import LearnedCost, WorkerCosts
+
+# How much the time of a step counts against the length of a queue (docs/policies.md#unequal-workers).
+SPEED_POWER = 3.0
 
 
 def least_loaded(in_flight: Mapping[str, int], rng: random.Random) -> str:
@@ -70,3 +77,38 @@ class ShortestQueue(Policy):
 
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
         return Decision(least_loaded(in_flight, self._rng), "jsq")
+
+
+class FastestQueue(Policy):
+    """Sends each request to the worker with the least (requests in flight + 1) x (time of a step)^SPEED_POWER.
+
+    costs: the workers' step times as configured. Learned ones (`cost_learned`) replace them.
+
+    Without either, all workers are as fast, and it is join-shortest-queue.
+    """
+
+    name = "jsq-speed"
+
+    def __init__(self, costs: WorkerCosts, seed: int = 0) -> None:
+        self._costs = costs
+        self._rng = random.Random(seed)
+        self._weight: dict[str, float] = {}
+
+    def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
+        weight = self._weight
+        queues = {worker: (load + 1) * weight[worker] for worker, load in in_flight.items()}
+        least = min(queues.values())
+        return Decision(self._rng.choice([worker for worker, queue in queues.items() if queue == least]), "jsq_speed")
+
+    @property
+    def prices_steps(self) -> bool:
+        return True
+
+    def cost_learned(self, worker: str, learned: LearnedCost) -> None:
+        self._weight[worker] = learned.relative**SPEED_POWER
+
+    def joined(self, worker: str) -> None:
+        self._weight[worker] = (self._costs.typical_s(worker) / self._costs.typical_s("")) ** SPEED_POWER
+
+    def left(self, worker: str) -> None:
+        del self._weight[worker]

@@ -18,11 +18,12 @@ import eldr
 from eldr.activation import ActivationModel
 from eldr.counts import COUNTS_KEYS, decode_counts, encode_counts
 from eldr.kernels import COMPILED
-from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
+from eldr.policies.base import Decision, DecodeRequest, ExpectedStep, Picture, Policy
 from eldr.policies.learned import Learned, decode_floats, encode_floats
 from eldr.policies.options import PolicyOptions
 from eldr.policies.refit import Refit, RefitTask
 from eldr.policies.shares import Share
+from eldr.policies.worker_costs import LearnedCost
 from eldr.prompt.model import PromptModel
 
 LOG_VERSION = 2
@@ -182,6 +183,17 @@ class LoggedPolicy(Policy):
     def learned(self, learned: Learned) -> None:
         self._policy.learned(learned)
         self._write_event({"event": "learned", **learned.to_wire()})
+
+    @property
+    def prices_steps(self) -> bool:
+        return self._policy.prices_steps
+
+    def expected_step(self, worker: str) -> ExpectedStep | None:
+        return self._policy.expected_step(worker)
+
+    def cost_learned(self, worker: str, learned: LearnedCost) -> None:
+        self._policy.cost_learned(worker, learned)
+        self._write_event({"event": "cost_learned", "worker": worker, **learned.to_wire()})
 
     def started(self, request: DecodeRequest, worker: str) -> None:
         chosen = self._chosen

@@ -10,6 +10,7 @@ from eldr.cost import DEFAULT_PRESET, PRESETS, SCOPES, CostError, CostModel, cos
 from eldr.errors import EldrError
 from eldr.policies.expected_union import ANCHOR, PREFILL_CHUNK, PREFILL_WEIGHT, TAIL_GUARD
 from eldr.policies.request_model import SIGNATURES
+from eldr.policies.worker_costs import WorkerCosts
 from eldr.settings import SettingError, build, check, parsed, setting, text
 
 BOTH = "Locality-band and expected-union"
@@ -118,6 +119,10 @@ class PolicyOptions:
     @property
     def refits(self) -> bool:
         return self.refit_interval_s < float("inf")
+
+    def step_costs(self) -> WorkerCosts:
+        """The step times of all workers, as configured."""
+        return WorkerCosts(self.cost, self.cost_scope, self.worker_costs, self.step_tokens, self.expert_parallel)
 
     def of_expected_union(self) -> dict[str, Any]:
         """Keyword arguments of ExpectedUnion."""

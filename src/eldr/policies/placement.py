@@ -63,8 +63,11 @@ class Placement:
         """Add a row for one more worker with this step time."""
         self.unions.append()
         self.anchor.append()
-        column = np.array([[cost.base_s], [cost.per_expert_s], [cost.per_token_s], [cost.per_context_token_s]])
-        self._set_columns(np.append(self._fleet.columns, column, axis=1))
+        self._set_columns(np.append(self._fleet.columns, _column(cost)[:, None], axis=1))
+
+    def set_cost(self, row: int, cost: StepCost) -> None:
+        """Let the steps of a worker take this time from now on."""
+        self._fleet.columns[:, row] = _column(cost)
 
     def remove_worker(self, row: int) -> None:
         """Remove a worker's row. The last row takes its place."""
@@ -178,3 +181,8 @@ class Placement:
         """The codes of a request's profile. None if it has none, or one of another model."""
         codes = share.codes
         return codes if codes is not None and len(codes) == len(self.means.profile) else None
+
+
+def _column(cost: StepCost) -> NDArray[np.float64]:
+    """A worker's step time as a column of `FleetState`, float64 [4]."""
+    return np.array([cost.base_s, cost.per_expert_s, cost.per_token_s, cost.per_context_token_s])

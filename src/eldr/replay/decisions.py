@@ -17,6 +17,7 @@ from eldr.policies.learned import Learned
 from eldr.policies.logged import LogHeader, request_of
 from eldr.policies.refit import Refit
 from eldr.policies.shares import Share
+from eldr.policies.worker_costs import LearnedCost
 from eldr.replay.errors import ReplayError
 
 T = TypeVar("T")
@@ -195,6 +196,8 @@ class _Run:
             policy.refitted(Refit.from_wire(event))
         elif kind == "learned":
             policy.learned(Learned.from_wire(event))
+        elif kind == "cost_learned":
+            policy.cost_learned(event["worker"], LearnedCost.from_wire(event))
         elif kind == "joined":
             self._workers.append(event["worker"])
             policy.joined(event["worker"])

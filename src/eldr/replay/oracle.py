@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eldr.policies.base import Decision, DecodeRequest, Policy
+from eldr.policies.base import Decision, DecodeRequest, ExpectedStep, Policy
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.learned import Learned
 from eldr.policies.shares import Share
+from eldr.policies.worker_costs import LearnedCost
 from eldr.prompt.model import ProfileMap
 from eldr.replay.packed import PackedTrace
 
@@ -42,6 +43,16 @@ class ToldProfiles(Policy):
         mean = profiles.mean(axis=0)
         policy.learned(Learned(ProfileMap(mean, np.ascontiguousarray(profiles - mean), layers, top_k), None))
         self._requests = len(profiles)
+
+    @property
+    def prices_steps(self) -> bool:
+        return self._policy.prices_steps
+
+    def expected_step(self, worker: str) -> ExpectedStep | None:
+        return self._policy.expected_step(worker)
+
+    def cost_learned(self, worker: str, learned: LearnedCost) -> None:
+        self._policy.cost_learned(worker, learned)
 
     def choose(self, request: DecodeRequest, in_flight: Mapping[str, int]) -> Decision:
         request.words = None

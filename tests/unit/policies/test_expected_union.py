@@ -16,6 +16,7 @@ from eldr.policies.base import DecodeRequest
 from eldr.policies.expected_union import GUARD_EXPERT_SHARE, ExpectedUnion
 from eldr.policies.request_model import first_means
 from eldr.policies.unions import Geometry, RandomBatches, encode_exposure
+from eldr.policies.worker_costs import LearnedCost
 from tests.synthetic import make_trace
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -280,6 +281,52 @@ def test_unequal_hardware() -> None:
     policy.joined("b")
     policy.started(request(0), "b")
     assert policy.choose(request(1), {"a": 0, "b": 1}).worker == "b"
+
+
+def test_a_learned_step_time_is_as_good_as_a_configured_one() -> None:
+    """Whether it comes before the model is known or after, and after rows have moved."""
+    slow = CostModel("slow", "none", "made up", MoeLayerCost(1000.0, 100.0, 10.0))
+    configured = ExpectedUnion(cost=MOE_ONLY, scope="moe", worker_costs={"c": slow})
+    early, late = (ExpectedUnion(cost=MOE_ONLY, scope="moe") for _ in range(2))
+    learned = LearnedCost(slow.step_cost(LAYERS, "moe"), 10.0)
+    for policy in (configured, early, late):
+        for worker in ("gone", "b", "c"):
+            policy.joined(worker)
+        if policy is early:
+            policy.cost_learned("c", learned)
+        policy.started(request(0), "b")
+        policy.left("gone")  # the last row takes its place
+    late.cost_learned("c", learned)
+    load = {"b": 1, "c": 0}
+    wanted = configured.costs(request(1), load)
+    assert early.costs(request(1), load) == wanted
+    assert late.costs(request(1), load) == wanted
+    for policy in (configured, early):
+        policy.left("c")
+        policy.joined("c")
+    plain = ExpectedUnion(cost=MOE_ONLY, scope="moe")
+    for worker in ("b", "c"):
+        plain.joined(worker)
+    plain.started(request(0), "b")
+    assert early.costs(request(1), load) == plain.costs(request(1), load)
+    assert configured.costs(request(1), load) == wanted
+
+
+def test_what_it_expects_of_a_step() -> None:
+    profiles = one_hot_profiles()
+    policy = Given(profiles)
+    for worker in ("a", "b"):
+        policy.joined(worker)
+    assert policy.expected_step("a") is None
+    policy.started(request(0, tokens=30), "b")
+    policy.started(request(1, tokens=50), "b")
+    step = policy.expected_step("b")
+    assert step is not None
+    assert step.experts == pytest.approx(4 * LAYERS, rel=0.15)  # no probability is 1
+    assert (step.layers, step.experts_per_layer, step.context_tokens) == (LAYERS, EXPERTS, 80)
+    idle = policy.expected_step("a")
+    assert idle is not None
+    assert idle.experts == 0
 
 
 def test_context_counts_in_the_step_time() -> None:

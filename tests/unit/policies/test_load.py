@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eldr.cost import CostModel, MoeLayerCost, StepCost
+from eldr.policies import PolicyOptions, make_policy
 from eldr.policies.base import DecodeRequest
 from eldr.policies.domain import Domain
-from eldr.policies.load import PowerOfTwo, Random, RoundRobin, ShortestQueue
+from eldr.policies.load import SPEED_POWER, PowerOfTwo, Random, RoundRobin, ShortestQueue
+from eldr.policies.worker_costs import LearnedCost
 
 REQUEST = DecodeRequest("r", 10)
 ALL = [RoundRobin, Random, PowerOfTwo, ShortestQueue, Domain]
@@ -139,3 +142,43 @@ def test_policies_do_not_touch_the_global_random_state() -> None:
     for policy_class in (Random, PowerOfTwo, ShortestQueue, Domain):
         policy_class().choose(REQUEST, {"a": 1, "b": 1})
     assert random.random() == expected
+
+
+def learned(relative: float) -> LearnedCost:
+    return LearnedCost(StepCost(1.0, 1.0, 1.0), relative)
+
+
+def test_queues_weighed_by_speed_prefer_the_fast() -> None:
+    policy = make_policy("jsq-speed")
+    for worker in ("a", "b", "c"):
+        policy.joined(worker)
+    policy.cost_learned("b", learned(2.0))
+    weight = 2.0**SPEED_POWER
+    # One more request on "a" is as good as one on "b" while its queue is shorter than 2^power.
+    assert policy.choose(REQUEST, {"a": int(weight) - 2, "b": 0}).worker == "a"
+    assert policy.choose(REQUEST, {"a": int(weight), "b": 0}).worker == "b"
+    policy.left("b")
+    policy.joined("b")
+    assert policy.choose(REQUEST, {"a": 1, "b": 0}).worker == "b"
+
+
+def test_queues_weighed_by_configured_speeds() -> None:
+    options = PolicyOptions(
+        cost=CostModel("one", "none", "made up", MoeLayerCost(10.0, 1.0, 0.0)),
+        worker_costs={"slow": CostModel("two", "none", "made up", MoeLayerCost(20.0, 2.0, 0.0))},
+        cost_scope="moe",
+    )
+    policy = make_policy("jsq-speed", options)
+    for worker in ("slow", "fast"):
+        policy.joined(worker)
+    assert policy.choose(REQUEST, {"slow": 0, "fast": int(2**SPEED_POWER) - 2}).worker == "fast"
+    assert policy.choose(REQUEST, {"slow": 0, "fast": int(2**SPEED_POWER)}).worker == "slow"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.integers(0, 9).map(str), st.integers(0, 5), min_size=1), st.integers(0, 99))
+def test_with_equal_speeds_the_weighed_queue_is_the_shortest(in_flight: Mapping[str, int], seed: int) -> None:
+    policy = make_policy("jsq-speed", seed=seed)
+    for worker in in_flight:
+        policy.joined(worker)
+    assert policy.choose(REQUEST, in_flight).worker == ShortestQueue(seed).choose(REQUEST, in_flight).worker

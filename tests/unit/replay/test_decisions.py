@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from eldr.calibration import Calibration, fit_calibration
 from eldr.cli.main import main
-from eldr.cost import CostModel, MoeLayerCost
+from eldr.cost import CostModel, MoeLayerCost, StepCost
 from eldr.counts import ExpertCounts, encode_counts
 from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Decision, DecodeRequest, Policy
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.logged import LoggedPolicy, LogHeader
 from eldr.policies.shares import Share
+from eldr.policies.worker_costs import LearnedCost
 from eldr.replay.decisions import Line, Repetition, read_lines, repeat_decisions
 from eldr.replay.errors import ReplayError
 from eldr.trace import Trace
@@ -83,6 +84,8 @@ def record(
                 ended = elsewhere.pop(int(rng.integers(len(elsewhere))))
                 logged.elsewhere_finished(*ended)
                 logged.elsewhere_finished(*ended)  # it may be heard twice
+        if number == 30:
+            logged.cost_learned("c", LearnedCost(StepCost(0.03, 0.001, 0.0001), 3.0))
         if number == 80:
             logged.joined("d")
             load["d"] = 0
@@ -150,6 +153,13 @@ def test_a_repeated_log_of_aggregated_workers_gives_the_same_choices(
     repetition = repeat(lines, make(name, calibration))
     assert repetition.equal
     assert repetition.decisions == 200
+
+
+@pytest.mark.parametrize("name", ["jsq-speed", "expected-union"])
+def test_learned_step_times_are_in_the_log(trace: Trace, calibration: Calibration, name: str) -> None:
+    """Without them the choices come out differently."""
+    lines = [line for line in record(make(name, calibration), trace) if '"cost_learned"' not in line]
+    assert not repeat(lines, make(name, calibration)).equal
 
 
 @pytest.mark.parametrize("left_out", ["cached_tokens", "generated_tokens", "prompt_computed"])
