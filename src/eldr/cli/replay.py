@@ -17,7 +17,7 @@ from eldr.settings import add_flags, given
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from eldr.replay.changes import FleetChange
+    from eldr.replay.changes import FleetChange, Slowdown
     from eldr.replay.experiment import Cell, Laboratory
     from eldr.replay.prompts import SharedPrefixes
     from eldr.replay.replicas import Sharing
@@ -30,6 +30,8 @@ EXAMPLES = """examples:
   eldr replay trace.npz --workers 4 --batch 12 --calibrate-labels code,math --serve-labels medical,legal
   eldr replay trace.npz --workers 16 --goodput 30
   eldr replay trace.npz --workers 8 --fleet-change 0.3:-1,0.6:+1 --json -
+  eldr replay trace.npz --policies jsq-speed,expected-union --worker-cost w0=h100.cost.json --learn-costs
+  eldr replay trace.npz --slow w3=1.5@0.4-0.7 --learn-costs --json -
   eldr replay trace.npz --signature prompt --learn online --calibrate-fraction 0
   eldr replay trace.npz --workload task --kind math=gsm8k,mgsm --workers 16 --batch 5
   eldr replay trace.npz --aggregated --prompt-tokens azure_conv.csv --policies prefix-affinity,expected-union
@@ -76,6 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
          help="serve --calibrate-labels until this share of the run, then --serve-labels")  # fmt: skip
     flag("--fleet-change", type=_changes, default=(), metavar="SHARE:+N[,SHARE:-N...]",
          help="at this share of the run, N workers join (+) or drain and leave (-)")  # fmt: skip
+    flag("--slow", type=_slowdowns, default=(), metavar="WORKER=FACTOR@FROM-TO[,...]",
+         help="steps of a worker, such as w3, take so many times as long between these shares of the run")  # fmt: skip
+    flag("--learn-costs", action="store_true",
+         help="do not tell policies --worker-cost: they learn step times from what workers report")  # fmt: skip
     flag("--learn", choices=("off", "online"), default="off",
          help="whether to learn from finished requests which experts prompts lead to (off)")  # fmt: skip
     flag("--learn-share", type=_share, default=1.0, metavar="SHARE",
@@ -176,6 +182,10 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
     ranks = ExpertParallel(
         arguments.placement, arguments.placement_of, arguments.redundant, arguments.replica or "random"
     )
+    most = max(arguments.workers) + sum(max(change.workers, 0) for change in arguments.fleet_change)
+    for slowdown in arguments.slow:
+        if slowdown.index >= most:
+            raise ReplayError(f"--slow names {slowdown.worker}, but the last worker is w{most - 1}")
     kinds, output_tokens = _workload(arguments, trace.label.tolist())
     labels = tuple(label for kind in kinds for label in kind.labels) or None
     settings = Settings(
@@ -189,6 +199,8 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
         ),
         kinds=kinds,
         fleet_changes=arguments.fleet_change,
+        slowdowns=arguments.slow,
+        learn_costs=arguments.learn_costs,
         learn=arguments.learn,
         learn_share=arguments.learn_share,
         limits=WorkerLimits(arguments.max_num_seqs, arguments.kv_tokens),
@@ -256,7 +268,7 @@ def _compare(
     )
     settings = laboratory.settings
     objects = [as_object(cell, cells, settings.options.cost_scope, settings.aggregated) for cell in cells]
-    if arguments.switch_at is not None or arguments.fleet_change:
+    if arguments.switch_at is not None or arguments.fleet_change or arguments.slow:
         for entry, cell in zip(objects, cells, strict=True):
             entry["timeline_tpot_mean_ms"] = timeline_ms(cell)
             if arguments.fleet_change:
@@ -324,6 +336,16 @@ def _changes(text: str) -> tuple[FleetChange, ...]:
 
     try:
         return parse_changes(text)
+    except ReplayError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _slowdowns(text: str) -> tuple[Slowdown, ...]:
+    from eldr.replay.changes import parse_slowdowns
+    from eldr.replay.errors import ReplayError
+
+    try:
+        return parse_slowdowns(text)
     except ReplayError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -1,4 +1,4 @@
-"""Fleet changes during a replay: workers join, or drain and leave, and TPOT takes time to recover."""
+"""Changes during a replay: workers join, or drain and leave, and TPOT takes time to recover; or workers slow down."""
 
 from __future__ import annotations
 
@@ -25,6 +25,37 @@ class FleetChange:
 
     at: float
     workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slowdown:
+    """A worker whose steps take longer for a while.
+
+    worker: its name.
+    factor: how many times as long its steps take.
+    begins, ends: when, as shares 0..1 of the measured run.
+    """
+
+    worker: str
+    factor: float
+    begins: float
+    ends: float
+
+    @property
+    def index(self) -> int:
+        """The number in the worker's name."""
+        return int(self.worker[1:])
+
+
+def parse_slowdowns(text: str) -> tuple[Slowdown, ...]:
+    """Parse slowdowns such as w3=1.5@0.4-0.7,w0=2@0.5-1. Raises ReplayError."""
+    share, slowdowns = r"(0?\.\d+|0|1)", []
+    for part in text.split(","):
+        found = re.fullmatch(rf"(w\d+)=(\d+|\d*\.\d+)@{share}-{share}", part.strip())
+        if not found or float(found[2]) == 0 or float(found[3]) >= float(found[4]):
+            raise ReplayError(f"{part!r} is not a slowdown; expected WORKER=FACTOR@FROM-TO, such as w3=1.5@0.4-0.7")
+        slowdowns.append(Slowdown(found[1], float(found[2]), float(found[3]), float(found[4])))
+    return tuple(slowdowns)
 
 
 def parse_changes(text: str) -> tuple[FleetChange, ...]:

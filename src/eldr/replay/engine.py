@@ -38,6 +38,9 @@ class Engine:
     ) -> None:
         self.clock = Clock()
         self.fleet = SimulatedFleet(fleet, routers)
+        for router in routers.routers:
+            if router.costs is not None:
+                router.costs.attach(self.fleet)
         self._trace = trace
         self._routers = routers
         self._workload = workload
@@ -57,6 +60,8 @@ class Engine:
             self._routers.advance(now_s)
             if arrival in self._workload.fleet_changes:
                 self.fleet.change(self._workload.fleet_changes[arrival])
+            for name, factor in self._workload.slowdowns.get(arrival, {}).items():
+                self._slow(name, factor)
             self._arrive(arrival)
             if progress is not None and arrival - told >= PROGRESS_ARRIVALS:
                 progress(arrival - told)
@@ -79,6 +84,15 @@ class Engine:
             end_s = worker.begin_run(self._trace, self.clock.now_s)
             if end_s is not None:
                 self.clock.plan(index, end_s)
+
+    def _slow(self, name: str, factor: float) -> None:
+        """From the next step on, let a worker take so many times as long as at first. Unknown workers are ignored."""
+        worker = self.fleet.by_name.get(name)
+        if worker is not None:
+            worker.slow(factor)
+            end_s = None if worker.idle else worker.cut_run(self.clock.now_s)
+            if end_s is not None:
+                self.clock.plan(worker.index, end_s)
 
     def _router(self, arrival: int) -> Replica:
         """The router that this arrival goes to."""

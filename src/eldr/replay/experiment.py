@@ -16,7 +16,7 @@ from eldr.calibration import Calibration, fit_calibration, with_prompt_zones
 from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Policy
 from eldr.policies.refit import RefitSchedule
-from eldr.replay.changes import FleetChange
+from eldr.replay.changes import FleetChange, Slowdown
 from eldr.replay.engine import Engine
 from eldr.replay.errors import ReplayError
 from eldr.replay.fleet import FleetSpec
@@ -30,6 +30,7 @@ from eldr.replay.reading import ReadingMaker, distinct_experts
 from eldr.replay.refits import SimulatedRefits
 from eldr.replay.replicas import Replica, Replicas, Sharing
 from eldr.replay.split import Mix, Split, split_trace, take_requests
+from eldr.replay.step_costs import SimulatedCosts
 from eldr.replay.worker import WorkerLimits, worker_name
 from eldr.replay.workload import (
     ServedKind,
@@ -68,8 +69,11 @@ class Settings:
     limits: the capacity of each worker.
     recorded_arrivals_s: float64 [n], arrival times whose rhythm replaces the Poisson process.
     options: policy options. Their costs also apply to the simulated workers w0, w1, ...
+    learn_costs: whether policies learn the step times of single workers from their reports, instead of being told
+        `options.worker_costs`.
     kinds: the shares of the kinds of requests served. Empty draws from all served requests alike.
     fleet_changes: workers that join or leave during the measured run.
+    slowdowns: workers that slow down for a while.
     learn: one of LEARN: whether policies learn from finished requests.
     learn_share: the share of the finished requests whose experts become known.
     aggregated: whether every worker also computes the prompts of its requests, `options.prefill_chunk` tokens a step.
@@ -85,8 +89,10 @@ class Settings:
     limits: WorkerLimits = field(default_factory=WorkerLimits)
     recorded_arrivals_s: NDArray[np.float64] | None = None
     options: PolicyOptions = field(default_factory=PolicyOptions)
+    learn_costs: bool = False
     kinds: tuple[ServedKind, ...] = ()
     fleet_changes: tuple[FleetChange, ...] = ()
+    slowdowns: tuple[Slowdown, ...] = ()
     learn: str = "off"
     learn_share: float = 1.0
     aggregated: bool = False
@@ -179,10 +185,12 @@ class Laboratory:
     def told(self, profiles: NDArray[np.float32], seed: int) -> Policy:
         """Make a fresh expected-union that is told the profile of every request, float32 [N, D]."""
         layers, _, top_k = self.packed_geometry
-        return ToldProfiles(profiles, layers, top_k, **self.settings.options.of_expected_union(), seed=seed)
+        return ToldProfiles(profiles, layers, top_k, **self._options("").of_expected_union(), seed=seed)
 
     def _options(self, name: str) -> PolicyOptions:
         options = self.settings.options
+        if self.settings.learn_costs:
+            options = dataclasses.replace(options, worker_costs={})
         if name == "locality-band-refit" and not options.refits:
             return dataclasses.replace(options, refit_interval_s=REFIT_INTERVAL_S)
         return options
@@ -216,6 +224,10 @@ class Laboratory:
         for change in settings.fleet_changes if requests is None else ():
             arrival = warm_up + round(change.at * measured)
             changes[arrival] = changes.get(arrival, 0) + change.workers
+        slowdowns: dict[int, dict[str, float]] = {}
+        for slowdown in settings.slowdowns if requests is None else ():
+            for at, factor in ((slowdown.begins, slowdown.factor), (slowdown.ends, 1.0)):
+                slowdowns.setdefault(warm_up + round(at * measured), {})[slowdown.worker] = factor
         prompt_rng = np.random.default_rng([seed, 3])
         replicas = settings.sharing.replicas
         router = None if replicas == 1 else np.random.default_rng([seed, 4]).integers(replicas, size=count)
@@ -225,6 +237,7 @@ class Laboratory:
             range(warm_up, warm_up + measured),
             settings.max_output,
             fleet_changes=changes,
+            slowdowns=slowdowns,
             aggregated=settings.aggregated,
             prompts=draw_prompts(settings.recorded_prompts, settings.shared_prefixes, count, prompt_rng),
             router=router,
@@ -305,7 +318,8 @@ class Laboratory:
             schedule = RefitSchedule(interval_s, options.refit_window_s)
             # Refits have no effect on a policy that keeps no signatures.
             learning = self._learning(policy, seed + ROUTER_SEEDS * number)
-            routers.append(Replica(policy, SimulatedRefits(policy, schedule), learning))
+            costs = self._costs(policy, seed + ROUTER_SEEDS * number)
+            routers.append(Replica(policy, SimulatedRefits(policy, schedule), learning, costs))
         fleet = self.fleet(workers, self._reading(batch, seed))
         engine = Engine(self.packed, workload, fleet, Replicas(routers, self.settings.sharing))
         for policy in policies:
@@ -317,6 +331,11 @@ class Laboratory:
         if self.settings.learn == "off" or not (policy.wants_words(with_counts=True) or policy.corrects_counts):
             return None
         return SimulatedLearning(policy, self.packed, self.settings.learn_share, seed)
+
+    def _costs(self, policy: Policy, seed: int) -> SimulatedCosts | None:
+        if not self.settings.learn_costs or not policy.prices_steps:
+            return None
+        return SimulatedCosts(policy, self._options(policy.name), self.packed.layers, seed)
 
     def served_steps(self, seed: int) -> float:
         """Mean number of decode steps of the served requests."""

@@ -44,6 +44,7 @@ class SimulatedFleet:
         self._draining: dict[str, int] = {}  # worker -> requests it still has
         self._limits = spec.limits
         self._reading = spec.reading
+        self._first_costs = spec.costs[0], spec.moe_costs[0]
         self._routers = routers
         for cost, moe_cost in zip(spec.costs, spec.moe_costs, strict=True):
             self._join(cost, moe_cost)
@@ -54,7 +55,7 @@ class SimulatedFleet:
         Raises ReplayError if none would be left.
         """
         for _ in range(workers):
-            self._join(self.workers[0].cost, self.workers[0].moe_cost)
+            self._join(*self._first_costs)
         if -workers >= len(self.in_flight):
             raise ReplayError(f"{-workers} workers cannot leave a fleet of {len(self.in_flight)}")
         for name in list(self.in_flight)[: max(0, -workers)]:

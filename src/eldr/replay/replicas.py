@@ -14,6 +14,7 @@ from eldr.policies.base import DecodeRequest, Policy
 from eldr.policies.shares import Share
 from eldr.replay.learning import SimulatedLearning
 from eldr.replay.refits import SimulatedRefits
+from eldr.replay.step_costs import SimulatedCosts
 
 # What routers tell each other of their requests: everything, on which worker they run and nothing else, or nothing.
 SHARED = ("all", "load", "nothing")
@@ -37,16 +38,21 @@ class Replica:
     """One router.
 
     policy: its policy, which nobody else uses.
-    refits, learning: what happens to the policy in the background. None for nothing.
+    refits, learning, costs: what happens to the policy in the background. None for nothing.
     in_flight: eligible worker -> the requests that it knows to run there.
     """
 
     def __init__(
-        self, policy: Policy, refits: SimulatedRefits | None = None, learning: SimulatedLearning | None = None
+        self,
+        policy: Policy,
+        refits: SimulatedRefits | None = None,
+        learning: SimulatedLearning | None = None,
+        costs: SimulatedCosts | None = None,
     ) -> None:
         self.policy = policy
         self.refits = refits
         self.learning = learning
+        self.costs = costs
         self.in_flight: dict[str, int] = {}
 
     def count(self, worker: str, change: int) -> None:
@@ -113,6 +119,8 @@ class Replicas:
                 router.refits.advance(now_s)
             if router.learning is not None:
                 router.learning.advance(now_s)
+            if router.costs is not None:
+                router.costs.advance(now_s)
 
     def started(self, router: Replica, request: DecodeRequest, worker: str, now_s: float) -> None:
         """A router has sent a request to a worker."""

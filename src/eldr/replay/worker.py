@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr.cost import StepCost
+from eldr.learning.step_reports import StepCounters
 from eldr.policies.base import DecodeRequest
 from eldr.replay.errors import ReplayError
 from eldr.replay.packed import PackedTrace, request_rows, union_rows
@@ -114,6 +115,7 @@ class DecodeWorker:
 
     cost, moe_cost: the time of a step, and of its MoE layers alone.
     reading: the expert weights that its steps wait for.
+    counters: what it counts of its steps, as an engine does.
     batch: the running requests.
     computing: the requests whose prompts have begun, in order of arrival.
     waiting: the other requests, in order of arrival.
@@ -128,6 +130,9 @@ class DecodeWorker:
         self.cost = cost
         self.moe_cost = moe_cost
         self.reading = reading
+        self.counters = StepCounters()
+        self._costs = self._first_costs = (cost, moe_cost)
+        self._layers = 0
         self.batch: list[Running] = []
         self.computing: list[Running] = []
         self.waiting: deque[Running] = deque()
@@ -136,6 +141,10 @@ class DecodeWorker:
         self.moe_s = 0.0
         self._limits = limits
         self._reserved_tokens = 0
+
+    def slow(self, factor: float) -> None:
+        """From the next run on, take so many times as long for a step as at first."""
+        self._costs = (self._first_costs[0].times(factor), self._first_costs[1].times(factor))
 
     @property
     def idle(self) -> bool:
@@ -164,6 +173,8 @@ class DecodeWorker:
 
         Returns when the run ends, or None if there is nothing to run.
         """
+        self.cost, self.moe_cost = self._costs
+        self._layers = trace.layers
         chunk = self._admit(now_s)
         batch = self.batch
         if not batch and not chunk:
@@ -235,6 +246,7 @@ class DecodeWorker:
         run, batch, moe = self.run, self.batch, self.moe_cost
         steps = run.planned
         self.reading.made(run.active[:steps])
+        self._count(steps)
         total = float(run.reads[:steps].sum())
         self.moe_s += steps * moe.step_s(0.0, len(batch) + run.chunk_tokens, 0.0) + moe.per_expert_s * total
         still: list[Running] = []
@@ -259,6 +271,20 @@ class DecodeWorker:
         if computed:
             self.computing = [entry for entry in self.computing if entry.prompt_left]
         return computed, ended
+
+    def _count(self, steps: int) -> None:
+        """Count the first steps of the run. Those with a chunk do not count as decode steps with known experts."""
+        run, counted, batch = self.run, self.counters, len(self.batch)
+        decodes = 0 if run.chunk else steps
+        self.counters = StepCounters(
+            gaps=counted.gaps + steps * batch,
+            gaps_s=counted.gaps_s + batch * (float(run.ends_s[steps - 1]) - run.began_s),
+            steps=counted.steps + steps,
+            experts=counted.experts + float(run.experts[:decodes].sum()),
+            expert_steps=counted.expert_steps + decodes * self._layers,
+            prompt_tokens=counted.prompt_tokens + steps * run.chunk_tokens,
+            prompts=counted.prompts + sum([entry.prompt_left == steps * tokens for entry, tokens in run.chunk]),
+        )
 
     def future_rows(self, now_s: float) -> list[tuple[int, int]]:
         """The (next row, end row) of every request here, waiting ones included."""

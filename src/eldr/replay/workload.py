@@ -40,6 +40,7 @@ class Workload:
     max_tokens: the limit that every request states. None for none.
     with_counts: whether the policy sees expert counts.
     fleet_changes: arrival -> workers that join before it (positive), or that start to drain there (negative).
+    slowdowns: arrival -> worker -> how many times as long as at first its steps take from then on.
     aggregated: whether the worker that is chosen for a request also computes its prompt.
     prompts: the lengths and shared blocks of the prompts. None for the lengths of the trace.
     router: int64 [n], the number of the router that each arrival goes to. None for a single router.
@@ -51,6 +52,7 @@ class Workload:
     max_tokens: int | None = None
     with_counts: bool = True
     fleet_changes: Mapping[int, int] = field(default_factory=dict)
+    slowdowns: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     aggregated: bool = False
     prompts: Prompts | None = None
     router: NDArray[np.int64] | None = None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from eldr.cost import StepCost
 from eldr.policies.base import Decision, DecodeRequest, Policy
-from eldr.replay.changes import FleetChange, parse_changes, recovery_s
+from eldr.replay.changes import FleetChange, Slowdown, parse_changes, parse_slowdowns, recovery_s
 from eldr.replay.engine import Engine
 from eldr.replay.errors import ReplayError
 from eldr.replay.fleet import FleetSpec
@@ -61,11 +61,17 @@ class Watching(Policy):
 
 
 def replay(
-    changes: dict[int, int], requests: int = 60, workers: int = 2, gap_s: float = 0.05
+    changes: dict[int, int],
+    requests: int = 60,
+    workers: int = 2,
+    gap_s: float = 0.05,
+    slowdowns: Mapping[int, Mapping[str, float]] | None = None,
 ) -> tuple[RunResult, Watching]:
     packed = pack_trace(make_trace(requests=requests, seed=0), None)
     arrival_s = np.arange(1, requests + 1, dtype=np.float64) * gap_s
-    workload = Workload(arrival_s, np.arange(requests), range(requests), fleet_changes=changes)
+    workload = Workload(
+        arrival_s, np.arange(requests), range(requests), fleet_changes=changes, slowdowns=slowdowns or {}
+    )
     policy = Watching()
     engine = Engine(packed, workload, FleetSpec((COST,) * workers, (COST,) * workers), alone(policy))
     return engine.run(), policy
@@ -138,3 +144,37 @@ def test_recovery_is_measured_from_the_change_to_the_later_level() -> None:
     rising = np.linspace(0.01, 0.02, 600)
     assert recovery_s(run_of(rising), FleetChange(0.5, 1), 1.0) == 0.0
     assert np.isnan(recovery_s(run_of(tpot_s), FleetChange(0.999, 1), 1.0))
+
+
+def test_a_worker_slows_down_for_a_while() -> None:
+    """Requests that ran on it all the while take three times as long, and all others as long as ever."""
+    # One request at a time, so that no other shares its steps.
+    usual, _ = replay({}, workers=1, gap_s=1e4)
+    slowed, _ = replay({}, workers=1, gap_s=1e4, slowdowns={20: {"w0": 3.0}, 40: {"w0": 1.0}})
+    ratio = slowed.tpot_s / usual.tpot_s
+    assert ratio[:20] == pytest.approx(1)
+    assert ratio[20:40] == pytest.approx(3)
+    assert ratio[40:] == pytest.approx(1)
+    assert (slowed.moe_tpot_s / usual.moe_tpot_s)[20:40] == pytest.approx(3)
+
+
+def test_a_slowdown_begins_with_the_next_step() -> None:
+    """Not when the batch next changes: the second request goes to the other worker."""
+    usual, _ = replay({}, requests=2, gap_s=1e-4)
+    slowed, _ = replay({}, requests=2, gap_s=1e-4, slowdowns={1: {"w0": 10.0}})
+    assert usual.worker.tolist() == slowed.worker.tolist() == [0, 1]
+    assert 8 < slowed.tpot_s[0] / usual.tpot_s[0] < 10
+    assert slowed.tpot_s[1] == pytest.approx(usual.tpot_s[1])
+
+
+def test_slowdowns_are_parsed() -> None:
+    assert parse_slowdowns("w3=1.5@0.4-0.7, w0=.5@0-1") == (
+        Slowdown("w3", 1.5, 0.4, 0.7),
+        Slowdown("w0", 0.5, 0.0, 1.0),
+    )
+
+
+@pytest.mark.parametrize("text", ["", "w3", "w3=2", "w3=0@0-1", "w3=2@0.7-0.4", "3=2@0-1", "w3=-1@0-1", "w3=2@0-2"])
+def test_other_slowdowns_are_refused(text: str) -> None:
+    with pytest.raises(ReplayError, match="is not a slowdown"):
+        parse_slowdowns(text)
