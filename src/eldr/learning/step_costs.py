@@ -102,6 +102,7 @@ class CostLearner:
 
     def __init__(self) -> None:
         self._workers: dict[str, _Worker] = {}
+        self._fleet = np.ones(3)  # the multipliers of all workers
 
     def heard(self, worker: str, configured: StepCost, report: StepReport, now_s: float) -> None:
         """Learn from a worker's report. One that cannot be true is ignored.
@@ -116,7 +117,7 @@ class CostLearner:
         known = self._workers.get(worker)
         if known is None or known.configured != configured:
             known = self._workers[worker] = _Worker(configured)
-        known.heard(parts_s, report, now_s)
+        known.heard(parts_s, report, self._fleet, now_s)
 
     def forget(self, worker: str) -> None:
         """Forget a worker that has left."""
@@ -124,43 +125,40 @@ class CostLearner:
 
     def learned(self, now_s: float) -> dict[str, LearnedCost]:
         """The line of each worker of which enough is known."""
-        for name in [name for name, worker in self._workers.items() if worker.forgotten(now_s)]:
-            del self._workers[name]
-        names = [name for name, worker in self._workers.items() if worker.reports >= LEAST_REPORTS]
-        if not names:
+        self._workers = {name: worker for name, worker in self._workers.items() if not worker.forgotten(now_s)}
+        known = {name: worker for name, worker in self._workers.items() if worker.reports >= LEAST_REPORTS}
+        if not known:
             return {}
-        workers = [self._workers[name] for name in names]
-        fleet = _solved(
-            sum((worker.squares for worker in workers), np.zeros((3, 3))),
-            sum((worker.products for worker in workers), np.zeros(3)),
-            np.ones(3),
-            FLEET_SD,
-        )
-        shapes = [worker.shape(fleet) for worker in workers]
-        measured = [worker.speed(shape) for worker, shape in zip(workers, shapes, strict=True)]
-        times, noises = (np.array(part) for part in zip(*measured, strict=True))
-        # Few reports may agree by chance: the noise of a worker is at least that of the others.
-        noises = np.maximum(noises, max(float(np.median(noises)), LEAST_NOISE))
-        errors = 1.2533 * noises / np.sqrt([worker.reports for worker in workers])
+        workers = list(known.values())
+        squares, products = _sum_of([worker.squares for worker in workers]), _sum_of([w.products for w in workers])
+        self._fleet = _solved(squares, products, np.ones(3), FLEET_SD)
+        times = np.array([worker.time for worker in workers])
+        noises = np.array([worker.noise for worker in workers])
         median, most = float(np.median(times)), math.log(SPREAD)
         heard = np.array([worker.heard_lately(now_s) for worker in workers])
         times = median + np.clip(times - median, -most, most) * heard
+        # Few reports may agree by chance: the noise of a worker is at least that of the others.
+        noises = np.maximum(noises, max(float(np.median(noises)), LEAST_NOISE))
+        errors = 1.2533 * noises / np.sqrt([worker.reports for worker in workers])
         factors = np.exp(shared(times, errors) - median)
-        means_s = np.array([worker.mean_parts_s @ shape for worker, shape in zip(workers, shapes, strict=True)])
-        # Speeds are compared at the mean step of the fleet.
-        point_s = np.mean([worker.mean_parts_s for worker in workers], axis=0)
-        at_point_s = np.array([factor * (shape @ point_s) for factor, shape in zip(factors, shapes, strict=True)])
-        relative = at_point_s / np.exp(np.median(np.log(at_point_s)))
+        shapes, parts_s = (np.array(rows) for rows in zip(*[(w.shape, w.mean_parts_s) for w in workers], strict=True))
+        lines = factors[:, None] * shapes
         unit = math.exp(median)
+        means_s = unit * (lines * parts_s).sum(axis=1)
+        # Speeds are compared at the mean step of the fleet.
+        at_point_s = lines @ parts_s.mean(axis=0)
+        relative = at_point_s / np.median(at_point_s)
         return {
-            name: LearnedCost(
-                _scaled(worker.configured, factor * shape),
-                float(relative[at]),
-                unit,
-                float(factor * means_s[at] * unit),
+            name: LearnedCost(_scaled(worker.configured, line), of_median, unit, mean_s)
+            for name, worker, line, of_median, mean_s in zip(
+                known, workers, lines.tolist(), relative.tolist(), means_s.tolist(), strict=True
             )
-            for at, (name, worker, factor, shape) in enumerate(zip(names, workers, factors, shapes, strict=True))
         }
+
+
+def _sum_of(arrays: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The sum of arrays of one shape."""
+    return np.asarray(np.sum(arrays, axis=0))
 
 
 class _Worker:
@@ -169,6 +167,9 @@ class _Worker:
     configured: its configured line.
     mean_parts_s: float64 [4], the moving mean of a step's parts by that line.
     squares, products: float64 [3, 3] and [3], the normal equations of the deviations, forgetting.
+    shape: float64 [4], the factors on the parts of the configured line that leave its mean step as long as it is.
+    time, noise: the logarithm of its time over that of the line with this shape: its median, and how far reports are
+        from that.
     """
 
     def __init__(self, configured: StepCost) -> None:
@@ -176,16 +177,19 @@ class _Worker:
         self.mean_parts_s = np.zeros(4)
         self.squares = np.zeros((3, 3))
         self.products = np.zeros(3)
+        self.shape = np.ones(4)
+        self.time = self.noise = 0.0
         self._mean_s = 0.0
         self._multipliers = np.ones(3)
         self._window: deque[tuple[float, float, NDArray[np.float64]]] = deque()
         self._last_s = 0.0
 
-    def heard(self, parts_s: NDArray[np.float64], report: StepReport, now_s: float) -> None:
+    def heard(self, parts_s: NDArray[np.float64], report: StepReport, fleet: NDArray[np.float64], now_s: float) -> None:
+        """Learn from a report. fleet: float64 [3], the multipliers of all workers."""
         window = self._window
         if not window:
-            self.mean_parts_s, self._mean_s = parts_s, report.step_s
-        elapsed_s = max(now_s - self._last_s, 0.0) if window else 0.0
+            self.mean_parts_s, self._mean_s, self._last_s = parts_s, report.step_s, now_s
+        elapsed_s = max(now_s - self._last_s, 0.0)
         if report.prompt_tokens <= PROMPT_TOKENS:
             self._learn_shape(parts_s, report.step_s, elapsed_s)
         share = 1 - math.exp(-elapsed_s / MEAN_S)
@@ -195,9 +199,12 @@ class _Worker:
         self._last_s = now_s
         while len(window) > LEAST_REPORTS and window[0][0] <= now_s - WINDOW_S:
             window.popleft()
+        self._multipliers = _solved(self.squares, self.products, fleet, WORKER_SD)
+        self.shape = self._shape()
+        self._measure()
 
     def _learn_shape(self, parts_s: NDArray[np.float64], step_s: float, elapsed_s: float) -> None:
-        """Add an equation: T / mean T - 1 = sum of m (part - mean part) / sum of mean parts. m is 1 if the line is right."""
+        """Add an equation: T / mean T - 1 = sum of m (part - mean part) / mean T. If the line is right, m is 1."""
         kept = math.exp(-elapsed_s / SHAPE_S)
         self.squares, self.products = self.squares * kept, self.products * kept
         longer = step_s / self._mean_s - 1
@@ -206,19 +213,25 @@ class _Worker:
             self.squares += np.outer(deviations, deviations)
             self.products += longer * deviations
 
-    def shape(self, fleet: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The factors on the parts of the configured line, float64 [4], that leave its mean step as long as it is.
-
-        fleet: float64 [3], the multipliers of all workers.
-        """
-        self._multipliers = multipliers = _solved(self.squares, self.products, fleet, WORKER_SD)
-        mean = self.mean_parts_s
+    def _shape(self) -> NDArray[np.float64]:
+        multipliers, mean = self._multipliers, self.mean_parts_s
         total_s, rest_s = float(mean.sum()), float(multipliers @ mean[1:])
         if mean[0] <= 0:  # a configured line without a base: there is nothing that could be longer or shorter
             return np.append(0.0, multipliers * (total_s / rest_s))
         base_s = min(max(total_s - rest_s, LEAST_BASE * total_s), BEND * float(mean[0]))
         shape = np.append(base_s / mean[0], multipliers)
         return shape * (total_s / float(shape @ mean))
+
+    def _measure(self) -> None:
+        window = self._window
+        steps_s, parts_s = np.array([step_s for _, step_s, _ in window]), np.array([parts for _, _, parts in window])
+        logs = np.log(steps_s / (parts_s @ self.shape))
+        if _has_changed(logs):
+            logs = logs[-LEAST_REPORTS:]
+            while len(window) > LEAST_REPORTS:
+                window.popleft()
+        self.time = float(np.median(logs))
+        self.noise = 1.4826 * float(np.median(np.abs(logs - self.time)))
 
     @property
     def reports(self) -> int:
@@ -232,17 +245,6 @@ class _Worker:
     def forgotten(self, now_s: float) -> bool:
         """Whether nothing is left of what was heard."""
         return now_s - self._last_s > 10 * FORGET_S
-
-    def speed(self, shape: NDArray[np.float64]) -> tuple[float, float]:
-        """The logarithm of its time over that of the line with this shape: its median, and the noise of a report."""
-        window = self._window
-        logs = np.log([step_s / float(shape @ parts_s) for _, step_s, parts_s in window])
-        if _has_changed(logs):
-            logs = logs[-LEAST_REPORTS:]
-            while len(window) > LEAST_REPORTS:
-                window.popleft()
-        middle = float(np.median(logs))
-        return middle, 1.4826 * float(np.median(np.abs(logs - middle)))
 
 
 def _has_changed(logs: NDArray[np.float64]) -> bool:
@@ -263,8 +265,8 @@ def _solved(
     return np.asarray(np.clip(found, 1 / BEND, BEND))
 
 
-def _scaled(cost: StepCost, factors: NDArray[np.float64]) -> StepCost:
-    base, expert, token, context = factors.tolist()
+def _scaled(cost: StepCost, factors: list[float]) -> StepCost:
+    base, expert, token, context = factors
     return StepCost(
         cost.base_s * base,
         cost.per_expert_s * expert,

@@ -6,11 +6,10 @@ from eldr's connector inside the worker. Where there is none, the policy's expec
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
 
 from eldr.learning.step_costs import StepReport
+from eldr.learning.step_counters import StepCounters
 from eldr.policies.base import ExpectedStep
 from eldr.policies.worker_costs import TYPICAL_EXPERTS, TYPICAL_LAYERS
 
@@ -20,31 +19,9 @@ LEAST_GAPS = 8
 EXPERTS_APART = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class StepCounters:
-    """What a worker has counted since it started.
-
-    gaps, gaps_s: the times between two tokens of a request, how many and their sum.
-    steps: the steps that made tokens. 0 if it does not count them.
-    experts, expert_steps: the distinct experts of decode steps in MoE layers, summed over both, and how many pairs of a
-        step and a layer that were. 0 if it does not count them.
-    prompt_tokens, prompts: what it computed of prompts: how many tokens, and how many prompts.
-    preemptions: the requests that it has put back.
-    """
-
-    gaps: float = 0.0
-    gaps_s: float = 0.0
-    steps: float = 0.0
-    experts: float = 0.0
-    expert_steps: float = 0.0
-    prompt_tokens: float = 0.0
-    prompts: float = 0.0
-    preemptions: float = 0.0
-
-    def since(self, seen: StepCounters) -> StepCounters | None:
-        """What was counted since it had counted `seen`. None if it has restarted since then."""
-        values = [getattr(self, part.name) - getattr(seen, part.name) for part in dataclasses.fields(self)]
-        return None if min(values) < 0 else StepCounters(*values)
+def layers_of(expected: ExpectedStep | None) -> int:
+    """The MoE layers of the model. A typical number if the policy does not know them: only ratios matter then."""
+    return TYPICAL_LAYERS if expected is None else expected.layers
 
 
 def report_of(
@@ -62,11 +39,7 @@ def report_of(
         return None
     batch = counted.gaps / counted.steps if counted.steps else running
     steps = counted.steps or counted.gaps / max(running, 1.0)
-    if expected is not None:
-        layers = expected.layers
-    else:
-        layers = round(counted.expert_steps / counted.steps) if counted.steps else 0
-    layers = layers or TYPICAL_LAYERS
+    layers = layers_of(expected)
     if counted.expert_steps:
         experts = counted.experts / counted.expert_steps * layers
         if expected is not None and expected.experts > 0:

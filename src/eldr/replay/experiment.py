@@ -335,7 +335,7 @@ class Laboratory:
     def _costs(self, policy: Policy, seed: int) -> SimulatedCosts | None:
         if not self.settings.learn_costs or not policy.prices_steps:
             return None
-        return SimulatedCosts(policy, self._options(policy.name), self.packed.layers, seed)
+        return SimulatedCosts(policy, self._options(policy.name), seed)
 
     def served_steps(self, seed: int) -> float:
         """Mean number of decode steps of the served requests."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eldr.learning.step_costs import CostLearner
-from eldr.learning.step_reports import LEAST_GAPS, StepCounters, report_of
+from eldr.learning.step_counters import StepCounters
+from eldr.learning.step_reports import LEAST_GAPS, layers_of, report_of
 from eldr.policies.base import Policy
 from eldr.policies.options import PolicyOptions
 
@@ -30,14 +31,12 @@ class SimulatedCosts:
     """Looks at the workers of a fleet, and tells a policy what it learns of their step times.
 
     options: those of the policy, with the step times that are believed at first.
-    layers: the MoE layers of the trace.
     """
 
-    def __init__(self, policy: Policy, options: PolicyOptions, layers: int, seed: int) -> None:
+    def __init__(self, policy: Policy, options: PolicyOptions, seed: int) -> None:
         self._policy = policy
         self._configured = options.step_costs()
         self._chunk_tokens = options.prefill_chunk
-        self._layers = layers
         self._rng = np.random.default_rng([seed, 5])
         self._learner = CostLearner()
         self._fleet: SimulatedFleet | None = None
@@ -64,10 +63,11 @@ class SimulatedCosts:
             if counted is None or counted.gaps < LEAST_GAPS:
                 continue
             self._seen[name] = counters
-            report = report_of(counted, self._policy.expected_step(name), running, self._chunk_tokens)
+            expected = self._policy.expected_step(name)
+            report = report_of(counted, expected, running, self._chunk_tokens)
             if report is not None:
                 report = dataclasses.replace(report, step_s=report.step_s * math.exp(self._rng.normal(0, NOISE)))
-                self._learner.heard(name, self._configured.configured(name, self._layers), report, now_s)
+                self._learner.heard(name, self._configured.configured(name, layers_of(expected)), report, now_s)
         for name, learned in self._learner.learned(now_s).items():
             if name in fleet.in_flight:
                 self._policy.cost_learned(name, learned)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr.cost import StepCost
-from eldr.learning.step_reports import StepCounters
+from eldr.learning.step_counters import StepCounters
 from eldr.policies.base import DecodeRequest
 from eldr.replay.errors import ReplayError
 from eldr.replay.packed import PackedTrace, request_rows, union_rows

@@ -138,6 +138,7 @@ class Router:
             bus = siblings.bus
         self.peers = None if bus is None else Peers(bus, fleet, self._lanes, admission)
         fleet.on_change(self._lanes.fleet_changed)
+        fleet.on_steps(self._lanes.counted)
         if self.peers is not None:
             fleet.on_change(self.peers.elsewhere.fleet_changed)
         # The queue comes last: the requests that it admits need the other parts up to date.

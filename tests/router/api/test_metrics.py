@@ -15,7 +15,7 @@ from prometheus_client import Metric
 
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.router.api.metrics import FAILURES, FRESH_BURST, FRESH_PER_S, RouterCollector
-from eldr.router.fleet.load_watch import parse_active_experts
+from eldr.router.fleet.load_watch import parse_steps
 from eldr.router.http.client import ExchangeError, UpstreamError
 from eldr.router.request import verdict  # noqa: F401  # defines an ExchangeError
 from tests.router.fake_worker import FakeWorker, Seen, counts_wire, reply
@@ -122,7 +122,7 @@ async def test_measured_active_experts_are_the_mean_since_the_last_look() -> Non
 
 @pytest.mark.parametrize("text", [b"", b"vllm:eldr_active_experts_sum{} 3\n", b"vllm:eldr_active_experts_count{} x\n"])
 def test_metrics_without_active_experts(text: bytes) -> None:
-    assert parse_active_experts(text, 0) is None
+    assert parse_steps(text, 0) is None
 
 
 @on_uvloop

@@ -15,8 +15,10 @@ import pytest
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Locator, Page, async_playwright, expect
 
+from eldr.learning.step_counters import StepCounters
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.policies.load import ShortestQueue
+from tests.router.engine_metrics import said, steps_said
 from tests.router.fake_worker import FakeWorker, Seen, counts_wire
 from tests.router.harness import ASK, Setup, on_uvloop, running, until
 
@@ -180,6 +182,30 @@ async def test_each_worker_has_the_name_of_its_model_if_there_are_several(tmp_pa
 
 
 @on_uvloop
+async def test_learned_step_times_are_shown(tmp_path: Path) -> None:
+    policy = ExpectedUnion()
+    async with shown(tmp_path, policy=policy, decode=2, load_interval_s=0.05) as (s, page):
+        steps = 0.0
+
+        async def count() -> None:
+            nonlocal steps
+            while True:
+                steps += 50
+                for worker, step_s in zip(s.decode, (0.01, 0.03), strict=True):
+                    counted = StepCounters(gaps=8 * steps, gaps_s=8 * steps * step_s, steps=steps)
+                    worker.metrics = said() + steps_said(counted)
+                await asyncio.sleep(0.02)
+
+        counting = asyncio.create_task(count())
+        try:
+            await expect(row(page, s.decode[1]).locator("td").nth(4)).to_have_text(
+                re.compile(r"^(29|30|31)(\.\d)? ms ×1\.(4|5)\d$")
+            )
+        finally:
+            counting.cancel()
+
+
+@on_uvloop
 async def test_the_heat_map_holds_what_the_policy_expects(tmp_path: Path) -> None:
     async with shown(tmp_path, policy=ExpectedUnion(), decode=2) as (s, page):
         for worker in s.prefill:
@@ -188,8 +214,8 @@ async def test_the_heat_map_holds_what_the_policy_expects(tmp_path: Path) -> Non
         busy = next(worker for worker in s.decode if worker.running)
         idle = next(worker for worker in s.decode if not worker.running)
         await expect(page.get_by_text("Expected active experts, layer by layer")).to_be_visible()
-        await expect(row(page, busy).locator("td").nth(5)).to_have_text("2.0")
-        await expect(row(page, idle).locator("td").nth(5)).to_have_text("0.0")
+        await expect(row(page, busy).locator("td").nth(6)).to_have_text("2.0")
+        await expect(row(page, idle).locator("td").nth(6)).to_have_text("0.0")
         pixels = "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, canvas.width, 1).data)"
         dark, light = [await row(page, worker).locator("canvas").evaluate(pixels) for worker in (busy, idle)]
         assert len(dark) == len(light) == 4 * 2  # two layers

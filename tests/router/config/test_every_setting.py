@@ -44,6 +44,7 @@ calibration = "zones.npz"
 signature = "prompt"
 learn = "off"
 learned_dir = "i"
+learn_costs = "off"
 tau = 0.2
 two_nearest = false
 refit_interval_s = 9
@@ -136,7 +137,7 @@ FLAGS = """
 --worker-cost http://d:1=y --cost-scope moe --others-weight 3 --anchor 4 --tail-guard inf --step-tokens 5
 --expert-parallel 6 --prefill-weight 2.5 --prefill-chunk 4096
 --allowed-origins https://app.example --allowed-origins https://b.example
---signature counts --learn off --learned-dir s
+--signature counts --learn off --learned-dir s --learn-costs off
 --peers nats://n:1 --peers tls://m --fleet f --peers-credentials-file j --peers-ca k
 --report-key-file r --routed-experts-share 0.5 --expert-geometry 48x128x8 --expert-geometry m=24x32x4
 """
@@ -187,7 +188,7 @@ def test_every_flag() -> None:
         "cost_scope": "moe", "others_weight": 3.0, "anchor": 4.0, "tail_guard": math.inf, "step_tokens": 5.0,
         "expert_parallel": 6, "prefill_weight": 2.5, "prefill_chunk": 4096,
         "allowed_origins": ["https://app.example", "https://b.example"],
-        "signature": "counts", "learn": "off", "learned_dir": Path("s"),
+        "signature": "counts", "learn": "off", "learned_dir": Path("s"), "learn_costs": "off",
         "peers": ["nats://n:1", "tls://m"], "fleet": "f", "peers_credentials_file": Path("j"), "peers_ca": Path("k"),
         "report_key_file": Path("r"), "routed_experts_share": 0.5,
         "expert_geometry": [("", "48x128x8"), ("m", "24x32x4")],

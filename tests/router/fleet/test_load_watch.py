@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eldr.learning.step_counters import StepCounters
 from eldr.router.fleet.load_watch import (
     Capacity,
     EngineLoad,
-    parse_active_experts,
     parse_cache_tokens,
     parse_load,
+    parse_steps,
 )
-from tests.router.engine_metrics import said
+from tests.router.engine_metrics import said, steps_said
 from tests.router.harness import on_uvloop, running, until
 
 
@@ -32,16 +33,34 @@ def test_load_is_read_from_the_exposition() -> None:
 @pytest.mark.parametrize("value", ["1e999", "-1e999", "1e", "+", "nan", "3 4", ""])
 def test_what_is_no_number_is_passed_over(value: str) -> None:
     assert parse_load(f"vllm:num_requests_waiting{{}} {value}\n".encode()) == {}
-    assert parse_active_experts(f"vllm:eldr_active_experts_sum{{}} {value}\n".encode(), 0) is None
+    assert parse_steps(f"vllm:eldr_active_experts_sum{{}} {value}\n".encode(), 0) is None
 
 
-def test_active_experts_are_read_of_one_engine() -> None:
-    line = 'vllm:eldr_active_experts_{}{{engine="{}",model_name="tiny"}} {}\n'
-    text = "".join(
-        line.format(name, engine, value + engine) for engine in (0, 1) for name, value in (("sum", 50), ("count", 4))
+def test_steps_are_read_of_one_engine() -> None:
+    """Each number is its own."""
+    first, second = (
+        StepCounters(
+            gaps=800 + engine,
+            gaps_s=8.5 + engine,
+            steps=100 + engine,
+            experts=50 + engine,
+            expert_steps=4 + engine,
+            prompt_tokens=7 + engine,
+            prompts=3 + engine,
+            preemptions=2 + engine,
+        )
+        for engine in (0, 1)
     )
-    assert parse_active_experts(text.encode(), 1) == (51.0, 5.0)
-    assert parse_active_experts(text.encode(), 2) is None
+    text = (steps_said(first, engine=0) + steps_said(second, engine=1)).encode()
+    assert parse_steps(text, 0) == first
+    assert parse_steps(text, 1) == second
+    assert parse_steps(text, 2) is None
+
+
+def test_an_engine_without_the_connector_counts_its_steps() -> None:
+    counted = StepCounters(gaps=8, gaps_s=0.5, steps=2)
+    text = "\n".join(line for line in steps_said(counted).splitlines() if "eldr" not in line)
+    assert parse_steps(text.encode(), 0) == counted
 
 
 # From the exposition of vLLM 0.32, shortened.
@@ -68,6 +87,7 @@ def test_the_size_of_the_cache_is_read_of_one_engine() -> None:
 )
 def test_any_text_is_read_without_harm(text: bytes) -> None:
     parse_load(text)
+    parse_steps(text, 0)
 
 
 def test_what_waits_in_an_engine_lowers_its_limit_and_room_raises_it_again() -> None:

@@ -63,7 +63,9 @@ class Listener:
     def __init__(self, origin: int, ask: Callable[[int], None], asked: Callable[[int], None]) -> None:
         self.fleet = Fleet()
         self.policy = Sums()
-        lanes = Lanes(self.fleet, lambda group: self.policy, lambda policy: None, lambda *a: None, Metrics(), 0)
+        lanes = Lanes(
+            self.fleet, lambda group: self.policy, lambda policy: None, lambda *a: None, lambda *a: None, Metrics(), 0
+        )
         self.counters = PeerCounters()
         self.elsewhere = Elsewhere(self.fleet, lanes, Admission(QueueLimits()))
         self.fleet.on_change(lanes.fleet_changed)

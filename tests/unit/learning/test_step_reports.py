@@ -1,6 +1,7 @@
 import pytest
 
-from eldr.learning.step_reports import StepCounters, report_of
+from eldr.learning.step_counters import StepCounters
+from eldr.learning.step_reports import layers_of, report_of
 from eldr.policies.base import ExpectedStep
 
 EXPECTED = ExpectedStep(experts=480.0, layers=24, experts_per_layer=32, context_tokens=3000)
@@ -18,10 +19,10 @@ def test_the_mean_step() -> None:
     assert report.prompt_tokens == 0
 
 
-def test_a_policy_without_expectations_takes_the_layers_from_the_worker() -> None:
+def test_a_policy_without_expectations_may_not_know_the_layers() -> None:
     report = report_of(COUNTED, None, running=7, chunk_tokens=2048)
     assert report is not None
-    assert report.experts == pytest.approx(480)
+    assert report.experts == pytest.approx(20 * layers_of(None))
 
 
 def test_without_a_connector_the_expectation_counts() -> None:

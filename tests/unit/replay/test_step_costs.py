@@ -53,7 +53,7 @@ def learned_in(slowdowns: Mapping[int, Mapping[str, float]], aggregated: bool = 
     arrival_s = np.cumsum(np.random.default_rng(1).exponential(0.3, 300))
     workload = Workload(arrival_s, np.arange(300), range(300), slowdowns=slowdowns, aggregated=aggregated)
     policy = Turns()
-    costs = SimulatedCosts(policy, PolicyOptions(cost=QUICK, cost_scope="moe"), packed.layers, seed=0)
+    costs = SimulatedCosts(policy, PolicyOptions(cost=QUICK, cost_scope="moe"), seed=0)
     lines = tuple(cost.step_cost(packed.layers, "moe") for cost in (QUICK, QUICK, SLOW))
     Engine(packed, workload, FleetSpec(lines, lines), Replicas([Replica(policy, costs=costs)])).run()
     assert arrival_s[-1] > 20 * INTERVAL_S

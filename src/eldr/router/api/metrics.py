@@ -274,6 +274,29 @@ class RouterCollector(Collector):
         expected = GaugeMetricFamily(
             "eldr_expected_active_experts", "Distinct experts per layer, as expected of the next step.", labels=labels
         )
+        step = GaugeMetricFamily(
+            "eldr_worker_step_seconds", "Time of the worker's mean step, as learned from its reports.", labels=labels
+        )
+        relative = GaugeMetricFamily(
+            "eldr_worker_step_relative", "Time of its step over that of the median worker, as learned.", labels=labels
+        )
+        parts = GaugeMetricFamily(
+            "eldr_worker_step_cost_seconds",
+            "What a step takes for its base, and for each expert, token and token of context, as learned.",
+            labels=(*labels, "part"),
+        )
+        for group, url, learned in self._lanes.learned_costs():
+            decoding = (group.whole.role("decode"), url)
+            step.add_metric(decoding, learned.step_s)
+            relative.add_metric(decoding, learned.relative)
+            cost = learned.cost.times(learned.unit)
+            for part, seconds in (
+                ("base", cost.base_s),
+                ("expert", cost.per_expert_s),
+                ("token", cost.per_token_s),
+                ("context", cost.per_context_token_s),
+            ):
+                parts.add_metric((*decoding, part), seconds)
         for group, picture in self._lanes.pictures():
             for url, experts in expected_active_experts(picture).items():
                 expected.add_metric((group.whole.role("decode"), url), experts)
@@ -295,6 +318,7 @@ class RouterCollector(Collector):
                 if worker.clock_skew_s is not None:
                     skew.add_metric(key, worker.clock_skew_s)
         yield from (up, ejected, in_flight, limit, waiting, kv_usage, skew, tpot, active, expected)
+        yield from (step, relative, parts)
 
     def _worker_faults(self) -> Iterator[Metric]:
         here = [(role, worker.url) for role in ROLES for worker in self._fleet.of_role(role)]

@@ -233,6 +233,11 @@ class PlacementSettings:
         None, "directory in which what was learned is kept over restarts, in one file for each model", flag=True,
         shown="nothing is kept", page="prompt.md#learning-while-serving",
     )  # fmt: skip
+    learn_costs: str = setting(
+        "online", "whether to learn from the workers' metrics how long the steps of each take; only for policies with "
+        "step times: expected-union and jsq-speed", flag=True, choices=("off", "online"),
+        page="policies.md#unequal-workers",
+    )  # fmt: skip
     seed: int = setting(0, "seed of random choices and ties", most=2**63 - 1, flag=True)
     prefix_window_bytes: int = setting(
         1024, "how much of a prompt decides its prefill worker", least=1, page="router.md#how-a-request-is-served"

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from eldr.learning.step_counters import StepCounters
 from eldr.router.config.endpoint import rank_of
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.client import Answer, UpstreamError
@@ -32,6 +33,13 @@ _WAITING, _WAITING_FOR, _KV_USAGE = (
 )  # fmt: skip
 # From eldr's connector: distinct experts of a decode step in one MoE layer, over all steps and layers so far.
 _ACTIVE_SUM, _ACTIVE_COUNT = b"vllm:eldr_active_experts_sum", b"vllm:eldr_active_experts_count"
+# The gaps between two tokens of a request; the tokens of each step; requests that have their first token, and those put
+# back (vllm/v1/metrics/loggers.py, 0.30 and 0.32).
+_GAPS_S, _GAPS = b"vllm:inter_token_latency_seconds_sum", b"vllm:inter_token_latency_seconds_count"
+_STEPS, _PROMPTS = b"vllm:iteration_tokens_total_count", b"vllm:time_to_first_token_seconds_count"
+_PREEMPTIONS = b"vllm:num_preemptions_total"
+# By where they came from. Those from a cache or another worker are not computed.
+_PROMPT_TOKENS, _COMPUTED = b"vllm:prompt_tokens_by_source_total", b'source="local_compute"'
 # The engine's settings as labels. vLLM 0.30 has no kv_cache_size_tokens.
 _CACHE = b"vllm:cache_config_info"
 _CACHE_LABEL = re.compile(rb'(?:^|,)(block_size|num_gpu_blocks|kv_cache_size_tokens)="([0-9]{1,15})"')
@@ -88,16 +96,38 @@ def samples(text: bytes, name: bytes) -> Iterator[tuple[bytes, float]]:
         at = text.find(sought, at + 1)
 
 
-def parse_active_experts(text: bytes, engine: int) -> tuple[float, float] | None:
-    """Return sum and count of one engine's active experts from the same exposition. None if it has none."""
-    found: dict[bytes, float] = {}
+def parse_steps(text: bytes, engine: int) -> StepCounters | None:
+    """Return what one engine counts of its steps, from the same exposition. None if it counts nothing of them."""
     text = b"\n" + text
-    for name in (_ACTIVE_SUM, _ACTIVE_COUNT):
-        for labels, value in samples(text, name):
-            named = _ENGINE.search(labels)
-            if named is None or int(named[1]) == engine:
-                found[name] = value
-    return (found[_ACTIVE_SUM], found[_ACTIVE_COUNT]) if len(found) == 2 else None
+    gaps_s, gaps, steps, prompts, preemptions, active, active_steps = (
+        _of_engine(text, name, engine)
+        for name in (_GAPS_S, _GAPS, _STEPS, _PROMPTS, _PREEMPTIONS, _ACTIVE_SUM, _ACTIVE_COUNT)
+    )
+    if gaps is None or gaps_s is None:
+        gaps = gaps_s = None
+    if active is None or active_steps is None:
+        active = active_steps = None
+    if gaps is None and active is None:
+        return None
+    return StepCounters(
+        gaps=gaps or 0.0,
+        gaps_s=gaps_s or 0.0,
+        steps=steps or 0.0,
+        experts=active or 0.0,
+        expert_steps=active_steps or 0.0,
+        prompt_tokens=_of_engine(text, _PROMPT_TOKENS, engine, _COMPUTED) or 0.0,
+        prompts=prompts or 0.0,
+        preemptions=preemptions or 0.0,
+    )
+
+
+def _of_engine(text: bytes, name: bytes, engine: int, label: bytes = b"") -> float | None:
+    """The value of one engine's metric that has this label. None if there is none."""
+    for labels, value in samples(text, name):
+        named = _ENGINE.search(labels)
+        if (named is None or int(named[1]) == engine) and label in labels:
+            return value
+    return None
 
 
 def parse_cache_tokens(text: bytes, engine: int) -> int | None:
@@ -141,6 +171,7 @@ class LoadWatch:
     """Reads one worker's metrics every `interval_s` seconds, and sets the limit of one that runs decode legs.
 
     parse: reads the load of each engine out of an exposition.
+    steps: reads out of it what one engine counts of its steps.
     """
 
     def __init__(
@@ -150,14 +181,16 @@ class LoadWatch:
         pool: WorkerPool,
         interval_s: float,
         parse: Callable[[bytes], dict[int, EngineLoad]] = parse_load,
+        steps: Callable[[bytes, int], StepCounters | None] = parse_steps,
     ) -> None:
         self._fleet = fleet
         self._worker = worker
         self._pool = pool
         self._interval_s = interval_s
         self._parse = parse
+        self._steps = steps
         self.capacity = Capacity(worker.max_inflight)
-        self._active = (0.0, 0.0)
+        self._counted = StepCounters()
 
     async def run(self) -> None:
         while True:
@@ -178,7 +211,7 @@ class LoadWatch:
         engines = self._parse(answer.body) if answer.status == 200 else {}
         rank = rank_of(self._worker.url) or 0
         if self._worker.leg == "decode":
-            self._note_active(parse_active_experts(answer.body, rank))
+            self._note_steps(self._steps(answer.body, rank))
             self._worker.cache_tokens = parse_cache_tokens(answer.body, rank)
         load = engines.get(rank)
         if load is not None:
@@ -187,12 +220,14 @@ class LoadWatch:
                 self._fleet.set_limit(self._worker, self.capacity.heard(load, self._worker.busy))
         return engines
 
-    def _note_active(self, active: tuple[float, float] | None) -> None:
-        """Keep the mean since the last look. An engine that ran nothing since then has none."""
-        if active is None:
+    def _note_steps(self, counted: StepCounters | None) -> None:
+        """Pass on what it counts, and keep the mean of its active experts since the last look."""
+        if counted is None:
             self._worker.active_experts = None
             return
-        total, steps = active[0] - self._active[0], active[1] - self._active[1]
-        self._active = active
-        # A restarted engine counts from zero.
-        self._worker.active_experts = total / steps if steps > 0 and total >= 0 else None
+        since = counted.since(self._counted)
+        self._counted = counted
+        # A restarted engine counts from zero, and one that ran nothing has no mean.
+        known = since is not None and since.expert_steps > 0
+        self._worker.active_experts = since.experts / since.expert_steps if since is not None and known else None
+        self._fleet.tell_steps(self._worker, counted)

@@ -15,7 +15,7 @@ from eldr.router.config.groups import WorkerSettings
 from eldr.router.fleet import sglang
 from eldr.router.fleet.discovery.base import Source
 from eldr.router.fleet.lists import ModelLists
-from eldr.router.fleet.load_watch import LoadWatch, parse_load
+from eldr.router.fleet.load_watch import LoadWatch, parse_load, parse_steps
 from eldr.router.fleet.probe import HealthProbe
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.http.body_memory import BodyMemory
@@ -251,8 +251,8 @@ class Membership:
             changed=lambda: self._changed(member),
             check=lambda: self._check(member),
         )
-        parse = sglang.parse_load if self._is_sglang else parse_load
-        load = LoadWatch(self._fleet, worker, pool, config.load_interval_s, parse)
+        parse, steps = (sglang.parse_load, sglang.parse_steps) if self._is_sglang else (parse_load, parse_steps)
+        load = LoadWatch(self._fleet, worker, pool, config.load_interval_s, parse, steps)
         member = self._members[worker] = _Member(worker, probe, load)
         return member
 

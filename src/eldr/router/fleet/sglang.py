@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from typing import Any, Final
 
+from eldr.learning.step_counters import StepCounters
 from eldr.router.config.endpoint import rank_of
 from eldr.router.fleet.load_watch import EngineLoad, samples
 from eldr.router.fleet.workers import Worker
@@ -24,6 +25,10 @@ BOOTSTRAP_PORT: Final = 8998
 # A decode worker has a queue for requests whose blocks have no room yet, before the one for those with room.
 WAITING: Final = (b"sglang:num_queue_reqs", b"sglang:num_decode_prealloc_queue_reqs")
 KV_USAGE: Final = b"sglang:token_usage"
+# The gaps between two tokens of a request, and the requests put back. Steps are not counted.
+GAPS_S: Final = b"sglang:inter_token_latency_seconds_sum"
+GAPS: Final = b"sglang:inter_token_latency_seconds_count"
+RETRACTIONS: Final = b"sglang:num_retracted_requests_total"
 RANK: Final = re.compile(rb'dp_rank="([0-9]{1,9})"')
 # The parts of a total, which is there as well.
 OF_ONE_PRIORITY: Final = re.compile(rb'priority="[^"]')
@@ -46,6 +51,18 @@ def parse_load(text: bytes) -> dict[int, EngineLoad]:
         return {}
     usage = max((value for _, value in samples(text, KV_USAGE)), default=0.0)
     return {0: EngineLoad(int(sum(waiting.values())), usage)}
+
+
+def parse_steps(text: bytes, engine: int) -> StepCounters | None:
+    """Return what the whole server counts of its steps. None if it counts no gaps. engine: always 0.
+
+    A gap is divided by the tokens that it brought.
+    """
+    text = b"\n" + text
+    found = {name: [value for _, value in samples(text, name)] for name in (GAPS_S, GAPS, RETRACTIONS)}
+    if not found[GAPS_S] or not found[GAPS]:
+        return None
+    return StepCounters(gaps=sum(found[GAPS]), gaps_s=sum(found[GAPS_S]), preemptions=sum(found[RETRACTIONS]))
 
 
 def name_adapters(cards: list[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eldr.errors import EldrError
+from eldr.learning.step_counters import StepCounters
 from eldr.router.config.endpoint import LegName, Role, leg_of
 from eldr.router.fleet.groups import ModelGroup, Names, Served
 
@@ -125,6 +126,7 @@ class Fleet:
         self._names = Names()
         self._decode_slots = 0
         self._listeners: list[Callable[[Worker], None]] = []
+        self._step_listeners: list[Callable[[Worker, StepCounters], None]] = []
         self._held: set[Worker] | None = None
 
     def on_change(self, listener: Callable[[Worker], None]) -> None:
@@ -134,6 +136,15 @@ class Fleet:
         does not count.
         """
         self._listeners.append(listener)
+
+    def on_steps(self, listener: Callable[[Worker, StepCounters], None]) -> None:
+        """Call `listener` with what a worker that runs decode legs counts of its steps, at every look at it."""
+        self._step_listeners.append(listener)
+
+    def tell_steps(self, worker: Worker, counted: StepCounters) -> None:
+        """A worker has counted so much since its engine started."""
+        for listener in self._step_listeners:
+            listener(worker, counted)
 
     @contextmanager
     def told_together(self) -> Iterator[None]:

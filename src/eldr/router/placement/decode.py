@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
-from eldr.policies.base import Decision, DecodeRequest, Picture, Policy
+from eldr.policies.base import Decision, DecodeRequest, ExpectedStep, Picture, Policy
 from eldr.policies.load import ShortestQueue
 from eldr.policies.shares import Share
+from eldr.policies.worker_costs import LearnedCost
 from eldr.router.fleet.groups import ModelGroup, Served
 from eldr.router.fleet.workers import Worker
 from eldr.router.observe.counters import Metrics
@@ -218,6 +219,20 @@ class Placements:
             self._failed("failed to say what others must know of a request", exc_info=True)
             return None
 
+    # Step times learned from the workers' reports.
+
+    def expected_step(self, url: str) -> ExpectedStep | None:
+        """What the policy expects of the next step of a worker that it knows. None if it expects nothing, or fails."""
+        try:
+            return self._policy.expected_step(url)
+        except Exception:
+            self._failed("failed to say what it expects of a step", exc_info=True)
+            return None
+
+    def cost_learned(self, url: str, learned: LearnedCost) -> None:
+        """The steps of a worker that the policy knows take this time."""
+        self._tell(self._policy.cost_learned, url, learned)
+
     # What other replicas run.
 
     def elsewhere_started(self, url: str, share: Share) -> None:
@@ -239,7 +254,7 @@ class Placements:
             self._failed("failed to choose", exc_info=True)
         return Decision(self._fallback.choose(request, eligible).worker, "policy_error")
 
-    def _tell(self, hook: Callable[..., None], *event: DecodeRequest | str | Share) -> None:
+    def _tell(self, hook: Callable[..., None], *event: DecodeRequest | str | Share | LearnedCost) -> None:
         try:
             hook(*event)
         except Exception:

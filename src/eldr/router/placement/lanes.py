@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from eldr.counts import ExpertCounts
 from eldr.learning.lessons import Lesson
+from eldr.learning.step_counters import StepCounters
 from eldr.policies.base import Picture, Policy
+from eldr.policies.worker_costs import LearnedCost
 from eldr.router.fleet.groups import ModelGroup
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.observe.counters import Metrics
@@ -17,11 +19,13 @@ from eldr.router.placement.learning import Learning
 from eldr.router.placement.prefill import PrefillRing
 from eldr.router.placement.refits import ZoneRefits
 from eldr.router.placement.sharing import Sharing
+from eldr.router.placement.step_costs import StepCosts
 
 # Makes the policy of a group.
 MakePolicy = Callable[[ModelGroup], Policy]
 MakeRefits = Callable[[Policy], ZoneRefits | None]
 MakeLearning = Callable[[ModelGroup, Policy], Learning | None]
+MakeCosts = Callable[[Policy, Placements], StepCosts | None]
 
 
 class Lane:
@@ -29,6 +33,7 @@ class Lane:
 
     ring, placements: of its prefill workers, and of its decode workers.
     learning: learns from its requests. None if nothing is learned.
+    costs: learns the step times of its workers. None if they are not learned.
     tasks: what runs for it in the background.
     """
 
@@ -38,12 +43,14 @@ class Lane:
         ring: PrefillRing,
         placements: Placements,
         learning: Learning | None,
+        costs: StepCosts | None,
         tasks: Sequence[asyncio.Task[None]],
     ) -> None:
         self.group = group
         self.ring = ring
         self.placements = placements
         self.learning = learning
+        self.costs = costs
         self.tasks = tasks
 
 
@@ -60,6 +67,7 @@ class Lanes:
         make_policy: MakePolicy,
         make_refits: MakeRefits,
         make_learning: MakeLearning,
+        make_costs: MakeCosts,
         metrics: Metrics,
         seed: int,
     ) -> None:
@@ -67,6 +75,7 @@ class Lanes:
         self._make_policy = make_policy
         self._make_refits = make_refits
         self._make_learning = make_learning
+        self._make_costs = make_costs
         self._metrics = metrics
         self._seed = seed
         self._lanes: dict[ModelGroup, Lane] = {}
@@ -88,6 +97,8 @@ class Lanes:
         for lane in list(self._lanes.values()):
             lane.ring.fleet_changed(worker)
             lane.placements.fleet_changed(worker)
+            if lane.costs is not None and not lane.placements.knows(worker.url):
+                lane.costs.left(worker.url)
             if lane.group not in self._fleet.groups:
                 del self._lanes[lane.group]
                 for task in lane.tasks:
@@ -98,7 +109,21 @@ class Lanes:
         refits, learning = self._make_refits(policy), self._make_learning(group, policy)
         tasks = [asyncio.create_task(part.run()) for part in (refits, learning) if part is not None]
         placements = Placements(policy, learning, self.sharing, group, self._metrics, self._seed, self.recent)
-        return Lane(group, PrefillRing(group), placements, learning, tasks)
+        return Lane(group, PrefillRing(group), placements, learning, self._make_costs(policy, placements), tasks)
+
+    def counted(self, worker: Worker, counters: StepCounters) -> None:
+        """A listener of the fleet (`Fleet.on_steps`)."""
+        group = self._fleet.group(worker)
+        lane = None if group is None else self._lanes.get(group)
+        if lane is not None and lane.costs is not None:
+            lane.costs.counted(worker, counters)
+
+    def learned_costs(self) -> Iterator[tuple[ModelGroup, str, LearnedCost]]:
+        """The group, URL and learned step time of each worker that has one."""
+        for lane in self._lanes.values():
+            if lane.costs is not None:
+                for url, learned in lane.costs.known.items():
+                    yield lane.group, url, learned
 
     def report(self, request_id: str, decode: ExpertCounts) -> None:
         """A finished request's experts became known (`eldr.router.experts.base.ExpertSink`). Raises CountsError."""

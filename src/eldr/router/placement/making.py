@@ -21,10 +21,12 @@ from eldr.router.fleet.groups import ModelGroup
 from eldr.router.fleet.workers import Fleet
 from eldr.router.observe.counters import Metrics
 from eldr.router.observe.decision_log import DecisionLog, calibration_digests, log_header
+from eldr.router.placement.decode import Placements
 from eldr.router.placement.lanes import Lanes, MakePolicy
 from eldr.router.placement.learning import Learning
 from eldr.router.placement.refits import ZoneRefits
 from eldr.router.placement.sharing import Sharing
+from eldr.router.placement.step_costs import StepCosts
 
 log = logging.getLogger("eldr.router")
 
@@ -84,6 +86,7 @@ def make_lanes(
         make,
         lambda policy: _zone_refits(policy, placement.options, metrics),
         lambda group, policy: _learning(group, policy, placement, metrics, reports, keeps, lanes.sharing),
+        lambda policy, placements: _step_costs(policy, placements, placement),
         metrics,
         placement.seed,
     )
@@ -94,6 +97,12 @@ def _zone_refits(policy: Policy, options: PolicyOptions, metrics: Metrics) -> Zo
     if not options.refits:
         return None
     return ZoneRefits(policy, RefitSchedule(options.refit_interval_s, options.refit_window_s), metrics)
+
+
+def _step_costs(policy: Policy, placements: Placements, placement: PlacementSettings) -> StepCosts | None:
+    if placement.learn_costs == "off" or not policy.prices_steps:
+        return None
+    return StepCosts(placements, placement.options)
 
 
 def _learning(

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 import eldr
+from eldr.policies.worker_costs import LearnedCost
 from eldr.router.api.metrics import expected_active_experts
 from eldr.router.config.endpoint import ROLES
 from eldr.router.fleet.groups import ModelGroup
@@ -32,6 +33,7 @@ class UiState:
         metrics, admission, fleet = services.metrics, services.admission, services.fleet
         pictures = [picture for _, picture in services.lanes.pictures()]
         expected = {url: value for picture in pictures for url, value in expected_active_experts(picture).items()}
+        costs = {url: learned for _, url, learned in services.lanes.learned_costs()}
         state: dict[str, Any] = {
             "unix_s": time.time(),
             "up_s": time.monotonic() - self._started_s,
@@ -46,7 +48,7 @@ class UiState:
                 "itl": _histogram(metrics.itl),
             },
             "workers": [
-                _worker(worker, fleet.group(worker), expected.get(worker.url))
+                _worker(worker, fleet.group(worker), expected.get(worker.url), costs.get(worker.url))
                 for role in ROLES
                 for worker in fleet.of_role(role)
             ],
@@ -86,7 +88,9 @@ def _histogram(histogram: Histogram) -> dict[str, Any]:
     return {"bounds": histogram.bounds, "counts": histogram.counts}
 
 
-def _worker(worker: Worker, group: ModelGroup | None, expected_experts: float | None) -> dict[str, Any]:
+def _worker(
+    worker: Worker, group: ModelGroup | None, expected_experts: float | None, cost: LearnedCost | None
+) -> dict[str, Any]:
     return {
         "url": worker.url,
         "role": worker.role,
@@ -98,6 +102,8 @@ def _worker(worker: Worker, group: ModelGroup | None, expected_experts: float | 
         "max_inflight": worker.max_inflight,
         "kv_usage": None if worker.load is None else worker.load[1],
         "tpot_s": worker.tpot_s,
+        "step_s": None if cost is None else cost.step_s,
+        "step_relative": None if cost is None else cost.relative,
         "active_experts": worker.active_experts,
         "expected_experts": expected_experts,
     }
