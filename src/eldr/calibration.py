@@ -140,11 +140,14 @@ class Calibration:
     def expected_counts(self, profiles: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the counts of prompts are expected to be, in proportion, if these are the profiles of their decodes.
 
-        profiles: float32 [..., D]. The result is float32 [..., L, E]. Prompts use experts a little differently.
+        profiles: float32 [..., D]. The result is float32 [..., L, E]. Prompts use experts a little differently. Experts
+        that no prompt of the calibration used are not expected: a profile is nowhere zero, and they have the largest
+        weights of all. Models whose layers differ in experts have many of them.
         """
         predictor, geometry = self.predictor, self.geometry
         if predictor is not None:
             profiles = np.maximum(profiles + (predictor.mean_frequency - predictor.mean_profile), 0)
+            profiles = profiles * (predictor.mean_frequency > 0)
         return np.asarray(profiles.reshape(*profiles.shape[:-1], geometry.layers, geometry.experts), dtype=np.float32)
 
     def save(self, path: str | Path) -> None:

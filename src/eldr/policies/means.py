@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr import kernels
-from eldr.policies.unions import Geometry, RandomBatches
+from eldr.policies.unions import RANDOM_BATCH_STARTS, Geometry, RandomBatches
 
 # Length of the moving averages, in requests.
 MEAN_REQUESTS = 500
@@ -18,9 +18,13 @@ CALIBRATION_REQUESTS = 20
 class FleetMeans:
     """Moving averages over the requests that the fleet has started.
 
-    frequency: float32 [D], the mean of the expert frequencies of those with counts.
+    frequency: float32 [D], the mean of the expert frequencies of those with counts. It is zero for experts that no
+        prompt has used.
     profile: float32 [D], the mean of the probabilities that a decode step activates each expert.
     at_random: batches of requests with the mean profile.
+    in_use: bool [L, E], the experts that prompts have used. The layers of a model may differ in experts, and counts are
+        padded with zeros, so this is how many a layer has. All, as long as few requests had counts. It is replaced,
+        never changed.
     spread: the mean squared distance of these frequencies from their mean. None if nobody asks for it.
     with_counts, requests: the weight of the initial means, in requests. With 0 the first request replaces them.
     """
@@ -38,7 +42,11 @@ class FleetMeans:
         self.profile = profile
         self.at_random = RandomBatches(geometry)
         self.at_random.set_mean(profile)
+        self._layers = geometry.layers
         self._with_counts = with_counts
+        self.in_use = np.ones((geometry.layers, geometry.experts), dtype=np.bool_)
+        if with_counts:
+            self._look_at_experts()
         self.spread = spread
         self._requests = requests
 
@@ -52,4 +60,10 @@ class FleetMeans:
             kernels.move_towards(self.frequency, frequency, 1 / self._with_counts)
         self._requests = min(self._requests + 1, MEAN_REQUESTS)
         kernels.move_towards(self.profile, profile, 1 / self._requests)
-        self.at_random.started(self.profile)
+        if self.at_random.started(self.profile) and self._with_counts >= RANDOM_BATCH_STARTS:
+            self._look_at_experts()
+
+    def _look_at_experts(self) -> None:
+        in_use = self.frequency.reshape(self._layers, -1) > 0
+        if (in_use != self.in_use).any():
+            self.in_use = in_use

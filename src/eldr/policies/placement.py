@@ -46,13 +46,22 @@ class Placement:
         self.means = means
         self._weights = weights
         self._uniform = RandomBatches(geometry)
-        self._least = np.zeros(0)
-        self._uniform.set_mean(np.full(geometry.dimension, top_k / geometry.experts, dtype=np.float32))
-        self._prefill = kernels.PrefillTerms(
-            geometry.dimension, 1 - top_k / geometry.experts, chunk_tokens, weights.others
-        )
+        self._chunk_tokens = chunk_tokens
+        self._set_experts(means.in_use)
         self._heavy = HeavyTimes()
         self._set_columns(np.zeros((4, 0)))
+
+    def _set_experts(self, in_use: NDArray[np.bool_]) -> None:
+        """Take these experts, bool [L, E], for those that tokens can choose."""
+        self._in_use = in_use
+        layers, _, top_k = self.shape
+        experts = np.maximum(in_use.sum(axis=1, keepdims=True), top_k)
+        self._uniform.set_mean((in_use * (top_k / experts)).reshape(-1).astype(np.float32))
+        self._least = np.zeros(0)
+        total = float(experts.sum())
+        self._prefill = kernels.PrefillTerms(
+            total, 1 - layers * top_k / total, self._chunk_tokens, self._weights.others
+        )
 
     def _set_columns(self, columns: NDArray[np.float64]) -> None:
         """Adjust the kernel's state after workers came or went. columns: see `FleetState`."""
@@ -154,6 +163,8 @@ class Placement:
             self.anchor.turn(row, arrival.direction)
         if arrival.known:
             self.means.move(arrival.frequency, arrival.profile)
+            if self.means.in_use is not self._in_use:
+                self._set_experts(self.means.in_use)
         if arrival.limit_s is not None:
             self._heavy.add(arrival.limit_s)
         return codes

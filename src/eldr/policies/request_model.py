@@ -150,10 +150,11 @@ def first_means(
 ) -> FleetMeans:
     """The fleet's means before it has started a request."""
     if fitted is None:
-        uniform = np.full(geometry.dimension, top_k / geometry.experts, dtype=np.float32)
+        unused = np.zeros(geometry.dimension, dtype=np.float32)
         if prompts is not None:
-            return FleetMeans(geometry, uniform, of_a_step(prompts.mean.copy(), step_tokens), 0, CALIBRATION_REQUESTS)
-        return FleetMeans(geometry, uniform, of_a_step(uniform.copy(), step_tokens), 0, 0)
+            return FleetMeans(geometry, unused, of_a_step(prompts.mean.copy(), step_tokens), 0, CALIBRATION_REQUESTS)
+        uniform = np.full(geometry.dimension, top_k / geometry.experts, dtype=np.float32)
+        return FleetMeans(geometry, unused, of_a_step(uniform, step_tokens), 0, 0)
     profile = of_a_step(fitted.mean_profile.astype(np.float32), step_tokens)
     frequency = fitted.mean_frequency.astype(np.float32)
     spread = fitted.spread if math.isfinite(fitted.spread) else None

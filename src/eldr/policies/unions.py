@@ -117,12 +117,14 @@ class RandomBatches:
         self._product = self._survival.copy()
         self._experts = np.zeros(1)
 
-    def started(self, mean_profile: NDArray[np.float32]) -> None:
-        """Note that one more request has started. mean_profile: float32 [D], read only now and then."""
+    def started(self, mean_profile: NDArray[np.float32]) -> bool:
+        """Note that one more request has started. Returns whether the mean profile, float32 [D], was read this time."""
         self._starts += 1
-        if self._starts >= self._next:
-            self._next = self._starts + min(self._starts, RANDOM_BATCH_STARTS)
-            self.set_mean(mean_profile)
+        if self._starts < self._next:
+            return False
+        self._next = self._starts + min(self._starts, RANDOM_BATCH_STARTS)
+        self.set_mean(mean_profile)
+        return True
 
     def set_mean(self, mean_profile: NDArray[np.float32]) -> None:
         """Use this mean profile, float32 [D], from now on."""

@@ -108,7 +108,7 @@ class _Capture:
 
     def __init__(self, network: Any) -> None:
         self._chosen: list[list[NDArray[np.int32]]] = []
-        self._experts: set[int] = set()
+        self._experts = 0
         for module in network.modules():
             names = list(inspect.signature(type(module).forward).parameters)
             found = [name for name in INDICES if name in names]
@@ -116,15 +116,13 @@ class _Capture:
                 continue
             # `names` begins with self.
             self._watch(module, found[0], names.index(found[0]) - 1)
-            self._experts.add(_number_of_experts(module, network.config))
+            self._experts = max(self._experts, _number_of_experts(module, network.config))
         if not self._chosen:
             raise RecordError(
                 f"{type(network).__name__} has no module that is given the indices of the experts to use "
                 f"({' or '.join(INDICES)}): it is no MoE model, or one that this source cannot see into. "
                 "Record it from a server"
             )
-        if len(self._experts) > 1:
-            raise RecordError(f"the layers of the model have different numbers of experts: {sorted(self._experts)}")
 
     def _watch(self, module: Any, name: str, position: int) -> None:
         chosen: list[NDArray[np.int32]] = []
@@ -141,14 +139,18 @@ class _Capture:
             chosen.clear()
 
     def rows(self) -> tuple[NDArray[np.int32], int]:
-        """The experts of every token since `begin`, int32 [T, L, k], and how many experts there are.
+        """The experts of every token since `begin`, int32 [T, L, k], and how many experts the largest layer has.
 
-        Raises CountsError if not all layers have seen all tokens.
+        Raises CountsError if not all layers have seen all tokens, or if they differ in top-k.
         """
         layers = [np.concatenate(chosen) for chosen in self._chosen if chosen]
-        if len(layers) != len(self._chosen) or len({layer.shape for layer in layers}) != 1:
+        if len(layers) != len(self._chosen) or len({len(layer) for layer in layers}) != 1:
             raise CountsError("incomplete", "the MoE layers have seen different numbers of tokens")
-        return np.stack(layers, axis=1), next(iter(self._experts))
+        if len(top_k := {layer.shape[1] for layer in layers}) != 1:
+            raise CountsError(
+                "geometry", f"a token chooses {' or '.join(map(str, sorted(top_k)))} experts, depending on the layer"
+            )
+        return np.stack(layers, axis=1), self._experts
 
 
 def _number_of_experts(module: Any, config: Any) -> int:

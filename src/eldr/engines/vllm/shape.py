@@ -1,11 +1,13 @@
-"""Finds the shape that the MoE layers of a model share, and refuses models whose counts would not be exact.
+"""Finds the shape that the counts of a model have, and refuses models whose counts would not be exact.
 
 Counts are a matrix of layers and experts in which every row sums to tokens x top-k. A model fits if each token takes
-part in each MoE layer once, and if the ids that its router reports name the routed experts and nothing else.
+part in each MoE layer once, if all layers have the same top-k, and if the ids that its router reports name the routed
+experts and nothing else. Layers may differ in their experts: the rows of smaller ones end in zeros.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -16,11 +18,14 @@ from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroE
 
 from eldr.engines.vllm.support import UnsupportedError
 
+# A child of vLLM's own logger, which writes to the worker's log.
+logger = logging.getLogger("vllm.eldr")
+
 WITHOUT_COUNTS = 'Serve it with vLLM\'s own "kv_connector": "NixlConnector", without expert counts'
 
 
 def common_shape(config: VllmConfig, layers: Mapping[str, Any]) -> tuple[int, int]:
-    """Return how many experts each of the MoE `layers` has, and how many of them a token chooses.
+    """Return how many experts the largest of the MoE `layers` has, and how many of them a token chooses in each.
 
     layers: by name, each a MoERunner or a RoutedExpertsCaptureSource.
     Raises UnsupportedError if there are no layers, or if their choices do not make one exact matrix of counts.
@@ -44,7 +49,7 @@ def common_shape(config: VllmConfig, layers: Mapping[str, Any]) -> tuple[int, in
     _check_one_group_per_layer(model, layers)
     for name, layer in layers.items():
         _check_router(model, name, getattr(layer, "router", None))
-    return _same_shape(config, layers)
+    return _padded_shape(config, layers)
 
 
 def _check_one_group_per_layer(model: str, layers: Mapping[str, Any]) -> None:
@@ -73,21 +78,25 @@ def _check_router(model: str, name: str, router: Any) -> None:
         )
 
 
-def _same_shape(config: VllmConfig, layers: Mapping[str, Any]) -> tuple[int, int]:
-    by_shape = defaultdict(list)
+def _padded_shape(config: VllmConfig, layers: Mapping[str, Any]) -> tuple[int, int]:
+    by_experts, by_top_k = defaultdict(list), defaultdict(list)
     for name, layer in layers.items():
         if isinstance(layer, MoERunner):
-            shape = int(layer.moe_config.num_logical_experts), int(layer.moe_config.experts_per_token)
+            experts, top_k = int(layer.moe_config.num_logical_experts), int(layer.moe_config.experts_per_token)
         else:
-            shape = config.model_config.get_num_experts(), config.model_config.get_num_experts_per_tok()
-        by_shape[shape].append(name)
-    if len(by_shape) > 1:
-        shapes = ", ".join(
-            f"{len(names)} with {experts} experts and top-{top_k} (such as {names[0]})"
-            for (experts, top_k), names in sorted(by_shape.items())
-        )
+            experts, top_k = config.model_config.get_num_experts(), config.model_config.get_num_experts_per_tok()
+        by_experts[experts].append(name)
+        by_top_k[top_k].append(name)
+    if len(by_top_k) > 1:
+        found = ", ".join(f"{len(names)} top-{top_k} (such as {names[0]})" for top_k, names in sorted(by_top_k.items()))
         raise UnsupportedError(
-            f"the MoE layers of {config.model_config.model} differ: {shapes}. Counts have one shape for all layers. "
-            f"{WITHOUT_COUNTS}"
+            f"the MoE layers of {config.model_config.model} differ in the experts that a token chooses: {found}. Counts "
+            "are checked by their sum, tokens x top-k in every layer, and the experts of a generated token are one "
+            f"matrix, layers x top-k. {WITHOUT_COUNTS}"
         )
-    return next(iter(by_shape))
+    if len(by_experts) > 1:
+        logger.info(
+            "eldr pads the counts of smaller MoE layers with zeros: %s",
+            ", ".join(f"{len(names)} with {experts} experts" for experts, names in sorted(by_experts.items())),
+        )
+    return max(by_experts), next(iter(by_top_k))
