@@ -82,7 +82,10 @@ def test_layers_of_different_top_k_fail_at_start(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Qwen3MoeSparseMoeBlock, "__init__", with_own_top_k)
     with (
-        pytest.raises(UnsupportedError, match=r"differ in the experts .*: 1 top-3 .*layers\.1.*, 1 top-4 .*layers\.0.*NixlConnector"),
+        pytest.raises(
+            UnsupportedError,
+            match=r"differ in the experts .*: 1 top-3 .*layers\.1.*, 1 top-4 .*layers\.0.*NixlConnector",
+        ),
         running(model),
     ):
         pass

@@ -23,6 +23,7 @@ from eldr.cli import (
     replay,
     report,
     serve,
+    synthesize,
     workload,
 )
 from eldr.cli.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED
@@ -38,6 +39,7 @@ COMMANDS: tuple[tuple[str, ModuleType, str], ...] = (
     ("inspect", inspect, "fit"),
     ("replay", replay, "fit"),
     ("place-experts", place_experts, "fit"),
+    ("synthesize", synthesize, "fit"),
     ("decisions", decisions, "router"),
     ("evaluate", evaluate, "fit,report"),
     ("report", report, "report"),

@@ -134,6 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from eldr.replay.errors import ReplayError
     from eldr.replay.output import as_tables
+    from eldr.synthetic import is_synthetic
 
     console = Console(stderr=arguments.json == "-")
     laboratory = _laboratory(arguments)
@@ -143,7 +144,8 @@ def run(arguments: argparse.Namespace) -> int:
         for workers in arguments.workers:
             objects += (_goodput if arguments.goodput else _compare)(laboratory, workers, sharings, arguments, advance)
     options = laboratory.settings.options
-    title = f"{arguments.trace.name}: {arguments.seeds} seeds, cost {options.cost.name} ({options.cost_scope})"
+    name = f"{arguments.trace.name} (synthetic)" if is_synthetic(laboratory.trace.meta) else arguments.trace.name
+    title = f"{name}: {arguments.seeds} seeds, cost {options.cost.name} ({options.cost_scope})"
     console.print(*as_tables(objects, title))
     write_json(arguments.json, objects, "results", ReplayError)
     return 0

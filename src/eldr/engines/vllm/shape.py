@@ -90,9 +90,9 @@ def _padded_shape(config: VllmConfig, layers: Mapping[str, Any]) -> tuple[int, i
     if len(by_top_k) > 1:
         found = ", ".join(f"{len(names)} top-{top_k} (such as {names[0]})" for top_k, names in sorted(by_top_k.items()))
         raise UnsupportedError(
-            f"the MoE layers of {config.model_config.model} differ in the experts that a token chooses: {found}. Counts "
-            "are checked by their sum, tokens x top-k in every layer, and the experts of a generated token are one "
-            f"matrix, layers x top-k. {WITHOUT_COUNTS}"
+            f"the MoE layers of {config.model_config.model} differ in the experts that a token chooses: {found}. "
+            "Counts are checked by their sum, tokens x top-k in every layer, and the experts of a generated token are "
+            f"one matrix, layers x top-k. {WITHOUT_COUNTS}"
         )
     if len(by_experts) > 1:
         logger.info(
