@@ -67,7 +67,8 @@ class Listener:
             self.fleet, lambda group: self.policy, lambda policy: None, lambda *a: None, lambda *a: None, Metrics(), 0
         )
         self.counters = PeerCounters()
-        self.elsewhere = Elsewhere(self.fleet, lanes, Admission(QueueLimits()))
+        self.admission = Admission(QueueLimits())
+        self.elsewhere = Elsewhere(self.fleet, lanes, self.admission)
         self.fleet.on_change(lanes.fleet_changed)
         self.fleet.on_change(self.elsewhere.fleet_changed)
         self.others = Others(origin, self.elsewhere, ask, asked, self.counters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import tracemalloc
 from collections.abc import Iterable, Iterator
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eldr.policies.shares import Share
+from eldr.router.config.groups import QueueLimits
 from eldr.router.peers import others, wire
 from eldr.router.peers.others import MOST_PEERS, PEER_TIMEOUT_S
 from eldr.router.peers.wire import Bye, Events, Heartbeat, Level, Snapshot, Start
+from eldr.router.placement.admission import Admission, Claim
 from tests.router.harness import interpreted
 from tests.router.peers.network import URLS, D, Listener, Network, Origin, sums_of
 
@@ -157,6 +160,96 @@ def test_what_others_need_of_a_model() -> None:
     assert (group.promised_elsewhere, group.waiting_elsewhere) == (4, 0)
     listener.others.hear(wire.encode(Bye(2)), 1.0)
     assert (group.promised_elsewhere, group.waiting_elsewhere) == (0, 0)
+
+
+# What makes room.
+
+
+async def settle() -> None:
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
+def full_of(listener: Listener, slots: int) -> Events:
+    """The frame of a replica that has filled every worker, of which each has so many slots."""
+    for worker in listener.fleet.workers("decode").values():
+        listener.fleet.set_limit(worker, slots)
+    return Events(1, 1, [Start(n, URLS[n % 3], None, True) for n in range(1, 3 * slots + 1)], [], [], {})
+
+
+def test_only_what_makes_room_wakes_requests_that_wait_for_a_worker() -> None:
+    async def run() -> None:
+        listener, _ = alone()
+        listener.others.hear(wire.encode(full_of(listener, 2)), 1.0)
+        served = listener.fleet.groups[0].whole
+        waits = asyncio.create_task(listener.admission.until_changed(served, "decode"))
+        await settle()
+        takes_none: list[Events | Heartbeat] = [
+            Events(1, 2, [Start(7, URLS[0], None, True)], [], [], {}),  # beyond the limit
+            Events(1, 3, [], [], [7], {}),  # the worker is as full as before
+            Events(1, 4, [Start(8, "http://unknown", None, True)], [], [9999], {"": Level(3, True)}),
+            Events(1, 5, [], [], [8], {"": Level(0, False)}),
+            Heartbeat(1, 5, 6, 21, {}),
+        ]
+        for frame in takes_none:
+            listener.others.hear(wire.encode(frame), 1.0)
+            await settle()
+            assert not waits.done(), frame
+        listener.others.hear(wire.encode(Events(1, 6, [], [], [1], {})), 1.0)
+        await settle()
+        assert waits.done() and waits.result()
+
+    asyncio.run(run())
+
+
+Change = tuple[str, int, int]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["start", "end", "level", "bye"]), st.integers(1, 2), st.integers(0, 11))),
+    st.integers(1, 3),
+)
+def test_nobody_waits_who_has_room_whatever_other_replicas_tell(changes: list[Change], slots: int) -> None:
+    async def run() -> None:
+        listener, _ = alone()
+        listener.others.hear(wire.encode(full_of(listener, slots)), 1.0)
+        group = listener.fleet.groups[0]
+        running = {1: list(range(1, 3 * slots + 1)), 2: []}
+        sequence, number = {1: 1, 2: 0}, 1000
+        asked = [asyncio.create_task(listener.admission.enter(Claim(b"", 1, 1), group.whole)) for _ in range(6)]
+        await settle()
+        for what, origin, detail in changes:
+            frame = Events(origin, sequence[origin] + 1, [], [], [], {})
+            if what == "start":
+                number += 1
+                running[origin].append(number)
+                frame = frame._replace(starts=[Start(number, URLS[detail % 3], None, True)])
+            elif what == "end" and running[origin]:
+                frame = frame._replace(ended=[running[origin].pop(detail % len(running[origin]))])
+            elif what == "level":
+                frame = frame._replace(levels={"": Level(detail // 2, detail % 2 > 0)})
+            if what == "bye":
+                listener.others.hear(wire.encode(Bye(origin)), 1.0)
+                sequence[origin], running[origin] = 0, []
+            else:
+                listener.others.hear(wire.encode(frame), 1.0)
+                sequence[origin] += 1
+            await settle()
+            # One more request that arrives now has no room either, unless nobody waits.
+            fresh = Admission(QueueLimits())
+            probe = asyncio.create_task(fresh.enter(Claim(b"", 1, 1), group.whole))
+            await settle()
+            if probe.done():
+                fresh.leave(group.whole)
+                assert all(task.done() for task in asked)
+            probe.cancel()
+            await asyncio.gather(probe, return_exceptions=True)
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+    asyncio.run(run())
 
 
 def test_requests_at_a_worker_that_joins_later_count_from_then_on() -> None:

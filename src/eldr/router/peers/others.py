@@ -180,7 +180,7 @@ class Others:
         if peer.sequence is None and now_s - peer.asked_s >= ASK_AGAIN_S:
             peer.asked_s = now_s
             self._ask(peer.origin)
-        self._elsewhere.changed()
+        self._elsewhere.admit()
 
     def look(self, now_s: float) -> None:
         """Forget who was not heard for too long. To be called at least every HEARTBEAT_S.
@@ -202,7 +202,7 @@ class Others:
             for number in list(peer.running):
                 self._end(peer, number)
             self._level()
-            self._elsewhere.changed()
+            self._elsewhere.admit()
 
     # Events.
 

@@ -96,7 +96,7 @@ class Admission:
     def __init__(self, limits: QueueLimits) -> None:
         self._limits = limits
         self._queues: list[FairQueue[_Turn]] = [FairQueue(limits.max_queued) for _ in PRIORITIES]
-        self._placing: list[asyncio.Future[None]] = []
+        self._placing: list[tuple[ModelGroup, asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._last_wait_s = 0.0
         self.sharing: Sharing | None = None
@@ -172,13 +172,35 @@ class Admission:
             self._refuse_pointless(queue)
         self._start_waiting()
 
+    def room_grew(self, groups: Collection[ModelGroup]) -> None:
+        """Admit what has room now, after requests of other replicas ended or need no slot any more.
+
+        groups: where that was. It costs next to nothing while they are full, however many requests wait.
+        """
+        free = [group for group in groups if group.free > 0]
+        if free:
+            self._wake(free)
+            # With `narrow`, there may be slots that cannot be promised to those who have no worker yet.
+            if any(group.narrow or group.free > group.promised + group.promised_elsewhere for group in free):
+                self._admit_queued()
+
     def _start_waiting(self) -> None:
         """Admit what has room, after a request ended or the fleet changed."""
-        if self._placing:
-            placing, self._placing = self._placing, []
-            for waiter in placing:
-                if not waiter.done():
-                    waiter.set_result(None)
+        self._wake(None)
+        self._admit_queued()
+
+    def _wake(self, groups: Collection[ModelGroup] | None) -> None:
+        """Let the admitted requests of these groups, or of all, look again whether a worker is eligible."""
+        if not self._placing:
+            return
+        placing, self._placing = self._placing, []
+        for group, waiter in placing:
+            if groups is not None and group not in groups:
+                self._placing.append((group, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
+
+    def _admit_queued(self) -> None:
         if not self.queued:
             return
         for queue in self._queues:
@@ -322,7 +344,7 @@ class Admission:
         if limit_s <= 0:
             return False
         waiter = asyncio.get_running_loop().create_future()
-        self._placing.append(waiter)
+        self._placing.append((served.group, waiter))
         try:
             async with asyncio.timeout(min(limit_s, patience_s)):
                 await waiter

@@ -7,6 +7,7 @@ from typing import Final
 
 from eldr.learning.lessons import Lesson
 from eldr.policies.shares import Share
+from eldr.router.fleet.groups import ModelGroup
 from eldr.router.fleet.workers import Fleet, Worker
 from eldr.router.placement.admission import Admission
 from eldr.router.placement.decode import Placements
@@ -43,6 +44,7 @@ class Elsewhere:
         self._admission = admission
         self._at: dict[str, dict[RunningElsewhere, None]] = {}
         self._needs: Mapping[str, tuple[int, int]] = {}
+        self._grown: dict[ModelGroup, None] = {}  # groups that may have more room than at the last look
         self.running = 0
 
     def started(self, request: RunningElsewhere) -> None:
@@ -54,6 +56,8 @@ class Elsewhere:
         worker = self._fleet.workers("decode").get(request.url)
         if worker is not None:
             self._fleet.set_elsewhere(worker, len(at))
+            if worker.busy > worker.max_inflight:  # a fair part of the slots counts what runs beyond the limit
+                self._note_growth(worker)
             self._tell(request, self._placements(worker))
 
     def ended(self, request: RunningElsewhere) -> None:
@@ -65,6 +69,7 @@ class Elsewhere:
         worker = self._fleet.workers("decode").get(request.url)
         if worker is not None:
             self._fleet.set_elsewhere(worker, len(at))
+            self._note_growth(worker)
         self._tell(request, None)
 
     def prompt_computed(self, request: RunningElsewhere) -> None:
@@ -86,15 +91,27 @@ class Elsewhere:
                 need = needs.get(name)
                 if need is not None:
                     promised, waiting = promised + need[0], waiting + need[1]
+            if promised < group.promised_elsewhere or waiting < group.waiting_elsewhere:
+                self._grown[group] = None
             group.promised_elsewhere, group.waiting_elsewhere = promised, waiting
 
     def learned(self, model: str, lesson: Lesson) -> None:
         """Another replica has learned from a request."""
         self._lanes.learned_elsewhere(model, lesson)
 
-    def changed(self) -> None:
-        """Admit whoever has room now. To be called after a few of the other calls."""
-        self._admission.changed()
+    def admit(self) -> None:
+        """Admit whoever has room now. To be called after a few of the other calls.
+
+        Most of what replicas tell takes room, or none. So the queue is not looked at unless there may be more.
+        """
+        if self._grown:
+            grown, self._grown = self._grown, {}
+            self._admission.room_grew(grown)
+
+    def _note_growth(self, worker: Worker) -> None:
+        group = self._fleet.group(worker)
+        if group is not None:
+            self._grown[group] = None
 
     def fleet_changed(self, worker: Worker) -> None:
         """A listener of the fleet, after `lanes`. A policy forgets what runs at a worker that leaves its group."""
