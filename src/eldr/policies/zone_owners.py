@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from itertools import chain, cycle
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class ZoneOwners:
     """The zone of each worker. It follows from which workers there are, and not from when they joined.
 
-    So several routers that see the same workers give each of them the same zone, in whatever order they find them.
-    Workers take the zones in turn, in the order of their names, of which shorter ones come first: w2 before w10. With
-    more workers than zones several share one. With fewer, the last zones have no owner.
+    So several routers that see the same workers give each of them the same zone, in whatever order they find them. With
+    more workers than zones several share one, and no zone has two workers more than another. With fewer, some zones
+    have no owner.
+
+    Every pair of a worker and a zone has a number that looks drawn at random. The lowest pair is taken, then the lowest
+    of those that are left: a stable matching, by the weights of rendezvous hashing (Thaler and Ravishankar 1998). Where
+    one worker comes or goes, few others change their zones, mostly one or none. Dealt out in the order of names, half
+    of them would, and run requests of two zones until the old ones end.
 
     zone_of: worker -> its zone, 0 to K - 1, in the order in which workers joined.
     """
@@ -42,8 +50,39 @@ class ZoneOwners:
 
     def _assign(self) -> None:
         kept = {worker: zone for worker, zone in self._of_refit.items() if worker in self.zone_of}
-        taken = set(kept.values())
-        turns = chain((zone for zone in range(self._zones) if zone not in taken), cycle(range(self._zones)))
-        others = sorted((worker for worker in self.zone_of if worker not in kept), key=lambda name: (len(name), name))
-        assigned = kept | dict(zip(others, turns, strict=False))
+        others = sorted(worker for worker in self.zone_of if worker not in kept)
+        assigned = dict(kept)
+        zones = sorted(set(range(self._zones)).difference(kept.values()))
+        while others:
+            matched = _match(_numbers(others, zones))
+            assigned |= {worker: zones[at] for worker, at in zip(others, matched, strict=True) if at >= 0}
+            others = [worker for worker in others if worker not in assigned]
+            zones = list(range(self._zones))
         self.zone_of = {worker: assigned[worker] for worker in self.zone_of}
+
+
+def _numbers(workers: Sequence[str], zones: Sequence[int]) -> NDArray[np.uint64]:
+    """A number for each pair, uint64 [workers, zones]: splitmix64 (Steele, Lea and Flood 2014), seeded by the name."""
+    seeds = [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") for name in workers]
+    steps = (np.array(zones, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    number = np.array(seeds, dtype=np.uint64)[:, None] + steps
+    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(number ^ (number >> np.uint64(31)))
+
+
+def _match(numbers: NDArray[np.uint64]) -> list[int]:
+    """The column of each row [n, K], -1 if there are too few: the lowest pair of all, then the lowest of the others.
+
+    A pair that is the lowest of its row and of its column is taken by that rule, whatever comes before it. There always
+    is one.
+    """
+    found = np.full(len(numbers), -1)
+    rows, columns = np.arange(numbers.shape[0]), np.arange(numbers.shape[1])
+    while len(rows) and len(columns):
+        left = numbers[np.ix_(rows, columns)]
+        row_of = left.argmin(axis=0)
+        taken = np.flatnonzero(left.argmin(axis=1)[row_of] == np.arange(len(columns)))
+        found[rows[row_of[taken]]] = columns[taken]
+        rows, columns = np.delete(rows, row_of[taken]), np.delete(columns, taken)
+    return [int(column) for column in found]

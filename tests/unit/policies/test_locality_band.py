@@ -1,7 +1,7 @@
 """Locality-band routing against the paper's rule in plain Python, under joins, leaves and full workers."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from eldr.counts import ExpertCounts
 from eldr.policies import POLICY_NAMES, PolicyError, PolicyOptions, make_policy
 from eldr.policies.base import DecodeRequest
 from eldr.policies.locality_band import LocalityBand
+from eldr.policies.zone_owners import ZoneOwners
 from tests.synthetic import make_calibration
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -65,6 +66,14 @@ def acceptable(nearness: dict[str, float], in_flight: Mapping[str, int], tau: fl
     return choices
 
 
+def zones_of(zones: int, workers: Iterable[str]) -> dict[str, int]:
+    """The zone of each worker."""
+    owners = ZoneOwners(zones)
+    for worker in workers:
+        owners.join(worker)
+    return dict(owners.zone_of)
+
+
 counts_strategy = st.lists(
     st.lists(st.integers(0, 9), min_size=EXPERTS, max_size=EXPERTS), min_size=LAYERS, max_size=LAYERS
 )
@@ -92,9 +101,8 @@ class Fleet(RuleBasedStateMachine):
         self.load: dict[str, int] = {}
 
     def divide(self) -> None:
-        """The zones are dealt out in the order of the workers' numbers."""
-        by_number = sorted(self.zone, key=lambda worker: int(worker[1:]))
-        self.zone = {worker: place % self.calibration.workers for place, worker in enumerate(by_number)}
+        """Who has which zone follows from who is there (test_zone_owners.py)."""
+        self.zone = zones_of(self.calibration.workers, self.zone)
 
     @rule(number=st.integers(0, 200), load=st.integers(0, 4))
     def join(self, number: int, load: int) -> None:
@@ -164,7 +172,8 @@ def test_tau_zero_is_pure_locality(counts: list[list[int]], seed: int, loads: li
     assume(ordered[-1] - ordered[-2] > EDGE)
     in_flight = {f"w{i}": load for i, load in enumerate(loads)}
     policy = policy_of(calibration, in_flight, tau=0)
-    assert policy.choose(make_request(counts), in_flight).worker == f"w{of_zone.index(ordered[-1])}"
+    chosen = policy.choose(make_request(counts), in_flight).worker
+    assert zones_of(5, in_flight)[chosen] == of_zone.index(ordered[-1])
 
 
 @settings(max_examples=100, deadline=None)
@@ -177,9 +186,10 @@ def test_the_widest_band_is_the_shortest_queue(counts: list[list[int]], loads: l
 
 
 def narrow(tau: float, two_nearest: bool) -> tuple[LocalityBand, DecodeRequest]:
-    """Three zones along three experts of a request that leans to the first, then the second."""
+    """The zones of a, b and c are along three experts of a request that leans to the first, then the second."""
     calibration = make_calibration(3, LAYERS, EXPERTS, TOP_K, transform="count")
-    calibration.centroids[:] = np.eye(3, LAYERS * EXPERTS)
+    zones = zones_of(3, "abc")
+    calibration.centroids[[zones[worker] for worker in "abc"]] = np.eye(3, LAYERS * EXPERTS)
     counts = np.zeros((LAYERS, EXPERTS))
     counts[0, :3] = [9, 4, 1]
     return policy_of(calibration, "abc", tau=tau, two_nearest=two_nearest), make_request(counts)
@@ -207,17 +217,6 @@ def test_the_band_is_that_of_the_eligible_workers() -> None:
     assert policy.choose(request, {"b": 3, "c": 0}).worker == "b"
 
 
-def test_zones_are_dealt_out_in_the_order_of_names() -> None:
-    policy, request = narrow(0, False)
-    policy.left("a")
-    assert policy.choose(request, {"b": 5, "c": 0}).worker == "b"  # c has the second zone, the third is nobody's
-    policy.joined("e")
-    policy.joined("d")  # between c and e; there are more workers than zones, and e has the first one as well
-    assert policy.choose(request, {"b": 5, "c": 0, "d": 0, "e": 4}).worker == "e"
-    policy.joined("a")
-    assert policy.choose(request, {"a": 5, "b": 0, "c": 0, "d": 4, "e": 0}).worker == "d"
-
-
 def test_the_order_in_which_workers_join_does_not_matter() -> None:
     """Several routers find the same workers, each in an order of its own, and some see one come and go in between."""
     calibration = make_calibration(5, LAYERS, EXPERTS, TOP_K)
@@ -233,8 +232,10 @@ def test_the_order_in_which_workers_join_does_not_matter() -> None:
         order = list(picture.rows)
         zones.append([[picture.rows[one][order.index(other)] for other in workers] for one in workers])
     assert zones[0] == zones[1] == zones[2] == zones[3]
-    assert zones[0][0][5] == pytest.approx(1)  # 13 workers share 5 zones
-    assert zones[0][0][1] < 0.99
+    of = zones_of(5, workers)  # 13 workers share 5 zones
+    for one, alike in zip(workers, zones[0], strict=True):
+        for other, likeness in zip(workers, alike, strict=True):
+            assert (likeness > 0.9999) == (of[one] == of[other])
 
 
 def test_another_top_k_is_another_geometry() -> None:
