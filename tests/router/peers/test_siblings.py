@@ -11,6 +11,34 @@ from eldr.router.peers.siblings import Siblings
 from tests.router.harness import on_uvloop, until
 
 
+async def connected(hub: Hub, index: int) -> tuple[Siblings, list[bytes]]:
+    """One more process, and the changes that it hears of."""
+    ours, theirs = socket.socketpair()
+    await hub.attach(ours)
+    siblings, heard = Siblings(index, 2, theirs), list[bytes]()
+    siblings.heard[b"change"] = heard.append
+    await siblings.start()
+    return siblings, heard
+
+
+@on_uvloop
+async def test_who_starts_later_is_told_the_last_of_each_topic_unless_it_is_forgotten() -> None:
+    hub = Hub()
+    one, _ = await connected(hub, 0)
+    for topic, details in ((b"a", b"a1"), (b"b", b"b1"), (b"c", b"c1"), (b"a", b"a2"), (b"c", b"c2")):
+        one.keep(b"change", topic, details)
+    one.forget(b"c")
+    one.forget(b"unknown")
+    one.keep(b"change", b"d", b"d1")
+    other, heard = await connected(hub, 1)
+    one.ready()
+    await one.ask(b"anything")  # the parent has heard all of it
+    other.ready()
+    await until(lambda: heard == [b"b1", b"a2", b"d1"], "it is told")
+    one.close()
+    other.close()
+
+
 @on_uvloop
 async def test_what_fails_at_a_message_ends_no_process(caplog: pytest.LogCaptureFixture) -> None:
     hub = Hub()

@@ -23,6 +23,8 @@ from tests.router.experts.test_connector_reports import wire
 from tests.router.fake_worker import FakeWorker
 from tests.router.process.test_process import Clients, Workers, end, port_of, serve, successor_of, wait_for
 
+# Nobody listens there.
+DEAD = "http://127.0.0.1:1"
 SUM = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$")
 
 
@@ -209,6 +211,51 @@ def test_the_admin_api_changes_all_processes_and_those_that_start_later(tmp_path
             assert process.wait(30) == 0
         finally:
             end_all(process, [process.pid])
+
+
+def test_a_worker_that_came_back_is_not_let_go_again_by_a_process_that_starts_later(tmp_path: Path) -> None:
+    key, file = tmp_path / "key", tmp_path / "eldr.toml"
+    key.write_text("secret")
+    with Workers() as workers:
+        prefill, stays, returns = (worker.url for worker in workers.all)
+
+        def write(*decode: str) -> None:
+            file.write_text(f"prefill = {json.dumps([prefill])}\ndecode = {json.dumps(decode)}\n")
+
+        write(stays, returns)
+        flags = ("--config", file, "--admin-listen", "127.0.0.1:0", "--admin-key-file", key)
+        process = serve_without_workers("--processes", "2", *flags)
+        try:
+            admin, port = admin_port_of(process), port_of(process)
+
+            def up(url: str) -> list[float]:
+                return list(samples(get(port, "/metrics"), "eldr_worker_up", worker=url).values())
+
+            def drain(url: str) -> None:
+                get(admin, "/admin/drain", "secret", method="POST", data=json.dumps({"url": url}).encode())
+                wait_for(lambda: up(url) == [], "it has left")
+
+            drain(returns)
+            write(stays, DEAD)
+            wait_for(lambda: up(DEAD) == [0.0, 0.0], "both have read that it is no longer listed")
+            write(stays, returns)
+            wait_for(lambda: up(returns) == [1.0, 1.0] and up(DEAD) == [], "it is back in both")
+            drain(stays)
+            victim = children(process.pid)[0]
+            os.kill(victim, signal.SIGKILL)
+            wait_for(lambda: victim not in children(process.pid), "one is gone")
+            # What was kept is told as soon as the next process is ready, and its own lists name both.
+            wait_for(lambda: len(up(returns)) == 2 and up(stays) == [], "the next one has let the other go")
+            assert up(returns) == [1.0, 1.0]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            end_all(process, [process.pid])
+
+
+def serve_without_workers(*flags: Any) -> subprocess.Popen[str]:
+    """A router whose workers are not named by flags."""
+    return serve(Workers(), *flags)
 
 
 def subprocess_with_one_decode(workers: Workers, *flags: str) -> subprocess.Popen[str]:

@@ -158,6 +158,7 @@ class Workers:
 
     def __init__(self, decode: type[Any] = FakeWorker) -> None:
         self._decode = decode
+        self.all: list[FakeWorker] = []
 
     def __enter__(self) -> Workers:
         self._loop = asyncio.new_event_loop()

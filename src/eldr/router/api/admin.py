@@ -12,7 +12,7 @@ import orjson
 from eldr.router.api.ui.page import TYPE, page
 from eldr.router.api.ui.state import UiState
 from eldr.router.api.whole import Whole, all_states, all_workers
-from eldr.router.config.endpoint import ROLES, Endpoint, Role, UrlError, why_no_endpoint, worker_url
+from eldr.router.config.endpoint import ROLES, Endpoint, Role, UrlError, leg_of, why_no_endpoint, worker_url
 from eldr.router.fleet.membership import Membership, MembershipError
 from eldr.router.fleet.workers import Worker
 from eldr.router.http.admin_key import AdminKey
@@ -51,6 +51,7 @@ class AdminApi:
             whole.siblings.answers[STATE] = lambda details: ui.json()
             whole.siblings.answers[WORKERS] = lambda details: orjson.dumps(self._workers())
             whole.siblings.heard[CHANGE] = self._changed_elsewhere
+            membership.came_back = self._came_back
         self.connections: set[ClientConnection] = set()
         self.closing = False
         self._membership = membership
@@ -100,8 +101,15 @@ class AdminApi:
         """Let the other processes do the same, and those that start later."""
         siblings = self._whole.siblings
         if siblings is not None and isinstance(answer, dict):
-            topic = f"{answer['role']} {answer['url']}".encode()
+            topic = _topic(answer["role"], answer["url"])
             siblings.keep(CHANGE, topic, b" ".join((request.method, request.path, request.body)))
+
+    def _came_back(self, endpoint: Endpoint) -> None:
+        """A source names a worker anew. Whoever starts later finds it there, and must not let it go again."""
+        assert self._whole.siblings is not None
+        for role in ROLES:
+            if leg_of(role) == leg_of(endpoint.role):
+                self._whole.siblings.forget(_topic(role, endpoint.url))
 
     def _changed_elsewhere(self, change: bytes) -> None:
         """Another process was told something. Here it may be so already."""
@@ -188,6 +196,11 @@ def describe(worker: Worker) -> dict[str, Any]:
         "kv_usage": None if worker.load is None else worker.load[1],
         "models": None if worker.models is None else sorted(worker.models),
     }
+
+
+def _topic(role: str, url: str) -> bytes:
+    """What a change is about. Of each, those that start later are told the last."""
+    return f"{role} {url}".encode()
 
 
 def _only(fields: dict[str, Any], *known: str) -> None:

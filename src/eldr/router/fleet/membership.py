@@ -63,6 +63,7 @@ class Membership:
 
     lists: reads what the workers serve.
     went_down: called with a worker that stopped answering its probes.
+    came_back: called with each worker that joins because a source names it anew, whoever let it go before.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Membership:
         self._is_sglang = config.engine == "sglang"
         self._members: dict[Worker, _Member] = {}
         self._watching: list[asyncio.Task[None]] = []
+        self.came_back: Callable[[Endpoint], None] = lambda endpoint: None
 
     # Driven by sources.
 
@@ -133,6 +135,7 @@ class Membership:
         worker = self._at(endpoint)
         if worker is None or worker.draining:
             self.join(endpoint, source)
+            self.came_back(endpoint)
         elif worker.role != endpoint.role:
             self._change_role(worker, endpoint.role)
 

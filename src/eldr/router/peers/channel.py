@@ -19,6 +19,7 @@ ANSWER: Final = 5  # number: of the question
 TELL: Final = 6
 KEEP: Final = 7
 READY: Final = 8
+FORGET: Final = 9
 
 # What waits for a process that does not read takes no more memory than this. The rest is lost.
 MOST_WAITING_BYTES: Final = 64 * 2**20

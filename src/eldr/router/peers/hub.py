@@ -83,6 +83,8 @@ class Hub:
             while len(self._kept) > MOST_KEPT:
                 del self._kept[next(iter(self._kept))]
             self._tell(link, message)
+        elif kind == channel.FORGET:
+            self._kept.pop(data, None)
         elif kind == channel.READY:
             link.ready = True
             for message in self._kept.values():

@@ -115,6 +115,10 @@ class Siblings:
         """Tell all others, and those that start later the last of each topic. No topic has a line end."""
         self.send(channel.KEEP, 0, b"\n".join((kind, topic, details)))
 
+    def forget(self, topic: bytes) -> None:
+        """What was to be kept of this topic no longer holds for those that start later."""
+        self.send(channel.FORGET, 0, topic)
+
     def close(self) -> None:
         self.gone = lambda: None
         if self._channel is not None:
