@@ -15,7 +15,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from io import FileIO
 
 from eldr.errors import EldrError
 from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port
@@ -166,19 +168,38 @@ class Machine:
 
     async def _start(self, index: int) -> bool:
         """Start a process. Returns whether it serves."""
-        ours, theirs = socket.socketpair()
-        reading, writing = os.pipe()
-        sockets = [sockets[index % len(sockets)] for sockets in (self._clients, self._admin) if sockets]
-        fds = [sock.fileno() for sock in sockets]
-        environment = {
-            **os.environ,
-            FDS: ",".join(map(str, fds)),
-            READY_FD: str(writing),
-            PROCESS: f"{index},{self._count},{theirs.fileno()}",
-        }
         try:
+            ours, pipe = await self._spawn(index)
+            with pipe:
+                await self._hub.attach(ours)
+                os.set_blocking(pipe.fileno(), False)
+                return bool(await first_byte(pipe.fileno()))
+        except OSError as error:
+            log.error("process %d cannot be started: %s", index, error)
+            return False
+
+    async def _spawn(self, index: int) -> tuple[socket.socket, FileIO]:
+        """Start a process. Returns this end of its channel, and the pipe by which it says that it serves.
+
+        Raises OSError. Nothing stays open then.
+        """
+        with ExitStack() as our_ends, ExitStack() as its_ends:
+            ours, theirs = socket.socketpair()
+            our_ends.enter_context(ours)
+            its_ends.enter_context(theirs)
+            reading, writing = os.pipe()
+            its_ends.callback(os.close, writing)
+            pipe = our_ends.enter_context(FileIO(reading))
+            sockets = [sockets[index % len(sockets)] for sockets in (self._clients, self._admin) if sockets]
+            fds = [sock.fileno() for sock in sockets]
+            environment = {
+                **os.environ,
+                FDS: ",".join(map(str, fds)),
+                READY_FD: str(writing),
+                PROCESS: f"{index},{self._count},{theirs.fileno()}",
+            }
             # A session of its own: Ctrl-C reaches the parent alone, which passes it on.
-            process = await asyncio.create_subprocess_exec(
+            self._running[index] = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *sys.orig_argv[1:],
                 env=environment,
@@ -186,22 +207,11 @@ class Machine:
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
             )
-        except OSError as error:
-            log.error("process %d cannot be started: %s", index, error)
-            ours.close()
-            os.close(reading)
-            return False
-        finally:
-            theirs.close()
-            os.close(writing)
-        self._running[index] = process
-        await self._hub.attach(ours)
-        with os.fdopen(reading, "rb", buffering=0) as pipe:
-            os.set_blocking(pipe.fileno(), False)
-            return bool(await first_byte(pipe.fileno()))
+            our_ends.pop_all()
+        return ours, pipe
 
     async def _keep(self, index: int) -> None:
-        """Start a process again whenever it dies."""
+        """Start a process again whenever it dies, or could not be started."""
         loop = asyncio.get_running_loop()
         wait_s = LEAST_WAIT_S
         while True:
@@ -211,6 +221,8 @@ class Machine:
                 code = await process.wait()
                 log.error("process %d (%d) ended with %d and is started again", index, process.pid, code)
             wait_s = LEAST_WAIT_S if loop.time() - begun_s > LONG_S else min(2 * wait_s, MOST_WAIT_S)
+            if process is None:  # not even that was possible, for want of descriptors or memory
+                log.error("process %d is tried again in %g s", index, wait_s)
             await asyncio.sleep(wait_s)
             self._running.pop(index, None)
             await self._start(index)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -171,6 +172,24 @@ def test_a_process_that_dies_costs_no_request_but_its_own() -> None:
         finally:
             clients.join()
         assert len(clients.failed) <= 6  # one for each client, at most
+
+
+def test_a_parent_without_descriptors_tries_again_until_it_has_some() -> None:
+    with Workers() as workers, machine(workers, count=2) as (process, port):
+        _, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, hard))
+        victim = children(process.pid)[0]
+        os.kill(victim, signal.SIGKILL)
+        said = []
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            if "is tried again in 2 s" in line:  # twice the time of the first failure
+                break
+        assert any("cannot be started: [Errno 24] Too many open files" in line for line in said)
+        assert len(children(process.pid)) == 1
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+        wait_for(lambda: len(running(port)) == 2, "another has taken its place")
 
 
 def test_the_admin_api_changes_all_processes_and_those_that_start_later(tmp_path: Path) -> None:
