@@ -197,7 +197,8 @@ def test_only_what_makes_room_wakes_requests_that_wait_for_a_worker() -> None:
             assert not waits.done(), frame
         listener.others.hear(wire.encode(Events(1, 6, [], [], [1], {})), 1.0)
         await settle()
-        assert waits.done() and waits.result()
+        assert waits.done()
+        assert waits.result()
 
     asyncio.run(run())
 
