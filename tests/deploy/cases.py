@@ -87,6 +87,7 @@ CASES: dict[str, dict[str, Any]] = {
         "picker": {
             "enabled": True,
             "config": {"phase": "pair", "fallbacks": 3},
+            "autoscaling": {"enabled": True, "minReplicas": 3, "cpuUtilization": 0},
             "inferencePool": {"create": True, "name": "qwen3", "matchLabels": {"app": "qwen3"}},
         },
         "discovery": {

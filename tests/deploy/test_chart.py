@@ -486,8 +486,22 @@ def test_a_picker_needs_no_router() -> None:
     manifests = render(CASES["picker"])
     for kind in ("Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service", "ConfigMap"):
         assert of_kind(manifests, kind).keys() - {"eldr-nats"} == {"eldr-epp"}, kind
-    assert not of_kind(manifests, "HorizontalPodAutoscaler")
     assert of_kind(manifests, "ServiceMonitor").keys() == {"eldr-epp"}
+
+
+def test_a_picker_is_scaled_on_its_requests_and_a_router_beside_it_by_its_own_values() -> None:
+    manifests = render(CASES["picker"])
+    (autoscaler,) = of_kind(manifests, "HorizontalPodAutoscaler").values()
+    spec = autoscaler["spec"]
+    assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "eldr-epp"}
+    assert (spec["minReplicas"], spec["maxReplicas"]) == (3, 8)
+    (metric,) = spec["metrics"]  # no events, and CPU is turned off
+    assert metric["pods"]["metric"] == {"name": "eldr_requests_per_second"}
+    assert "replicas" not in of_kind(manifests, "Deployment")["eldr-epp"]["spec"]
+    values = CASES["router and picker"]
+    assert of_kind(render(values), "HorizontalPodAutoscaler").keys() == {"eldr"}
+    both = {**values, "picker": {**values["picker"], "autoscaling": {"enabled": True}}}
+    assert of_kind(render(both), "HorizontalPodAutoscaler").keys() == {"eldr", "eldr-epp"}
 
 
 def test_gateways_speak_http2_to_the_picker() -> None:

@@ -11,12 +11,12 @@
 {{- $name := include "eldr.name" . -}}
 {{- $components := dict -}}
 {{- if .Values.router.enabled -}}
-{{- $router := dict "name" $name "command" "serve" "replicas" .Values.replicas "resources" .Values.resources -}}
+{{- $router := dict "name" $name "command" "serve" "replicas" .Values.replicas "autoscaling" .Values.autoscaling "resources" .Values.resources -}}
 {{- $_ := set $components "router" $router -}}
 {{- end -}}
 {{- with .Values.picker -}}
 {{- if .enabled -}}
-{{- $picker := dict "name" (printf "%s-epp" $name) "command" "epp" "replicas" .replicas "resources" .resources -}}
+{{- $picker := dict "name" (printf "%s-epp" $name) "command" "epp" "replicas" .replicas "autoscaling" .autoscaling "resources" .resources -}}
 {{- $_ := set $components "picker" $picker -}}
 {{- end -}}
 {{- end -}}
