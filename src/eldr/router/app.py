@@ -181,7 +181,7 @@ class Router:
             memory,
         )
         collector = RouterCollector(
-            metrics, fleet, admission, self._lanes, memory, self._decision_log, quotas, self.peers
+            metrics, fleet, admission, self._lanes, memory, self._decision_log, quotas, self.peers, config
         )
         whole = Whole(siblings)
         reports = None if self._experts is None else ExpertReports(self._experts, self.report_key, whole)

@@ -15,6 +15,9 @@ from prometheus_client import Metric
 
 from eldr.policies.expected_union import ExpectedUnion
 from eldr.router.api.metrics import FAILURES, FRESH_BURST, FRESH_PER_S, RouterCollector
+from eldr.router.config.endpoint import Role
+from eldr.router.config.picker import PickerConfig
+from eldr.router.config.settings import RouterConfig
 from eldr.router.fleet.load_watch import parse_steps
 from eldr.router.http.client import ExchangeError, UpstreamError
 from eldr.router.request import verdict  # noqa: F401  # defines an ExchangeError
@@ -212,3 +215,29 @@ async def test_every_metric_of_the_dashboard_and_the_alerts_exists() -> None:
         assert set(NAME.findall(expression)) <= exported, expression
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids))
+
+
+def needed(config: RouterConfig, *present: Role) -> set[str]:
+    return set(config.needed_roles(present))
+
+
+def test_roles_that_requests_need() -> None:
+    url, names = ("http://127.0.0.1:1",), ("dns+http://w:8000",)
+    admin: dict[str, Any] = {"admin_listen": "127.0.0.1:0", "admin_key_file": Path("key")}
+    assert needed(RouterConfig.of(prefill=url, decode=url)) == {"prefill", "decode"}
+    assert needed(RouterConfig.of(worker=names)) == {"aggregated"}
+    assert needed(RouterConfig.of(worker=names, **admin), "decode") == {"aggregated", "decode", "prefill"}
+    assert needed(RouterConfig.of(**admin)) == {"prefill", "decode"}
+    assert needed(RouterConfig.of(**admin), "aggregated") == {"aggregated"}
+    assert needed(PickerConfig.of(decode=names)) == {"decode"}
+    assert needed(PickerConfig.of(decode=names, prefill=names)) == {"prefill", "decode"}
+    assert needed(PickerConfig.of(decode=names), "prefill") == {"prefill", "decode"}
+    for phase, roles in (("decode", {"decode"}), ("prefill", {"prefill"}), ("pair", {"prefill", "decode"})):
+        assert needed(PickerConfig.of(phase=phase, **admin)) == roles
+
+
+@on_uvloop
+async def test_roles_are_needed_as_long_as_a_worker_may_come_back() -> None:
+    async with running(prefill=1, decode=1) as s:
+        wanted = {"prefill": 1, "decode": 1, "aggregated": 0}
+        assert {role: await s.metric("eldr_role_needed", role=role) for role in wanted} == wanted

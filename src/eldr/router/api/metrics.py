@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from eldr.policies.base import Picture
 from eldr.router.config.endpoint import LEGS, ROLES
+from eldr.router.config.settings import RouterConfig
 from eldr.router.fleet.workers import Fleet
 from eldr.router.http.body_memory import BodyMemory
 from eldr.router.http.media_types import accepts
@@ -61,7 +62,9 @@ class RouterCollector(Collector):
         decision_log: DecisionLog | None,
         quotas: Quotas,
         peers: Peers | None,
+        config: RouterConfig,
     ) -> None:
+        self._config = config
         self._peers = peers
         self._decision_log = decision_log
         self._lanes = lanes
@@ -166,6 +169,7 @@ class RouterCollector(Collector):
         yield counter("eldr_bodies_refused", "Bodies that found no room in memory.", ("body",), no_room)
         yield GaugeMetricFamily("eldr_admitted", "Requests past the queue.", value=self._admission.admitted)
         yield from self._model_families()
+        yield self._roles()
         if self._peers is not None:
             yield from self._peer_families(self._peers)
         yield from self._worker_families()
@@ -251,6 +255,16 @@ class RouterCollector(Collector):
         for lane in self._lanes:
             policies.add_metric((lane.group.name, lane.placements.policy_name), 1)
         yield policies
+
+    def _roles(self) -> Metric:
+        present = {worker.role for leg in LEGS for worker in self._fleet.workers(leg).values()}
+        needed = self._config.needed_roles(present)
+        family = GaugeMetricFamily(
+            "eldr_role_needed", "Whether requests cannot be answered without a worker of the role.", labels=("role",)
+        )
+        for role in ROLES:
+            family.add_metric((role,), role in needed)
+        return family
 
     def _worker_families(self) -> Iterator[Metric]:
         labels = ("role", "worker")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Final
 from urllib.parse import urlsplit
 
-from eldr.router.config.endpoint import why_no_endpoint
+from eldr.router.config.endpoint import ROLES, Role, why_no_endpoint
 from eldr.router.config.settings import ConfigError, RouterConfig, host_and_port
 from eldr.settings import group, setting
 
 # The address of a worker that is not known yet.
 ANY: Final = "0.0.0.0"
-PHASES = ("decode", "prefill", "pair")
+# What a phase needs, as long as nothing else is known.
+PHASE_ROLES: Final[dict[str, tuple[Role, ...]]] = {
+    "decode": ("decode",), "prefill": ("prefill",), "pair": ("prefill", "decode"),
+}  # fmt: skip
+PHASES = tuple(PHASE_ROLES)
 
 
 @dataclass
@@ -63,3 +68,8 @@ class PickerConfig(RouterConfig):
             if why is not None:
                 raise ConfigError(f"{given}: {why}")
         host_and_port("grpc_listen", self.picker.grpc_listen)
+
+    def needed_roles(self, present: Collection[Role]) -> frozenset[Role]:
+        """Those that it knows: another picker may choose for the other phase."""
+        known = frozenset(role for role in ROLES if self.workers.urls(role)).union(present)
+        return known or frozenset(PHASE_ROLES[self.picker.phase])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from eldr.errors import EldrError
 from eldr.policies.options import cost_table
-from eldr.router.config.endpoint import LEGS, UrlError, worker_urls
+from eldr.router.config.endpoint import LEGS, ROLES, Role, UrlError, worker_urls
 from eldr.router.config.groups import (
     ClientLimits,
     EjectionSettings,
@@ -61,6 +61,14 @@ class RouterConfig:
         for leg in LEGS:
             if not workers.urls(leg) and listen.admin_listen is None and (workers.prefill or workers.decode):
                 raise ConfigError(f"{leg} is empty: give at least one {leg} worker, such as http://10.0.0.1:8000")
+
+    def needed_roles(self, present: Collection[Role]) -> frozenset[Role]:
+        """The roles without which some request cannot be answered. present: those of the workers that are there.
+
+        They are those that the settings name, and those that came by other ways. A hand-off needs both of its legs.
+        """
+        needed = frozenset(role for role in ROLES if self.workers.urls(role)).union(present)
+        return needed if needed == {"aggregated"} else needed.union(LEGS)
 
     def __post_init__(self) -> None:
         """Check settings that depend on each other."""
