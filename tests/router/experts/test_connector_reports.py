@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eldr.counts import ExpertCounts, encode_counts
+from eldr.router.api.experts import AT_ONCE, ExpertReports
+from eldr.router.api.whole import Whole
 from eldr.router.experts.connector_reports import leg_names
+from eldr.router.experts.expected import ExpectedReports
+from eldr.router.experts.watch import ExpertSources
+from eldr.router.http.admin_key import AdminKey
+from eldr.router.observe.counters import Metrics
+from eldr.router.peers.hub import Hub
+from eldr.router.peers.siblings import Siblings
 from tests.router.experts.lessons import GEOMETRY, Lessons, counted, rows_of
 from tests.router.fake_worker import TOP_K, FakeWorker, Seen
 from tests.router.harness import ASK, CHAT, Reply, Setup, bearer, on_uvloop, running
@@ -178,6 +188,54 @@ async def test_only_the_attempt_that_answered_is_learned_from(tmp_path: Path) ->
         answer = await report(s, {"id": named(first), "counts": wire()}, {"id": named(retried), "counts": wire(seed=1)})
         assert answer.json() == {"accepted": 1, "refused": {"unknown_request": 1}}
         assert np.array_equal(lessons.heard[0][1].counts, counted(rows_of(3, seed=1)))
+
+
+class Paced(Lessons):
+    """Also keeps in which turn of the event loop each report was taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = 0
+        self.taken: Counter[int] = Counter()
+
+    def report(self, request_id: str, decode: ExpertCounts) -> None:
+        super().report(request_id, decode)
+        self.taken[self.turn] += 1
+
+    async def count_turns(self) -> None:
+        while True:
+            await asyncio.sleep(0)
+            self.turn += 1
+
+
+@on_uvloop
+async def test_reports_of_another_processs_requests_are_taken_a_few_in_a_turn() -> None:
+    hub = Hub()
+    expected, paced = [], Paced()
+    siblings = []
+    for index, sink in enumerate((Lessons(), paced)):
+        ours, theirs = socket.socketpair()
+        await hub.attach(ours)
+        one = Siblings(index, 2, theirs)
+        expected.append(ExpectedReports(sink, {}, Metrics()))
+        ExpertReports(ExpertSources(expected[index], True, None), AdminKey(None), Whole(one))
+        await one.start()
+        one.ready()
+        siblings.append(one)
+    asks, answers = siblings
+    names = [f"r{number}" for number in range(100)]
+    for name in names:
+        expected[1].expect(name, name, None, None)
+    await answers.ask(b"anything")  # the parent has heard that it is ready
+    counting = asyncio.create_task(paced.count_turns())
+    reports = [{"id": named(name), "counts": wire()} for name in [*names, "stranger"]]
+    (answer,) = await asks.ask(b"reports", json.dumps(reports).encode())
+    counting.cancel()
+    assert json.loads(answer) == {"outcomes": {"accepted": 100}, "taken": list(range(100))}
+    assert [request_id for request_id, _ in paced.heard] == names
+    assert max(paced.taken.values()) <= AT_ONCE
+    for one in siblings:
+        one.close()
 
 
 @pytest.mark.parametrize(

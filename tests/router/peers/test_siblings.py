@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
 import pytest
@@ -55,6 +56,10 @@ async def test_what_fails_at_a_message_ends_no_process(caplog: pytest.LogCapture
     def fail(details: bytes) -> bytes:
         raise ValueError(details)
 
+    async def later(details: bytes) -> bytes:
+        await asyncio.sleep(0)
+        return details if details == b"good" else fail(details)
+
     def change(details: bytes) -> None:
         if details == b"bad":
             fail(details)
@@ -63,15 +68,19 @@ async def test_what_fails_at_a_message_ends_no_process(caplog: pytest.LogCapture
     other.gone = lambda: ended.append(other.index)
     other.answers[b"question"] = fail
     other.answers[b"another"] = lambda details: details
+    other.answers[b"slow"] = later
     other.heard[b"change"] = change
     other.ready()
     await other.ask(b"anything")  # the parent has heard that it is ready
     assert await one.ask(b"question") == [b""]
+    assert await one.ask(b"slow", b"bad") == [b""]
+    assert await one.ask(b"slow", b"good") == [b"good"]
     one.tell(b"change", b"bad")
     one.tell(b"change", b"good")
     await until(lambda: heard == [b"good"], "the next one is heard")
     assert await one.ask(b"another", b"x") == [b"x"]
     assert ended == []
     assert caplog.text.count("cannot be used") == 2
+    assert caplog.text.count("cannot be answered") == 1
     for each in both:
         each.close()

@@ -67,12 +67,14 @@ class ExpertReports:
 
         self._whole.gather(REPORTS, orjson.dumps(strange), NOTHING, finish)
 
-    def _of_another_process(self, reports: bytes) -> bytes:
+    async def _of_another_process(self, reports: bytes) -> bytes:
         """Take those that are of this process's requests. Returns the outcomes, and which were taken."""
         outcomes: Counter[str] = Counter()
-        taken = []
+        taken: list[int] = []
         for index, report in enumerate(orjson.loads(reports)):
             if is_known(report, self._sources.expected):
+                if taken and len(taken) % AT_ONCE == 0:
+                    await asyncio.sleep(0)
                 take_reports([report], self._sources.expected, outcomes)
                 taken.append(index)
         return orjson.dumps({"outcomes": outcomes, "taken": taken})

@@ -6,8 +6,8 @@ import asyncio
 import itertools
 import logging
 import socket
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 from eldr.router.peers import channel
 from eldr.router.peers.bus import Bus, Hear
@@ -60,7 +60,7 @@ class Siblings:
     index: of this process, from 0. count: how many there are.
     bus: carries frames between these processes.
     hear: hears the frames.
-    answers: kind of question -> what answers it, given its details.
+    answers: kind of question -> what answers it, given its details: at once, or in several turns of the event loop.
     heard: kind of message -> what hears it.
     gone: called when the parent is gone.
     """
@@ -70,13 +70,14 @@ class Siblings:
         self.count = count
         self.bus = LocalBus(self)
         self.hear: Hear = lambda frame: None
-        self.answers: dict[bytes, Callable[[bytes], bytes]] = {}
+        self.answers: dict[bytes, Callable[[bytes], bytes | Coroutine[Any, Any, bytes]]] = {}
         self.heard: dict[bytes, Callable[[bytes], None]] = {}
         self.gone: Callable[[], None] = lambda: None
         self._sock = sock
         self._channel: Channel | None = None
         self._numbers = itertools.count(1)
         self._questions: dict[int, _Question] = {}
+        self._answering: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         self._channel = await open_channel(self._sock, self._heard, self._closed)
@@ -121,6 +122,8 @@ class Siblings:
 
     def close(self) -> None:
         self.gone = lambda: None
+        for task in self._answering:
+            task.cancel()
         if self._channel is not None:
             self._channel.close()
 
@@ -138,7 +141,13 @@ class Siblings:
         elif kind == channel.ASK:
             what, _, details = data.partition(b"\n")
             answer = self.answers.get(what)
-            self.send(channel.ANSWER, number, b"" if answer is None else answer(details))
+            found = b"" if answer is None else answer(details)
+            if isinstance(found, bytes):
+                self.send(channel.ANSWER, number, found)
+            else:
+                task = asyncio.get_running_loop().create_task(self._answer(number, found))
+                self._answering.add(task)
+                task.add_done_callback(self._answering.discard)
         elif kind == channel.TELL:
             what, _, details = data.partition(b"\n")
             hear = self.heard.get(what)
@@ -146,6 +155,15 @@ class Siblings:
                 hear(details)
         elif kind in (channel.ANSWER, channel.EXPECT):
             self._answered(kind, number, data)
+
+    async def _answer(self, number: int, answer: Coroutine[Any, Any, bytes]) -> None:
+        found = b""
+        try:
+            found = await answer
+        except Exception:
+            log.exception("a question of another process of this router cannot be answered")
+        finally:
+            self.send(channel.ANSWER, number, found)
 
     def _answered(self, kind: int, number: int, data: bytes) -> None:
         question = self._questions.get(number)
