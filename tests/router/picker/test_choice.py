@@ -12,6 +12,7 @@ import pytest
 from eldr.router.fleet.workers import Worker
 from tests.router.fake_worker import FakeWorker, counts_wire
 from tests.router.harness import Scripted, preferring, until
+from tests.router.peers.replicas import AllSums
 from tests.router.picker.client import ASK, BUFFERED, DESTINATION, NONE, STREAMED, Gateway, Picked, endpoint, picking
 
 HANDED_OFF: dict[str, Any] = {
@@ -195,6 +196,47 @@ async def test_a_gateway_that_used_a_fallback_takes_the_first_out() -> None:
         await exchange.answer(served=endpoint(second))
         assert workers(g)[endpoint(first)].ejected
         assert not workers(g)[endpoint(second)].ejected
+
+
+@pytest.mark.parametrize("phase", ["aggregated", "decode", "prefill"])
+async def test_a_request_counts_at_the_worker_that_serves_it(phase: str) -> None:
+    policy = AllSums()
+    roles: dict[str, Any] = {"aggregated": {"aggregated": 2}, "decode": {"decode": 2}, "prefill": {"prefill": 2}}
+    async with picking(**roles[phase], policy=policy, phase="prefill" if phase == "prefill" else "decode") as g:
+        leg = "prefill" if phase == "prefill" else "decode"
+        exchange, picked = await g.ask(handed_off() if phase == "decode" else ASK)
+        fleet = workers(g, leg)
+        (other,) = fleet.keys() - {picked.endpoints[0]}
+        assert fleet[picked.endpoints[0]].in_flight == 1
+        await exchange.answer(served=other)
+        assert {name: worker.in_flight for name, worker in fleet.items()} == {picked.endpoints[0]: 0, other: 1}
+        if leg == "decode":
+            assert {url: sums[0] for url, sums in policy.sums.items()} == {fleet[other].url: 1}
+        await exchange.trailers()
+        await all_over(g)
+        assert policy.sums == {}
+
+
+async def test_an_answer_of_an_endpoint_that_nobody_knows_counts_at_the_first() -> None:
+    async with picking(aggregated=2, eject_failures=2) as g:
+        exchange, picked = await g.ask()
+        await exchange.answer(served="10.9.9.9:80")
+        assert workers(g)[picked.endpoints[0]].in_flight == 1
+        await exchange.trailers()
+        await all_over(g)
+
+
+async def test_an_error_of_a_fallback_is_the_fallbacks_fault() -> None:
+    policy = Scripted()
+    async with picking(aggregated=3, policy=policy, eject_failures=2) as g:
+        first, second, _ = g.setup.aggregated
+        policy.rule = preferring(first)
+        exchange, _ = await g.ask()
+        await exchange.answer(503, served=endpoint(second))
+        await exchange.trailers()
+        for worker, reason in ((first, "refused"), (second, "status")):
+            assert await g.setup.metric("eldr_worker_failures_total", worker=worker.url, reason=reason) == 1
+        assert await g.setup.metric("eldr_worker_failures_total") == 2
 
 
 async def test_failed_answers_eject_a_worker_and_others_do_not() -> None:

@@ -18,6 +18,7 @@ from eldr.router.picker.messages_pb2 import Metadata
         ("http://10.0.0.1", "10.0.0.1:80"),
         ("https://10.0.0.1", "10.0.0.1:443"),
         ("http://[fd00::1]:8000", "[fd00::1]:8000"),
+        ("http://[FD00:0:0:0::0A01]:8000", "[fd00::a01]:8000"),
     ],
 )
 def test_endpoints_have_an_address_and_a_port(url: str, endpoint: str) -> None:

@@ -229,9 +229,13 @@ async def test_a_worker_that_accepts_nothing_is_passed_over(tmp_path: Path) -> N
         first, second = g.setup.aggregated
         policy.rule = preferring(first)
         await first.stop()
-        status, _ = await post(one)
-        assert status == 200
+        second.tokens, second.token_gap_s = ["x"] * 2000, 0.02
+        answer = await one.session.post(one.url + "/v1/completions", json={**STREAM, "max_tokens": 2000})
+        assert answer.status == 200
         assert len(completions(second)) == 1
+        await until(lambda: (running_at(g, first), running_at(g, second)) == (0, 1), "Envoy says who serves it")
+        assert await g.setup.metric("eldr_worker_failures_total", worker=first.url, reason="refused") == 1
+        answer.close()
         await all_over(g)
 
 

@@ -61,6 +61,12 @@ class Occupied:
         self._services.fleet.started(self.worker)
         return self
 
+    def move(self, worker: Worker) -> None:
+        """Another worker runs the request."""
+        self.__exit__(None, None, None)
+        self.worker = worker
+        self.__enter__()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
@@ -110,7 +116,7 @@ class WorkerChoice:
         self.told = False
         self._path = request.path
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._worker: Worker | None = None
+        self._occupied: Occupied | None = None
         self._placement: Placement | None = None
         self._prefill = ExitStack()  # what ends when the prompt is computed
         self._notes: dict[str, Any] = {}  # for the log; nothing reads them back
@@ -133,7 +139,7 @@ class WorkerChoice:
             log.exception("no worker was chosen because of an error inside the picker")
             self._refuse(ApiError(500, "internal error in the endpoint picker"))
         finally:
-            self._conversation = self._placement = None
+            self._conversation = self._placement = self._occupied = None
             if self._watch is not None:
                 self._watch.failed()
             self._log()
@@ -183,8 +189,8 @@ class WorkerChoice:
             placement = await place(services, job, served, handoff, (), only)
             if placement is None:
                 raise ApiError(503, "no worker had room before the lease of the prompt's blocks ended")
-            with placement, Occupied(services, placement.worker):
-                self._worker, self._placement = placement.worker, placement
+            with placement, Occupied(services, placement.worker) as self._occupied:
+                self._placement = placement
                 self._notes["decode"] = placement.worker.url
                 self._notes["reason"] = placement.decision.reason
                 prefiller = ""
@@ -213,8 +219,7 @@ class WorkerChoice:
             if only is not None:
                 raise _none_allowed()
             await services.admission.until_changed(served, "prefill")
-        with Occupied(services, worker):
-            self._worker = worker
+        with Occupied(services, worker) as self._occupied:
             self._notes["prefill"] = worker.url
             endpoints = [endpoint_of(worker.url)]
             for _ in range(self._shared.settings.fallbacks):
@@ -242,8 +247,7 @@ class WorkerChoice:
             raise _none_allowed() if only is not None else NoWorkerError("decode")
         with ExitStack() as stack:
             if engine:
-                stack.enter_context(Occupied(services, worker))
-                self._worker = worker
+                self._occupied = stack.enter_context(Occupied(services, worker))
             self._tell(None, Destination(self._endpoints(served, worker, only)))
             await self._over
 
@@ -314,16 +318,31 @@ class WorkerChoice:
         self._prefill.close()
         if self._placement is not None:
             self._placement.prompt_computed()
-        worker = self._worker
-        if worker is None or not reached:
+        if self._occupied is None or not reached:
             return
-        outcomes = self._services.outcomes
+        worker, outcomes = self._occupied.worker, self._services.outcomes
         if endpoint and endpoint != endpoint_of(worker.url):
             outcomes.failed(worker, "refused")
-        elif status in WORKERS_ERRORS:
+            other = self._move(self._occupied, endpoint)
+            if other is None:
+                return
+            worker = other
+        if status in WORKERS_ERRORS:
             outcomes.failed(worker, "status")
         elif status != OVERLOADED:  # that is no fault of the worker, and says nothing else of it
             outcomes.succeeded(worker)
+
+    def _move(self, occupied: Occupied, endpoint: str) -> Worker | None:
+        """Count the request at the worker that a gateway has sent it to. None if that is no worker here."""
+        workers = self._services.fleet.workers(occupied.worker.leg).values()
+        worker = next((worker for worker in workers if endpoint_of(worker.url) == endpoint), None)
+        if worker is None:
+            return None
+        self._notes["served"] = worker.url
+        occupied.move(worker)
+        if self._placement is not None:
+            self._placement.move(worker)
+        return worker
 
     def ended(self) -> None:
         """The request is over."""

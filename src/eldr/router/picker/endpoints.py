@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from ipaddress import IPv6Address
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -25,11 +26,14 @@ SEPARATORS: Final = re.compile("[, ]+")
 
 
 def endpoint_of(url: str) -> str:
-    """The endpoint ip:port of a worker. The host stays a name if it is one."""
+    """The endpoint ip:port of a worker. The host stays a name if it is one.
+
+    Envoy compares texts, and writes IPv6 addresses as RFC 5952 says.
+    """
     parts = urlsplit(url)
     host = parts.hostname or ""
     if ":" in host:
-        host = f"[{host}]"
+        host = f"[{IPv6Address(host).compressed}]"
     return f"{host}:{parts.port or DEFAULT_PORTS[parts.scheme]}"
 
 

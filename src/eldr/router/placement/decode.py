@@ -48,7 +48,7 @@ class Placement:
     number: by which other replicas know it. 0 if there are none.
     """
 
-    __slots__ = ("_owner", "_request", "_served", "decision", "number", "worker")
+    __slots__ = ("_moved", "_owner", "_request", "_served", "_share", "decision", "number", "worker")
 
     def __init__(
         self, owner: Placements, request: DecodeRequest, served: Served, worker: Worker, decision: Decision
@@ -59,6 +59,8 @@ class Placement:
         self.worker = worker
         self.decision = decision
         self.number = 0
+        self._moved = False
+        self._share: Share | None = None  # once it has moved
 
     @property
     def request_id(self) -> str:
@@ -75,6 +77,16 @@ class Placement:
         if self._request.computes_prompt:
             self._owner.prompt_computed(self._request, self.worker, self.number)
 
+    def move(self, worker: Worker) -> None:
+        """Another worker runs the request than the one that was chosen, and has computed its prompt if it had to."""
+        if self._moved:
+            self._owner.ended_there(self.worker, self._share, self.number)
+        else:
+            self._share = self._owner.left(self._request, self.worker, self.number)
+            self._moved = True
+        self.worker = worker
+        self.number = self._owner.arrived(worker, self._share)
+
     def generated(self, tokens: int | None) -> None:
         """The answer had so many tokens. None if nobody knows."""
         self._request.generated_tokens = tokens
@@ -85,7 +97,10 @@ class Placement:
     def __exit__(self, kind: object, error: object, where: object) -> None:
         """The request no longer runs there. It keeps a slot for another attempt until it leaves the admission."""
         self._served.promise()
-        self._owner.ended(self._request, self.worker, self.number)
+        if self._moved:
+            self._owner.ended_there(self.worker, self._share, self.number)
+        else:
+            self._owner.ended(self._request, self.worker, self.number)
 
 
 class Placements:
@@ -209,6 +224,33 @@ class Placements:
 
     def ended(self, request: DecodeRequest, worker: Worker, number: int) -> None:
         self._tell(self._policy.finished, request, worker.url)
+        if self._sharing is not None:
+            self._sharing.ended(number)
+
+    # Requests that a proxy has sent to another worker than the chosen one. To a policy they are as those that another
+    # replica has placed.
+
+    def left(self, request: DecodeRequest, worker: Worker, number: int) -> Share | None:
+        """A request does not run where it was placed. Returns what a policy must know of it wherever it runs."""
+        share = self._share(request, worker.url)
+        self.ended(request, worker, number)
+        return share
+
+    def arrived(self, worker: Worker, share: Share | None) -> int:
+        """It runs there, and its prompt has been computed. Returns its number for other replicas, 0 without any."""
+        if share is not None:
+            self.elsewhere_started(worker.url, share)
+            if share.computes_prompt:
+                self.elsewhere_prompt_computed(worker.url, share)
+        if self._sharing is None:
+            return 0
+        number = self._sharing.started(worker.url, share)
+        self._sharing.prompt_computed(number)
+        return number
+
+    def ended_there(self, worker: Worker, share: Share | None, number: int) -> None:
+        if share is not None:
+            self.elsewhere_finished(worker.url, share)
         if self._sharing is not None:
             self._sharing.ended(number)
 
