@@ -146,6 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
     options = laboratory.settings.options
     name = f"{arguments.trace.name} (synthetic)" if is_synthetic(laboratory.trace.meta) else arguments.trace.name
     title = f"{name}: {arguments.seeds} seeds, cost {options.cost.name} ({options.cost_scope})"
+    if options.expert_parallel > 1:
+        title += f", {laboratory.settings.ranks.shown(options.expert_parallel)}"
     console.print(*as_tables(objects, title))
     write_json(arguments.json, objects, "results", ReplayError)
     return 0

@@ -80,6 +80,7 @@ def as_object(cell: Cell, cells: Sequence[Cell], scope: str, aggregated: bool = 
         "tpot_p99_ms": mean(tpot_ms(99)),
         "tpot_mean_ms": mean(tpot_ms(None)),
         "active_experts_mean": mean(lambda run: run.active_experts_mean),
+        "expert_reads_mean": mean(lambda run: run.expert_reads_mean),
         "batch_mean": mean(lambda run: run.batch_mean),
         "wait_mean_ms": mean(lambda run: 1e3 * float(run.wait_s.mean())),
         "wait_p99_ms": mean(lambda run: 1e3 * float(np.percentile(run.wait_s, 99))),

@@ -57,6 +57,12 @@ class ExpertParallel:
         except PlacementError as error:
             raise ReplayError(str(error)) from None
 
+    def shown(self, ranks: int) -> str:
+        """The layout in words."""
+        of = "" if self.placement == "contiguous" else f" by the {self.placement_of}'s traffic"
+        copies = f", {self.redundant} redundant experts, replica {self.replica}" if self.redundant else ""
+        return f"{ranks} ranks, {self.placement}{of}{copies}"
+
     def place(self, tokens: NDArray[np.uint8], ranks: int) -> ExpertPlacement:
         """Place experts by past steps. tokens: uint8 [S, L, E], the tokens of every expert in each of them."""
         _, layers, experts = tokens.shape

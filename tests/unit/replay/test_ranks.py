@@ -1,9 +1,12 @@
 """Expert parallelism in a replay: what a step waits for, by hand, and when a worker moves its experts to where."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from eldr.cli.main import main
 from eldr.expert_ranks.replicas import ReplicaChoice
 from eldr.policies import PolicyOptions
 from eldr.replay.errors import ReplayError
@@ -11,7 +14,7 @@ from eldr.replay.experiment import Laboratory, Settings
 from eldr.replay.packed import PackedTrace, pack_trace, request_rows, union_rows
 from eldr.replay.ranks import ExpertParallel, OwnRanks, Ranks, ranks_of, sampled_tokens
 from eldr.replay.split import Mix
-from eldr.trace import Trace
+from eldr.trace import Trace, write_trace
 from tests.synthetic import make_trace
 
 LAYERS, EXPERTS = 3, 40
@@ -155,6 +158,30 @@ def test_every_layout_replays(placement: str, redundant: int, replica: str, plac
     elif replica == "fewest":
         plain = Laboratory(trace, Settings(requests=40, options=options)).run("expected-union", 2, 50.0, 2.0, 0)
         assert results[0].expert_reads_mean < plain.expert_reads_mean
+
+
+@pytest.mark.parametrize(("redundant", "replica"), [(0, "random"), (8, "random"), (8, "lp"), (8, "fewest")])
+def test_workers_that_compute_prompts_have_ranks_too(redundant: int, replica: str) -> None:
+    trace = make_trace(requests=60, layers=2, experts=16, seed=2, steps=900)
+    how = ExpertParallel("eplb", "worker", redundant, replica)
+    settings = Settings(
+        requests=30, options=PolicyOptions(expert_parallel=4, prefill_chunk=300), ranks=how, aggregated=True
+    )
+    result = Laboratory(trace, settings).run("expected-union", 2, 5.0, 2.0, 0)
+    assert result.chunk_step_share > 0
+    assert result.active_experts_mean / 4 <= result.expert_reads_mean <= (16 + redundant) / 4
+
+
+def test_the_command_says_what_the_layout_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trace.npz"
+    write_trace(make_trace(requests=60, layers=2, experts=16, seed=2, steps=30), path)
+    command = ["replay", str(path), "--workers", "2", "--rate", "50", "--requests", "20", "--seeds", "1"]
+    command += ["--expert-parallel", "4", "--placement", "union-aware", "--redundant", "8", "--replica", "fewest"]
+    assert main([*command, "--policies", "jsq"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "4 ranks, union-aware by the fleet's traffic, 8 redundant experts, replica fewest" in shown
+    assert main([*command[:-4], "--replica", "lp"]) == 2
+    assert "--replica needs --redundant" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
