@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from eldr.kernels._numpy import from_fractions
 from eldr.kernels._types import (
     CERTAIN,
     NO_OBJECT,
@@ -56,7 +55,6 @@ __all__ = [
     "add_prefill",
     "encode_exposure",
     "encode_signature",
-    "from_fractions",
     "json_chat_start",
     "json_elements",
     "json_known_parts",
