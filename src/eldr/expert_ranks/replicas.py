@@ -118,6 +118,27 @@ class _Copies:
         taken = np.take_along_axis(tokens, self.expert[:, None, :], axis=2)
         return np.asarray(taken * (self.copies > 0)[:, None, :], dtype=np.float32)
 
+    def pairs(self) -> NDArray[np.int64]:
+        """Two copies of one expert on different ranks, in every layer at once, int64 [pairs, 3, L].
+
+        The three are the expert's place among the replicated ones, and the two copies. Layers with fewer pairs have
+        pairs of a copy with itself.
+        """
+        of_layers = [
+            [
+                (expert, one, two)
+                for expert, count in enumerate(counts)
+                for two in range(count)
+                for one in range(two)
+                if self.rank[layer, expert, one] != self.rank[layer, expert, two]
+            ]
+            for layer, counts in enumerate(self.copies.tolist())
+        ]
+        found = np.zeros((max(map(len, of_layers)), 3, len(of_layers)), dtype=np.int64)
+        for layer, pairs in enumerate(of_layers):
+            found[: len(pairs), :, layer] = np.array(pairs).reshape(-1, 3)
+        return found
+
     def busiest(self, active: NDArray[np.float32], of_copies: NDArray[np.float32]) -> Floats:
         """Sum over layers of the most active copies on one rank, float64 [S].
 
@@ -175,6 +196,7 @@ class BalancedTokens(ReplicaChoice):
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._copies = _Copies(placement)
+        self._pairs = self._copies.pairs()
 
     def reads(self, tokens: NDArray[np.uint8]) -> Floats:
         by_layer = tokens.transpose(1, 0, 2).astype(np.float32)
@@ -191,29 +213,26 @@ class BalancedTokens(ReplicaChoice):
     def divided(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
         """The tokens of each copy, float32 [L, S, K, C], given those of the experts, float32 [L, S, E]."""
         copies = self._copies
-        replicated = copies.of_replicated(tokens)
-        exists = copies.exists
-        share = exists / np.maximum(copies.copies, 1)[:, :, None]
-        divided = (replicated[..., None] * share[:, None]).astype(np.float32)
-        # float32 [R, L, S], the tokens of every rank.
-        flat = divided.reshape(*divided.shape[:2], -1)
-        load = tokens @ copies.alone + flat @ copies.on_rank.reshape(len(flat), -1, copies.on_rank.shape[-1])
-        load = np.ascontiguousarray(load.transpose(2, 0, 1))
+        share = copies.exists / np.maximum(copies.copies, 1)[:, :, None]
+        # One row of steps for each copy, and for each rank: [L, K, C, S] and [L, R, S].
+        replicated = copies.of_replicated(tokens).transpose(0, 2, 1)
+        divided = (replicated[:, :, None] * share[..., None]).astype(np.float32)
+        ranks = copies.on_rank.shape[3]
+        of_several = copies.on_rank.reshape(len(tokens), -1, ranks).transpose(0, 2, 1)
+        load = copies.alone.transpose(0, 2, 1) @ tokens.transpose(0, 2, 1)
+        load += of_several @ divided.reshape(len(tokens), -1, divided.shape[3])
         layer = np.arange(len(tokens))
-        deepest = copies.rank.shape[2]
-        pairs = [(one, two) for one in range(deepest) for two in range(one + 1, deepest)]
         for _ in range(ROUNDS):
-            for expert in range(copies.rank.shape[1]):
-                for one, two in pairs:  # a copy that does not exist has no tokens, and gets none
-                    of_one, of_two = divided[:, :, expert, one], divided[:, :, expert, two]
-                    rank_one, rank_two = copies.rank[:, expert, one], copies.rank[:, expert, two]
-                    moved = (load[rank_one, layer] - load[rank_two, layer]) / 2
-                    moved = np.clip(moved, -of_two, of_one) * exists[:, expert, two, None]
-                    of_one -= moved
-                    of_two += moved
-                    load[rank_one, layer] -= moved
-                    load[rank_two, layer] += moved
-        return divided
+            for expert, one, two in self._pairs:
+                rank_one, rank_two = copies.rank[layer, expert, one], copies.rank[layer, expert, two]
+                of_one, of_two = divided[layer, expert, one], divided[layer, expert, two]
+                moved = (load[layer, rank_one] - load[layer, rank_two]) / 2
+                moved = np.minimum(np.maximum(moved, -of_two), of_one)
+                divided[layer, expert, one] -= moved
+                divided[layer, expert, two] += moved
+                load[layer, rank_one] -= moved
+                load[layer, rank_two] += moved
+        return divided.transpose(0, 3, 1, 2)
 
 
 def _summed(of_ranks: NDArray[np.float32]) -> Floats:
