@@ -30,6 +30,7 @@ from eldr.evaluate import (
     prompt_signatures,
     prompt_texts,
     recordings,
+    scaling,
 )
 from eldr.evaluate.bench import Bench, EvaluationError, Experiment, Part, Row
 from eldr.evaluate.results import Results, TraceResults, rounded
@@ -56,6 +57,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         prompt_texts.TEXTS,
         aggregated.AGGREGATED,
         expert_parallel.EXPERT_PARALLEL,
+        scaling.SCALING,
         prompt_costs.PROMPT_COSTS,
         overhead.DECISIONS_TIME,
         overhead.MEMORY,

@@ -19,6 +19,7 @@ from eldr.report.evaluation import (
     prompt_signatures,
     prompt_texts,
     recordings,
+    scaling,
 )
 from eldr.report.evaluation.section import Numbers, Picture, Rows, Section, of, values
 from eldr.report.html import Html, Tile
@@ -111,6 +112,8 @@ def _of_trace(trace: TraceResults) -> Iterable[Section]:
         yield expert_parallel.expert_parallel_section(rows["expert-parallel"], prefix)
     if rows.get("pools"):
         yield comparisons.pools_section(rows["pools"], prefix, trace.about["in_flight_at_most"])
+    if rows.get("scaling"):
+        yield scaling.scaling_section(rows["scaling"], prefix)
     if rows.get("ablations"):
         yield method.ablations_section(rows["ablations"], prefix)
     if rows.get("correlation"):

@@ -18,6 +18,7 @@ Rows = Sequence[Row]
 REPLAYED = "replayed: recorded experts, modelled step time"
 RECORDED = "computed from the recording"
 MEASURED = "measured on the machine that made this page"
+SYNTHETIC = "replayed on synthetic traces: drawn experts, modelled step time"
 COMPUTED = "computed from published model shapes"
 
 
