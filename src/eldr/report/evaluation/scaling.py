@@ -27,7 +27,7 @@ from eldr.report.style import INK, legend_below, make_panels, policy_order, poli
 def scaling_section(rows: Rows, prefix: str) -> Section:
     """Larger pools and more experts than were recorded."""
     scaled = of(rows, trace="scaled")
-    pictures = ()
+    pictures: tuple[Picture, ...] = ()
     if scaled:
         pictures = (
             Picture(
