@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import vllm
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen3_moe import modeling_qwen3_moe as in_transformers
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from eldr.record.prompts import Prompt
+from eldr.record.prompts import Prompt, RecordError
 from eldr.record.transformers import Transformers, TransformersOptions
 from tests.vllm import tiny_models
 from tests.vllm.engine import running
@@ -27,9 +28,17 @@ from tests.vllm.routing import HookedReference
 EXPERTS = (16, 8, 12, 16)
 TOP_K = 4
 
+pytestmark = pytest.mark.skipif(not vllm.__version__.startswith("0.32."), reason="the model is made for vLLM 0.32")
+
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def top_k() -> tuple[int, ...]:
+    """Of each layer."""
+    return (TOP_K,) * len(EXPERTS)
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top_k: tuple[int, ...]) -> Path:
     """A tiny Qwen3-MoE with EXPERTS experts in its layers."""
     of_layer = in_transformers.Qwen3MoeDecoderLayer.__init__
     of_block = Qwen3MoeSparseMoeBlock.__init__
@@ -37,7 +46,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def layer(self: Any, config: Any, layer_idx: int) -> None:
         of_layer(self, config, layer_idx)
         own = copy.deepcopy(config)
-        own.num_experts = EXPERTS[layer_idx]
+        own.num_experts, own.num_experts_per_tok = EXPERTS[layer_idx], top_k[layer_idx]
         self.mlp = in_transformers.Qwen3MoeSparseMoeBlock(own)
 
     def block(self: Any, vllm_config: Any, prefix: str = "", **options: Any) -> None:
@@ -110,3 +119,10 @@ def test_recorded_in_this_process(model: Path) -> None:
     np.testing.assert_array_equal(sample.counts.counts, counts(routing[: len(prompt)]))
     assert len(sample.rows) > 0
     assert sets(sample.rows) == sets(routing[len(prompt) :])
+
+
+@pytest.mark.parametrize("top_k", [(4, 4, 3, 4)])
+def test_layers_of_different_top_k_cannot_be_recorded(model: Path) -> None:
+    source = Transformers(TransformersOptions(str(model), max_tokens=3, dtype="float32"))
+    with pytest.raises(RecordError, match="chooses 3 or 4 experts, depending on the layer"):
+        source.sample(Prompt({"prompt": "experts"}, ""))
