@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
         for workers in arguments.workers:
             objects += (_goodput if arguments.goodput else _compare)(laboratory, workers, sharings, arguments, advance)
     options = laboratory.settings.options
-    name = f"{arguments.trace.name} (synthetic)" if is_synthetic(laboratory.trace.meta) else arguments.trace.name
+    name = f"{arguments.trace.name} (synthetic)" if is_synthetic(laboratory.trace.meta.note) else arguments.trace.name
     title = f"{name}: {arguments.seeds} seeds, cost {options.cost.name} ({options.cost_scope})"
     if options.expert_parallel > 1:
         title += f", {laboratory.settings.ranks.shown(options.expert_parallel)}"

@@ -104,7 +104,7 @@ def fit_traffic(
     progress: called before each with a description of it.
     Raises SyntheticError if the trace has too few requests, or is synthetic itself.
     """
-    if is_synthetic(trace.meta):
+    if is_synthetic(trace.meta.note):
         raise SyntheticError(f"the trace is {trace.meta.model!r}; fit a model to one that was recorded")
     usable = np.flatnonzero(np.diff(trace.decode_offsets) >= 2)
     if len(usable) < LEAST_REQUESTS:

@@ -123,9 +123,9 @@ class TrafficModel:
     prompt_popular: float = 0.95
 
 
-def is_synthetic(meta: TraceMeta) -> bool:
-    """Whether a trace says that it was drawn from a model."""
-    return meta.note.startswith(f"{NOTE}:")
+def is_synthetic(note: str) -> bool:
+    """Whether the note of a trace says that it was drawn from a model."""
+    return note.startswith(f"{NOTE}:")
 
 
 class _Loadings:

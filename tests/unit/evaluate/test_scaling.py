@@ -8,7 +8,9 @@ import pytest
 
 from eldr.evaluate import scaling
 from eldr.evaluate.bench import Bench, EvaluationError
-from eldr.evaluate.results import rounded
+from eldr.evaluate.results import Results, TraceResults, rounded
+from eldr.evaluate.run import EXPERIMENTS, about
+from eldr.report.evaluation import write_evaluation
 from eldr.report.evaluation.scaling import scaling_section
 from eldr.report.evaluation.section import SYNTHETIC
 from eldr.synthetic import draw_trace, fit_traffic
@@ -50,3 +52,17 @@ def test_a_pool_that_the_trace_cannot_fill(bench: Bench) -> None:
 def test_nothing_is_drawn_like_a_synthetic_trace(bench: Bench, tmp_path: Path) -> None:
     write_trace(draw_trace(fit_traffic(bench.trace, rounds=1), 40), tmp_path / "drawn.npz")
     assert scaling.SCALING.parts(Bench(tmp_path / "drawn.npz")) == []
+
+
+def test_a_report_on_a_synthetic_trace_says_so(bench: Bench, tmp_path: Path) -> None:
+    write_trace(draw_trace(fit_traffic(bench.trace, rounds=1), 60), tmp_path / "drawn.npz")
+    drawn = Bench(tmp_path / "drawn.npz")
+    rows = rounded(EXPERIMENTS["kinds"].run(drawn, {}))
+    results = Results({"seeds": 2, "requests": 9}, [TraceResults(about(drawn), {"kinds": rows}, {})], {})
+    write_evaluation(results, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "Recorded models: 0, synthetic ones: 1." in text
+    assert "## synthetic 3 layers x 16 experts, top-2, like tiny" in text
+    assert "drawn: 60 synthetic requests" in text
+    assert f"*{SYNTHETIC}*" in text
+    assert "computed from the recording" not in text

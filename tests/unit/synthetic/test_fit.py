@@ -87,8 +87,8 @@ def test_the_same_seed_draws_the_same_trace(model: TrafficModel) -> None:
 
 def test_it_says_what_it_is(recorded: Trace, model: TrafficModel) -> None:
     drawn = draw_trace(model, 4)
-    assert is_synthetic(drawn.meta)
-    assert not is_synthetic(recorded.meta)
+    assert is_synthetic(drawn.meta.note)
+    assert not is_synthetic(recorded.meta.note)
     assert drawn.meta.model == "synthetic 4 layers x 32 experts, top-4, like eldr-small-moe"
     with pytest.raises(SyntheticError, match="fit a model to one that was recorded"):
         fit_traffic(drawn)

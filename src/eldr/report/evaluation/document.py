@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from eldr.report.evaluation import (
     recordings,
     scaling,
 )
-from eldr.report.evaluation.section import Numbers, Picture, Rows, Section, of, values
+from eldr.report.evaluation.section import SYNTHETIC, Numbers, Picture, Rows, Section, of, values
 from eldr.report.html import Html, Tile
 from eldr.report.style import as_png, as_svg, style
+from eldr.synthetic import is_synthetic
 
 HOW_TO_READ = (
     "Recorded: the experts that real models chose, token by token. Replayed: a simulated fleet of decode workers on "
@@ -58,7 +59,7 @@ class TracePart:
         kinds = ", ".join(f"{kind} ({count})" for kind, count in list(about["kinds"].items())[:12])
         note = f" {about['note'].strip().rstrip('.').capitalize()}." if about["note"] else ""
         return (
-            f"{about['name']}: {about['requests']} recorded requests, {about['layers']} MoE layers x "
+            f"{about['name']}: {about['requests']} {_kind(about)} requests, {about['layers']} MoE layers x "
             f"{about['experts']} experts, top-{about['top_k']}. Medians: prompts of {about['prompt_tokens_p50']:.0f} "
             f"tokens, {about['decode_steps_p50']:.0f} decode steps. Labels: {kinds}.{note} Half of the requests "
             "calibrate and the other half are served. Each seed makes a new split."
@@ -70,7 +71,7 @@ def evaluation_sections(results: Results) -> tuple[list[TracePart], list[Section
 
     Experiments without rows have no section.
     """
-    parts = [TracePart(trace.about, list(_of_trace(trace)), trace.skipped) for trace in results.traces]
+    parts = [TracePart(trace.about, _sections(trace), trace.skipped) for trace in results.traces]
     common: list[Section] = []
     if results.common.get("memory"):
         common.append(overhead.memory_section(results.common["memory"]))
@@ -79,6 +80,17 @@ def evaluation_sections(results: Results) -> tuple[list[TracePart], list[Section
     if results.common.get("prompt-costs"):
         common.append(prompt_signatures.costs_section(results.common["prompt-costs"]))
     return parts, common
+
+
+def _kind(about: dict[str, Any]) -> str:
+    return "synthetic" if is_synthetic(about["note"]) else "recorded"
+
+
+def _sections(trace: TraceResults) -> list[Section]:
+    sections = list(_of_trace(trace))
+    if is_synthetic(trace.about["note"]):  # whatever they say of recorded experts was not recorded here
+        return [replace(section, origin=SYNTHETIC) for section in sections]
+    return sections
 
 
 def _of_trace(trace: TraceResults) -> Iterable[Section]:
@@ -204,7 +216,7 @@ def write_evaluation(results: Results, folder: Path) -> None:
     """Write report.html, README.md and the pictures to `folder`. Raises OSError."""
     title = "Evaluation of eldr"
     subtitle = (
-        f"Recorded models: {len(results.traces)}. The main comparison has {results.made['seeds']} paired runs of "
+        f"{_models(results)}. The main comparison has {results.made['seeds']} paired runs of "
         f"{results.made['requests']} measured requests each{_by_version(results)}."
     )
     html.write_page(html.page(title, subtitle, *evaluation_blocks(results)), folder / "report.html")
@@ -221,6 +233,11 @@ def write_evaluation(results: Results, folder: Path) -> None:
             old.unlink()
     text = _readme(title, subtitle, results, parts, common)
     write_atomically(folder / "README.md", lambda file: file.write(text.encode()))
+
+
+def _models(results: Results) -> str:
+    drawn = sum(is_synthetic(trace.about["note"]) for trace in results.traces)
+    return f"Recorded models: {len(results.traces) - drawn}" + (f", synthetic ones: {drawn}" if drawn else "")
 
 
 def _by_version(results: Results) -> str:
