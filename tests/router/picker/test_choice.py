@@ -152,6 +152,30 @@ async def test_a_pair_for_the_sidecar() -> None:
         await all_over(g)
 
 
+async def test_a_prefill_worker_is_free_again_before_an_answer_ends_that_is_not_streamed() -> None:
+    async with picking(prefill=1, decode=1, phase="pair") as g:
+        (prefill,) = g.setup.prefill
+        unknown, _ = await g.ask()
+        stream, _ = await g.ask({**ASK, "stream": True})
+        assert running_at(g, prefill, "prefill") == 2, "nothing is known of how long that takes"
+        await asyncio.sleep(0.5)  # so a prefill seems to take a second at most
+        await stream.answer()
+        await stream.trailers()
+        await unknown.answer()
+        await unknown.trailers()
+        await all_over(g)
+        exchange, _ = await g.ask()
+        assert running_at(g, prefill, "prefill") == 1
+        await until(lambda: running_at(g, prefill, "prefill") == 0, "such a prefill is over")
+        assert running_at(g, g.setup.decode[0]) == 1
+        await exchange.answer()
+        await exchange.trailers()
+        early, _ = await g.ask()
+        await early.answer(500, end=True)
+        assert running_at(g, prefill, "prefill") == 0
+        await all_over(g)
+
+
 @pytest.mark.parametrize("body", [{**ASK, "n": 2}, {**ASK, "prompt": ["a", "b"]}], ids=["n", "several prompts"])
 async def test_what_cannot_be_handed_off_gets_no_prefiller(body: dict[str, Any]) -> None:
     async with picking(prefill=1, decode=1, phase="pair") as g:

@@ -27,6 +27,7 @@ from eldr.router.http.errors import ApiError
 from eldr.router.http.message import Request
 from eldr.router.picker.conversation import Conversation
 from eldr.router.picker.endpoints import endpoint_of, urls_in
+from eldr.router.picker.prefill_times import PrefillTimes
 from eldr.router.picker.replies import Destination
 from eldr.router.placement.admission import RETRY_AFTER_S, NoWorkerError
 from eldr.router.placement.decode import Placement
@@ -81,6 +82,7 @@ class Choosing:
         self.services = services
         self.settings = settings
         self.running: dict[asyncio.Task[None], WorkerChoice] = {}
+        self.prefill_times = PrefillTimes()
 
     def choose(self, conversation: Conversation, request: Request, subset: frozenset[str] | None) -> WorkerChoice:
         """Begin to choose for a request. subset: the endpoints among which to choose. None for all."""
@@ -119,6 +121,7 @@ class WorkerChoice:
         self._occupied: Occupied | None = None
         self._placement: Placement | None = None
         self._prefill = ExitStack()  # what ends when the prompt is computed
+        self._prefill_of: tuple[int, float] | None = None  # of a streamed pair: bytes of its body, and since when
         self._notes: dict[str, Any] = {}  # for the log; nothing reads them back
         self._watch: LegWatch | None = None  # what failed if no answer begins
         self._received_s = request.received_s
@@ -211,6 +214,14 @@ class WorkerChoice:
             return ""
         self._prefill.enter_context(Occupied(self._services, worker))
         self._notes["prefill"] = worker.url
+        size = len(job.body.text)
+        if job.stream:
+            self._prefill_of = size, time.monotonic()
+        else:  # its answer begins when it ends
+            most_s = self._shared.prefill_times.most_s(size)
+            if most_s is not None:
+                timer = asyncio.get_running_loop().call_later(most_s, self._prefill.close)
+                self._prefill.callback(timer.cancel)
         return endpoint_of(worker.url)
 
     async def _for_prefill(self, job: Job, served: Served, only: Collection[str] | None) -> None:
@@ -315,6 +326,9 @@ class WorkerChoice:
         self._count(status)
         if status == 200:
             self._watch = None
+            if self._prefill_of is not None:
+                size, since_s = self._prefill_of
+                self._shared.prefill_times.began(size, time.monotonic() - since_s)
         self._prefill.close()
         if self._placement is not None:
             self._placement.prompt_computed()
