@@ -19,7 +19,7 @@ from eldr.router.peers import others, wire
 from eldr.router.peers.others import MOST_PEERS, PEER_TIMEOUT_S
 from eldr.router.peers.wire import Bye, Events, Heartbeat, Level, Snapshot, Start
 from eldr.router.placement.admission import Admission, Claim
-from tests.router.harness import interpreted
+from tests.router.harness import interpreted, until
 from tests.router.peers.network import URLS, D, Listener, Network, Origin, sums_of
 
 
@@ -249,6 +249,89 @@ def test_nobody_waits_who_has_room_whatever_other_replicas_tell(changes: list[Ch
         for task in asked:
             task.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+class Waiting:
+    """A replica that runs its half of four slots and has three requests waiting, and another that waits too.
+
+    The other's requests run at two of the three workers.
+    """
+
+    def __init__(self) -> None:
+        self.listener, _ = alone()
+        self._sequence = 0
+        for url, worker in self.listener.fleet.workers("decode").items():
+            self.listener.fleet.set_limit(worker, 2 if url == URLS[0] else 1)
+        self.group = self.listener.fleet.groups[0]
+        for _ in range(2):
+            self.listener.fleet.started(self.listener.fleet.workers("decode")[URLS[0]])
+
+    def hear(self, starts: list[Start], ended: list[int]) -> None:
+        self._sequence += 1
+        levels = {"": Level(0, True)} if self._sequence == 1 else {}
+        self.listener.others.hear(wire.encode(Events(1, self._sequence, starts, [], ended, levels)), 1.0)
+
+    async def ask(self, count: int) -> list[asyncio.Task[None]]:
+        tasks = [
+            asyncio.create_task(self.listener.admission.enter(Claim(b"", 1, 1), self.group.whole)) for _ in range(count)
+        ]
+        await settle()
+        return tasks
+
+
+async def end_of(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_slots_that_another_has_the_right_to_and_cannot_reach_are_used() -> None:
+    async def run() -> None:
+        waiting = Waiting()
+        waiting.hear([], [])
+        tasks = await waiting.ask(3)
+        assert not any(task.done() for task in tasks), "the other has the better right"
+        await until(lambda: sum(task.done() for task in tasks) == 2, "it does not take them")
+        await asyncio.sleep(0.3)
+        assert waiting.group.room == 0
+        assert sum(task.done() for task in tasks) == 2
+        await end_of(tasks)
+
+    asyncio.run(run())
+
+
+def test_slots_that_another_takes_again_and_again_are_left_to_it() -> None:
+    async def run() -> None:
+        waiting, loop = Waiting(), asyncio.get_running_loop()
+        waiting.hear([Start(1, URLS[1], None, True)], [])
+        numbers = count(2)
+        number = next(numbers)
+        waiting.hear([Start(number, URLS[2], None, True)], [])
+        tasks = await waiting.ask(1)
+        turns = 0
+
+        def turn() -> None:
+            """One of the other's requests ends, and some milliseconds later it has started the next."""
+            waiting.hear([], [number])
+            assert waiting.group.room == 1
+            loop.call_later(0.01, start_next)
+
+        def start_next() -> None:
+            nonlocal number, turns
+            number = next(numbers)
+            waiting.hear([Start(number, URLS[2], None, True)], [])
+            turns += 1
+            if turns < 40:
+                loop.call_later(0.01, turn)
+
+        loop.call_later(0.01, turn)
+        await until(lambda: turns == 40, "they run")
+        assert not tasks[0].done()
+        waiting.hear([], [number])
+        await until(lambda: tasks[0].done(), "and the slot stays free")
+        await end_of(tasks)
 
     asyncio.run(run())
 

@@ -65,6 +65,7 @@ class Served:
         """One more request needs a decode worker."""
         self.promised += 1
         self.group.promised += 1
+        self.group.note_room()
         if self.decode is not None:
             self.group.narrow[self] = None
 
@@ -112,6 +113,7 @@ class ModelGroup:
     promised: admitted requests that run on none of them yet.
     promised_elsewhere: the same of other replicas.
     waiting_elsewhere: how many other replicas have requests that wait for a slot.
+    least_room: the least that `room` has been since somebody began to watch it. None while nobody does.
     narrow: those names with promised requests that only some of them serve.
     left_s: by leg, the monotonic time at which an available worker last left. -inf before the first.
     whole: for requests that name no model.
@@ -127,11 +129,22 @@ class ModelGroup:
         self.promised = 0
         self.promised_elsewhere = 0
         self.waiting_elsewhere = 0
+        self.least_room: int | None = None
         self.narrow: dict[Served, None] = {}
         self.left_s: dict[LegName, float] = {"prefill": -math.inf, "decode": -math.inf}
         self.whole = Served(self)
         self.unlisted = Served(self)
         self.name_members()
+
+    @property
+    def room(self) -> int:
+        """How many free slots are promised to nobody. Less than 0 after limits have dropped."""
+        return self.free - self.promised - self.promised_elsewhere
+
+    def note_room(self) -> None:
+        """Room may have become less."""
+        if self.least_room is not None and self.room < self.least_room:
+            self.least_room = self.room
 
     @property
     def name(self) -> str:
@@ -211,6 +224,7 @@ class ModelGroup:
             free = 0
         self.free += free - worker.free
         worker.free = free
+        self.note_room()
 
     def name_members(self) -> None:
         """Bring `bases`, `aggregated` and `unlisted` up to date.

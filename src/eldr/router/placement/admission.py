@@ -29,6 +29,9 @@ PRIORITIES = ("high", "normal", "low")
 RETRY_AFTER_S = 2
 MAX_RETRY_AFTER_S = 60
 NOWHERE: Urls = frozenset()
+# A slot that has been free for so long, although other replicas wait and have the better right to it, is out of their
+# reach. They hear of it within some 10 ms.
+UNUSED_S = 0.1
 
 
 class NoWorkerError(ApiError):
@@ -99,6 +102,7 @@ class Admission:
         self._placing: list[tuple[ModelGroup, asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._last_wait_s = 0.0
+        self._unused: dict[ModelGroup, int] = {}  # slots that nobody with a better right has taken
         self.sharing: Sharing | None = None
         self.queued = 0
         self.admitted = 0
@@ -155,6 +159,8 @@ class Admission:
 
     def _admit(self, served: Served) -> None:
         self.admitted += 1
+        if self._unused and served.group in self._unused:
+            self._unused[served.group] -= 1
         served.promise()
         if self.sharing is not None:
             self.sharing.admission_changed()
@@ -181,7 +187,7 @@ class Admission:
         if free:
             self._wake(free)
             # With `narrow`, there may be slots that cannot be promised to those who have no worker yet.
-            if any(group.narrow or group.free > group.promised + group.promised_elsewhere for group in free):
+            if any(group.narrow or group.room > 0 for group in free):
                 self._admit_queued()
 
     def _start_waiting(self) -> None:
@@ -223,7 +229,7 @@ class Admission:
             return False
         group = served.group
         if served.decode is None and not group.narrow:
-            return group.promised + group.promised_elsewhere < group.free and self._may_use_more(group)
+            return group.room > 0 and self._may_use_more(group)
         workers = served.decode
         found = _spare(served, 0) if self._may_use_more(group) else set()
         return bool(found) if workers is None else not found.isdisjoint(workers)
@@ -232,17 +238,30 @@ class Admission:
         """Whether no other replica has the better right to a free slot: one that waits, and runs less than its part.
 
         Without this rule, a replica with a queue would keep every slot that it once got. The parts of all that wait are
-        together no less than what runs and what is free, so as long as there is room, one of them may use it.
+        together no less than what runs and what is free, so as long as there is room, one of them may use it. If it
+        cannot reach that slot, which nobody else knows, others may use it after a while.
         """
         waiting = group.waiting_elsewhere
-        if not waiting:
+        if not waiting or self._unused.get(group, 0) > 0:
             return True
         slots = used = 0
         for worker in group.workers["decode"].values():
             if worker.available:
                 used += worker.in_flight
                 slots += max(worker.max_inflight, worker.busy)
-        return used + group.promised < math.ceil(slots / (waiting + 1))
+        if used + group.promised < math.ceil(slots / (waiting + 1)):
+            return True
+        if group.least_room is None and group.room > 0:
+            group.least_room = group.room
+            asyncio.get_running_loop().call_later(UNUSED_S, self._use_unused, group)
+        return False
+
+    def _use_unused(self, group: ModelGroup) -> None:
+        """Admit requests to slots that stayed free all the time, whoever has the better right to them."""
+        unused, group.least_room = group.least_room, None
+        self._unused[group] = unused or 0
+        self._admit_queued()
+        del self._unused[group]
 
     def waits_for_slots(self, group: ModelGroup) -> bool:
         """Whether requests wait that any worker of this group could take."""

@@ -56,8 +56,6 @@ class Elsewhere:
         worker = self._fleet.workers("decode").get(request.url)
         if worker is not None:
             self._fleet.set_elsewhere(worker, len(at))
-            if worker.busy > worker.max_inflight:  # a fair part of the slots counts what runs beyond the limit
-                self._note_growth(worker)
             self._tell(request, self._placements(worker))
 
     def ended(self, request: RunningElsewhere) -> None:
@@ -94,6 +92,7 @@ class Elsewhere:
             if promised < group.promised_elsewhere or waiting < group.waiting_elsewhere:
                 self._grown[group] = None
             group.promised_elsewhere, group.waiting_elsewhere = promised, waiting
+            group.note_room()
 
     def learned(self, model: str, lesson: Lesson) -> None:
         """Another replica has learned from a request."""
