@@ -1,17 +1,27 @@
 """What it costs that routers decide as one: replicas over NATS, and processes on one machine, before one mock fleet.
 
-    python benchmarks/peers/peers.py [--quick] [--rounds 3] [--program .envs/compiled/bin/eldr]
+    python benchmarks/peers/peers.py [--quick] [--rounds 3] [--processes 2,4,8] [--program .envs/compiled/bin/eldr]
 
 The mock fleet and the clients are those of benchmarks/router. Each round measures, in turn,
 
     alone         one router that shares nothing
     replica       one router that tells a NATS server everything, and hears nobody
     2 replicas    two of them, each with half of the clients' connections
-    2 processes   one router of two processes
+    2 processes   one router of two processes, and of more with --processes
 
-CPU time is what the kernel accounts to all processes of the routers, a parent's hub included, and to the NATS server
-apart. All programs share the machine's cores. So throughput says how far this machine goes with everything on it, and
-CPU time per request what sharing costs anywhere.
+with two loads, one after the other: requests of one token, as many as 128 connections carry, and 400 streams of 30
+tokens/s each. The table has medians over the rounds, and behind them the least and the most in brackets:
+
+    CPU-µs a request   CPU time of all processes of the routers, a parent's hub included, for each request
+    of NATS            CPU time of the NATS server, for each request
+    requests/s         requests answered
+    CPU-µs a token     CPU time of the routers for each token, of the streams
+    tokens/s           tokens received; the clients ask for 12,000
+
+All programs share the machine's cores: routers, mock fleet, clients and NATS. CPU time for each request says what
+sharing costs anywhere. Throughput says how far this machine goes with everything on it. How it grows with the number of
+processes is only to be seen where there are several cores more than processes; a line says if there are not. Everything
+is in build/bench-peers/summary.json.
 
 exit codes: 0 measured, 1 a router failed.
 """
@@ -45,7 +55,17 @@ PREFILL, DECODE, TOKENS_PER_S = 2, 8, 30
 CONNECTIONS, STREAMS, RAMP_S = 128, 400, 1.5
 READY_WITHIN_S = 60.0
 Figures = dict[str, float]
-VARIANTS = {"alone": (1, 1, False), "replica": (1, 1, True), "2 replicas": (2, 1, True), "2 processes": (1, 2, False)}
+# What is measured: routers, processes of each, and whether they share over NATS.
+VARIANTS = {"alone": (1, 1, False), "replica": (1, 1, True), "2 replicas": (2, 1, True)}
+COLUMNS = {
+    "cpu_us_per_request": "CPU-µs a request",
+    "nats_cpu_us_per_request": "of NATS",
+    "requests_per_s": "requests/s",
+    "cpu_us_per_token": "CPU-µs a token",
+    "tokens_per_s": "tokens/s",
+}
+# Mock fleet, clients and NATS take about as much as this.
+CORES_BESIDE = 3
 
 
 class Bench:
@@ -154,32 +174,41 @@ def wait_until_ready(port: int) -> None:
     raise SystemExit(f"the router on port {port} did not start: see {OUT / 'log'}")
 
 
+def cell(figures: list[float]) -> str:
+    """The median, and the range if there are several."""
+    text = f"{statistics.median(figures):,.1f}"
+    return text if len(figures) == 1 else f"{text} ({min(figures):,.1f} to {max(figures):,.1f})"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of short windows: a look, no measurement")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--program", default=str(ROOT / ".envs/compiled/bin/eldr"))
-    parser.add_argument("--port", type=int, default=27100, help="first of 24 free ports")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured (3)")
+    parser.add_argument("--processes", default="2", metavar="N[,N...]", help="numbers of processes of one router (2)")
+    parser.add_argument("--program", default=str(ROOT / ".envs/compiled/bin/eldr"), help="eldr, compiled if you like")
+    parser.add_argument("--port", type=int, default=27100, help="first of 24 free ports (27100)")
     args = parser.parse_args()
+    processes = [int(number) for number in args.processes.split(",")]
+    variants = VARIANTS | {f"{number} processes": (1, number, False) for number in processes}
     bench = Bench(args.program, args.port, *((1.0, 2.0) if args.quick else (3.0, 4.0)))
-    rounds: dict[str, list[Figures]] = {name: [] for name in VARIANTS}
+    rounds: dict[str, list[Figures]] = {name: [] for name in variants}
     for number in range(1 if args.quick else args.rounds):
-        names = list(VARIANTS)
+        names = list(variants)
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            rounds[name].append(bench.measure(*VARIANTS[name]))
+            rounds[name].append(bench.measure(*variants[name]))
     medians = {
         name: {key: statistics.median(each[key] for each in found) for key in found[0]}
         for name, found in rounds.items()
     }
-    summary = {"rounds": rounds, "medians": medians, "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
+    cores = os.cpu_count() or 1
+    summary = {"rounds": rounds, "medians": medians, "cores": cores, "load_average": os.getloadavg()[0]}
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print("| | CPU-µs a request | of NATS | requests/s | CPU-µs a token | tokens/s |\n|---|--:|--:|--:|--:|--:|")
-    for name, median in medians.items():
-        order = ("cpu_us_per_request", "nats_cpu_us_per_request", "requests_per_s", "cpu_us_per_token", "tokens_per_s")
-        print(f"| {name} | " + " | ".join(f"{median[key]:,.1f}" for key in order) + " |")
-    print(
-        f"\n{os.cpu_count()} cores for routers, fleet, clients and NATS together; load average {os.getloadavg()[0]:.1f}"
-    )
+    print("| | " + " | ".join(COLUMNS.values()) + " |\n|---" + "|--:" * len(COLUMNS) + "|")
+    for name, found in rounds.items():
+        print(f"| {name} | " + " | ".join(cell([each[key] for each in found]) for key in COLUMNS) + " |")
+    print(f"\n{cores} cores for routers, fleet, clients and NATS together; load average {os.getloadavg()[0]:.1f}")
+    if cores < max(processes) + CORES_BESIDE:
+        print("These are too few to see how throughput grows with the number of processes: look at the CPU time alone.")
     return 0
 
 
