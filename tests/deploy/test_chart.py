@@ -38,8 +38,8 @@ from tests.deploy.charts import (
     toml_of,
     workloads,
 )
+from tests.nats_server import PROGRAM as NATS
 from tests.router.harness import ASK, on_uvloop, running
-from tests.router.peers.replicas import PROGRAM as NATS
 
 pytestmark = needs_helm
 KINDS = {"serve": RouterConfig, "epp": PickerConfig}

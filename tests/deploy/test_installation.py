@@ -21,10 +21,10 @@ import pytest
 
 from tests.deploy.cases import CASES, IMAGE, NO_BUS
 from tests.deploy.charts import EXAMPLES, Manifest, container_of, labels_of, needs_helm, of_kind, parse, render, toml_of
+from tests.nats_server import PROGRAM as NATS
 from tests.router import fake_apiserver as apiserver
 from tests.router.fake_worker import FakeWorker
 from tests.router.harness import ASK, on_uvloop
-from tests.router.peers.replicas import PROGRAM as NATS
 from tests.router.picker.client import Caller, endpoint
 
 SERVING = apiserver.PODS.format("serving")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,10 +10,9 @@ from typing import Any
 import openai
 import pytest
 
-from eldr.demo.ports import free_ports
 from tests.e2e.load import PROMPTS, Load, ask, until
 from tests.e2e.real_fleet import MODEL, Fleet, Router, StartRouter, client_of, metric
-from tests.router.peers.replicas import PROGRAM
+from tests.nats_server import NatsServer
 
 TOP_K = 4  # experts of a token in a layer of the model
 STREAMS = 8  # of all routers together
@@ -23,47 +20,15 @@ STREAMS = 8  # of all routers together
 LONG: dict[str, Any] = {"max_tokens": 1900, "temperature": 0, "stream": True, "extra_body": {"ignore_eos": True}}
 
 
-class NatsServer:
-    """It can be killed, and started again at the same address."""
-
-    def __init__(self) -> None:
-        self._port = free_ports(1)[0]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"nats://127.0.0.1:{self._port}"
-
-    def start(self) -> None:
-        assert PROGRAM is not None
-        command = [PROGRAM, "-a", "127.0.0.1", "-p", str(self._port)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until(self._listens, "the NATS server listens")
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def _listens(self) -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", self._port), 1).close()
-        except OSError:
-            return False
-        return True
-
-
 @pytest.fixture(scope="module")
 def bus() -> Iterator[NatsServer]:
-    if PROGRAM is None:
-        pytest.skip("nats-server is not installed")
     server = NatsServer()
+    server.launch()
     try:
-        server.start()
+        until(server.listens, "the NATS server listens")
         yield server
     finally:
-        server.kill()
+        server.stop()
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -156,13 +121,13 @@ def test_nobody_notices_that_the_bus_is_down(
     try:
         for load in loads:
             load.more(4)
-        bus.kill()
+        bus.stop()
         until(lambda: every(replicas, "eldr_peers_reachable", 0), "all find out")
         until(lambda: every(replicas, "eldr_peers", 0), "all forget the others")
         until(lambda: every(replicas, "eldr_inflight_elsewhere", 0), "and what they ran")
         for load in loads:
             load.more(4)
-        bus.start()
+        bus.launch()
         until(lambda: every(replicas, "eldr_peers", len(replicas) - 1, state="synced"), "they know each other again")
         until(lambda: all(metric(router.url, "eldr_inflight_elsewhere") > 0 for router in replicas), "and what runs")
         for load in loads:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import os
-import shutil
-import socket
-import sys
-from asyncio.subprocess import DEVNULL, Process
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
-import pytest
 
 from eldr.policies.base import DecodeRequest, Policy
 from eldr.policies.shares import Share
@@ -25,50 +17,18 @@ from eldr.router.app import Router
 from eldr.router.config.settings import RouterConfig
 from eldr.router.fleet.workers import Worker
 from eldr.router.peers.bus import Bus
+from tests.nats_server import NatsServer
 from tests.router.fake_worker import FakeWorker
 from tests.router.harness import ASK, Reply, Scripted, bearer, until
 from tests.router.peers.network import D, sums_of
 
-PROGRAM = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or shutil.which("nats-server")
 
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-class NatsServer:
-    """A server of its own, which can be killed, stopped and started again at the same address."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.port = free_port()
-        self.arguments = arguments
-        self.process: Process | None = None
-
-    @property
-    def url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"
-
-    async def start(self) -> NatsServer:
-        if PROGRAM is None:
-            pytest.skip("nats-server is not installed")
-        self.process = await asyncio.create_subprocess_exec(
-            PROGRAM, "-a", "127.0.0.1", "-p", str(self.port), *self.arguments, stdout=DEVNULL, stderr=DEVNULL
-        )
-        for _ in range(500):
-            with contextlib.suppress(OSError):
-                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
-                writer.close()
-                return self
-            await asyncio.sleep(0.01)
-        raise AssertionError("the NATS server does not listen")
-
-    async def stop(self) -> None:
-        process, self.process = self.process, None
-        if process is not None:
-            process.kill()
-            await process.wait()
+async def nats_server(*arguments: str) -> NatsServer:
+    """One that listens."""
+    server = NatsServer(*arguments)
+    server.launch()
+    await until(server.listens, "the NATS server listens")
+    return server
 
 
 class Replica:
@@ -217,7 +177,7 @@ async def replicas(
     **settings: Any,
 ) -> AsyncIterator[Replicas]:
     """That many replicas that know each other, in front of the same workers."""
-    nats = await NatsServer().start()
+    nats = await nats_server()
     workers = [await FakeWorker("prefill").start()]
     workers += [await FakeWorker("decode").start() for _ in range(decode)]
     for worker in workers:
@@ -231,7 +191,7 @@ async def replicas(
         yield fleet
     finally:
         await fleet.close()
-        await nats.stop()
+        nats.stop()
 
 
 def slow(worker: FakeWorker) -> None:

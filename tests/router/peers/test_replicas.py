@@ -21,7 +21,7 @@ from tests.router.certificates import certificate
 from tests.router.experts.lessons import counted, rows_of
 from tests.router.fake_worker import TOP_K, FakeWorker, Seen, reply
 from tests.router.harness import Scripted, on_uvloop, until
-from tests.router.peers.replicas import AllSums, NatsServer, Replica, Replicas, replicas, slow, total
+from tests.router.peers.replicas import AllSums, Replica, Replicas, nats_server, replicas, slow, total
 
 STREAM: dict[str, Any] = {"stream": True, "max_tokens": 2000}
 
@@ -185,13 +185,13 @@ async def test_the_bus_stops_and_starts_under_load_and_no_client_hears_of_it() -
 
         clients = [asyncio.create_task(client(each)) for each in fleet.all for _ in range(4)]
         await until(lambda: len(statuses) > 40, "requests are answered")
-        await fleet.nats.stop()
+        fleet.nats.stop()
         await until(lambda: not any(each.up for each in fleet.all), "both notice")
         assert "eldr_peers_reachable 0.0" in await fleet.all[0].metrics()
         answered = len(statuses)
         await until(lambda: len(statuses) > answered + 40, "requests are answered without it")
         assert await fleet.all[0].ready() == 200
-        await fleet.nats.start()
+        fleet.nats.launch()
         await until(lambda: all(each.up and each.synced == 1 for each in fleet.all), "they meet again")
         running = False
         await asyncio.gather(*clients)
@@ -209,11 +209,11 @@ async def test_the_bus_stops_and_starts_under_load_and_no_client_hears_of_it() -
 @on_uvloop
 async def test_a_router_starts_without_the_bus_and_joins_later() -> None:
     async with replicas(1, decode=1) as fleet:
-        await fleet.nats.stop()
+        fleet.nats.stop()
         late = await fleet.start()
         assert (await late.post()).status == 200
         assert (late.up, late.synced) == (False, 0)
-        await fleet.nats.start()
+        fleet.nats.launch()
         await fleet.meet()
 
 
@@ -335,10 +335,10 @@ async def test_the_least_permissions_over_tls_with_a_password(tmp_path: Path) ->
         '  subscribe: ["eldr.default.all", "eldr.default.to.*"]\n'
         "} } ] }\n"
     )
-    nats_server = await NatsServer("-c", str(config)).start()
+    server = await nats_server("-c", str(config))
     workers = [await FakeWorker(role).start() for role in ("prefill", "decode")]
-    fleet = Replicas(nats_server, workers, {"peers_ca": cert})
-    url = nats_server.url.replace("nats://", "tls://eldr:secret@")
+    fleet = Replicas(server, workers, {"peers_ca": cert})
+    url = server.url.replace("nats://", "tls://eldr:secret@")
     try:
         one, other = await fleet.start(peers=(url,)), await fleet.start(peers=(url,))
         await fleet.meet()
@@ -353,7 +353,7 @@ async def test_the_least_permissions_over_tls_with_a_password(tmp_path: Path) ->
         await end(tasks)
     finally:
         await fleet.close()
-        await nats_server.stop()
+        server.stop()
 
 
 @on_uvloop

@@ -8,13 +8,13 @@ from eldr.router.app import Router
 from eldr.router.config.picker import PickerConfig
 from eldr.router.placement.making import policy_maker
 from tests.router.harness import until
-from tests.router.peers.replicas import NatsServer
+from tests.router.peers.replicas import nats_server
 from tests.router.picker.client import picking
 from tests.router.picker.test_choice import all_over
 
 
 async def test_what_one_picks_the_other_counts() -> None:
-    nats = await NatsServer().start()
+    nats = await nats_server()
     try:
         settings: dict[str, Any] = {"peers": (nats.url,), "health_interval_s": 0.1}
         async with picking(aggregated=1, policy="jsq", **settings) as g:
@@ -33,4 +33,4 @@ async def test_what_one_picks_the_other_counts() -> None:
             finally:
                 await other.stop(0)
     finally:
-        await nats.stop()
+        nats.stop()
