@@ -34,14 +34,14 @@ PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --quiet --no-i
 help:  ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo:  ## a whole fleet on this machine: 1 prefill and 4 decode workers, jsq against locality-band
+demo:  ## a whole fleet on this machine: 1 prefill and 4 decode workers; what two policies do to TPOT, against jsq
 	@$(MAKE) --no-print-directory --jobs 2 $(DEV)/.installed $(VLLM)/.installed
 	@$(DEV)/bin/eldr demo --vllm-python $(VLLM)/bin/python
 
 demo-gateway:  ## the same behind an Envoy that asks an endpoint picker: 1 prefill and 2 decode workers
 	@$(MAKE) --no-print-directory --jobs 2 $(DEV)/.installed $(VLLM)/.installed $(ENVOY)/.installed
 	@$(DEV)/bin/eldr demo --vllm-python $(VLLM)/bin/python --envoy $(ENVOY)/bin/envoy --policies jsq,expected-union \
-		--decode-workers 2 --in-flight 20 --requests 100 --output build/gateway
+		--decode-workers 2 --in-flight 20 --requests 30 --output build/gateway
 
 browser:  ## install Chromium for the tests of the page, where there is none (Debian and Ubuntu, as root)
 	@for name in $$ELDR_CHROMIUM chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \

@@ -15,8 +15,9 @@ EXAMPLES = """examples:
   make demo-gateway
 
 The demo starts one prefill worker and several decode workers of a small MoE model on the CPU, and a router for each
-policy. It writes a summary and a page to the output folder. With --envoy, the requests pass an Envoy that asks an
-endpoint picker, in the two calls of llm-d's coordinator.
+policy. The policies take turns, round by round, and their TPOT is compared within each round. It writes a summary and a
+page to the output folder. With --envoy, the requests pass an Envoy that asks an endpoint picker, in the two calls of
+llm-d's coordinator.
 """
 
 
@@ -24,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `eldr demo`."""
     flag = parser.add_argument
     flag("--vllm-python", required=True, type=Path, metavar="PATH", help="Python of an environment with vLLM")
-    flag("--policies", default="jsq,locality-band", metavar="A,B", help="policies to compare (jsq,locality-band)")
-    flag("--requests", type=positive, default=200, metavar="N", help="requests per policy (200)")
+    policies = "jsq,locality-band,expected-union"
+    flag("--policies", default=policies, metavar="A,B", help=f"policies to compare with the first ({policies})")
+    flag("--requests", type=positive, default=60, metavar="N", help="requests of each policy in a round (60)")
+    flag("--rounds", type=positive, default=6, metavar="N", help="rounds after the warm-up, at most; 3 or more (6)")
     flag("--decode-workers", type=positive, default=4, metavar="N", help="number of decode workers (4)")
     flag("--envoy", type=Path, metavar="PROGRAM", help="put this Envoy in front of the workers instead of a router")
     example = Path("examples/envoy-epp.yaml")

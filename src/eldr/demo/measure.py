@@ -1,4 +1,4 @@
-"""Measurements of one policy: its requests, where they were decoded, and the active experts."""
+"""Measurements of one policy, round by round: its requests, where they were decoded, and the active experts."""
 
 from __future__ import annotations
 
@@ -30,18 +30,45 @@ class ActiveExperts:
 
 
 @dataclass(slots=True)
-class PolicyRun:
-    """One policy's run of the workload. It grows while the run lasts.
+class Round:
+    """One policy's turn: the same requests as those of the other policies in the same round. It grows while it lasts.
 
-    active: decode worker URL -> the worker's counts since the run began.
+    measured: whether its times count. Those of the warm-up do not.
+    active: decode worker URL -> the worker's counts since the round began.
+    """
+
+    measured: bool = True
+    outcomes: list[Outcome] = field(default_factory=list)
+    active: dict[str, ActiveExperts] = field(default_factory=dict)
+    duration_s: float = 0.0
+
+    @property
+    def succeeded(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.error is None]
+
+    @property
+    def tpot_s(self) -> list[float]:
+        return [tpot for outcome in self.succeeded if (tpot := outcome.tpot_s) is not None]
+
+
+@dataclass(slots=True)
+class PolicyRun:
+    """All rounds of one policy. Outcomes and placements are those of all rounds, times those of the measured ones.
+
     served_by: request number -> URL of its decode worker, if already known.
     """
 
     policy: str
-    outcomes: list[Outcome] = field(default_factory=list)
-    active: dict[str, ActiveExperts] = field(default_factory=dict)
+    rounds: list[Round] = field(default_factory=list)
     served_by: dict[int, str] = field(default_factory=dict)
-    duration_s: float = 0.0
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        return [outcome for turn in self.rounds for outcome in turn.outcomes]
+
+    @property
+    def measured(self) -> list[Round]:
+        return [turn for turn in self.rounds if turn.measured]
 
     @property
     def succeeded(self) -> list[Outcome]:
@@ -53,20 +80,37 @@ class PolicyRun:
 
     @property
     def ttft_s(self) -> list[float]:
-        return [ttft for outcome in self.succeeded if (ttft := outcome.ttft_s) is not None]
+        return [ttft for outcome in self._timed if (ttft := outcome.ttft_s) is not None]
 
     @property
     def tpot_s(self) -> list[float]:
-        return [tpot for outcome in self.succeeded if (tpot := outcome.tpot_s) is not None]
+        return [tpot for turn in self.measured for tpot in turn.tpot_s]
 
     @property
     def itl_s(self) -> list[float]:
-        return [gap for outcome in self.succeeded for gap in outcome.itl_s]
+        return [gap for outcome in self._timed for gap in outcome.itl_s]
+
+    @property
+    def duration_s(self) -> float:
+        return sum(turn.duration_s for turn in self.measured)
+
+    @property
+    def active(self) -> dict[str, ActiveExperts]:
+        """The counts of each decode worker."""
+        total: dict[str, ActiveExperts] = {}
+        for turn in self.measured:
+            for url, counts in turn.active.items():
+                total[url] = total.get(url, ActiveExperts(0, 0)) + counts
+        return total
 
     @property
     def active_experts_mean(self) -> float | None:
         """Mean over the decode steps and MoE layers of all decode workers. None if nothing was decoded."""
         return sum(self.active.values(), ActiveExperts(0, 0)).mean
+
+    @property
+    def _timed(self) -> list[Outcome]:
+        return [outcome for turn in self.measured for outcome in turn.succeeded]
 
     def placement(self, kinds: Sequence[str], workers: Sequence[str]) -> list[list[int]]:
         """How many requests of each kind each decode worker served, as [kinds][workers]."""

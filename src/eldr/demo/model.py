@@ -13,7 +13,8 @@ from pathlib import Path
 from eldr.errors import EldrError
 
 # The files that vLLM needs. provenance.json and NOTICE.md are for people.
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL_FILES = (CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json")
 
 
 class ModelMissingError(EldrError):

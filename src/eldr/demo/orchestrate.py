@@ -1,4 +1,9 @@
-"""Runs the demo from start to end: the model, a fleet, calibration, each policy under the same load, a verdict."""
+"""Runs the demo from start to end: the model, a fleet, calibration, the policies in turns, a verdict.
+
+The policies take turns, round by round, and all have the same requests in a round. What else the machine does then
+hurts all of them alike, and the change of TPOT from one policy to another is a change within a round. Their routers run
+through all rounds, so that none of them begins again from nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,8 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +22,22 @@ from eldr.calibration import Calibration, fit_calibration
 from eldr.demo.engine_metrics import read_active_experts
 from eldr.demo.gateway import Gateway, running_gateway
 from eldr.demo.load import make_requests
-from eldr.demo.measure import ActiveExperts, PolicyRun
+from eldr.demo.measure import ActiveExperts, PolicyRun, Round
 from eldr.demo.model import write_model
 from eldr.demo.outputs import TopTwo, check_outputs, top_two_gaps
+from eldr.demo.padded import ExpertBytes, available_bytes, expert_bytes, inner_size_for, pad_experts
 from eldr.demo.processes import MODEL_NAME, Workers, running_router, running_workers
 from eldr.demo.prompts import make_prompts
 from eldr.demo.report import write_report
 from eldr.demo.result import DemoResult
 from eldr.demo.router_log import read_placements
+from eldr.demo.step_cost import StepLine, batch_count, fit_line, measure_steps
 from eldr.demo.summary import summarise, write_summary
 from eldr.demo.view import View
 from eldr.errors import EldrError
 from eldr.load.client import Target, run_closed
 from eldr.load.outcome import Outcome
+from eldr.load.request import Request
 from eldr.policies import POLICY_NAMES
 from eldr.record import Connector, RecordOptions, record
 from eldr.record import Prompt as RecordPrompt
@@ -41,7 +50,11 @@ CALIBRATION_PROMPTS = 96
 CALIBRATION_MAX_TOKENS = 48
 CALIBRATION_IN_FLIGHT = 8
 REFERENCE_IN_FLIGHT = 32
-WARM_UP_ROUNDS = 3
+# Enough for every decode worker to meet the prefill worker, and for every router to meet all of them.
+WARM_UP_REQUESTS = 24
+# No further round begins if it would probably end later than this after the warm-up began, but there are MIN_ROUNDS.
+ROUNDS_TIME_S = 160.0
+MIN_ROUNDS = 3
 POLL_S = 1.0
 # Shortly after the last token, the workers count their last step and the router logs its last request.
 SETTLE_S = 0.5
@@ -56,7 +69,8 @@ class DemoOptions:
     """The options of a demo run.
 
     vllm_python: the interpreter of the environment that holds vLLM and eldr.
-    output: the folder for results. requests: how many each policy gets.
+    output: the folder for results.
+    requests: how many each policy gets in a round. rounds: how many are measured, at most.
     in_flight: how many requests the client keeps in flight, over all decode workers.
     seed: for prompts, lengths and calibration.
     gateway: put between client and workers, with an endpoint picker for each policy. None for routers.
@@ -64,8 +78,9 @@ class DemoOptions:
 
     vllm_python: Path
     output: Path = Path("build/demo")
-    requests: int = 200
-    policies: Sequence[str] = ("jsq", "locality-band")
+    requests: int = 60
+    rounds: int = 6
+    policies: Sequence[str] = ("jsq", "locality-band", "expected-union")
     decode_workers: int = 4
     in_flight: int = 40
     seed: int = 0
@@ -78,6 +93,8 @@ class DemoOptions:
             raise DemoError(f"unknown policy {unknown[0] if unknown else ''!r}; choose from {', '.join(POLICY_NAMES)}")
         if len(set(self.policies)) < len(self.policies):
             raise DemoError("a policy is named twice")
+        if self.rounds < MIN_ROUNDS:
+            raise DemoError(f"{self.rounds} rounds are too few for an interval; take at least {MIN_ROUNDS}")
         if not self.vllm_python.is_file():
             raise DemoError(
                 f"{self.vllm_python}: no such interpreter; give one that has vLLM installed, as `make demo` does"
@@ -104,7 +121,7 @@ async def _run_until_terminated(options: DemoOptions, console: Console) -> int:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    view = View(console, options.requests)
+    view = View(console)
     with view.live():
         demo = _Demo(options, view)
         result = await demo.run()
@@ -122,31 +139,37 @@ class _Demo:
         self.options = options
         self.view = view
         self.calibration_path = options.output / "calibration.npz"
+        self.cost_path = options.output / "cost.json"
         calibration_prompts = make_prompts(CALIBRATION_PROMPTS, seed=options.seed)
         known = frozenset(prompt.text for prompt in calibration_prompts)
-        served = make_prompts(options.requests, seed=options.seed + 1, exclude=known)
+        count = WARM_UP_REQUESTS + options.rounds * options.requests
+        served = make_prompts(count, seed=options.seed + 1, exclude=known)
         self.calibration_prompts = calibration_prompts
         self.requests = make_requests(served, seed=options.seed)
         self.reference: list[Outcome] = []
+        self.turns: list[_Turn] = []
 
     async def run(self) -> DemoResult:
         options, view = self.options, self.view
-        model, logs = options.output / "model", options.output / "logs"
-        with view.step("unpack the model"):
+        shipped, heavy, logs = (options.output / name for name in ("model", "heavy-model", "logs"))
+        with view.step("unpack the model and pad its experts"):
             logs.mkdir(parents=True, exist_ok=True)
-            write_model(model)
+            write_model(shipped)
+            write_model(heavy)
+            pad_experts(heavy, inner_size_for(shipped, available_bytes(), options.decode_workers))
+        experts = ExpertBytes(expert_bytes(shipped), expert_bytes(heavy))
+        view.say(experts.in_words())
         async with contextlib.AsyncExitStack() as stack:
             count = 2 + options.decode_workers
             with view.step(f"start 1 prefill, 1 plain and {options.decode_workers} decode workers", count) as step:
                 workers = await stack.enter_async_context(
-                    running_workers(options.vllm_python, model, logs, options.decode_workers, step.advance)
+                    running_workers(options.vllm_python, shipped, heavy, logs, options.decode_workers, step.advance)
                 )
             view.workers = workers.decode_urls
             calibration, _ = await asyncio.gather(self._calibrate(workers), self._ask_reference(workers))
-            await self._warm_up(workers)
-            result = DemoResult(calibration, workers.decode_urls, view.runs)
-            for policy in options.policies:
-                await self._run_policy(policy, workers)
+            line = await self._measure_steps(workers, calibration.geometry.layers, experts.padded)
+            result = DemoResult(calibration, workers.decode_urls, view.runs, line, experts)
+            await self._run_rounds(workers)
             await self._check_outputs(workers, result)
         return result
 
@@ -184,38 +207,37 @@ class _Demo:
 
             await run_closed(target, self.requests, REFERENCE_IN_FLIGHT, heard)
 
-    async def _warm_up(self, workers: Workers) -> None:
-        """Make every decode worker connect to the prefill worker, which would otherwise slow the first policy down."""
-        count = WARM_UP_ROUNDS * len(workers.decode)
-        requests = make_requests(self.calibration_prompts[:count], seed=self.options.seed)
-        with self.view.step("warm up"):
-            async with self._router("rr", workers) as url:
-                target = Target(url, MODEL_NAME, "warm-up")
-                await run_closed(target, requests, len(workers.decode), _raise_error)
+    async def _measure_steps(self, workers: Workers, layers: int, weight_bytes: int) -> StepLine:
+        """Measure a step of a decode worker, while all other engines are idle, for the policies' cost model."""
+        with self.view.step("measure what a decode step costs here", batch_count()) as step:
+            url = workers.decode_urls[0]
+            steps = await measure_steps(url, MODEL_NAME, layers, self.options.seed, step.advance)
+            line = fit_line(steps, layers)
+            line.cost_model(weight_bytes).save(self.cost_path)
+        return line
 
-    async def _run_policy(self, policy: str, workers: Workers) -> None:
-        run = PolicyRun(policy)
-        self.view.runs.append(run)
-        with self.view.step(f"policy {policy}", len(self.requests)) as step:
-
-            def heard(outcome: Outcome) -> None:
-                run.outcomes.append(outcome)
-                step.advance()
-
-            async with self._router(policy, workers) as url:
-                follow = _Follow(run, workers, self._router_log(policy))
-                await follow.begin()
+    async def _run_rounds(self, workers: Workers) -> None:
+        """Let the policies take turns: a warm-up, then rounds until they are all done or their time is up."""
+        options, size = self.options, self.options.requests
+        async with contextlib.AsyncExitStack() as stack:
+            for policy in options.policies:
+                url = await stack.enter_async_context(self._router(policy, workers))
+                self.turns.append(_Turn(policy, url, workers, self._router_log(policy)))
+                self.view.runs.append(self.turns[-1].run)
+            longest_s = 0.0
+            began_s = time.monotonic()
+            for number in range(1 + options.rounds):
                 started_s = time.monotonic()
-                poll = asyncio.create_task(follow.forever())
-                try:
-                    # With its own name, each run starts with an empty prefix cache.
-                    target = Target(url, MODEL_NAME, policy)
-                    await run_closed(target, self.requests, self.options.in_flight, heard)
-                finally:
-                    poll.cancel()
-                run.duration_s = time.monotonic() - started_s
-                await asyncio.sleep(SETTLE_S)
-                await follow.update()
+                if number > MIN_ROUNDS and started_s - began_s + longest_s > ROUNDS_TIME_S:
+                    break
+                end = WARM_UP_REQUESTS + number * size
+                requests = self.requests[end - size : end] if number else self.requests[:end]
+                title = f"round {number}" if number else "warm up"
+                with self.view.step(f"{title}: {', '.join(options.policies)}", len(requests) * len(self.turns)) as step:
+                    for turn in self.turns:
+                        await turn.take(number, requests, options.in_flight, step.advance)
+                if number:
+                    longest_s = max(longest_s, time.monotonic() - started_s)
 
     async def _check_outputs(self, workers: Workers, result: DemoResult) -> None:
         async def ask(number: int) -> TopTwo:
@@ -226,47 +248,58 @@ class _Demo:
                 await check_outputs(run, self.reference, ask, result.check)
                 step.advance()
 
-    @contextlib.asynccontextmanager
-    async def _router(self, policy: str, workers: Workers) -> AsyncIterator[str]:
+    def _router(self, policy: str, workers: Workers) -> AbstractAsyncContextManager[str]:
+        """A router, or a gateway and its picker, in front of the workers. Gives its URL."""
+        flags = ["--policy", policy, "--calibration", str(self.calibration_path), "--cost", str(self.cost_path)]
         # At level debug, the router logs every request and its decode worker.
-        flags = ["--policy", policy, "--calibration", str(self.calibration_path), "--log-level", "debug"]
+        flags += ["--log-level", "debug"]
         log, gateway = self._router_log(policy), self.options.gateway
         if gateway is None:
-            async with running_router(workers, flags, log) as url:
-                yield url
-        else:
-            async with running_gateway(gateway, workers, flags, log) as url:
-                yield url
+            return running_router(workers, flags, log)
+        return running_gateway(gateway, workers, flags, log)
 
     def _router_log(self, policy: str) -> Path:
         return self.options.output / "logs" / f"router-{policy}.log"
 
 
-def _raise_error(outcome: Outcome) -> None:
-    if outcome.error is not None:
-        raise DemoError(f"request {outcome.number} of the warm-up failed: {outcome.error}")
+class _Turn:
+    """A policy, with its router at `url`, that takes its turn in every round."""
 
-
-class _Follow:
-    """Updates a run, while it lasts, from the decode workers' counters and the router's log."""
-
-    def __init__(self, run: PolicyRun, workers: Workers, router_log: Path) -> None:
-        self._run = run
-        self._urls = workers.decode_urls
+    def __init__(self, policy: str, url: str, workers: Workers, router_log: Path) -> None:
+        self.run = PolicyRun(policy)
+        self._url = url
+        self._workers = workers.decode_urls
         self._router_log = router_log
-        self._before: dict[str, ActiveExperts] = {}
 
-    async def begin(self) -> None:
-        """Remember the counters, so that earlier counts do not belong to the run."""
-        self._before = await read_active_experts(self._urls)
+    async def take(self, number: int, requests: Sequence[Request], in_flight: int, advance: Callable[[], None]) -> None:
+        """Send the requests of a round, the warm-up if it is round 0, and add what is measured to the run."""
+        turn = Round(measured=number > 0)
+        self.run.rounds.append(turn)
 
-    async def update(self) -> None:
-        now = await read_active_experts(self._urls)
-        self._run.active = {url: now[url] - self._before[url] for url in self._urls}
-        self._run.served_by = read_placements(self._router_log)
+        def heard(outcome: Outcome) -> None:
+            turn.outcomes.append(outcome)
+            advance()
 
-    async def forever(self) -> None:
+        # Earlier counts do not belong to the round.
+        before = await read_active_experts(self._workers)
+        poll = asyncio.create_task(self._follow(turn, before))
+        started_s = time.monotonic()
+        try:
+            # With a name of its own, each turn starts with an empty prefix cache.
+            await run_closed(Target(self._url, MODEL_NAME, f"{self.run.policy}-{number}"), requests, in_flight, heard)
+        finally:
+            poll.cancel()
+        turn.duration_s = time.monotonic() - started_s
+        await asyncio.sleep(SETTLE_S)
+        await self._update(turn, before)
+
+    async def _update(self, turn: Round, before: dict[str, ActiveExperts]) -> None:
+        now = await read_active_experts(self._workers)
+        turn.active = {url: now[url] - before[url] for url in self._workers}
+        self.run.served_by = read_placements(self._router_log)
+
+    async def _follow(self, turn: Round, before: dict[str, ActiveExperts]) -> None:
         while True:
             await asyncio.sleep(POLL_S)
             with contextlib.suppress(EldrError):  # a worker may be too busy; only the last reading counts
-                await self.update()
+                await self._update(turn, before)

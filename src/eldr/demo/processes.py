@@ -1,4 +1,4 @@
-"""Runs the demo's processes: its vLLM workers and one router at a time, on free ports of this machine."""
+"""Runs the demo's processes: its vLLM workers and a router for each policy, on free ports of this machine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ from eldr.demo.workers import Role, WorkerError, WorkerProcess, WorkerSpec, log_
 from eldr.errors import EldrError
 
 MODEL_NAME = "eldr-demo"
+# Its sitecustomize.py says why.
+INTERPRETER = Path(__file__).parent / "interpreter"
 # The smallest size that vLLM's CPU attention allows, so that the openings that prompts share fill a few blocks.
 BLOCK_SIZE_TOKENS = 32
+# 32,768 tokens of the demo's model: far more than are ever in flight.
+KV_CACHE_BYTES = 128 * 2**20
 # It takes a minute on two idle cores, and far longer on busy ones.
 WORKER_READY_TIMEOUT_S = 600.0
 ROUTER_READY_TIMEOUT_S = 60.0
@@ -46,10 +50,11 @@ class Workers:
 
 @contextlib.asynccontextmanager
 async def running_workers(
-    python: Path, model_dir: Path, logs: Path, decode_workers: int, ready: Callable[[], None]
+    python: Path, model_dir: Path, decode_model_dir: Path, logs: Path, decode_workers: int, ready: Callable[[], None]
 ) -> AsyncIterator[Workers]:
     """Start all workers at once, wait until they are ready, and stop them at the end.
 
+    decode_model_dir: the model of the decode workers, whose KV cache has to be that of the others' `model_dir`.
     ready: called once for each worker that becomes ready. Raises WorkerError if one does not.
     """
     roles: list[tuple[str, Role]] = [("plain", "plain"), ("prefill", "prefill")]
@@ -61,12 +66,15 @@ async def running_workers(
                 role=role,
                 port=port,
                 side_channel_port=side_channel_port,
-                model_dir=model_dir,
+                model_dir=decode_model_dir if role == "decode" else model_dir,
                 served_name=MODEL_NAME,
                 # Not resolved: a virtual environment is recognised by the path of its interpreter.
                 python=python.absolute(),
                 log_path=logs / f"{name}.log",
                 extra_args=("--block-size", str(BLOCK_SIZE_TOKENS)),
+                # vLLM compares the folders of prefill and decode workers' models, and not only what shapes the cache.
+                extra_env={"PYTHONPATH": str(INTERPRETER)},
+                extra_config={"enforce_handshake_compat": decode_model_dir is None},
             )
         )
         for (name, role), port, side_channel_port in zip(roles, ports[::2], ports[1::2], strict=True)

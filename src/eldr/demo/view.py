@@ -17,9 +17,10 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from eldr.demo.change import in_words
 from eldr.demo.measure import PolicyRun, workers_per_kind
 from eldr.demo.result import DemoResult
-from eldr.load.outcome import percentile_ms
+from eldr.load.outcome import mean_ms, percentile_ms
 from eldr.workloads.kinds import KINDS
 
 REFRESH_PER_S = 5
@@ -56,12 +57,11 @@ class Step:
 class View:
     """Collects and shows the state of the demo. A run is added when it starts, and changes while it is shown."""
 
-    def __init__(self, console: Console, requests_per_policy: int) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self.steps: list[Step] = []
+        self.steps: list[Step | Text] = []
         self.runs: list[PolicyRun] = []
         self.workers: list[str] = []
-        self.requests_per_policy = requests_per_policy
         self._started_s = time.monotonic()
 
     @contextlib.contextmanager
@@ -88,6 +88,12 @@ class View:
             if not self.console.is_terminal:
                 self.console.print(f"{'failed' if step.failed else 'done'}: {title} ({step.seconds:.0f} s)")
 
+    def say(self, text: str) -> None:
+        """Show a line among the steps."""
+        self.steps.append(Text(f"  {text}", "dim"))
+        if not self.console.is_terminal:
+            self.console.print(text)
+
     def __rich__(self) -> Group:
         parts: list[RenderableType] = [*self.steps]
         if self.runs:
@@ -95,7 +101,9 @@ class View:
         return Group(*parts)
 
     def conclude(self, result: DemoResult, output: Path) -> None:
-        """Print the verdict and the report's path. If the output is not a terminal, print the tables first."""
+        """Print the result. In a terminal, the tables are on screen already."""
+        self.console.print("", *(headline(result) or ["no TPOT was measured"]), sep="\n", highlight=False)
+        self.console.print(step_cost(result), highlight=False)
         if not self.console.is_terminal:
             self.console.print(self.figures(), self.placements())
         check = result.check
@@ -120,7 +128,7 @@ class View:
         """The figures, with a row for each policy."""
         table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
         table.add_column("policy", style="bold", no_wrap=True)
-        for name in ("requests", "errors", "TTFT p50\nms *", "TPOT p50\nms *", "TPOT p99\nms *"):
+        for name in ("requests", "errors", "TTFT p50\nms", "TPOT p50\nms", "TPOT p99\nms", "TPOT mean\nms"):
             table.add_column(name, justify="right")
         for name in ("active\nexperts", "workers\nper kind"):
             table.add_column(name, justify="right", style="bold cyan")
@@ -128,16 +136,15 @@ class View:
             spread = workers_per_kind(run.placement(list(KINDS), self.workers))
             table.add_row(
                 run.policy,
-                f"{len(run.outcomes)}/{self.requests_per_policy}",
+                str(len(run.outcomes)),
                 Text(str(run.errors), "bold red" if run.errors else ""),
                 _ms(percentile_ms(run.ttft_s, 50)),
                 _ms(percentile_ms(run.tpot_s, 50)),
                 _ms(percentile_ms(run.tpot_s, 99)),
+                _ms(mean_ms(run.tpot_s)),
                 _decimal(run.active_experts_mean),
                 _decimal(spread),
             )
-        table.caption = f"* no evidence of speed: {len(self.workers) + 2} engines share this machine's cores"
-        table.caption_justify = "left"
         return table
 
     def placements(self) -> Columns:
@@ -155,6 +162,26 @@ class View:
             cells = [Text(f"{count:>4}", _shade(s)) for count, s in zip(counts, share, strict=True)]
             table.add_row(kind, *cells)
         return table
+
+
+def headline(result: DemoResult) -> list[str]:
+    """A line for each policy: the change of TPOT from the first policy to it."""
+    first = result.runs[0].policy
+    return [
+        f"TPOT of {policy} against {first}: "
+        + ", ".join(f"{name} {in_words(change)}" for name, change in figures.items())
+        for policy, figures in result.tpot_changes.items()
+    ]
+
+
+def step_cost(result: DemoResult) -> str:
+    """What a decode step costs on this machine, and what the intervals are."""
+    line = result.step_line
+    return (
+        f"means and 95 % intervals over {result.measured_rounds} rounds; a decode step on this machine: "
+        f"{line.base_ms:.1f} ms + {line.per_expert_ms:.3f} ms x active experts of {line.layers} layers "
+        f"+ {line.per_token_ms:.2f} ms x batch, R2 {line.r2:.3f}"
+    )
 
 
 def _shade(share: float) -> Style:

@@ -50,3 +50,8 @@ class Outcome:
 def percentile_ms(times_s: Sequence[float], percent: float) -> float | None:
     """The percentile in milliseconds, by linear interpolation. None for an empty list."""
     return 1000 * float(np.percentile(times_s, percent)) if len(times_s) else None
+
+
+def mean_ms(times_s: Sequence[float]) -> float | None:
+    """The mean in milliseconds. None for an empty list."""
+    return 1000 * float(np.mean(times_s)) if len(times_s) else None

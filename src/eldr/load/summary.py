@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
-from eldr.load.outcome import Outcome, percentile_ms
+from eldr.load.outcome import Outcome, mean_ms, percentile_ms
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
 ERROR_EXAMPLES = 5
@@ -49,8 +48,7 @@ def _latencies(good: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _percentiles(times_s: Sequence[float]) -> dict[str, float | None]:
-    mean = 1000 * float(np.mean(times_s)) if len(times_s) else None
-    return {name: percentile_ms(times_s, percent) for name, percent in PERCENTILES.items()} | {"mean": mean}
+    return {name: percentile_ms(times_s, percent) for name, percent in PERCENTILES.items()} | {"mean": mean_ms(times_s)}
 
 
 def as_table(summary: dict[str, Any], title: str) -> Table:

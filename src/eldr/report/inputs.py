@@ -28,11 +28,13 @@ from eldr.report.evaluation.section import (
     of,
     tpot_columns,
     values,
+    words,
 )
 from eldr.report.html import Html
 from eldr.report.style import as_svg, legend_below, make_panels, policy_style, style
 
 MAX_FILE_BYTES = 2**27
+TPOT_FIGURES = ("p50", "p99", "mean")
 TOKENS_SHOWN = (1, 16, 64)
 
 
@@ -188,10 +190,13 @@ def _demo(wire: Mapping[str, Any], path: Path) -> list[Html]:
         "TPOT p50 ms": number("tpot_p50_ms", 1),
         "TPOT p99 ms": number("tpot_p99_ms", 1),
     }
-    text = (
-        f"{wire['outputs_equal']} of {wire['outputs_total']} outputs are those of one plain worker. Engines that share "
-        "one machine's CPU: active experts mean something, times do not."
-    )
+    text = f"{wire['outputs_equal']} of {wire['outputs_total']} outputs are those of one plain worker."
+    changes: Mapping[str, Mapping[str, Mapping[str, float | None]]] | None = wire.get("tpot_change")
+    if changes is None:  # of a version whose experts were too small for times to mean anything
+        text += " Engines that share one machine's CPU: active experts mean something, times do not."
+    else:
+        rows = [row | _demo_changes(changes.get(str(row["policy"]))) for row in rows]
+        columns |= {f"change of TPOT {name}, %": words(name) for name in TPOT_FIGURES}
     with style():
         experts = [float(row["active_experts_mean"] or 0) for row in rows]
         colours = [policy_style(name).colour for name in policies]
@@ -205,6 +210,16 @@ def _demo(wire: Mapping[str, Any], path: Path) -> list[Html]:
             f"Demo, {path.name}", html.paragraph(text), picture, _table(Numbers(columns, rows)), badge=MEASURED
         )
     ]
+
+
+def _demo_changes(figures: Mapping[str, Mapping[str, float | None]] | None) -> dict[str, str]:
+    """The cells of a policy's changes of TPOT, with their intervals. None for the first policy."""
+    cells = {}
+    for name, change in (figures or {}).items():
+        low, high = change["low"], change["high"]
+        interval = "" if low is None or high is None else f" ({low:+.1f} to {high:+.1f})"
+        cells[name] = f"{change['percent']:+.1f}{interval}"
+    return cells
 
 
 def _load(wire: Mapping[str, Any], path: Path) -> list[Html]:

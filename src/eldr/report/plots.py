@@ -77,6 +77,30 @@ def bars(series: Mapping[str, Sequence[float]], groups: Sequence[str], label: st
         return as_svg(figure)
 
 
+def points_and_lines(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+) -> Html:
+    """Measured points and, in the same colour, the fitted line of each series. Both axes begin at zero."""
+    with style():
+        figure, (axis,) = make_panels(1, width=6.4, height=3.6)
+        for number, (name, measured) in enumerate(points.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            x, y = zip(*measured, strict=True)
+            axis.plot(x, y, "o", markersize=5, color=colour, label=name)
+            x, y = zip(*lines[name], strict=True)
+            axis.plot(x, y, color=colour, linewidth=1)
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        axis.grid(visible=True)
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), handletextpad=0.2)
+        return as_svg(figure)
+
+
 def scatter(points: NDArray[Any], labels: Sequence[str], centres: NDArray[Any], centre_names: Sequence[str]) -> Html:
     """Labelled points in the plane, coloured by label, and named centres. points: [n, 2]. centres: [K, 2]."""
     with style():

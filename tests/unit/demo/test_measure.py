@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eldr.demo.engine_metrics import parse_active_experts
-from eldr.demo.measure import ActiveExperts, PolicyRun, workers_per_kind
+from eldr.demo.measure import ActiveExperts, PolicyRun, Round, workers_per_kind
 from eldr.demo.router_log import read_placements
 from eldr.load.client import request_id
 from eldr.load.outcome import Outcome, percentile_ms
@@ -51,21 +51,35 @@ def test_percentiles_interpolate_linearly() -> None:
 
 
 def test_a_run_measures_only_what_succeeded_and_counts_the_rest_as_errors() -> None:
-    run = PolicyRun("jsq", [outcome(0, [1.0, 2.0]), outcome(1, [1.0, 9.0], error="status 500"), outcome(2, [3.0])])
+    first = Round(outcomes=[outcome(0, [1.0, 2.0]), outcome(1, [1.0, 9.0], error="status 500")], duration_s=2.0)
+    run = PolicyRun("jsq", [first, Round(outcomes=[outcome(2, [3.0])], duration_s=3.0)])
     assert run.errors == 1
     assert run.ttft_s == [1.0, 3.0]
     assert run.tpot_s == [1.0]
+    assert run.duration_s == 5.0
+
+
+def test_what_the_warm_up_measured_does_not_count_but_its_requests_do() -> None:
+    warm_up = Round(False, [outcome(0, [9.0, 18.0]), outcome(1, [], error="late")], {"a": ActiveExperts(900, 9)}, 7.0)
+    run = PolicyRun("jsq", [warm_up, Round(True, [outcome(2, [1.0, 2.5])], {"a": ActiveExperts(8, 2)}, 2.0)])
+    assert (run.ttft_s, run.tpot_s, run.itl_s, run.duration_s) == ([1.0], [1.5], [1.5], 2.0)
+    assert run.active_experts_mean == 4.0
+    assert [outcome.number for outcome in run.succeeded] == [0, 2]
+    assert (len(run.outcomes), run.errors) == (3, 1)
 
 
 def test_active_experts_are_weighted_by_steps_not_by_workers() -> None:
-    run = PolicyRun("jsq", active={"a": ActiveExperts(10, 1), "b": ActiveExperts(90, 30)})
-    assert run.active_experts_mean == pytest.approx(100 / 31)
+    both = {"a": ActiveExperts(10, 1), "b": ActiveExperts(90, 30)}
+    run = PolicyRun("jsq", [Round(active=both), Round(active={"b": ActiveExperts(5, 4)})])
+    assert run.active == {"a": ActiveExperts(10, 1), "b": ActiveExperts(95, 34)}
+    assert run.active_experts_mean == pytest.approx(105 / 35)
     assert PolicyRun("jsq").active_experts_mean is None
     assert (ActiveExperts(50, 10) - ActiveExperts(20, 4)) == ActiveExperts(30, 6)
 
 
 def test_placement_counts_requests_of_a_kind_on_a_worker() -> None:
-    run = PolicyRun("jsq", [outcome(n, [1.0], kind=kind) for n, kind in enumerate(["code", "law", "code", "code"])])
+    outcomes = [outcome(n, [1.0], kind=kind) for n, kind in enumerate(["code", "law", "code", "code"])]
+    run = PolicyRun("jsq", [Round(outcomes=outcomes[:1]), Round(outcomes=outcomes[1:])])
     run.served_by = {0: "http://a", 1: "http://b", 2: "http://a", 3: "http://elsewhere"}
     assert run.placement(["law", "code"], ["http://a", "http://b"]) == [[0, 1], [2, 0]]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from eldr.demo.measure import PolicyRun
+from eldr.demo.measure import PolicyRun, Round
 from eldr.demo.outputs import OutputCheck, check_outputs, first_difference
 from eldr.load.outcome import Outcome
 
@@ -21,7 +21,7 @@ async def verdict(
         return list(again), list(gaps)
 
     check = OutputCheck()
-    run = PolicyRun("jsq", [Outcome(3, "code", 0.0, text, list(tokens), [1.0] * len(tokens))])
+    run = PolicyRun("jsq", [Round(outcomes=[Outcome(3, "code", 0.0, text, list(tokens), [1.0] * len(tokens))])])
     await check_outputs(run, [REFERENCE], ask, check)
     return check, asked
 
@@ -67,7 +67,9 @@ async def test_requests_that_failed_are_not_compared() -> None:
         raise AssertionError("nothing to ask")
 
     check = OutputCheck()
-    await check_outputs(PolicyRun("jsq", [Outcome(3, "code", 0.0, error="status 500")]), [REFERENCE], ask, check)
+    await check_outputs(
+        PolicyRun("jsq", [Round(outcomes=[Outcome(3, "code", 0.0, error="status 500")])]), [REFERENCE], ask, check
+    )
     assert check.total == 0
 
 

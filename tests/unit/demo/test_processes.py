@@ -25,7 +25,8 @@ def interpreter(tmp_path: Path, script: str) -> Path:
 
 def start(tmp_path: Path, script: str, decode_workers: int = 8) -> AbstractAsyncContextManager[Any]:
     python = interpreter(tmp_path, script)
-    return running_workers(python, tmp_path / "model", tmp_path / "logs", decode_workers, lambda: None)
+    model, logs = tmp_path / "model", tmp_path / "logs"
+    return running_workers(python, model, model, logs, decode_workers, lambda: None)
 
 
 def is_alive(pid: int) -> bool:

@@ -98,11 +98,18 @@ def test_cost_calibration_demo_and_load_become_sections(tmp_path: Path) -> None:
         figures = dict.fromkeys(("ttft_p50_ms", "tpot_p50_ms", "tpot_p99_ms"), 3.25)
         demo["policies"][policy] = {"requests": 8, "errors": 0, "active_experts_mean": 9.5 - number, **figures}
     (tmp_path / "demo.json").write_text(json.dumps(demo))
+    change = {"percent": -18.25, "low": -20.0, "high": -16.5}
+    demo |= {"tpot_change": {"expected-union": {"p50": change, "p99": {**change, "low": None}, "mean": change}}}
+    (tmp_path / "speed.json").write_text(json.dumps(demo))
     latencies = {key: {"p50": 12.5, "p99": None} for key in ("ttft_ms", "tpot_ms", "itl_ms")}
     load = {"workload": "task", "rate": 5.0, "in_flight": None, "max_tokens": 9, "prompts": "<built in>", "errors": 1}
     load |= {"requests": 4, **latencies, "kinds": {"code": {"requests": 4, **latencies}}}
     (tmp_path / "load.json").write_text(json.dumps(load))
     page = report(tmp_path, *(tmp_path / name for name in ("a.cost.json", "c.npz", "demo.json", "load.json")))
+    assert "times do not" in page.text
+    speed = report(tmp_path, tmp_path / "speed.json").text
+    assert "-18.2 (-20.0 to -16.5)" in speed
+    assert "times do not" not in speed
     for text in ("6.263", "0.9980", "Calibration requests", "7 of 8 outputs", "8.50", "task", "<built in>", "12.5"):
         assert text in page.text
     assert page.text.index("6.263") < page.text.index("7 of 8 outputs") < page.text.index("<built in>")
