@@ -1,8 +1,6 @@
 """Runs the demo from start to end: the model, a fleet, calibration, the policies in turns, a verdict.
 
-The policies take turns, round by round, and all have the same requests in a round. What else the machine does then
-hurts all of them alike, and the change of TPOT from one policy to another is a change within a round. Their routers run
-through all rounds, so that none of them begins again from nothing.
+`eldr.demo.rounds` says how the policies take turns.
 """
 
 from __future__ import annotations
@@ -10,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from eldr.calibration import Calibration, fit_calibration
-from eldr.demo.engine_metrics import read_active_experts
 from eldr.demo.gateway import Gateway, running_gateway
 from eldr.demo.load import make_requests
-from eldr.demo.measure import ActiveExperts, PolicyRun, Round
 from eldr.demo.model import write_model
 from eldr.demo.outputs import TopTwo, check_outputs, top_two_gaps
 from eldr.demo.padded import ExpertBytes, available_bytes, expert_bytes, inner_size_for, pad_experts
@@ -30,7 +25,7 @@ from eldr.demo.processes import MODEL_NAME, Workers, running_router, running_wor
 from eldr.demo.prompts import make_prompts
 from eldr.demo.report import write_report
 from eldr.demo.result import DemoResult
-from eldr.demo.router_log import read_placements
+from eldr.demo.rounds import MIN_ROUNDS, WARM_UP_REQUESTS, PolicyTurn, run_rounds, split
 from eldr.demo.step_cost import StepLine, batch_count, fit_line, measure_steps
 from eldr.demo.summary import summarise, write_summary
 from eldr.demo.view import View
@@ -50,14 +45,6 @@ CALIBRATION_PROMPTS = 96
 CALIBRATION_MAX_TOKENS = 48
 CALIBRATION_IN_FLIGHT = 8
 REFERENCE_IN_FLIGHT = 32
-# Enough for every decode worker to meet the prefill worker, and for every router to meet all of them.
-WARM_UP_REQUESTS = 24
-# No further round begins if it would probably end later than this after the warm-up began, but there are MIN_ROUNDS.
-ROUNDS_TIME_S = 160.0
-MIN_ROUNDS = 3
-POLL_S = 1.0
-# Shortly after the last token, the workers count their last step and the router logs its last request.
-SETTLE_S = 0.5
 
 
 class DemoError(EldrError):
@@ -147,7 +134,6 @@ class _Demo:
         self.calibration_prompts = calibration_prompts
         self.requests = make_requests(served, seed=options.seed)
         self.reference: list[Outcome] = []
-        self.turns: list[_Turn] = []
 
     async def run(self) -> DemoResult:
         options, view = self.options, self.view
@@ -218,26 +204,24 @@ class _Demo:
 
     async def _run_rounds(self, workers: Workers) -> None:
         """Let the policies take turns: a warm-up, then rounds until they are all done or their time is up."""
-        options, size = self.options, self.options.requests
+        options, view = self.options, self.view
         async with contextlib.AsyncExitStack() as stack:
+            turns = []
             for policy in options.policies:
+                log = self._router_log(policy)
                 url = await stack.enter_async_context(self._router(policy, workers))
-                self.turns.append(_Turn(policy, url, workers, self._router_log(policy)))
-                self.view.runs.append(self.turns[-1].run)
-            longest_s = 0.0
-            began_s = time.monotonic()
-            for number in range(1 + options.rounds):
-                started_s = time.monotonic()
-                if number > MIN_ROUNDS and started_s - began_s + longest_s > ROUNDS_TIME_S:
-                    break
-                end = WARM_UP_REQUESTS + number * size
-                requests = self.requests[end - size : end] if number else self.requests[:end]
+                turns.append(
+                    PolicyTurn(policy, Target(url, MODEL_NAME, policy), workers.decode_urls, log, options.in_flight)
+                )
+            view.runs += [turn.run for turn in turns]
+
+            async def take(number: int, requests: Sequence[Request]) -> None:
                 title = f"round {number}" if number else "warm up"
-                with self.view.step(f"{title}: {', '.join(options.policies)}", len(requests) * len(self.turns)) as step:
-                    for turn in self.turns:
-                        await turn.take(number, requests, options.in_flight, step.advance)
-                if number:
-                    longest_s = max(longest_s, time.monotonic() - started_s)
+                with view.step(f"{title}: {', '.join(options.policies)}", len(requests) * len(turns)) as step:
+                    for turn in turns:
+                        await turn.take(number, requests, step.advance)
+
+            await run_rounds(split(self.requests, options.requests), take)
 
     async def _check_outputs(self, workers: Workers, result: DemoResult) -> None:
         async def ask(number: int) -> TopTwo:
@@ -260,46 +244,3 @@ class _Demo:
 
     def _router_log(self, policy: str) -> Path:
         return self.options.output / "logs" / f"router-{policy}.log"
-
-
-class _Turn:
-    """A policy, with its router at `url`, that takes its turn in every round."""
-
-    def __init__(self, policy: str, url: str, workers: Workers, router_log: Path) -> None:
-        self.run = PolicyRun(policy)
-        self._url = url
-        self._workers = workers.decode_urls
-        self._router_log = router_log
-
-    async def take(self, number: int, requests: Sequence[Request], in_flight: int, advance: Callable[[], None]) -> None:
-        """Send the requests of a round, the warm-up if it is round 0, and add what is measured to the run."""
-        turn = Round(measured=number > 0)
-        self.run.rounds.append(turn)
-
-        def heard(outcome: Outcome) -> None:
-            turn.outcomes.append(outcome)
-            advance()
-
-        # Earlier counts do not belong to the round.
-        before = await read_active_experts(self._workers)
-        poll = asyncio.create_task(self._follow(turn, before))
-        started_s = time.monotonic()
-        try:
-            # With a name of its own, each turn starts with an empty prefix cache.
-            await run_closed(Target(self._url, MODEL_NAME, f"{self.run.policy}-{number}"), requests, in_flight, heard)
-        finally:
-            poll.cancel()
-        turn.duration_s = time.monotonic() - started_s
-        await asyncio.sleep(SETTLE_S)
-        await self._update(turn, before)
-
-    async def _update(self, turn: Round, before: dict[str, ActiveExperts]) -> None:
-        now = await read_active_experts(self._workers)
-        turn.active = {url: now[url] - before[url] for url in self._workers}
-        self.run.served_by = read_placements(self._router_log)
-
-    async def _follow(self, turn: Round, before: dict[str, ActiveExperts]) -> None:
-        while True:
-            await asyncio.sleep(POLL_S)
-            with contextlib.suppress(EldrError):  # a worker may be too busy; only the last reading counts
-                await self._update(turn, before)

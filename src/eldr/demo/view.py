@@ -102,8 +102,8 @@ class View:
 
     def conclude(self, result: DemoResult, output: Path) -> None:
         """Print the result. In a terminal, the tables are on screen already."""
-        self.console.print("", *(headline(result) or ["no TPOT was measured"]), sep="\n", highlight=False)
-        self.console.print(step_cost(result), highlight=False)
+        lines = headline(result) or ["no TPOT was measured"]
+        self.console.print("", *lines, step_cost(result), sep="\n", highlight=False, soft_wrap=True)
         if not self.console.is_terminal:
             self.console.print(self.figures(), self.placements())
         check = result.check
@@ -128,7 +128,7 @@ class View:
         """The figures, with a row for each policy."""
         table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
         table.add_column("policy", style="bold", no_wrap=True)
-        for name in ("requests", "errors", "TTFT p50\nms", "TPOT p50\nms", "TPOT p99\nms", "TPOT mean\nms"):
+        for name in ("errors", "TTFT\np50 ms", "TPOT\np50 ms", "TPOT\np99 ms", "TPOT\nmean ms"):
             table.add_column(name, justify="right")
         for name in ("active\nexperts", "workers\nper kind"):
             table.add_column(name, justify="right", style="bold cyan")
@@ -136,8 +136,7 @@ class View:
             spread = workers_per_kind(run.placement(list(KINDS), self.workers))
             table.add_row(
                 run.policy,
-                str(len(run.outcomes)),
-                Text(str(run.errors), "bold red" if run.errors else ""),
+                Text(f"{run.errors} of {len(run.outcomes)}", "bold red" if run.errors else ""),
                 _ms(percentile_ms(run.ttft_s, 50)),
                 _ms(percentile_ms(run.tpot_s, 50)),
                 _ms(percentile_ms(run.tpot_s, 99)),
@@ -165,13 +164,17 @@ class View:
 
 
 def headline(result: DemoResult) -> list[str]:
-    """A line for each policy: the change of TPOT from the first policy to it."""
-    first = result.runs[0].policy
-    return [
-        f"TPOT of {policy} against {first}: "
-        + ", ".join(f"{name} {in_words(change)}" for name, change in figures.items())
-        for policy, figures in result.tpot_changes.items()
-    ]
+    """A line for each policy: the change of TPOT and of active experts from the first policy to it."""
+    first = result.runs[0]
+    active = {run.policy: run.active_experts_mean for run in result.runs}
+    before = active[first.policy]
+    lines = []
+    for policy, figures in result.tpot_changes.items():
+        changes = ", ".join(f"{name} {in_words(change)}" for name, change in figures.items())
+        after = active[policy]
+        experts = f"; active experts {100 * (after / before - 1):+.0f} %" if before and after else ""
+        lines.append(f"TPOT of {policy} against {first.policy}: {changes}{experts}")
+    return lines
 
 
 def step_cost(result: DemoResult) -> str:
