@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -60,6 +61,8 @@ async def running_workers(
     roles: list[tuple[str, Role]] = [("plain", "plain"), ("prefill", "prefill")]
     roles += [(f"decode{number}", "decode") for number in range(decode_workers)]
     ports = free_ports(2 * len(roles))
+    cores = cores_of(decode_workers, sorted(os.sched_getaffinity(0)))
+    cpus: list[int | None] = [None, None, *cores]
     processes = [
         WorkerProcess(
             WorkerSpec(
@@ -72,12 +75,14 @@ async def running_workers(
                 python=python.absolute(),
                 log_path=logs / f"{name}.log",
                 extra_args=("--block-size", str(BLOCK_SIZE_TOKENS)),
-                # vLLM compares the folders of prefill and decode workers' models, and not only what shapes the cache.
                 extra_env={"PYTHONPATH": str(INTERPRETER)},
-                extra_config={"enforce_handshake_compat": decode_model_dir is None},
+                kv_cache_bytes=KV_CACHE_BYTES,
+                cpu=cpu,
+                # What vLLM compares includes the folders of the models, which differ here although their caches do not.
+                extra_config={"enforce_handshake_compat": False},
             )
         )
-        for (name, role), port, side_channel_port in zip(roles, ports[::2], ports[1::2], strict=True)
+        for (name, role), port, side_channel_port, cpu in zip(roles, ports[::2], ports[1::2], cpus, strict=True)
     ]
     # Each worker needs a second thread to be stopped while the first still waits for it. Stopping it ends the wait.
     with ThreadPoolExecutor(2 * len(processes)) as pool:
@@ -90,6 +95,17 @@ async def running_workers(
         finally:
             loop = asyncio.get_running_loop()
             await asyncio.gather(*(loop.run_in_executor(pool, process.stop) for process in processes))
+
+
+def cores_of(decode_workers: int, cores: Sequence[int]) -> list[int | None]:
+    """The core of each decode worker, if as many of them share every core. None for each if not.
+
+    Linux lets three busy workers share a core while the fourth has the other for seconds. The workers of a fleet are
+    equal, and policies take them to be.
+    """
+    if decode_workers % len(cores):
+        return [None] * decode_workers
+    return [cores[number % len(cores)] for number in range(decode_workers)]
 
 
 async def _all_ready(processes: Sequence[WorkerProcess], pool: Executor, ready: Callable[[], None]) -> None:

@@ -50,6 +50,7 @@ class WorkerSpec:
     extra_args: further vLLM arguments. If one is given twice, vLLM takes the last.
     extra_config: further keys of kv_connector_extra_config, eldr's or NIXL's.
     extra_env: further environment variables.
+    cpu: the only core that the worker may run on. None for all of this process.
     """
 
     role: Role
@@ -65,6 +66,7 @@ class WorkerSpec:
     dtype: str = "float32"
     max_model_len: int = 2048
     kv_cache_bytes: int = 256 * 2**20
+    cpu: int | None = None
 
     @property
     def url(self) -> str:
@@ -145,7 +147,7 @@ class WorkerProcess:
         self.spec.log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
             environment = self.spec.environment(os.environ)
-            self._process = start_logged(self.spec.command(), self.spec.log_path, environment)
+            self._process = start_logged(self.spec.command(), self.spec.log_path, environment, self.spec.cpu)
         except OSError as error:
             raise WorkerError(f"{self._name} cannot be started: {error}") from None
         self._watchdog = _watch(self._process.pid)
@@ -225,12 +227,20 @@ class WorkerProcess:
 
 
 def start_logged(
-    command: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None
+    command: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None, cpu: int | None = None
 ) -> subprocess.Popen[bytes]:
     """Start a process, in a group of its own, that ends with this one and writes its output to a log. Raises OSError.
 
     environment: its variables. None for those of this process.
+    cpu: the only core that it may run on. None for all of this process.
     """
+    die = die_with(os.getpid())
+
+    def prepare() -> None:
+        die()
+        if cpu is not None:
+            os.sched_setaffinity(0, {cpu})
+
     with log_path.open("wb") as log:
         return subprocess.Popen(
             command,
@@ -239,7 +249,7 @@ def start_logged(
             stdout=log,
             stderr=subprocess.STDOUT,
             process_group=0,
-            preexec_fn=die_with(os.getpid()),
+            preexec_fn=prepare,
         )
 
 

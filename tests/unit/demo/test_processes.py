@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from eldr.demo.ports import free_ports
-from eldr.demo.processes import running_workers
-from eldr.demo.workers import WorkerError
+from eldr.demo.processes import cores_of, running_workers
+from eldr.demo.workers import WorkerError, WorkerProcess, WorkerSpec
 
 HANG_S = 60  # a guard, not a measurement
 
@@ -74,3 +74,31 @@ def test_free_ports_are_different_and_not_listened_on() -> None:
         ports = free_ports(12)
     assert len(set(ports)) == 12
     assert first not in ports
+
+
+def test_decode_workers_share_cores_evenly_or_run_anywhere() -> None:
+    assert cores_of(4, [3, 5]) == [3, 5, 3, 5]
+    assert cores_of(4, [0, 1, 2, 3]) == [0, 1, 2, 3]
+    assert cores_of(4, [0, 1, 2]) == [None] * 4
+    assert cores_of(2, list(range(16))) == [None] * 2
+
+
+def test_a_worker_runs_on_its_core_alone(tmp_path: Path) -> None:
+    core = min(os.sched_getaffinity(0))
+    spec = WorkerSpec(
+        "plain",
+        free_ports(1)[0],
+        1,
+        tmp_path,
+        "m",
+        interpreter(tmp_path, "exec sleep 1000"),
+        tmp_path / "log",
+        cpu=core,
+    )
+    worker = WorkerProcess(spec)
+    worker.start()
+    try:
+        assert worker.pid is not None
+        assert os.sched_getaffinity(worker.pid) == {core}
+    finally:
+        worker.stop()
