@@ -1,5 +1,6 @@
-"""The inner loops of expert counts, expected-union, JSON and prompts: in C if the installation could compile them,
-otherwise in numpy and Python.
+"""The inner loops of expert counts, expected-union, caches of experts, JSON and prompts.
+
+They are in C if the installation could compile them, otherwise in numpy and Python.
 
 A request's 6,144 probabilities (48 x 128) go through some thirty numpy calls, each of which walks memory and allocates.
 C takes a quarter of the time. Both give the same integers; floats agree to a few units in the last place. Every array
@@ -53,6 +54,7 @@ __all__ = [
     "PlacementWeights",
     "PrefillTerms",
     "add_prefill",
+    "cache_experts",
     "encode_exposure",
     "encode_signature",
     "json_chat_start",
@@ -79,6 +81,7 @@ COMPILED = _chosen.__name__.endswith("._compiled")
 JsonNames = _reader.JsonNames
 JsonObject = _reader.JsonObject
 add_prefill = _chosen.add_prefill
+cache_experts = _chosen.cache_experts
 encode_exposure = _chosen.encode_exposure
 encode_signature = _chosen.encode_signature
 json_chat_start = _reader.json_chat_start

@@ -17,7 +17,7 @@ from libc.stdint cimport UINT32_MAX, int8_t, int64_t, uint8_t, uint16_t, uint32_
 from libc.string cimport memchr, memcmp, memcpy
 
 cimport numpy as cnp
-from numpy cimport NPY_FLOAT32, NPY_FLOAT64, NPY_INT8, NPY_INT64, NPY_UINT8, NPY_UINT16, NPY_UINT32
+from numpy cimport NPY_FLOAT32, NPY_FLOAT64, NPY_INT8, NPY_INT64, NPY_UINT8, NPY_UINT16, NPY_UINT32, NPY_UINT64
 
 from json import loads
 from math import copysign, inf
@@ -90,6 +90,9 @@ cdef extern from "loops.h" nogil:
                      double *cost, double *limit_s)
     Py_ssize_t add_prompt(const Fleet *of, const Prefill *by, const Prompt *asked, const Candidates *among,
                           double *cost)
+    void cache(const uint64_t *active, Py_ssize_t steps, Py_ssize_t words, Py_ssize_t layers, Py_ssize_t experts,
+               uint32_t now, uint32_t halve_every, uint64_t *priority, uint8_t *resident, uint64_t *order,
+               int64_t *missing)
 
 
 cdef object unfit(str name, str wanted):
@@ -341,6 +344,22 @@ def add_prefill(fleet, terms, rows, load, waiting, uncached, double prompt_token
         return add_prompt(&of, &by, &asked, &among, cost)
     finally:
         PyMem_Free(numbers)
+
+
+def cache_experts(active, Py_ssize_t layers, Py_ssize_t experts, uint32_t now, uint32_t halve_every, priority, resident,
+                  out):
+    if not (0 < layers < 1 << 20 and 0 < experts < 1 << 20):
+        raise unfit("layers or experts", "from 1 to 2^20 - 1")
+    cdef Py_ssize_t size = layers * experts, words = (size + 63) // 64, steps = size_of(out)
+    cdef uint64_t *used = <uint64_t *> readable(active, "active", NPY_UINT64, steps * words)
+    cdef uint64_t *first = <uint64_t *> writable(priority, "priority", NPY_UINT64, size)
+    cdef uint8_t *held = <uint8_t *> writable(resident, "resident", NPY_UINT8, size)
+    cdef int64_t *missing = <int64_t *> writable(out, "out", NPY_INT64, steps)
+    cdef uint64_t *order = <uint64_t *> PyMem_Malloc(experts * sizeof(uint64_t))
+    if order == NULL:
+        raise MemoryError
+    cache(used, steps, words, layers, experts, now, halve_every, first, held, order, missing)
+    PyMem_Free(order)
 
 
 cdef extern from "json_text.h" nogil:

@@ -224,3 +224,43 @@ def add_prefill(
     newcomer_s = chunks * decode_s + until_first_token_s + read_s
     out += scale * (newcomer_s + terms.others * loads * (own_s + read_s))
     return int(out.argmin())
+
+
+def cache_experts(
+    active: NDArray[np.uint64],
+    layers: int,
+    experts: int,
+    now: int,
+    halve_every: int,
+    priority: NDArray[np.uint64],
+    resident: NDArray[np.uint8],
+    out: NDArray[np.int64],
+) -> None:
+    """Let a cache of experts make steps. `eldr.replay.host_memory` says what it is.
+
+    All active experts of a step are needed at once. Each that is missing takes the place of the resident one with the
+    lowest priority, of equals the first. Those that the step uses are dropped last.
+
+    active: [S, ceil(D / 64)], the experts that each step activates, as bit sets.
+    layers, experts: D is their product.
+    now: the number of the first step.
+    halve_every: 0 for the priority of the last use. Otherwise that of the number of uses, which are halved before every
+        step whose number is a multiple of this, and among equals that of the last use.
+    priority: [D], changed. Its low 32 bits are the number of the step that used the expert last, the others its uses.
+    resident: [D], changed. 1 for an expert that is in the cache, else 0.
+    out: [S], the missing experts of each step.
+    """
+    last_use, one_use, in_use = np.uint64(2**32 - 1), np.uint64(2**32), np.uint64(2**63)
+    bits = np.unpackbits(active.view(np.uint8), axis=1, bitorder="little", count=layers * experts)
+    priorities, residents = priority.reshape(layers, experts), resident.reshape(layers, experts)
+    for step, used in enumerate(bits.reshape(len(active), layers, experts).astype(np.bool_)):
+        if halve_every and (now + step) % halve_every == 0:
+            priorities[:] = (priorities & last_use) | (priorities >> np.uint64(33) << np.uint64(32))
+        missing = (used & (residents == 0)).sum(axis=1)
+        uses = (priorities[used] & ~last_use) + one_use if halve_every else np.uint64(0)
+        priorities[used] = uses | np.uint64(now + step)
+        residents[used] = 1
+        order = np.argsort(np.where(residents, priorities | used * in_use, ~np.uint64(0)), axis=1, kind="stable")
+        dropped = np.arange(experts) < missing[:, None]
+        np.put_along_axis(residents, order, np.take_along_axis(residents, order, axis=1) * ~dropped, axis=1)
+        out[step] = missing.sum()

@@ -351,6 +351,61 @@ static ptrdiff_t place(const struct fleet *fleet, const struct weights *weights,
     return best;
 }
 
+#define LAST_USE UINT64_C(0xffffffff)
+#define ONE_USE (LAST_USE + 1)
+#define IN_USE (UINT64_C(1) << 63)
+
+static inline uint64_t is_active(const uint64_t *active, ptrdiff_t bit) { return active[bit >> 6] >> (bit & 63) & 1; }
+
+/* The place of the least of these numbers, of equals the first. */
+FOR_EACH_CPU
+static ptrdiff_t least_of(const uint64_t *number, ptrdiff_t count) {
+    uint64_t least = UINT64_MAX;
+#pragma omp simd reduction(min : least)
+    for (ptrdiff_t i = 0; i < count; i++) least = number[i] < least ? number[i] : least;
+    ptrdiff_t place = 0;
+    while (number[place] != least) place++;
+    return place;
+}
+
+/* A step in one layer, whose first expert has the number `first` among the bits of `active`. Returns the missing experts.
+   priority, resident, order: [experts]; `order` is for this loop alone. */
+static ptrdiff_t cache_layer(const uint64_t *active, ptrdiff_t first, ptrdiff_t experts, uint32_t now, int by_frequency,
+                             uint64_t *priority, uint8_t *resident, uint64_t *order) {
+    ptrdiff_t missed = 0;
+    for (ptrdiff_t i = 0; i < experts; i++) {
+        if (!is_active(active, first + i)) continue;
+        missed += !resident[i];
+        resident[i] = 1;
+        priority[i] = (by_frequency ? (priority[i] & ~LAST_USE) + ONE_USE : 0) | now;
+    }
+    if (!missed) return 0;
+    for (ptrdiff_t i = 0; i < experts; i++)
+        order[i] = resident[i] ? priority[i] | is_active(active, first + i) * IN_USE : UINT64_MAX;
+    for (ptrdiff_t dropped = 0; dropped < missed; dropped++) {
+        const ptrdiff_t least = least_of(order, experts);
+        resident[least] = 0;
+        order[least] = UINT64_MAX;
+    }
+    return missed;
+}
+
+/* Steps of a cache of experts, each [words]. priority, resident: [layers * experts]. The missing experts of each step go
+   to `missing`. */
+static void cache(const uint64_t *active, ptrdiff_t steps, ptrdiff_t words, ptrdiff_t layers, ptrdiff_t experts,
+                  uint32_t now, uint32_t halve_every, uint64_t *priority, uint8_t *resident, uint64_t *order,
+                  int64_t *missing) {
+    const ptrdiff_t size = layers * experts;
+    for (ptrdiff_t step = 0; step < steps; step++, now++, active += words) {
+        if (halve_every && now % halve_every == 0)
+            for (ptrdiff_t i = 0; i < size; i++) priority[i] = (priority[i] & LAST_USE) | (priority[i] >> 33 << 32);
+        missing[step] = 0;
+        for (ptrdiff_t first = 0; first < size; first += experts)
+            missing[step] += cache_layer(active, first, experts, now, halve_every > 0, priority + first,
+                                         resident + first, order);
+    }
+}
+
 /* What the price of a prompt depends on: see PrefillTerms. */
 struct prefill {
     double experts, missed, chunk_tokens, others;

@@ -45,8 +45,9 @@ class Engine:
         self._routers = routers
         self._workload = workload
         self._draws = Draws(workload)
-        self._log = ArrivalLog(len(workload.arrival_s))
+        self._log = ArrivalLog(len(workload.request))
         self._window = Window(workload)
+        self._in_flight = 0
 
     def run(self, progress: Callable[[int], None] | None = None) -> RunResult:
         """Replay every arrival until it ends.
@@ -54,10 +55,10 @@ class Engine:
         progress: called now and then with the number of requests that arrived since the last call.
         Raises ReplayError if more requests would be in flight than the trace has.
         """
-        told = 0
-        for arrival, now_s in enumerate(self._workload.arrival_s.tolist()):
-            self._advance(now_s)
-            self._routers.advance(now_s)
+        told, arrivals = 0, len(self._workload.request)
+        for arrival in range(arrivals):
+            self._wait_for(arrival)
+            self._routers.advance(self.clock.now_s)
             if arrival in self._workload.fleet_changes:
                 self.fleet.change(self._workload.fleet_changes[arrival])
             for name, factor in self._workload.slowdowns.get(arrival, {}).items():
@@ -68,22 +69,37 @@ class Engine:
                 told = arrival
         self._advance(np.inf)
         if progress is not None:
-            progress(len(self._workload.arrival_s) - told)
+            progress(arrivals - told)
         return result_of(self._workload, self._trace, self._log, self._window)
+
+    def _wait_for(self, arrival: int) -> None:
+        """Handle every run that ends before this arrival, which comes at its time or as soon as others have ended."""
+        times, most = self._workload.arrival_s, self._workload.in_flight
+        if times is not None:
+            self._advance(float(times[arrival]))
+            return
+        while self._in_flight >= most:
+            index = self.clock.next_end(np.inf)
+            assert index is not None, "requests in flight end"
+            self._handle(index)
 
     def _advance(self, until_s: float) -> None:
         """Handle every run that ends at or before `until_s`."""
         while (index := self.clock.next_end(until_s)) is not None:
-            worker = self.fleet.workers[index]
-            self._window.add(worker.run, len(worker.batch))
-            computed, ended = worker.complete_run()
-            for entry in computed:
-                self._routers.prompt_computed(self._router(entry.arrival), entry.request, worker.name, self.clock.now_s)
-            for entry in ended:
-                self._end(entry, worker)
-            end_s = worker.begin_run(self._trace, self.clock.now_s)
-            if end_s is not None:
-                self.clock.plan(index, end_s)
+            self._handle(index)
+
+    def _handle(self, index: int) -> None:
+        """The run of this worker has ended."""
+        worker = self.fleet.workers[index]
+        self._window.add(worker.run, len(worker.batch))
+        computed, ended = worker.complete_run()
+        for entry in computed:
+            self._routers.prompt_computed(self._router(entry.arrival), entry.request, worker.name, self.clock.now_s)
+        for entry in ended:
+            self._end(entry, worker)
+        end_s = worker.begin_run(self._trace, self.clock.now_s)
+        if end_s is not None:
+            self.clock.plan(index, end_s)
 
     def _slow(self, name: str, factor: float) -> None:
         """From the next step on, let a worker take so many times as long as at first. Unknown workers are ignored."""
@@ -133,7 +149,9 @@ class Engine:
             first_token_s=self.clock.now_s,
         )
         worker.add(entry)
-        self._log.placed(arrival, index, worker.index, prompt.tokens, prompt.tokens - uncached)
+        self._in_flight += 1
+        self._window.arrived(arrival, self.clock.now_s)
+        self._log.placed(arrival, self.clock.now_s, index, worker.index, prompt.tokens, prompt.tokens - uncached)
         self.fleet.started(router, request, name, self.clock.now_s)
         end_s = None
         if worker.idle:
@@ -145,6 +163,7 @@ class Engine:
 
     def _end(self, entry: Running, worker: DecodeWorker) -> None:
         """Log and release a finished request."""
+        self._in_flight -= 1
         moe_s = worker.moe_s - entry.moe_at_start_s
         wait_s = entry.admitted_s - entry.arrived_s
         self._log.ended(entry.arrival, self.clock.now_s, entry.first_token_s, wait_s, moe_s)

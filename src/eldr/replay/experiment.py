@@ -20,6 +20,7 @@ from eldr.replay.changes import FleetChange, Slowdown
 from eldr.replay.engine import Engine
 from eldr.replay.errors import ReplayError
 from eldr.replay.fleet import FleetSpec
+from eldr.replay.host_memory import CacheShape, HostComputed, HostLayout, HostMemory, most_used
 from eldr.replay.learning import SimulatedLearning
 from eldr.replay.measurements import RunResult
 from eldr.replay.oracle import Clairvoyant, ToldProfiles
@@ -81,6 +82,7 @@ class Settings:
     shared_prefixes: prefixes that the prompts begin with. They have an effect on aggregated workers only.
     sharing: how many routers there are, and what they know of each other's requests.
     ranks: how the ranks of a worker share its experts, if `options.expert_parallel` is above 1.
+    host_memory: how workers divide their experts between device and host. None if the device holds all.
     """
 
     requests: int = 2000
@@ -100,6 +102,7 @@ class Settings:
     shared_prefixes: SharedPrefixes | None = None
     sharing: Sharing = field(default_factory=Sharing)
     ranks: ExpertParallel = field(default_factory=ExpertParallel)
+    host_memory: HostLayout | None = None
 
 
 class Laboratory:
@@ -200,15 +203,23 @@ class Laboratory:
             self._profiles = self.trace.decode_profiles().reshape(self.packed.requests, -1)
         return self._profiles
 
-    def workload(self, rate: float, in_flight: float, seed: int, requests: int | None = None) -> Workload:
-        """Make a workload with arrivals at `rate` requests/s, of which about `in_flight` run at a time."""
+    def workload(self, rate: float | None, in_flight: float, seed: int, requests: int | None = None) -> Workload:
+        """Make a workload with arrivals at `rate` requests/s, of which about `in_flight` run at a time.
+
+        Without a rate the loop is closed, and exactly so many run.
+        """
         settings = self.settings
         measured = settings.requests if requests is None else requests
         warm_up = math.ceil(WARM_UP * in_flight) + 1
         count = warm_up + measured + math.ceil(COOL_DOWN * in_flight) + 1
         rng = np.random.default_rng([seed, 1])
         recorded = settings.recorded_arrivals_s
-        arrival_s = poisson_arrivals(rate, count, rng) if recorded is None else traced_arrivals(recorded, rate, count)
+        arrival_s = None
+        if rate is not None:
+            if recorded is None:
+                arrival_s = poisson_arrivals(rate, count, rng)
+            else:
+                arrival_s = traced_arrivals(recorded, rate, count)
         split = self.split(seed)
         if split.serve_before is None or settings.mix.switch_at is None:
             request = self._draw(split.serve, count, in_flight, rng)
@@ -241,6 +252,7 @@ class Laboratory:
             aggregated=settings.aggregated,
             prompts=draw_prompts(settings.recorded_prompts, settings.shared_prefixes, count, prompt_rng),
             router=router,
+            in_flight=round(in_flight),
         )
 
     def _draw(
@@ -266,17 +278,36 @@ class Laboratory:
         )
 
     def _reading(self, batch: float, seed: int) -> ReadingMaker:
-        """What the steps of workers wait for, whose experts are placed for batches of this size."""
-        ranks = self.settings.options.expert_parallel
-        if ranks == 1:
+        """What the steps of workers wait for. Experts are placed on ranks for batches of this size."""
+        ranks, host = self.settings.options.expert_parallel, self.settings.host_memory
+        if ranks > 1:
+            return ranks_of(self.packed, ranks, self.settings.ranks, self.split(seed).calibrate, batch, seed)
+        if host is None:
             return distinct_experts
-        return ranks_of(self.packed, ranks, self.settings.ranks, self.split(seed).calibrate, batch, seed)
+        layers, experts, _ = self.packed_geometry
+        capacity, ratio = host.capacity(experts), host.ratio
+        if host.evict is None:
+            resident = most_used(self._uses(seed), capacity)
+            return lambda _: HostComputed(resident, ratio)
+        shape = CacheShape(layers, experts, capacity, host.evict == "lfu")
+        return lambda _: HostMemory(shape, ratio)
+
+    def _uses(self, seed: int) -> NDArray[np.float64]:
+        """How often the decode steps of the seed's calibration requests activate each expert, float64 [L, E]."""
+        calibrate = self.split(seed).calibrate
+        if not len(calibrate):
+            raise ReplayError(
+                "which experts the device holds for good follows from the calibration requests, and there are none; "
+                "raise the calibrate fraction"
+            )
+        layers, experts, _ = self.packed_geometry
+        return np.asarray(self._true_profiles()[calibrate].sum(axis=0, dtype=np.float64).reshape(layers, experts))
 
     def run(
         self,
         name: str,
         workers: int,
-        rate: float,
+        rate: float | None,
         batch: float,
         seed: int,
         requests: int | None = None,
@@ -290,7 +321,7 @@ class Laboratory:
         self,
         policy: Policy,
         workers: int,
-        rate: float,
+        rate: float | None,
         batch: float,
         seed: int,
         requests: int | None = None,
@@ -303,7 +334,7 @@ class Laboratory:
         self,
         policies: Sequence[Policy],
         workers: int,
-        rate: float,
+        rate: float | None,
         batch: float,
         seed: int,
         requests: int | None,
@@ -370,7 +401,7 @@ class Laboratory:
         """The time that an average prompt takes on an aggregated worker, at most: every chunk reads every expert."""
         if not self.settings.aggregated:
             return 0.0
-        tokens, packed, cost = self._prompt_tokens(seed), self.packed, self.fleet(1).costs[0]
+        tokens, packed, cost = self._prompt_tokens(seed), self.packed, self.fleet(1, seed).costs[0]
         chunks = math.ceil(tokens / self.settings.options.prefill_chunk)
         return cost.per_token_s * tokens + chunks * cost.per_expert_s * packed.layers * packed.experts
 
@@ -382,6 +413,7 @@ class Laboratory:
         packed, cost = self.packed, self.fleet(1).costs[0]
         # Ranks share the experts, more or less.
         ranks = self.settings.options.expert_parallel
+        reading = distinct_experts(0) if ranks > 1 else self._reading(batch, seed)(0)
         times = []
         for _ in range(32):
             chosen = rng.choice(serve, size, replace=False).tolist()
@@ -389,8 +421,8 @@ class Laboratory:
             context = sum(
                 packed.prompt_tokens[i] + row - packed.first_row[i] for i, row in zip(chosen, rows, strict=True)
             )
-            experts = int(np.bitwise_count(np.bitwise_or.reduce(packed.words[rows], axis=0)).sum())
-            times.append(cost.step_s(experts / ranks, size, float(context)))
+            reads = reading.of_batch(np.bitwise_or.reduce(packed.words[rows], axis=0, keepdims=True))
+            times.append(cost.step_s(float(reads[0]) / ranks, size, float(context)))
         return float(np.mean(times))
 
     def rate_for_batch(self, batch: float, workers: int, seed: int = 0) -> float:

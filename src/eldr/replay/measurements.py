@@ -58,6 +58,7 @@ class RunResult:
 class ArrivalLog:
     """The course of each of n arrivals.
 
+    arrived_s: float64 [n].
     request: int64 [n], the index into the trace.
     worker: int64 [n], the index of the worker.
     prompt_tokens, cached_tokens: int64 [n], the length of its prompt, and how much of it the worker had.
@@ -67,6 +68,7 @@ class ArrivalLog:
     """
 
     def __init__(self, arrivals: int) -> None:
+        self.arrived_s = np.full(arrivals, np.nan)
         self.request = np.full(arrivals, -1, dtype=np.int64)
         self.worker = np.full(arrivals, -1, dtype=np.int64)
         self.prompt_tokens = np.zeros(arrivals, dtype=np.int64)
@@ -76,8 +78,11 @@ class ArrivalLog:
         self.wait_s = np.zeros(arrivals)
         self.moe_s = np.zeros(arrivals)
 
-    def placed(self, arrival: int, request: int, worker: int, prompt_tokens: int, cached_tokens: int) -> None:
+    def placed(
+        self, arrival: int, arrived_s: float, request: int, worker: int, prompt_tokens: int, cached_tokens: int
+    ) -> None:
         """The arrival is this request of the trace and went to this worker."""
+        self.arrived_s[arrival] = arrived_s
         self.request[arrival] = request
         self.worker[arrival] = worker
         self.prompt_tokens[arrival] = prompt_tokens
@@ -102,11 +107,17 @@ class Window:
     """
 
     def __init__(self, workload: Workload) -> None:
-        arrival_s, measured = workload.arrival_s, workload.measured
+        self._measured = workload.measured
         self.steps = self.chunk_steps = self.tokens = self.replayed_tokens = 0
         self.experts = self.reads = self.steps_s = self.chunk_steps_s = 0.0
-        self._from_s = float(arrival_s[measured.start])
-        self._until_s = float(arrival_s[measured.stop]) if measured.stop < len(arrival_s) else np.inf
+        self._from_s = self._until_s = np.inf
+
+    def arrived(self, arrival: int, now_s: float) -> None:
+        """Every run that ends before `now_s` has been added."""
+        if arrival == self._measured.start:
+            self._from_s = now_s
+        elif arrival == self._measured.stop:
+            self._until_s = now_s
 
     def add(self, run: Run, batch: int) -> None:
         """The planned steps of `run` have been made, by a batch of so many requests."""
@@ -131,7 +142,7 @@ class Window:
 def result_of(workload: Workload, trace: PackedTrace, log: ArrivalLog, window: Window) -> RunResult:
     """The result of a run in which every measured arrival has ended."""
     part = slice(workload.measured.start, workload.measured.stop)
-    request, arrival_s = log.request[part], workload.arrival_s[part]
+    request, arrival_s = log.request[part], log.arrived_s[part]
     steps = np.array([trace.steps(index) for index in request.tolist()], dtype=np.float64)
     finish_s, first_token_s = log.finish_s[part], log.first_token_s[part]
     made = max(window.steps, 1)

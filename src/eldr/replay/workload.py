@@ -34,7 +34,8 @@ class ServedKind:
 class Workload:
     """The arrivals of one run.
 
-    arrival_s: float64 [n], ascending.
+    arrival_s: float64 [n], ascending. None for a closed loop, where so many requests are in flight as long as there
+        are more, and the next arrives when one ends.
     request: int64 [n], the index into the trace wanted for each arrival.
     measured: the arrivals that are measured. Those before warm the fleet up, those after keep it loaded.
     max_tokens: the limit that every request states. None for none.
@@ -44,9 +45,10 @@ class Workload:
     aggregated: whether the worker that is chosen for a request also computes its prompt.
     prompts: the lengths and shared blocks of the prompts. None for the lengths of the trace.
     router: int64 [n], the number of the router that each arrival goes to. None for a single router.
+    in_flight: the requests in flight of a closed loop.
     """
 
-    arrival_s: NDArray[np.float64]
+    arrival_s: NDArray[np.float64] | None
     request: NDArray[np.int64]
     measured: range
     max_tokens: int | None = None
@@ -56,6 +58,7 @@ class Workload:
     aggregated: bool = False
     prompts: Prompts | None = None
     router: NDArray[np.int64] | None = None
+    in_flight: int = 0
 
     def prompt(self, arrival: int, trace_tokens: int) -> Prompt:
         """The prompt of an arrival. trace_tokens: its length in the trace."""

@@ -263,6 +263,30 @@ def test_placement_cost(
 
 
 @needs_compiler
+@given(shapes(), st.integers(1, 128), st.sampled_from((0, 3, 50)))
+@settings(max_examples=40, deadline=None)
+@needs_compiler
+def test_both_keep_the_same_cache(shape: Shape, capacity: int, halve_every: int) -> None:
+    layers, experts, seed = shape
+    rng = np.random.default_rng(seed)
+    flags = np.zeros((20, -(-layers * experts // 64) * 64), dtype=np.uint8)
+    flags[:, : layers * experts] = rng.random((20, layers * experts)) < rng.random(layers * experts) ** 2
+    active = np.packbits(flags, axis=1, bitorder="little").view(np.uint64)
+    found = []
+    for kernels in (NUMPY, eldr.kernels):
+        priority = np.zeros((layers, experts), dtype=np.uint64)
+        resident = np.zeros((layers, experts), dtype=np.uint8)
+        resident[:, :capacity] = 1
+        missing = np.empty(20, dtype=np.int64)
+        for first in (0, 8):
+            steps = slice(first, first + 12)
+            kernels.cache_experts(
+                active[steps], layers, experts, first + 1, halve_every, priority, resident, missing[steps]
+            )
+        found.append((missing.tolist(), priority.tolist(), resident.tolist()))
+    assert found[0] == found[1]
+
+
 def test_arrays_that_do_not_fit_are_refused() -> None:
     _compiled = importlib.import_module("eldr.kernels._compiled")
 
@@ -294,9 +318,24 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         fleet = fitting._replace(**{key: given.pop(key) for key in list(given) if key in FleetState._fields})
         _compiled.add_prefill(fleet, terms, np.array(rows), *given.values(), 1.0, 1.0, np.zeros(len(rows)))
 
+    flags, counts = np.zeros(1, np.uint64), np.zeros(1, np.int64)
+
+    def cache(layers: int = 2, active: Any = flags, priority: Any = None, resident: Any = codes) -> None:
+        priority = np.zeros(8, np.uint64) if priority is None else priority
+        _compiled.cache_experts(active, layers, 4, 1, 0, priority, resident, counts)
+
     cost([7], [3], 5)
     prefill([7], [3])
+    cache()
     for call in (
+        lambda: cache(layers=0),
+        lambda: cache(layers=3),
+        lambda: cache(active=np.zeros(2, np.uint64)),
+        lambda: cache(active=counts),
+        lambda: cache(priority=np.zeros(7, np.uint64)),
+        lambda: cache(priority=np.zeros(8, np.int64)),
+        lambda: cache(resident=np.zeros(8, np.bool_)),
+        lambda: cache(resident=codes[:7]),
         lambda: _compiled.unpack_counts(b"123456", 8, 0, 2, 3, 0, 0, np.zeros(5, np.uint32)),
         lambda: _compiled.unpack_counts(b"123456", 17, 16, 2, 3, 0, 0, np.zeros(6, np.uint32)),
         lambda: _compiled.unpack_counts(b"123456", -1, 16, 2, 3, 0, 0, np.zeros(6, np.uint32)),

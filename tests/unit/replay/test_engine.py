@@ -243,3 +243,30 @@ def test_unions_hold_distinct_experts(layers: int, experts: int, top_k: int) -> 
     ]
     assert sizes.tolist() == expected
     assert np.bitwise_count(union_rows(words, [7], 2)).sum(axis=1).tolist() == [layers * top_k] * 2
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 1000), workers=st.integers(1, 3), in_flight=st.integers(1, 6))
+def test_a_closed_loop_is_the_open_one_whose_arrivals_follow_ends(seed: int, workers: int, in_flight: int) -> None:
+    rng = np.random.default_rng(seed)
+    trace = pack_trace(make_trace(requests=14, layers=2, experts=40, top_k=3, seed=seed % 7, steps=15))
+    requests = rng.permutation(14)
+    placements = rng.integers(0, workers, 14).tolist()
+    fleet = FleetSpec((COST,) * workers, (MOE,) * workers)
+    closed = Engine(
+        trace, Workload(None, requests, range(14), in_flight=in_flight), fleet, alone(Listed(placements))
+    ).run()
+    ended_s = closed.arrival_s + closed.request_s
+    assert (closed.arrival_s[:in_flight] == 0).all()
+    for arrival in range(in_flight, 14):
+        # It arrives when a request ends, and none could have arrived before.
+        later_s = ended_s[:arrival] - closed.arrival_s[arrival]
+        assert (np.abs(later_s) < 1e-9).any()
+        assert (later_s > 1e-9).sum() < in_flight <= (later_s > -1e-9).sum()
+    same = Engine(trace, Workload(closed.arrival_s, requests, range(14)), fleet, alone(Listed(placements))).run()
+    assert same.tpot_s == pytest.approx(closed.tpot_s)
+    assert (same.steps, same.tokens, same.active_experts_mean) == (
+        closed.steps,
+        closed.tokens,
+        closed.active_experts_mean,
+    )
