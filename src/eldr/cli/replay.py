@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
     from eldr.replay.changes import FleetChange, Slowdown
     from eldr.replay.experiment import Cell, Laboratory
+    from eldr.replay.host_memory import HostLayout
     from eldr.replay.prompts import SharedPrefixes
     from eldr.replay.replicas import Sharing
     from eldr.replay.workload import ServedKind
 
+EVICTIONS = ("lru", "lfu")
 SUMMARY = "compare policies on a recorded trace, without a fleet"
 EXAMPLES = """examples:
   eldr replay trace.npz --workers 8,16 --batch 7
@@ -39,6 +41,7 @@ EXAMPLES = """examples:
   eldr replay trace.npz --replicas 4 --share nothing
   eldr replay trace.npz --expert-parallel 4 --placement union-aware --placement-of worker
   eldr replay trace.npz --expert-parallel 4 --placement eplb --redundant 8 --replica fewest
+  eldr replay trace.npz --resident 0.5 --miss-cost pcie4 --in-flight 32 --policies expected-union
 
 The load balancers rr, random, p2c and jsq always run, in a single router, because changes are given against the best of
 them. "expected-union x4" is expected-union in four routers.
@@ -62,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--rate", type=_positive, metavar="R", help="requests per second for the whole fleet")
     load.add_argument("--batch", type=_positive, metavar="B",
                       help="use the rate that gives this mean batch under jsq (7)")  # fmt: skip
+    load.add_argument("--in-flight", type=_whole, metavar="N",
+                      help="keep N requests in flight on the whole fleet: the next arrives when one ends")  # fmt: skip
     load.add_argument("--goodput", type=_positive, metavar="LIMIT_MS",
                       help="find the highest rate at which p99 TPOT stays within this limit")  # fmt: skip
     flag("--requests", type=_whole, default=2000, metavar="N", help="measured requests per run (2000)")
@@ -118,6 +123,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--replica", choices=("random", "lp", "fewest"),
          help="with --redundant: which copy of an expert computes: one at random for each token, as vLLM has it, by "
          "LPLB's linear programme on tokens, or so that the busiest rank reads fewest, as METRO (random)")  # fmt: skip
+    flag("--evict", choices=EVICTIONS,
+         help="with --resident: what a device drops for an expert that is copied to it: what was used least recently "
+         "(lru) or least often (lfu) (lru)")  # fmt: skip
     flag("--replicas", type=_whole_numbers, default=(1,), metavar="R[,R...]",
          help="number of routers, each with its own policy; a request goes to a random one (1)")  # fmt: skip
     flag("--share", choices=("all", "load", "nothing"),
@@ -215,8 +223,25 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
         shared_prefixes=arguments.shared_prefixes,
         ranks=ranks,
     )
+    settings = dataclasses.replace(settings, host_memory=_host_memory(arguments, options))
     calibration = None if arguments.calibration is None else load_calibration(arguments.calibration)
     return Laboratory(trace, settings, calibration)
+
+
+def _host_memory(arguments: argparse.Namespace, options: PolicyOptions) -> HostLayout | None:
+    from eldr.replay.errors import ReplayError
+    from eldr.replay.host_memory import HostLayout
+
+    host, evict = options.host, arguments.evict
+    if host is None:
+        if evict is not None:
+            raise ReplayError("--evict needs --resident: a device that holds all experts drops none")
+        return None
+    if host.computed and evict is not None:
+        raise ReplayError(
+            "--evict has no meaning with --miss-cost cpu: the device then holds the same experts for good"
+        )
+    return HostLayout(host, by_frequency=evict == "lfu")
 
 
 def _sharings(arguments: argparse.Namespace) -> list[Sharing]:
@@ -259,13 +284,16 @@ def _compare(
     from eldr.replay.experiment import compare, compared
     from eldr.replay.output import as_object, recoveries_s, timeline_ms
 
-    if arguments.rate is not None:
+    rate: float | None
+    if arguments.in_flight is not None:
+        rate, batch = None, arguments.in_flight / workers
+    elif arguments.rate is not None:
         rate = arguments.rate
         batch = laboratory.batch_at(rate, workers)
     else:
         batch = arguments.batch or 7.0
         rate = laboratory.rate_for_batch(batch, workers)
-    arrivals = len(laboratory.workload(rate, workers * batch, 0).arrival_s)
+    arrivals = len(laboratory.workload(rate, workers * batch, 0).request)
     advance(0, arrivals * len(compared(arguments.policies, sharings)) * arguments.seeds)
     cells = compare(
         laboratory, arguments.policies, workers, rate, batch, arguments.seeds, lambda done: advance(done, 0), sharings

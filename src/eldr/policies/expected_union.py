@@ -38,6 +38,7 @@ from eldr.policies.placement import Placement
 from eldr.policies.prefill import Backlog, OutputLength
 from eldr.policies.prefix_affinity import most_cached
 from eldr.policies.request_model import Arrival, CountsPredictor, PromptPredictor, first_means
+from eldr.policies.residents import HostShare
 from eldr.policies.rows import WorkerRows
 from eldr.policies.shares import Share
 from eldr.policies.unions import Geometry, Unions
@@ -75,6 +76,8 @@ class ExpectedUnion(Policy):
         (`eldr.activation.of_a_step`).
     ranks: expert-parallel ranks per worker. They share its experts, so that a step waits for 1/R of them. Which rank
         is the busiest does not matter to the choice (docs/composition.md).
+    host: how much of each layer the workers' devices hold. Missing experts then cost what they take to be copied or
+        computed (`eldr.policies.residents`). None if they hold all.
     prefill_weight: the weight of the time that a prompt costs if its worker computes it. 1 is its true share. More
         favours TTFT.
     prefill_chunk: the tokens that an aggregated worker computes in a step, at most, decodes included.
@@ -106,6 +109,7 @@ class ExpectedUnion(Policy):
         tail_guard: float = TAIL_GUARD,
         step_tokens: float = 1.0,
         ranks: int = 1,
+        host: HostShare | None = None,
         prefill_weight: float = PREFILL_WEIGHT,
         prefill_chunk: int = PREFILL_CHUNK,
         seed: int = 0,
@@ -119,6 +123,7 @@ class ExpectedUnion(Policy):
         self._uses_prompts = signature != "counts"
         self._worker_costs = WorkerCosts(cost, scope, worker_costs or {}, step_tokens, ranks)
         self._weights = kernels.PlacementWeights(others_weight, anchor, tail_guard, GUARD_EXPERT_SHARE)
+        self._host = host
         self._prefill_weight = prefill_weight
         self._prefill_chunk = prefill_chunk
         self._backlog = Backlog()
@@ -139,7 +144,7 @@ class ExpectedUnion(Policy):
     def _make_placement(self, layers: int, experts: int, top_k: int) -> Placement:
         geometry = Geometry(layers, experts)
         means = first_means(geometry, top_k, self._predictor, self._by_prompt.profiles, self._step_tokens)
-        self._placement = placement = Placement(geometry, top_k, self._weights, means, self._prefill_chunk)
+        self._placement = placement = Placement(geometry, top_k, self._weights, means, self._prefill_chunk, self._host)
         for worker in self._rows.names:
             self._append(placement, worker)
         return placement

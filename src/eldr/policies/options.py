@@ -10,6 +10,7 @@ from eldr.cost import DEFAULT_PRESET, PRESETS, SCOPES, CostError, CostModel, cos
 from eldr.errors import EldrError
 from eldr.policies.expected_union import ANCHOR, PREFILL_CHUNK, PREFILL_WEIGHT, TAIL_GUARD
 from eldr.policies.request_model import SIGNATURES
+from eldr.policies.residents import HostShare, miss_ratio
 from eldr.policies.worker_costs import WorkerCosts
 from eldr.settings import SettingError, build, check, parsed, setting, text
 
@@ -41,6 +42,12 @@ def _costs(key: str, value: Any) -> dict[str, CostModel]:
         except CostError as error:
             raise CostError(f"{key} of {worker}: {error}") from None
     return costs
+
+
+def _miss_cost(key: str, value: Any) -> str:
+    found = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else text(key, value)
+    miss_ratio(found)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +104,17 @@ class PolicyOptions:
         1, "number of ranks that share the experts of a decode worker",
         least=1, most=1024, flag=True, metavar="R", section=UNION,
     )  # fmt: skip
+    resident: float = setting(
+        1.0, "share of the experts of each layer that a decode worker's device holds; the others are in the memory "
+        "of its host",
+        least=0.01, most=1, flag=True, metavar="SHARE", section=UNION, page="policies.md#experts-in-host-memory",
+    )  # fmt: skip
+    miss_cost: str = setting(
+        "pcie5", "what an expert costs that the device does not hold: a copy over pcie5 or pcie4, the host's cpu, or "
+        "the time of a copy divided by that of reading the expert on the device",
+        parse=_miss_cost, flag=True, metavar="pcie5|pcie4|cpu|RATIO", section=UNION,
+        page="policies.md#experts-in-host-memory",
+    )  # fmt: skip
     prefill_weight: float = setting(
         PREFILL_WEIGHT, "weight of the time that a prompt costs if its worker computes it: 1 is its true share, more "
         "favours TTFT",
@@ -115,6 +133,11 @@ class PolicyOptions:
             raise PolicyError(str(error)) from None
         for model in (self.cost, *self.worker_costs.values()):
             model.step_cost(1, self.cost_scope)
+
+    @property
+    def host(self) -> HostShare | None:
+        """How much of each layer the workers' devices hold. None if all."""
+        return HostShare(self.resident, self.miss_cost) if self.resident < 1 else None
 
     @property
     def refits(self) -> bool:
@@ -136,6 +159,7 @@ class PolicyOptions:
             "tail_guard": self.tail_guard,
             "step_tokens": self.step_tokens,
             "ranks": self.expert_parallel,
+            "host": self.host,
             "prefill_weight": self.prefill_weight,
             "prefill_chunk": self.prefill_chunk,
         }

@@ -11,6 +11,7 @@ from eldr.policies.anchor import Anchor
 from eldr.policies.heavy_times import HeavyTimes
 from eldr.policies.means import FleetMeans
 from eldr.policies.request_model import Arrival
+from eldr.policies.residents import HostShare, Residents
 from eldr.policies.shares import Share
 from eldr.policies.unions import Geometry, RandomBatches, Unions, decode_exposure, encode_exposure
 
@@ -30,6 +31,7 @@ class Placement:
     anchor: the directions of each worker's requests.
     means: the means over the fleet's requests.
     chunk_tokens: the tokens of a step of a worker that computes prompts.
+    host: how much of each layer the workers' devices hold. None if all.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Placement:
         weights: kernels.PlacementWeights,
         means: FleetMeans,
         chunk_tokens: int,
+        host: HostShare | None = None,
     ) -> None:
         self.shape = (geometry.layers, geometry.experts, top_k)
         self.unions = Unions(geometry)
@@ -46,6 +49,7 @@ class Placement:
         self.means = means
         self._weights = weights
         self._uniform = RandomBatches(geometry)
+        self._residents = None if host is None else Residents(geometry, host)
         self._chunk_tokens = chunk_tokens
         self._set_experts(means.in_use)
         self._heavy = HeavyTimes()
@@ -59,19 +63,23 @@ class Placement:
         self._uniform.set_mean((in_use * (top_k / experts)).reshape(-1).astype(np.float32))
         self._least = np.zeros(0)
         total = float(experts.sum())
+        all_reads = total if self._residents is None else self._residents.all_reads
         self._prefill = kernels.PrefillTerms(
-            total, 1 - layers * top_k / total, self._chunk_tokens, self._weights.others
+            all_reads, 1 - layers * top_k / total, self._chunk_tokens, self._weights.others
         )
 
     def _set_columns(self, columns: NDArray[np.float64]) -> None:
         """Adjust the kernel's state after workers came or went. columns: see `FleetState`."""
         unions = self.unions
-        self._fleet = kernels.FleetState(columns, unions.union, unions.context, self.anchor.length)
+        reads = unions.union if self._residents is None else self._residents.reads
+        self._fleet = kernels.FleetState(columns, reads, unions.context, self.anchor.length)
 
     def append_worker(self, cost: StepCost) -> None:
         """Add a row for one more worker with this step time."""
         self.unions.append()
         self.anchor.append()
+        if self._residents is not None:
+            self._residents.append()
         self._set_columns(np.append(self._fleet.columns, _column(cost)[:, None], axis=1))
 
     def set_cost(self, row: int, cost: StepCost) -> None:
@@ -82,6 +90,8 @@ class Placement:
         """Remove a worker's row. The last row takes its place."""
         self.unions.remove(row)
         self.anchor.remove(row)
+        if self._residents is not None:
+            self._residents.remove(row)
         columns = self._fleet.columns
         columns[:, row] = columns[:, -1]
         self._set_columns(np.ascontiguousarray(columns[:, :-1]))
@@ -96,7 +106,8 @@ class Placement:
         costs, anchor included. Infinity marks workers that the tail guard rules out, which is never the one with the
         shortest step, and crowded ones (CROWDED).
         """
-        added = self.unions.added(arrival.profile)
+        residents = self._residents
+        added = self.unions.added(arrival.profile) if residents is None else residents.added(arrival.profile)
         if not arrival.learned:
             return self._weighed(arrival, added, rows, load)
         most = max(load)
@@ -115,6 +126,14 @@ class Placement:
             self._least = LEAST_ADDED * np.diff(self._uniform.experts(2 * most + 2))
         return self._least
 
+    def _at_random(self, most: int) -> NDArray[np.float64]:
+        """Reads of random batches of 0, 1, 2, ... requests, [at least most + 1], at what an expert costs on average."""
+        experts = self.means.at_random.experts(most)
+        if self._residents is None:
+            return experts
+        running = float(self.unions.union.sum())
+        return experts * (float(self._residents.reads.sum()) / running) if running > 0 else experts
+
     def _weighed(
         self, arrival: Arrival, added: NDArray[np.float64], rows: NDArray[np.int64], load: list[int]
     ) -> tuple[int, NDArray[np.float64]]:
@@ -127,7 +146,7 @@ class Placement:
             self._weights,
             added,
             np.zeros(unions.count) if direction is None else self.anchor.along(direction),
-            self.means.at_random.experts(max(load) + 1),
+            self._at_random(max(load) + 1),
             rows,
             load,
             arrival.context_tokens,
@@ -159,6 +178,7 @@ class Placement:
         """Add a request to a worker and learn from it. Returns the codes of its profile, uint8 [D], for its share."""
         codes = encode_exposure(arrival.profile)
         self.unions.add(row, codes, arrival.context_tokens, 1)
+        self._changed(row)
         if arrival.direction is not None:
             self.anchor.turn(row, arrival.direction)
         if arrival.known:
@@ -175,6 +195,7 @@ class Placement:
         if codes is None:
             return
         self.unions.add(row, codes, share.context_tokens, 1)
+        self._changed(row)
         if share.known:
             profile = decode_exposure(codes)
             direction = self.anchor.direction(profile, self.means.profile)
@@ -187,6 +208,12 @@ class Placement:
         codes = self._codes(share)
         if codes is not None:
             self.unions.add(row, codes, share.context_tokens, -1)
+            self._changed(row)
+
+    def _changed(self, row: int) -> None:
+        """Other requests run on a worker now."""
+        if self._residents is not None:
+            self._residents.changed(row, self.unions.survival[row], self.means.profile)
 
     def _codes(self, share: Share) -> NDArray[np.uint8] | None:
         """The codes of a request's profile. None if it has none, or one of another model."""

@@ -118,6 +118,8 @@ class Laboratory:
         self._profiles: NDArray[np.float32] | None = None
         self._splits: dict[int, Split] = {}
         settings.ranks.check(trace.meta.experts, settings.options.expert_parallel)
+        if settings.host_memory is not None and settings.options.expert_parallel > 1:
+            raise ReplayError("expert parallelism and experts in host memory are not simulated together")
         if self.packed.prompts is None and settings.options.signature == "prompt":
             raise ReplayError("the trace holds no prompts, so there are no words; record it with --keep-prompts")
         if calibration is not None:
@@ -279,17 +281,17 @@ class Laboratory:
 
     def _reading(self, batch: float, seed: int) -> ReadingMaker:
         """What the steps of workers wait for. Experts are placed on ranks for batches of this size."""
-        ranks, host = self.settings.options.expert_parallel, self.settings.host_memory
+        ranks, layout = self.settings.options.expert_parallel, self.settings.host_memory
         if ranks > 1:
             return ranks_of(self.packed, ranks, self.settings.ranks, self.split(seed).calibrate, batch, seed)
-        if host is None:
+        if layout is None:
             return distinct_experts
         layers, experts, _ = self.packed_geometry
-        capacity, ratio = host.capacity(experts), host.ratio
-        if host.evict is None:
+        ratio, capacity = layout.host.ratio, layout.host.capacity(experts)
+        if layout.host.computed:
             resident = most_used(self._uses(seed), capacity)
             return lambda _: HostComputed(resident, ratio)
-        shape = CacheShape(layers, experts, capacity, host.evict == "lfu")
+        shape = CacheShape(layers, experts, capacity, layout.by_frequency)
         return lambda _: HostMemory(shape, ratio)
 
     def _uses(self, seed: int) -> NDArray[np.float64]:
@@ -462,7 +464,7 @@ class Laboratory:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cell:
-    """All seeds of one (policy, workers, rate, routers)."""
+    """All seeds of one (policy, workers, rate, routers). In a closed loop, the rate is what came of it."""
 
     policy: str
     workers: int
@@ -484,7 +486,7 @@ def compare(
     laboratory: Laboratory,
     policies: Sequence[str],
     workers: int,
-    rate: float,
+    rate: float | None,
     batch: float,
     seeds: int,
     progress: Callable[[int], None] | None = None,
@@ -492,14 +494,21 @@ def compare(
 ) -> list[Cell]:
     """Run the four load balancers in a single router, and `policies` in each of `sharings`, under the same seeds.
 
+    rate: requests per second. None for a closed loop of `workers * batch` requests.
+
     Returns one cell for each.
     """
     cells = []
     for name, sharing in compared(policies, sharings):
         shared = laboratory.with_settings(dataclasses.replace(laboratory.settings, sharing=sharing))
         runs = [shared.run(name, workers, rate, batch, seed, progress=progress) for seed in range(seeds)]
-        cells.append(Cell(name, workers, rate, runs, sharing))
+        cells.append(Cell(name, workers, resulting_rate(runs) if rate is None else rate, runs, sharing))
     return cells
+
+
+def resulting_rate(runs: Sequence[RunResult]) -> float:
+    """Requests per second that arrived, on average over runs."""
+    return float(np.mean([(len(run.arrival_s) - 1) / np.ptp(run.arrival_s) for run in runs]))
 
 
 def compared(policies: Sequence[str], sharings: Sequence[Sharing]) -> list[tuple[str, Sharing]]:

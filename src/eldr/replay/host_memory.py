@@ -23,32 +23,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eldr import kernels
+from eldr.policies.residents import HostShare
 from eldr.replay.reading import Reading, unpacked
 
 # Uses are halved after so many steps, so that what was popular long ago is forgotten (TinyLFU, arXiv 1512.00727).
 HALVE_EVERY = 1024
 
 
-# What makes room in the cache of a layer: the expert that was used least recently, or least often.
-EVICTIONS = ("lru", "lfu")
-
-
 @dataclass(frozen=True, slots=True)
 class HostLayout:
     """How workers divide the experts between device and host.
 
-    resident: the share of the experts of each layer that fit into the device's memory, above 0 and at most 1.
-    ratio: the time of an expert that is missing, in reads of one that is there.
-    evict: one of EVICTIONS, or None if the CPU computes what is missing.
+    host: how much of each layer their devices hold, and what the rest costs.
+    by_frequency: whether a device drops what was used least often (LFU), and not what was used least recently (LRU).
     """
 
-    resident: float
-    ratio: float
-    evict: str | None = "lru"
-
-    def capacity(self, experts: int) -> int:
-        """The experts of each layer that fit, of so many: at least one."""
-        return max(1, round(self.resident * experts))
+    host: HostShare
+    by_frequency: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,8 @@ anchor = 0
 tail_guard = inf
 step_tokens = 1.5
 expert_parallel = 4
+resident = 0.5
+miss_cost = "cpu"
 prefill_weight = 2
 prefill_chunk = 512
 seed = 7
@@ -135,7 +137,7 @@ FLAGS = """
 --worker-api-key-file e --admin-key-file f --admin-listen 127.0.0.1:1 --otel-endpoint http://o
 --otel-sampling 0.5 --log-level debug --tau 0.2 --no-two-nearest --refit-interval 1 --refit-window 2 --cost x
 --worker-cost http://d:1=y --cost-scope moe --others-weight 3 --anchor 4 --tail-guard inf --step-tokens 5
---expert-parallel 6 --prefill-weight 2.5 --prefill-chunk 4096
+--expert-parallel 6 --resident 0.25 --miss-cost 90 --prefill-weight 2.5 --prefill-chunk 4096
 --allowed-origins https://app.example --allowed-origins https://b.example
 --signature counts --learn off --learned-dir s --learn-costs off
 --peers nats://n:1 --peers tls://m --fleet f --peers-credentials-file j --peers-ca k
@@ -186,7 +188,7 @@ def test_every_flag() -> None:
         "otel_endpoint": "http://o", "otel_sampling": 0.5, "log_level": "debug", "tau": 0.2, "two_nearest": False,
         "refit_interval_s": 1.0, "refit_window_s": 2.0, "cost": "x", "worker_costs": [("http://d:1", "y")],
         "cost_scope": "moe", "others_weight": 3.0, "anchor": 4.0, "tail_guard": math.inf, "step_tokens": 5.0,
-        "expert_parallel": 6, "prefill_weight": 2.5, "prefill_chunk": 4096,
+        "expert_parallel": 6, "resident": 0.25, "miss_cost": "90", "prefill_weight": 2.5, "prefill_chunk": 4096,
         "allowed_origins": ["https://app.example", "https://b.example"],
         "signature": "counts", "learn": "off", "learned_dir": Path("s"), "learn_costs": "off",
         "peers": ["nats://n:1", "tls://m"], "fleet": "f", "peers_credentials_file": Path("j"), "peers_ca": Path("k"),
@@ -264,6 +266,8 @@ def valid(one: Setting) -> st.SearchStrategy[Any]:
         return st.sampled_from(["48x128x8", {"m": "24x32x4", "": "1x8x2"}, {}])
     if one.key == "cost":
         return st.just(DEFAULT_PRESET)
+    if one.key == "miss_cost":
+        return st.sampled_from(["pcie4", "cpu", "12.5"])
     if one.key == "kubernetes_api":
         return st.sampled_from(["http://127.0.0.1:8001", "https://[fd00::1]:6443", "https://clusters.example/c/1"])
     if one.choices:
@@ -290,6 +294,8 @@ def wrong(one: Setting) -> st.SearchStrategy[Any]:
         )
     if one.key == "fleet":
         return st.sampled_from(["", 1, "a.b", "a b", "*", ">", "x" * 65, "é", ["a"]])
+    if one.key == "miss_cost":
+        return st.sampled_from(["", "pcie6", "-1", "nan", -1, math.inf, True, [60]])
     if one.key == "worker_costs":
         return st.text(max_size=9).map(lambda cost: {"http://d:1": cost})
     if one.key == "calibration":

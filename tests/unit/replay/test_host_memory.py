@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from eldr.cost import StepCost
 from eldr.policies import PolicyOptions, make_policy
+from eldr.policies.residents import HostShare
 from eldr.replay.engine import Engine
 from eldr.replay.errors import ReplayError
 from eldr.replay.experiment import Laboratory, Settings
@@ -170,7 +171,7 @@ def test_the_most_used_experts_stay() -> None:
 
 @pytest.mark.parametrize(("share", "experts", "held"), [(0.5, 32, 16), (0.01, 32, 1), (1.0, 7, 7), (0.26, 10, 3)])
 def test_a_share_is_of_every_layer(share: float, experts: int, held: int) -> None:
-    assert HostLayout(share, 60.0).capacity(experts) == held
+    assert HostShare(share, "pcie5").capacity(experts) == held
 
 
 def test_a_worker_keeps_its_cache_over_runs_that_arrivals_cut() -> None:
@@ -215,7 +216,7 @@ def test_a_worker_keeps_its_cache_over_runs_that_arrivals_cut() -> None:
 
 def test_workers_hold_what_calibration_requests_used() -> None:
     trace = make_trace(requests=40, layers=2, experts=16, seed=2, steps=20)
-    host = HostLayout(0.25, 8.0, evict=None)
+    host = HostLayout(HostShare(0.25, "cpu"))
     laboratory = Laboratory(trace, Settings(requests=10, host_memory=host))
     chosen = laboratory.split(3).calibrate
     uses = trace.decode_profiles()[chosen].sum(axis=0).reshape(2, 16)
@@ -226,12 +227,12 @@ def test_workers_hold_what_calibration_requests_used() -> None:
             one[0, 16 * layer + expert] = 1.0
             # Ties apart, the four with the most uses are computed on the device.
             more = int((uses[layer] > uses[layer, expert]).sum())
-            assert reading.of_expected(one)[0] == (1.0 if more < 4 else 8.0)
+            assert reading.of_expected(one)[0] == (1.0 if more < 4 else 14.0)
 
 
 def test_without_calibration_requests_nobody_knows_what_to_hold() -> None:
     trace = make_trace(requests=40, steps=20)
-    settings = Settings(requests=10, mix=Mix(0.0), host_memory=HostLayout(0.5, 8.0, evict=None))
+    settings = Settings(requests=10, mix=Mix(0.0), host_memory=HostLayout(HostShare(0.5, "cpu")))
     with pytest.raises(ReplayError, match="calibration requests, and there are none"):
         Laboratory(trace, settings).fleet(2)
 
@@ -239,7 +240,7 @@ def test_without_calibration_requests_nobody_knows_what_to_hold() -> None:
 def test_locality_pays_more_where_misses_are_dear() -> None:
     trace = make_trace(requests=120, layers=4, experts=32, top_k=2, kinds=4, seed=3, steps=60)
     gains = []
-    for host in (None, HostLayout(0.5, 60.0)):
+    for host in (None, HostLayout(HostShare(0.5, "pcie5"))):
         settings = Settings(requests=200, host_memory=host, options=PolicyOptions(cost_scope="moe"))
         laboratory = Laboratory(trace, settings)
         means = [
