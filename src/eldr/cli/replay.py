@@ -181,6 +181,8 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
             raise ReplayError(f"{arguments.trace} has no arrival times; omit --arrivals trace")
     elif arguments.arrivals != "poisson":
         recorded = read_arrivals(Path(arguments.arrivals))
+    if arguments.in_flight is not None and recorded is not None:
+        raise ReplayError("--in-flight takes no --arrivals: a request arrives when another ends")
     options = PolicyOptions.from_settings(given(arguments, PolicyOptions))
     if arguments.shared_prefixes is not None and not arguments.aggregated:
         raise ReplayError("--shared-prefixes needs --aggregated")

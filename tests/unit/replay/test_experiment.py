@@ -369,6 +369,34 @@ def test_the_command_replays_aggregated_serving(
     assert "…" not in printed
 
 
+def test_the_command_keeps_experts_in_host_memory(trace: Trace, tmp_path: Path) -> None:
+    write_trace(trace, tmp_path / "t.npz")
+    common = ("--in-flight", 6, "--requests", 80, "--seeds", 2, "--workers", 2, "--policies", "expected-union")
+    layouts = {
+        "none": (),
+        "half": ("--resident", 0.5),
+        "quarter": ("--resident", 0.25),
+        "often": ("--resident", 0.5, "--evict", "lfu"),
+        "cheap": ("--resident", 0.5, "--miss-cost", 1),
+        "host": ("--resident", 0.5, "--miss-cost", "cpu"),
+    }
+    found = {}
+    for name, words in layouts.items():
+        assert run_cli(tmp_path / "t.npz", *common, *words, "--json", tmp_path / "r.json") == 0
+        objects = {entry["policy"]: entry for entry in json.loads((tmp_path / "r.json").read_text())}
+        found[name] = objects["jsq"]
+        # The policies are compared with the same requests in flight, and whoever is faster serves more of them.
+        for entry in objects.values():
+            assert 1 < entry["batch_mean"] <= 3.1
+        assert (objects["jsq"]["tpot_mean_ms"] > objects["expected-union"]["tpot_mean_ms"]) == (
+            objects["jsq"]["rate"] < objects["expected-union"]["rate"]
+        )
+    reads = {name: entry["expert_reads_mean"] for name, entry in found.items()}
+    assert reads["none"] == pytest.approx(found["none"]["active_experts_mean"])
+    assert reads["none"] < reads["cheap"] < reads["host"] < reads["half"] < reads["quarter"]
+    assert reads["often"] != reads["half"]
+
+
 def test_the_command_finds_goodput(trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_trace(trace, tmp_path / "t.npz")
     words = ("--goodput", 2.0, "--requests", 60, "--seeds", 1, "--workers", 2, "--json", tmp_path / "r.json")
@@ -391,13 +419,21 @@ def test_the_command_finds_goodput(trace: Trace, tmp_path: Path, capsys: pytest.
         (("--serve-labels", "poetry"), "no request with the label 'poetry'"),
         (("--batch", "500"), "requests in flight"),
         (("--shared-prefixes", "4:64"), "needs --aggregated"),
+        (("--evict", "lfu"), "--evict needs --resident"),
+        (("--evict", "lru", "--resident", "0.5", "--miss-cost", "cpu"), "no meaning with --miss-cost cpu"),
+        (("--resident", "0.5", "--expert-parallel", "2"), "not simulated together"),
+        (("--in-flight", "4", "--arrivals", "a.txt"), "takes no --arrivals"),
         (("--aggregated", "--prefill-chunk", "100"), "less than --max-num-seqs 256"),
         (("--prompt-tokens", "/nowhere/p.csv"), "No such file"),
         (("--json", "/nowhere/r.json", "--requests", "20", "--seeds", "1", "--batch", "1"), "cannot be written"),
     ],
 )
-def test_the_command_says_what_is_wrong(trace: Trace, tmp_path: Path, words: tuple[Any, ...], message: str) -> None:
+def test_the_command_says_what_is_wrong(
+    trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[Any, ...], message: str
+) -> None:
     write_trace(trace, tmp_path / "t.npz")
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("0\n1\n3\n")
     with pytest.raises(ReplayError if "--cost" not in words else Exception, match=message):
         run_cli(tmp_path / "t.npz", *words)
 

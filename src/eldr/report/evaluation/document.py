@@ -14,6 +14,7 @@ from eldr.report.evaluation import (
     aggregated,
     comparisons,
     expert_parallel,
+    host_memory,
     method,
     overhead,
     prompt_signatures,
@@ -122,6 +123,8 @@ def _of_trace(trace: TraceResults) -> Iterable[Section]:
         yield aggregated.aggregated_section(rows["aggregated"], prefix)
     if rows.get("expert-parallel"):
         yield expert_parallel.expert_parallel_section(rows["expert-parallel"], prefix)
+    if rows.get("host-memory"):
+        yield host_memory.host_memory_section(rows["host-memory"], prefix)
     if rows.get("pools"):
         yield comparisons.pools_section(rows["pools"], prefix, trace.about["in_flight_at_most"])
     if rows.get("scaling"):
