@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from eldr.kernels._numpy import from_fractions
 from eldr.kernels._types import (
     CERTAIN,
     NO_OBJECT,
@@ -57,6 +58,7 @@ __all__ = [
     "cache_experts",
     "encode_exposure",
     "encode_signature",
+    "from_fractions",
     "json_chat_start",
     "json_elements",
     "json_known_parts",

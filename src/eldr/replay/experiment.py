@@ -279,7 +279,7 @@ class Laboratory:
             reading,
         )
 
-    def _reading(self, batch: float, seed: int) -> ReadingMaker:
+    def reading(self, batch: float, seed: int) -> ReadingMaker:
         """What the steps of workers wait for. Experts are placed on ranks for batches of this size."""
         ranks, layout = self.settings.options.expert_parallel, self.settings.host_memory
         if ranks > 1:
@@ -353,7 +353,7 @@ class Laboratory:
             learning = self._learning(policy, seed + ROUTER_SEEDS * number)
             costs = self._costs(policy, seed + ROUTER_SEEDS * number)
             routers.append(Replica(policy, SimulatedRefits(policy, schedule), learning, costs))
-        fleet = self.fleet(workers, self._reading(batch, seed))
+        fleet = self.fleet(workers, self.reading(batch, seed))
         engine = Engine(self.packed, workload, fleet, Replicas(routers, self.settings.sharing))
         for policy in policies:
             if isinstance(policy, Clairvoyant):
@@ -403,7 +403,7 @@ class Laboratory:
         """The time that an average prompt takes on an aggregated worker, at most: every chunk reads every expert."""
         if not self.settings.aggregated:
             return 0.0
-        tokens, packed, cost = self._prompt_tokens(seed), self.packed, self.fleet(1, seed).costs[0]
+        tokens, packed, cost = self._prompt_tokens(seed), self.packed, self.fleet(1).costs[0]
         chunks = math.ceil(tokens / self.settings.options.prefill_chunk)
         return cost.per_token_s * tokens + chunks * cost.per_expert_s * packed.layers * packed.experts
 
@@ -415,7 +415,7 @@ class Laboratory:
         packed, cost = self.packed, self.fleet(1).costs[0]
         # Ranks share the experts, more or less.
         ranks = self.settings.options.expert_parallel
-        reading = distinct_experts(0) if ranks > 1 else self._reading(batch, seed)(0)
+        reading = distinct_experts(0) if ranks > 1 else self.reading(batch, seed)(0)
         times = []
         for _ in range(32):
             chosen = rng.choice(serve, size, replace=False).tolist()

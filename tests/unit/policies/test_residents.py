@@ -28,14 +28,11 @@ def survival_of(activity: NDArray[np.float64]) -> NDArray[np.uint16]:
 @given(
     seed=st.integers(0, 10_000),
     capacity=st.integers(1, EXPERTS - 1),
-    ranks=st.sampled_from([1, 4]),
     events=st.lists(st.integers(0, 2), min_size=1, max_size=12),
 )
-def test_reads_are_sums_over_what_is_held_and_what_is_missing(
-    seed: int, capacity: int, ranks: int, events: list[int]
-) -> None:
+def test_reads_are_sums_over_what_is_held_and_what_is_missing(seed: int, capacity: int, events: list[int]) -> None:
     rng = np.random.default_rng(seed)
-    residents = Residents(Geometry(LAYERS, EXPERTS, ranks), HostShare(capacity / EXPERTS, "9"))
+    residents = Residents(Geometry(LAYERS, EXPERTS), HostShare(capacity / EXPERTS, "9"))
     use, activity = np.zeros((3, LAYERS, EXPERTS)), np.zeros((3, LAYERS, EXPERTS))
     for _ in range(3):
         residents.append()
@@ -51,7 +48,7 @@ def test_reads_are_sums_over_what_is_held_and_what_is_missing(
             # Of a worker of which nothing is known, everything counts as held.
             held = set(np.argsort(-use[row, layer])[:capacity].tolist()) if row in events else set(range(EXPERTS))
             for expert, active in enumerate(activity[row, layer].tolist()):
-                price = (1 if expert in held else 10) / ranks
+                price = 1 if expert in held else 10
                 reads += price * active
                 more += price * (1 - active) * float(profile[layer * EXPERTS + expert])
         assert residents.reads[row] == pytest.approx(reads, rel=1e-3, abs=1e-3)

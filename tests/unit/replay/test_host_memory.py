@@ -220,7 +220,7 @@ def test_workers_hold_what_calibration_requests_used() -> None:
     laboratory = Laboratory(trace, Settings(requests=10, host_memory=host))
     chosen = laboratory.split(3).calibrate
     uses = trace.decode_profiles()[chosen].sum(axis=0).reshape(2, 16)
-    reading = laboratory.fleet(1, seed=3).reading(0)
+    reading = laboratory.reading(7.0, seed=3)(0)
     for layer in range(2):
         for expert in range(16):
             one = np.zeros((1, 32))
@@ -234,7 +234,7 @@ def test_without_calibration_requests_nobody_knows_what_to_hold() -> None:
     trace = make_trace(requests=40, steps=20)
     settings = Settings(requests=10, mix=Mix(0.0), host_memory=HostLayout(HostShare(0.5, "cpu")))
     with pytest.raises(ReplayError, match="calibration requests, and there are none"):
-        Laboratory(trace, settings).fleet(2)
+        Laboratory(trace, settings).reading(7.0, seed=0)
 
 
 def test_locality_pays_more_where_misses_are_dear() -> None:
