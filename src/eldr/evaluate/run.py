@@ -32,6 +32,7 @@ from eldr.evaluate import (
     prompt_texts,
     recordings,
     scaling,
+    unequal,
 )
 from eldr.evaluate.bench import Bench, EvaluationError, Experiment, Part, Row
 from eldr.evaluate.results import Results, TraceResults, rounded
@@ -60,6 +61,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         expert_parallel.EXPERT_PARALLEL,
         scaling.SCALING,
         host_memory.HOST_MEMORY,
+        unequal.UNEQUAL,
         prompt_costs.PROMPT_COSTS,
         overhead.DECISIONS_TIME,
         overhead.MEMORY,

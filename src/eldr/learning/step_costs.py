@@ -50,7 +50,7 @@ MEAN_S, SHAPE_S = 30.0, 600.0
 # Residuals beyond this are pauses and changes of speed. They say nothing about the shape.
 OUTLIER = 0.25
 # Standard deviations: of a report's time, of the fleet's shape around the configured one, and of a worker's around it.
-REPORT_SD, FLEET_SD, WORKER_SD = 0.05, 0.5, 0.1
+REPORT_SD, FLEET_SD, WORKER_SD = 0.05, 0.5, 0.03
 # No part of a line becomes more than so many times what it was configured to be, relative to the others.
 BEND = 8.0
 # The base is at least this share of a worker's mean step.

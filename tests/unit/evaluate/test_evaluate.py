@@ -328,7 +328,7 @@ def test_page_and_readme_have_every_section_picture_and_number(
     titles = ["Who is faster", "TPOT against load", "Goodput", "Active experts against batch", "When the mix changes"]
     titles += ["Median against tail: the knobs", "Ablations", "Prefill against decode", "How reliable the predictor is"]
     titles += ["Signatures from prompts", "Learning while serving", "Signatures from prompts when the mix changes"]
-    titles += ["Shared instructions and conversations", "Aggregated serving", "Expert parallelism"]
+    titles += ["Shared instructions and conversations", "Aggregated serving", "Expert parallelism", "Unequal workers"]
     titles += ["Signatures and zones", "Time of a decision", "Memory of the signature cache", "Capture"]
     for title in titles:
         assert f"<h2>{title}" in page
@@ -353,6 +353,7 @@ def test_page_and_readme_have_every_section_picture_and_number(
         "prompt-change",
         "prompt-texts",
         "aggregated",
+        "unequal",
     ):
         for row in experiments[name]:
             assert f"{row['tpot_p99_ms']:.2f}" in readme

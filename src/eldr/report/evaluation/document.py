@@ -21,6 +21,7 @@ from eldr.report.evaluation import (
     prompt_texts,
     recordings,
     scaling,
+    unequal,
 )
 from eldr.report.evaluation.section import SYNTHETIC, Numbers, Picture, Rows, Section, of, values
 from eldr.report.html import Html, Tile
@@ -125,6 +126,8 @@ def _of_trace(trace: TraceResults) -> Iterable[Section]:
         yield expert_parallel.expert_parallel_section(rows["expert-parallel"], prefix)
     if rows.get("host-memory"):
         yield host_memory.host_memory_section(rows["host-memory"], prefix)
+    if rows.get("unequal"):
+        yield unequal.unequal_section(rows["unequal"], prefix)
     if rows.get("pools"):
         yield comparisons.pools_section(rows["pools"], prefix, trace.about["in_flight_at_most"])
     if rows.get("scaling"):
