@@ -45,6 +45,8 @@ def report_of(
         if expected is not None and expected.experts > 0:
             experts = min(max(experts, expected.experts / EXPERTS_APART), expected.experts * EXPERTS_APART)
     elif expected is not None:
+        if expected.experts <= 0:  # nothing runs there any more, and nobody counted what did
+            return None
         experts = expected.experts
     else:
         experts = float(TYPICAL_EXPERTS * layers)

@@ -1,6 +1,5 @@
 """The experiment on unequal workers, on a made-up trace."""
 
-
 import pytest
 
 from eldr.cost import DEFAULT_PRESET, PRESETS

@@ -32,6 +32,12 @@ def test_without_a_connector_the_expectation_counts() -> None:
     assert report.batch == 5
 
 
+def test_without_a_connector_an_idle_worker_tells_nothing() -> None:
+    idle = ExpectedStep(experts=0.0, layers=24, experts_per_layer=32, context_tokens=0)
+    assert report_of(StepCounters(gaps=800, gaps_s=8.0), idle, running=0, chunk_tokens=2048) is None
+    assert report_of(COUNTED, idle, running=0, chunk_tokens=2048) is not None
+
+
 @pytest.mark.parametrize(("claimed", "believed"), [(10.0, 240), (20.0, 480), (32.0, 768), (900.0, 768)])
 def test_no_worker_is_believed_that_has_far_other_experts_than_expected(claimed: float, believed: float) -> None:
     counted = StepCounters(gaps=800, gaps_s=8.0, steps=100, experts=2400 * claimed, expert_steps=2400)

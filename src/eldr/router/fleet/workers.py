@@ -16,6 +16,8 @@ from eldr.router.fleet.groups import ModelGroup, Names, Served
 
 # Length of the moving average of a worker's time per output token, in streams.
 RECENT_STREAMS = 10
+# The least time per output token rises at most so fast, per stream.
+RISE = 1.1
 
 
 class FleetError(EldrError):
@@ -48,6 +50,7 @@ class Worker:
     load: the engine's last report: requests waiting in it, and the share of its KV cache in use. None while unknown.
     active_experts: recent mean of the distinct experts per decode step and layer. None while unknown.
     tpot_s: mean time per output token of its last streams. None before the first.
+    least_tpot_s: about the least of them. A slow client makes a stream slow, but none makes one fast.
     clock_skew_s: its clock minus ours, according to its last answer, to a second. None while unknown.
     bootstrap_port: where decode workers of SGLang ask for its blocks, if it is a prefill worker of SGLang.
     """
@@ -74,6 +77,7 @@ class Worker:
     load: tuple[int, float] | None = None
     active_experts: float | None = None
     tpot_s: float | None = None
+    least_tpot_s: float = 0.0
     clock_skew_s: float | None = None
     bootstrap_port: int = 0
 
@@ -99,7 +103,11 @@ class Worker:
         return self.in_flight + self.elsewhere
 
     def observe_tpot(self, tpot_s: float) -> None:
-        self.tpot_s = tpot_s if self.tpot_s is None else self.tpot_s + (tpot_s - self.tpot_s) / RECENT_STREAMS
+        if self.tpot_s is None:
+            self.tpot_s = self.least_tpot_s = tpot_s
+            return
+        self.tpot_s += (tpot_s - self.tpot_s) / RECENT_STREAMS
+        self.least_tpot_s = min(tpot_s, self.least_tpot_s * RISE)
 
     @property
     def up(self) -> bool:

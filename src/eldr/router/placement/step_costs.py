@@ -21,9 +21,9 @@ from eldr.router.placement.decode import Placements
 # The policy is told at most this often, and not of changes by less than CHANGED of a part of the line.
 TELL_S = 1.0
 CHANGED = 0.01
-# A worker's steps are at least this share of the time per token that the router itself sees in the worker's streams. So
-# it gains little by lying, since the streams of a crowded worker are slow. A step may bring several tokens, and the
-# streams were sent a while ago.
+# A worker's steps last at least this share of the time per token that the router itself sees in the worker's fastest
+# streams. So it gains little by lying, since the streams of a crowded worker are slow. Those streams were sent a while
+# ago, and it may have become faster.
 SEEN = 0.5
 
 
@@ -66,8 +66,7 @@ class StepCosts:
         report = report_of(since, expected, worker.busy, self._chunk_tokens)
         now_s = self._clock()
         if report is not None:
-            if worker.tpot_s is not None:
-                report = dataclasses.replace(report, step_s=max(report.step_s, SEEN * worker.tpot_s))
+            report = dataclasses.replace(report, step_s=max(report.step_s, SEEN * worker.least_tpot_s))
             self._learner.heard(url, self._configured.configured(url, layers_of(expected)), report, now_s)
         if now_s >= self._next_s:
             self._next_s = now_s + TELL_S
