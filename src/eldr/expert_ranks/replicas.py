@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from eldr.expert_ranks.placement import ExpertPlacement, PlacementError
 
 Floats = NDArray[np.float64]
-# `FewestActive` looks at every set of ranks.
+# `FewestActive` looks at sets of ranks, of which there may be 2 to the power of their number.
 MOST_RANKS = 10
 # Rounds of balancing of `BalancedTokens`. More change the busiest rank by less than a per cent of its tokens.
 ROUNDS = 8
@@ -47,7 +47,8 @@ class FewestActive(ReplicaChoice):
 
     This is the objective of METRO (arXiv 2512.09277), which reaches it nearly, by a greedy rule on the device. Here it
     is exact. By Hall's theorem m experts on every rank suffice if and only if no set T of ranks has more than m |T|
-    active experts that are nowhere else. The answer is thus the largest ceil(experts only in T / |T|).
+    active experts that are nowhere else. The answer is thus the largest ceil(experts only in T / |T|). Only sets that
+    replicated experts connect matter: in any other, one part has as many experts per rank as the whole, or more.
 
     Raises PlacementError for copies on more than MOST_RANKS ranks.
     """
@@ -57,17 +58,21 @@ class FewestActive(ReplicaChoice):
     def __init__(self, placement: ExpertPlacement) -> None:
         held = placement.slots_on_rank() > 0  # [L, E, R]
         ranks = placement.ranks
-        replicated = bool((held.sum(axis=2) > 1).any())
-        if replicated and ranks > MOST_RANKS:
+        self._replicated = bool((held.sum(axis=2) > 1).any())
+        if self._replicated and ranks > MOST_RANKS:
             raise PlacementError(
                 f"replicas by fewest active experts are computed for at most {MOST_RANKS} ranks, not {ranks}"
             )
-        sets = range(1, 2**ranks) if replicated else [1 << rank for rank in range(ranks)]
-        members = np.array([[chosen >> rank & 1 for rank in range(ranks)] for chosen in sets], dtype=bool)  # [M, R]
+        of_layers = [_connected(layer) for layer in held]
+        # Layers with fewer sets have the first one several times. [L, M, R].
+        members = np.repeat(np.eye(1, ranks, dtype=np.bool_)[None], len(held), axis=0)
+        members = np.repeat(members, max(map(len, of_layers)), axis=1)
+        for layer, sets in enumerate(of_layers):
+            members[layer, : len(sets)] = [[bool(one >> rank & 1) for rank in range(ranks)] for one in sets]
+        self._size = members.sum(axis=2, dtype=np.float32)[:, None]
         # Whether an expert is held by no rank outside a set: [L, E, M].
-        self._only_in = (~(held[:, :, None] & ~members).any(axis=3)).astype(np.float32)
-        self._size = members.sum(axis=1).astype(np.float32)
-        self._replicated = replicated
+        outside = held.astype(np.float32) @ (~members).astype(np.float32).transpose(0, 2, 1)
+        self._only_in = (outside == 0).astype(np.float32)
 
     def reads(self, tokens: NDArray[np.uint8]) -> Floats:
         per_rank = self._per_rank((tokens > 0).astype(np.float32))
@@ -81,6 +86,22 @@ class FewestActive(ReplicaChoice):
     def _per_rank(self, active: NDArray[np.float32]) -> NDArray[np.float32]:
         """Experts only in each set, per rank of the set, float32 [L, S, M]."""
         return np.asarray(active.transpose(1, 0, 2) @ self._only_in / self._size)
+
+
+def _connected(held: NDArray[np.bool_]) -> list[int]:
+    """Every rank alone, and every set of ranks that replicated experts connect, as bits. held: [E, R]."""
+    ranks = held.shape[1]
+    of_experts = {int(bits) for bits in held @ (1 << np.arange(ranks))}
+    several = [bits for bits in of_experts if bits.bit_count() > 1]
+    found = [1 << rank for rank in range(ranks)]
+    known = set(found)
+    for one in found:  # which grows
+        for bits in several:
+            more = one | bits
+            if one & bits and more not in known:
+                known.add(more)
+                found.append(more)
+    return found
 
 
 class _Copies:
