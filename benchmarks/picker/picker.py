@@ -2,8 +2,11 @@
 
     python benchmarks/picker/picker.py --envoy .envs/envoy/bin/envoy [--eldr .envs/compiled/bin/eldr] [--seconds 5]
 
-One C process plays 8 workers, another the clients. CPU time is that of the picker's process and of Envoy's as the
-kernel accounts it, so that a busy machine changes the rates but hardly these figures. `none` is Envoy alone.
+One C process plays 8 workers, another the clients. CPU time is that of the control groups in which the picker and Envoy
+run: user and system time of all threads and children, as the kernel accounts it, so that a busy machine changes the
+rates but hardly these figures. Where no control group can be made, it is read from /proc, and a line says so. What the
+programs take while nobody asks, such as for probes, is measured first and taken off the figures for a token. `none` is
+Envoy alone.
 
 exit codes: 0 measured, 1 a request failed or a process did not start.
 """
@@ -18,7 +21,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "router"))
 
-from processes import compile_c, cpu_s, running  # noqa: E402
+from processes import ControlGroup, compile_c, control_group, cpu_s, running  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from workload import write_bodies, write_handoffs  # noqa: E402
@@ -41,7 +44,7 @@ CONNECTIONS = 16
 STREAMS = 256
 RAMP_S = 1.5
 LOAD_CORE, PROXY_CORE = 1, 0
-READY_WITHIN_S = 30.0
+READY_WITHIN_S = 120.0
 # Of the example.
 EPP_FILTER = re.compile(
     r" +- name: envoy\.filters\.http\.ext_proc\n.*?(?= +- name: envoy\.filters\.http\.router\n)", re.DOTALL
@@ -102,13 +105,19 @@ class Bench:
     def case(self, case: Case) -> dict[str, float]:
         with ExitStack() as stack:
             mock = stack.enter_context(self._fleet())
-            picker = None if case.flags is None else stack.enter_context(self._picker(case))
-            proxy = stack.enter_context(self._proxy(case))
-            figures: dict[str, float] = {}
+            groups = {name: stack.enter_context(control_group(name)) for name in ("picker", "envoy")}
+            measured: dict[str, Callable[[], float]] = {}
+            if case.flags is not None:
+                picker = stack.enter_context(self._picker(case, groups["picker"]))
+                measured["picker"] = clock(picker, groups["picker"])
+            proxy = stack.enter_context(self._proxy(case, groups["envoy"]))
+            measured["envoy"] = clock(proxy, groups["envoy"])
+            idle = self._idle(measured)
+            figures = {f"{name}_idle_ms_per_s": used_s * 1e3 for name, used_s in idle.items()}
             suffix = "_counts" if case.counts else ""
             ports = f"{self._front}-{self._front}"
             whole = ("requests", ports, str(CONNECTIONS), str(self._seconds), str(OUT / f"whole{suffix}.jsonl"))
-            seen, cpu = self._load(whole, picker, proxy)
+            seen, cpu = self._load(whole, measured)
             figures["requests_per_s"] = seen["answers"] / seen["seconds"]
             for name, used_s in cpu.items():
                 figures[f"{name}_ms_per_request"] = used_s * 1e3 / seen["answers"]
@@ -120,9 +129,9 @@ class Bench:
                 str(RAMP_S),
                 str(OUT / f"stream{suffix}.jsonl"),
             )
-            seen, cpu = self._load(stream, picker, proxy)
+            seen, cpu = self._load(stream, measured)
             for name, used_s in cpu.items():
-                figures[f"{name}_us_per_token"] = used_s * 1e6 / seen["tokens"]
+                figures[f"{name}_us_per_token"] = (used_s - idle[name] * seen["seconds"]) * 1e6 / seen["tokens"]
             mock.terminate()
         return figures
 
@@ -139,17 +148,17 @@ class Bench:
             yield mock
 
     @contextmanager
-    def _picker(self, case: Case) -> Iterator[subprocess.Popen[str]]:
+    def _picker(self, case: Case, group: ControlGroup | None) -> Iterator[subprocess.Popen[str]]:
         assert case.flags is not None
         urls = [f"--{case.role}=http://127.0.0.1:{self._first + index}" for index in range(WORKERS)]
         grpc, status = f"127.0.0.1:{self._grpc}", str(self._status)
         command = [self._eldr, "epp", "--grpc-listen", grpc, "--port", status, *urls, *case.flags]
-        with running(command, PROXY_CORE, OUT / "picker.log") as picker:
+        with running(command, PROXY_CORE, OUT / "picker.log", group=group) as picker:
             self._until(f"http://127.0.0.1:{self._status}/ready", picker)
             yield picker
 
     @contextmanager
-    def _proxy(self, case: Case) -> Iterator[subprocess.Popen[str]]:
+    def _proxy(self, case: Case, group: ControlGroup | None) -> Iterator[subprocess.Popen[str]]:
         example = (ROOT / "examples" / "envoy-epp.yaml").read_text()
         text = envoy_config(example, self._front, self._grpc, range(self._first, self._first + WORKERS))
         if case.duplex:
@@ -159,7 +168,7 @@ class Bench:
         config = OUT / "envoy.yaml"
         config.write_text(text)
         flags: list[str | Path] = ["-c", config, "--disable-hot-restart", "--concurrency", "1", "--log-level", "error"]
-        with running([self._envoy, *flags], PROXY_CORE, OUT / "envoy.log") as proxy:
+        with running([self._envoy, *flags], PROXY_CORE, OUT / "envoy.log", group=group) as proxy:
             self._until(f"http://127.0.0.1:{self._front}/v1/models", proxy)
             yield proxy
 
@@ -173,21 +182,32 @@ class Bench:
                 time.sleep(0.05)
         raise SystemExit(f"nothing answers at {url}: see the logs in {OUT}")
 
+    def _idle(self, measured: dict[str, Callable[[], float]]) -> dict[str, float]:
+        """The CPU seconds that each takes in a second in which nobody asks."""
+        before, begun_s = {name: seconds() for name, seconds in measured.items()}, time.monotonic()
+        time.sleep(self._seconds)
+        passed_s = time.monotonic() - begun_s
+        return {name: (seconds() - before[name]) / passed_s for name, seconds in measured.items()}
+
     def _load(
-        self, arguments: tuple[str, ...], picker: subprocess.Popen[str] | None, proxy: subprocess.Popen[str]
+        self, arguments: tuple[str, ...], measured: dict[str, Callable[[], float]]
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """What the clients saw, and the CPU seconds of picker and Envoy in their window."""
-        measured = {"envoy": proxy} if picker is None else {"picker": picker, "envoy": proxy}
         with running((self._client, *arguments), LOAD_CORE, OUT / "load_client.log", subprocess.PIPE) as client:
             assert client.stdout is not None
             clocks = []
             for _ in ("begin", "end"):
                 assert client.stdout.readline() == "window\n", "the clients failed"
-                clocks.append({name: cpu_s(process.pid) for name, process in measured.items()})
+                clocks.append({name: seconds() for name, seconds in measured.items()})
             seen: dict[str, Any] = json.loads(client.stdout.read())
         if seen["errors"]:
             raise SystemExit(f"{seen['errors']} requests failed: see the logs in {OUT}")
         return seen, {name: clocks[1][name] - clocks[0][name] for name in measured}
+
+
+def clock(process: subprocess.Popen[str], group: ControlGroup | None) -> Callable[[], float]:
+    """What tells the CPU seconds of a process so far."""
+    return (lambda: cpu_s(process.pid)) if group is None else (lambda: group.cpu_s)
 
 
 def main() -> int:
@@ -198,13 +218,16 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=21000, help="the first of 12 free ports (21000)")
     parser.add_argument("--only", default="", help="cases whose names begin so")
     arguments = parser.parse_args()
+    with control_group("trial") as group:
+        if group is None:
+            print("no control group can be made: CPU time is that of /proc, in ticks of 10 ms")
     bench = Bench(arguments.envoy, arguments.eldr, arguments.seconds, arguments.port)
     found = {case.name: bench.case(case) for case in CASES if case.name.startswith(arguments.only)}
     columns = list(dict.fromkeys(name for figures in found.values() for name in figures))
     table = Table("case", *columns)
     for name, figures in found.items():
         table.add_row(name, *(f"{figures[column]:.3f}" if column in figures else "" for column in columns))
-    Console(width=160).print(table)
+    Console(width=240).print(table)
     (OUT / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
