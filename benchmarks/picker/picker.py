@@ -5,7 +5,7 @@
 One C process plays 8 workers, another the clients. CPU time is that of the control groups in which the picker and Envoy
 run: user and system time of all threads and children, as the kernel accounts it, so that a busy machine changes the
 rates but hardly these figures. Where no control group can be made, it is read from /proc, and a line says so. What the
-programs take while nobody asks, such as for probes, is measured first and taken off the figures for a token. `none` is
+programs take while nobody asks, such as for probes, is measured too and taken off the figures for a token. `none` is
 Envoy alone.
 
 exit codes: 0 measured, 1 a request failed or a process did not start.
@@ -112,8 +112,7 @@ class Bench:
                 measured["picker"] = clock(picker, groups["picker"])
             proxy = stack.enter_context(self._proxy(case, groups["envoy"]))
             measured["envoy"] = clock(proxy, groups["envoy"])
-            idle = self._idle(measured)
-            figures = {f"{name}_idle_ms_per_s": used_s * 1e3 for name, used_s in idle.items()}
+            figures: dict[str, float] = {}
             suffix = "_counts" if case.counts else ""
             ports = f"{self._front}-{self._front}"
             whole = ("requests", ports, str(CONNECTIONS), str(self._seconds), str(OUT / f"whole{suffix}.jsonl"))
@@ -121,6 +120,8 @@ class Bench:
             figures["requests_per_s"] = seen["answers"] / seen["seconds"]
             for name, used_s in cpu.items():
                 figures[f"{name}_ms_per_request"] = used_s * 1e3 / seen["answers"]
+            idle = self._idle(measured)
+            figures |= {f"{name}_idle_ms_per_s": used_s * 1e3 for name, used_s in idle.items()}
             stream = (
                 "streams",
                 ports,
