@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--vllm-python", required=True, type=Path, metavar="PATH", help="Python of an environment with vLLM")
     policies = "jsq,locality-band,expected-union"
     flag("--policies", default=policies, metavar="A,B", help=f"policies to compare with the first ({policies})")
-    flag("--requests", type=positive, default=60, metavar="N", help="requests of each policy in a round (60)")
-    flag("--rounds", type=positive, default=6, metavar="N", help="rounds after the warm-up, at most; 3 or more (6)")
+    flag("--requests", type=positive, default=48, metavar="N", help="requests of each policy in a round (48)")
+    flag("--rounds", type=positive, default=9, metavar="N", help="rounds after the warm-up, at most; 3 or more (9)")
     flag("--decode-workers", type=positive, default=4, metavar="N", help="number of decode workers (4)")
     flag("--envoy", type=Path, metavar="PROGRAM", help="put this Envoy in front of the workers instead of a router")
     example = Path("examples/envoy-epp.yaml")

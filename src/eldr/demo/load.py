@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from eldr.load.request import Request
 from eldr.workloads.prompt import Prompt
 
-MAX_TOKENS_RANGE = (48, 96)
+MAX_TOKENS_RANGE = (32, 64)
 
 
 def make_requests(prompts: Sequence[Prompt], *, seed: int) -> list[Request]:

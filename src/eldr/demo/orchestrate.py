@@ -22,7 +22,7 @@ from eldr.demo.model import write_model
 from eldr.demo.outputs import TopTwo, check_outputs, top_two_gaps
 from eldr.demo.padded import ExpertBytes, available_bytes, expert_bytes, inner_size_for, pad_experts
 from eldr.demo.processes import MODEL_NAME, Workers, running_router, running_workers
-from eldr.demo.prompts import make_prompts
+from eldr.demo.prompts import make_prompts, mix_kinds
 from eldr.demo.report import write_report
 from eldr.demo.result import DemoResult
 from eldr.demo.rounds import MIN_ROUNDS, WARM_UP_REQUESTS, PolicyTurn, run_rounds, split
@@ -65,8 +65,8 @@ class DemoOptions:
 
     vllm_python: Path
     output: Path = Path("build/demo")
-    requests: int = 60
-    rounds: int = 6
+    requests: int = 48
+    rounds: int = 9
     policies: Sequence[str] = ("jsq", "locality-band", "expected-union")
     decode_workers: int = 4
     in_flight: int = 40
@@ -130,7 +130,7 @@ class _Demo:
         calibration_prompts = make_prompts(CALIBRATION_PROMPTS, seed=options.seed)
         known = frozenset(prompt.text for prompt in calibration_prompts)
         count = WARM_UP_REQUESTS + options.rounds * options.requests
-        served = make_prompts(count, seed=options.seed + 1, exclude=known)
+        served = mix_kinds(make_prompts(count, seed=options.seed + 1, exclude=known))
         self.calibration_prompts = calibration_prompts
         self.requests = make_requests(served, seed=options.seed)
         self.reference: list[Outcome] = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Sequence
 
 from eldr.workloads.kinds import KINDS, Kind
 from eldr.workloads.prompt import Prompt
@@ -32,6 +34,20 @@ def make_prompts(count: int, *, seed: int, exclude: frozenset[str] = frozenset()
             prompts.append(Prompt(kind, text))
     rng.shuffle(prompts)
     return prompts
+
+
+def mix_kinds(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Reorder prompts so that each kind's come at even distances, and otherwise in the order given.
+
+    A worker's batch then depends less on which kinds happened to come together, and rounds differ less.
+    """
+    seen: Counter[str] = Counter()
+    total = Counter(prompt.kind for prompt in prompts)
+    places = []
+    for number, prompt in enumerate(prompts):
+        places.append(((seen[prompt.kind] + 0.5) / total[prompt.kind], number))
+        seen[prompt.kind] += 1
+    return [prompts[number] for _, number in sorted(places)]
 
 
 def _compose(kind: Kind, rng: random.Random) -> str:

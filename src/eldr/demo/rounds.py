@@ -24,7 +24,7 @@ from eldr.load.request import Request
 # Enough for every decode worker to meet the prefill worker, and for every router to meet all of them.
 WARM_UP_REQUESTS = 24
 # No further round begins if it would probably end later than this after the warm-up began, but there are MIN_ROUNDS.
-ROUNDS_TIME_S = 160.0
+ROUNDS_TIME_S = 150.0
 MIN_ROUNDS = 3
 POLL_S = 1.0
 # Shortly after the last token, the workers count their last step and the router logs its last request.

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from eldr.demo.load import MAX_TOKENS_RANGE, make_requests
-from eldr.demo.prompts import MAX_PROMPT_BYTES, MAX_PROMPTS_PER_KIND, make_prompts
+from eldr.demo.prompts import MAX_PROMPT_BYTES, MAX_PROMPTS_PER_KIND, make_prompts, mix_kinds
 from eldr.workloads.kinds import KINDS
 
 
@@ -60,3 +60,22 @@ def test_requests_are_numbered_and_their_lengths_vary_within_the_range() -> None
     assert min(lengths) >= MAX_TOKENS_RANGE[0]
     assert max(lengths) <= MAX_TOKENS_RANGE[1]
     assert len(lengths) > 10
+
+
+@pytest.mark.parametrize("count", [8, 48, 51, 100])
+def test_mixed_prompts_are_the_same_ones_with_every_kind_at_even_distances(count: int) -> None:
+    prompts = make_prompts(count, seed=3)
+    mixed = mix_kinds(prompts)
+    assert sorted(prompt.text for prompt in mixed) == sorted(prompt.text for prompt in prompts)
+    for kind in KINDS:
+        own = [prompt for prompt in prompts if prompt.kind == kind]
+        assert [prompt for prompt in mixed if prompt.kind == kind] == own
+        for end in range(count):
+            expected = len(own) * end / count
+            assert abs(sum(prompt.kind == kind for prompt in mixed[:end]) - expected) <= 1.5
+
+
+def test_mixed_prompts_have_no_fixed_order_of_kinds() -> None:
+    mixed = mix_kinds(make_prompts(16, seed=3))
+    assert {prompt.kind for prompt in mixed[:8]} == {prompt.kind for prompt in mixed[8:]} == set(KINDS)
+    assert [prompt.kind for prompt in mixed[:8]] != [prompt.kind for prompt in mixed[8:]]
