@@ -47,7 +47,9 @@ class Listener:
     def __init__(self) -> None:
         self.fleet = Fleet()
         own = policy()
-        lanes = Lanes(self.fleet, lambda group: own, lambda policy: None, lambda *group: None, Metrics(), 0)
+        lanes = Lanes(
+            self.fleet, lambda group: own, lambda policy: None, lambda *group: None, lambda *lane: None, Metrics(), 0
+        )
         elsewhere = Elsewhere(self.fleet, lanes, Admission(QueueLimits()))
         self.fleet.on_change(lanes.fleet_changed)
         self.fleet.on_change(elsewhere.fleet_changed)

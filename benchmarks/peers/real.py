@@ -153,7 +153,7 @@ async def measure_all(args: argparse.Namespace) -> dict[str, list[Figures]]:
     requests = make_requests(make_prompts(args.requests, seed=args.seed), seed=args.seed)
     rounds: dict[str, list[Figures]] = {name: [] for name in VARIANTS}
     python = Path(args.vllm_python)
-    async with running_workers(python, model, OUT / "logs", args.decode_workers, lambda: None) as workers:
+    async with running_workers(python, model, model, OUT / "logs", args.decode_workers, lambda: None) as workers:
         # Every decode worker connects to the prefill worker.
         async with running_router(workers, ["--policy", "rr"], OUT / "logs" / "warm-up.log") as url:
             count = WARM_UP_ROUNDS * args.decode_workers

@@ -64,7 +64,7 @@ class StepReport:
     """The mean step of a worker since the last report.
 
     step_s: the time of a step.
-    experts: the distinct experts of a step, summed over the MoE layers.
+    experts: the distinct experts of a step, summed over the MoE layers. In reads, where missing ones cost more.
     batch: the requests of a step.
     context_tokens: the tokens of context of these requests.
     prompt_tokens: the tokens of prompts that a step computed in addition.

@@ -56,6 +56,8 @@ def report_of(
         every = float(layers * expected.experts_per_layer)
         experts = min(experts, every)
         experts += min(chunks / steps, 1.0) * (every - experts)
+        # The line prices reads.
+        experts *= expected.reads_per_expert
     report = StepReport(
         step_s=counted.gaps_s / counted.gaps,
         experts=experts,

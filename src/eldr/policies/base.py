@@ -134,12 +134,14 @@ class ExpectedStep:
     experts: the distinct experts, summed over the MoE layers.
     layers, experts_per_layer: the shape of the model.
     context_tokens: the tokens of the prompts of the requests there.
+    reads_per_expert: what its step time counts for each of these experts: more than 1 if some have to be fetched.
     """
 
     experts: float
     layers: int
     experts_per_layer: int
     context_tokens: int
+    reads_per_expert: float = 1.0
 
 
 # A compiled router accepts policies that are not compiled.

@@ -345,7 +345,10 @@ class ExpectedUnion(Policy):
             return None
         layers, experts, _ = placement.shape
         row = self._rows.row_of[worker]
-        return ExpectedStep(float(placement.unions.union[row]), layers, experts, placement.unions.context[row])
+        unions = placement.unions
+        return ExpectedStep(
+            float(unions.union[row]), layers, experts, unions.context[row], placement.reads_per_expert(row)
+        )
 
     def cost_learned(self, worker: str, learned: LearnedCost) -> None:
         self._worker_costs.learn(worker, learned.cost)

@@ -86,6 +86,11 @@ class Placement:
         """Let the steps of a worker take this time from now on."""
         self._fleet.columns[:, row] = _column(cost)
 
+    def reads_per_expert(self, row: int) -> float:
+        """What a step of a worker waits for, for each of its distinct experts. 1 if its device holds all."""
+        experts = float(self.unions.union[row])
+        return 1.0 if self._residents is None or experts <= 0 else float(self._residents.reads[row]) / experts
+
     def remove_worker(self, row: int) -> None:
         """Remove a worker's row. The last row takes its place."""
         self.unions.remove(row)

@@ -32,6 +32,15 @@ def test_without_a_connector_the_expectation_counts() -> None:
     assert report.batch == 5
 
 
+@pytest.mark.parametrize("counted", [COUNTED, StepCounters(gaps=800, gaps_s=8.0)])
+def test_experts_that_are_fetched_count_as_more_reads(counted: StepCounters) -> None:
+    """A line has a price for reads. Distinct experts would make it dearer by the misses, which are priced already."""
+    expected = ExpectedStep(experts=480.0, layers=24, experts_per_layer=32, context_tokens=0, reads_per_expert=12.5)
+    report = report_of(counted, expected, running=8, chunk_tokens=2048)
+    assert report is not None
+    assert report.experts == pytest.approx(6000)
+
+
 def test_without_a_connector_an_idle_worker_tells_nothing() -> None:
     idle = ExpectedStep(experts=0.0, layers=24, experts_per_layer=32, context_tokens=0)
     assert report_of(StepCounters(gaps=800, gaps_s=8.0), idle, running=0, chunk_tokens=2048) is None

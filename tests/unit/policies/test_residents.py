@@ -141,3 +141,21 @@ def test_missing_experts_that_cost_nothing_change_nothing(guard: float) -> None:
         costs.append(list(found.values()))
     assert costs[1] == pytest.approx(costs[0], rel=1e-3)
     assert np.isinf(costs[0]).any() == (guard == 0)
+
+
+def test_what_a_step_reads_for_each_of_its_experts() -> None:
+    """Two requests activate 4 x 0.96 + 4 x 0.64 experts of each layer. The latter are not held, each is 14 reads."""
+    profile = np.tile(np.repeat([0.8, 0.4], 4), 3).astype(np.float32)
+    policy = Given(np.stack([profile] * 2), anchor=0, host=HostShare(0.5, "cpu"))
+    policy.joined("a")
+    asked = [DecodeRequest(identity, 20, counts_of()) for identity in ("0", "1")]
+    for request in asked:
+        policy.started(request, "a")
+    step = policy.expected_step("a")
+    assert step is not None
+    assert step.reads_per_expert == pytest.approx((3.84 + 14 * 2.56) / 6.4, rel=0.01)
+    for request in asked:
+        policy.finished(request, "a")
+    idle = policy.expected_step("a")
+    assert idle is not None
+    assert idle.reads_per_expert == 1
