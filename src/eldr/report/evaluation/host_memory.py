@@ -98,7 +98,7 @@ def _told(rows: Rows) -> str:
             of(rows, policy="expected-union", told=True), of(rows, policy="expected-union", told=False), strict=True
         )
     ]
-    return f"Telling it changes the mean by {min(more):+.1f} to {max(more):+.1f} points. "
+    return f"Telling it changes the mean by {min(more):+.1f} to {max(more):+.1f} points."
 
 
 def _by_layout(rows: Rows) -> Figure:
