@@ -23,6 +23,9 @@ from eldr.report.evaluation.section import (
 )
 from eldr.report.style import INK, legend_below, make_panels, policy_order, policy_style
 
+# What is shown below the lowest point and above the highest, in percent.
+MARGIN = 6.0
+
 
 def scaling_section(rows: Rows, prefix: str) -> Section:
     """Larger pools and more experts than were recorded."""
@@ -109,5 +112,7 @@ def _scaling(rows: Rows) -> Figure:
         axis.set_xlabel("decode workers")
         axis.grid(visible=True)
     axes[0].set_ylabel("TPOT against jsq, %")
+    shown_at = [row[f"vs_best_baseline_{statistic}"] for row in rows for statistic in ("mean", "p99")]
+    axes[0].set_ylim(min(shown_at) - MARGIN, max(shown_at) + MARGIN)  # few seeds have wide intervals
     legend_below(figure, axes[0], len(order))
     return figure
