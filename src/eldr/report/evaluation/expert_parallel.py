@@ -109,7 +109,7 @@ def _changes(rows: Rows) -> Figure:
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_title(f"{ranks} ranks")
-        axis.set_xlabel("mean TPOT against jsq, contiguous, %")
+        axis.set_xlabel("change of mean TPOT, %")
         axis.grid(visible=True, axis="x")
     for axis in axes[1:]:
         axis.set_yticklabels([])
