@@ -37,14 +37,17 @@ def test_every_mix_is_a_part_in_both_scopes(bench: Bench) -> None:
     assert all(part["workers"] * 7 <= bench.capacity for part in parts)
 
 
-def test_learned_costs_come_near_to_own_ones(bench: Bench) -> None:
+def test_own_costs_count_and_a_run_shorter_than_a_reading_teaches_nothing(bench: Bench) -> None:
     rows = unequal.UNEQUAL.run(bench, {"mix": "H100 and H200", "scope": "moe", "workers": 4})
     at = {(row["policy"], row["belief"]): row for row in rows}
     assert set(at) == set(unequal.POLICIES)
+    assert all(row["run_s"] < 2 for row in rows)
     own, learned, equal = (at["expected-union", belief] for belief in ("own", "learned", "equal"))
-    assert own["vs_jsq_mean"] < equal["vs_jsq_mean"] - 1
-    assert learned["later_vs_jsq_mean"] == pytest.approx(own["later_vs_jsq_mean"], abs=2)
-    assert at["jsq-speed", "own"]["vs_jsq_p99"] < 0
+    assert own["vs_jsq_p50"] < equal["vs_jsq_p50"] - 1
+    assert learned["vs_jsq_p50"] == equal["vs_jsq_p50"]
+    assert "later_vs_jsq_mean" not in learned
+    assert at["jsq-speed", "own"]["vs_jsq_p99"] < -10
+    assert at["jsq-speed", "learned"]["vs_jsq_p99"] == 0
     section = unequal_section(rounded(rows), "made")
     assert f"{learned['vs_jsq_mean']:+.1f} and {own['vs_jsq_mean']:+.1f} % (H100 and H200)" in section.text
     (table,) = section.numbers
@@ -53,9 +56,3 @@ def test_learned_costs_come_near_to_own_ones(bench: Bench) -> None:
     with style():
         figure = picture.draw()
     assert [axis.get_title() for axis in figure.axes] == ["H100 and H200"]
-
-
-def test_a_slow_worker_costs_nothing_extra_once_it_is_seen(bench: Bench) -> None:
-    rows = unequal.UNEQUAL.run(bench, {"mix": "all H200, one slows down", "scope": "moe", "workers": 4})
-    at = {(row["policy"], row["belief"]): row for row in rows}
-    assert at["expected-union", "learned"]["vs_jsq_p99"] < at["expected-union", "own"]["vs_jsq_p99"]
