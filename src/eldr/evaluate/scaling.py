@@ -25,10 +25,12 @@ _laboratories: dict[tuple[Path, str], Laboratory] = {}
 
 
 def _parts(bench: Bench) -> list[Part]:
-    """One part per size of the pool and batch, and two that compare a synthetic trace with the recording."""
+    """One part per size of the pool and batch, and two that compare a synthetic trace with the recording if it can."""
     if is_synthetic(bench.trace.meta.note):
         return []
-    compared: list[Part] = [{"trace": trace, **COMPARED} for trace in ("recorded", "synthetic")]
+    compared: list[Part] = []
+    if COMPARED["workers"] * COMPARED["batch"] <= bench.capacity:
+        compared = [{"trace": trace, **COMPARED} for trace in ("recorded", "synthetic")]
     return compared + [{"trace": "scaled", "workers": w, "batch": b} for w in WORKERS for b in BATCHES]
 
 

@@ -16,7 +16,7 @@ from scipy import stats
 import eldr
 from eldr.calibration import fit_calibration
 from eldr.cli.main import main
-from eldr.evaluate import ablations, aggregated, comparisons, drift, named, overhead
+from eldr.evaluate import ablations, aggregated, comparisons, drift, named, overhead, scaling
 from eldr.evaluate.bench import Bench, EvaluationError
 from eldr.evaluate.results import Results, TraceResults, parse_results, rounded, write_results
 from eldr.evaluate.run import EXPERIMENTS, Plan, about, evaluate
@@ -314,10 +314,11 @@ def test_the_command_writes_a_folder(bench: Bench, tmp_path: Path) -> None:
 def test_page_and_readme_have_every_section_picture_and_number(
     bench: Bench, rows_of: Callable[..., Any], tmp_path: Path
 ) -> None:
-    experiments = {name: rounded(rows_of(name)) for name in EXPERIMENTS if name != "aggregated"}
+    experiments = {name: rounded(rows_of(name)) for name in EXPERIMENTS if name not in ("aggregated", "scaling")}
     # 25 steps after a thousand tokens of prompt: no more than two fit the made-up requests.
     light = [{"workers": 2, "batch": 2.0, "chunk": chunk} for chunk in (None, 8192)]
     experiments["aggregated"] = rounded([row for part in light for row in aggregated.AGGREGATED.run(bench, part)])
+    experiments["scaling"] = rounded(scaling.SCALING.run(bench, {"trace": "recorded", "workers": 2, "batch": 2.0}))
     common = {name: experiments.pop(name) for name in ("memory", "prompt-costs")}
     common |= {"capture": [{"what": "add", "prompt_tokens": 9, "p50_us": 123.4}]}
     results = Results({"seeds": 2, "requests": 80}, [TraceResults(about(bench), experiments, {"pools": "few"})], common)
@@ -329,6 +330,7 @@ def test_page_and_readme_have_every_section_picture_and_number(
     titles += ["Median against tail: the knobs", "Ablations", "Prefill against decode", "How reliable the predictor is"]
     titles += ["Signatures from prompts", "Learning while serving", "Signatures from prompts when the mix changes"]
     titles += ["Shared instructions and conversations", "Aggregated serving", "Expert parallelism", "Unequal workers"]
+    titles += ["Experts in host memory", "More workers and experts"]
     titles += ["Signatures and zones", "Time of a decision", "Memory of the signature cache", "Capture"]
     for title in titles:
         assert f"<h2>{title}" in page
