@@ -45,6 +45,7 @@ from eldr.demo.prompts import make_prompts
 from eldr.load.client import Target, send
 from eldr.load.request import Request
 
+MAX_TOKENS = (96, 160)
 OUT = ROOT / "build" / "bench-peers-real"
 MEET_WITHIN_S = 30.0
 WARM_UP_ROUNDS = 3
@@ -150,7 +151,7 @@ async def measure_all(args: argparse.Namespace) -> dict[str, list[Figures]]:
         folder.mkdir(parents=True, exist_ok=True)
     write_model(model)
     layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-    requests = make_requests(make_prompts(args.requests, seed=args.seed), seed=args.seed)
+    requests = make_requests(make_prompts(args.requests, seed=args.seed), seed=args.seed, max_tokens=MAX_TOKENS)
     rounds: dict[str, list[Figures]] = {name: [] for name in VARIANTS}
     python = Path(args.vllm_python)
     async with running_workers(python, model, model, OUT / "logs", args.decode_workers, lambda: None) as workers:

@@ -15,7 +15,9 @@ from eldr.workloads.prompt import Prompt
 MAX_TOKENS_RANGE = (32, 64)
 
 
-def make_requests(prompts: Sequence[Prompt], *, seed: int) -> list[Request]:
-    """Make one request for each prompt. Output lengths are drawn uniformly from MAX_TOKENS_RANGE."""
+def make_requests(
+    prompts: Sequence[Prompt], *, seed: int, max_tokens: tuple[int, int] = MAX_TOKENS_RANGE
+) -> list[Request]:
+    """Make one request for each prompt. Output lengths are drawn uniformly from `max_tokens`, bounds included."""
     rng = random.Random(seed)
-    return [Request(number, prompt, rng.randint(*MAX_TOKENS_RANGE)) for number, prompt in enumerate(prompts)]
+    return [Request(number, prompt, rng.randint(*max_tokens)) for number, prompt in enumerate(prompts)]
