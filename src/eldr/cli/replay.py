@@ -43,8 +43,8 @@ EXAMPLES = """examples:
   eldr replay trace.npz --expert-parallel 4 --placement eplb --redundant 8 --replica fewest
   eldr replay trace.npz --resident 0.5 --miss-cost pcie4 --in-flight 32 --policies expected-union
 
-The load balancers rr, random, p2c and jsq always run, in a single router, because changes are given against the best of
-them. "expected-union x4" is expected-union in four routers.
+The load balancers rr, random, p2c and jsq always run, and jsq-speed where workers differ, in a single router, because
+changes are given against the best of them. "expected-union x4" is expected-union in four routers.
 These policies exist only in the replay:
   expected-union-own   without a calibration
   expected-union-true  with the true decode profiles
@@ -296,7 +296,7 @@ def _compare(
         batch = arguments.batch or 7.0
         rate = laboratory.rate_for_batch(batch, workers)
     arrivals = len(laboratory.workload(rate, workers * batch, 0).request)
-    advance(0, arrivals * len(compared(arguments.policies, sharings)) * arguments.seeds)
+    advance(0, arrivals * len(compared(arguments.policies, sharings, laboratory.settings.unequal)) * arguments.seeds)
     cells = compare(
         laboratory, arguments.policies, workers, rate, batch, arguments.seeds, lambda done: advance(done, 0), sharings
     )
@@ -325,7 +325,8 @@ def _goodput(
         shared = laboratory.with_settings(dataclasses.replace(laboratory.settings, sharing=sharing))
         return goodput(shared, name, workers, arguments.goodput, arguments.seeds, lambda done: advance(done, done))
 
-    found = [search(name, sharing) for name, sharing in compared(arguments.policies, sharings)]
+    names = compared(arguments.policies, sharings, laboratory.settings.unequal)
+    found = [search(name, sharing) for name, sharing in names]
     cells = [cell for cell, _ in found]
     best = max(cell.rate for cell in cells if cell.is_baseline)
     objects = []

@@ -45,6 +45,8 @@ from eldr.trace import Trace
 from eldr.zones import balanced_kmeans
 
 BASELINES = ("rr", "random", "p2c", "jsq")
+# A load balancer too, but on equal workers the same as jsq. It is compared where workers differ, or when asked for.
+SPEED_BASELINE = "jsq-speed"
 # Policies that exist only in the replay: expected-union without a calibration, expected-union with true profiles, and
 # greedy with full knowledge. locality-band-refit is locality-band with background refits, even if no interval is given.
 LAB_POLICIES = ("locality-band-refit", "expected-union-own", "expected-union-true", "clairvoyant")
@@ -103,6 +105,11 @@ class Settings:
     sharing: Sharing = field(default_factory=Sharing)
     ranks: ExpertParallel = field(default_factory=ExpertParallel)
     host_memory: HostLayout | None = None
+
+    @property
+    def unequal(self) -> bool:
+        """Whether workers differ in speed."""
+        return bool(self.options.worker_costs or self.slowdowns)
 
 
 class Laboratory:
@@ -475,7 +482,7 @@ class Cell:
     @property
     def is_baseline(self) -> bool:
         """Whether it is a load balancer that sees every request. Changes are given against the best of them."""
-        return self.policy in BASELINES and self.sharing.replicas == 1
+        return self.policy in (*BASELINES, SPEED_BASELINE) and self.sharing.replicas == 1
 
     def per_seed(self, measure: Callable[[RunResult], float]) -> NDArray[np.float64]:
         """Apply `measure` to each run: float64 [S]."""
@@ -492,14 +499,14 @@ def compare(
     progress: Callable[[int], None] | None = None,
     sharings: Sequence[Sharing] = (Sharing(),),
 ) -> list[Cell]:
-    """Run the four load balancers in a single router, and `policies` in each of `sharings`, under the same seeds.
+    """Run the load balancers in a single router, and `policies` in each of `sharings`, under the same seeds.
 
     rate: requests per second. None for a closed loop of `workers * batch` requests.
 
     Returns one cell for each.
     """
     cells = []
-    for name, sharing in compared(policies, sharings):
+    for name, sharing in compared(policies, sharings, laboratory.settings.unequal):
         shared = laboratory.with_settings(dataclasses.replace(laboratory.settings, sharing=sharing))
         runs = [shared.run(name, workers, rate, batch, seed, progress=progress) for seed in range(seeds)]
         cells.append(Cell(name, workers, resulting_rate(runs) if rate is None else rate, runs, sharing))
@@ -511,10 +518,13 @@ def resulting_rate(runs: Sequence[RunResult]) -> float:
     return float(np.mean([(len(run.arrival_s) - 1) / np.ptp(run.arrival_s) for run in runs]))
 
 
-def compared(policies: Sequence[str], sharings: Sequence[Sharing]) -> list[tuple[str, Sharing]]:
-    """What a comparison runs: the load balancers in a single router, and each policy in each of `sharings`."""
+def compared(policies: Sequence[str], sharings: Sequence[Sharing], unequal: bool) -> list[tuple[str, Sharing]]:
+    """What a comparison runs: the load balancers in a single router, and each policy in each of `sharings`.
+
+    unequal: whether workers differ in speed, which one of the load balancers knows.
+    """
     alone = Sharing()
-    baselines = [(name, alone) for name in BASELINES]
+    baselines = [(name, alone) for name in (*BASELINES, *([SPEED_BASELINE] if unequal else []))]
     # A single router shares nothing.
     asked = [(name, sharing if sharing.replicas > 1 else alone) for sharing in sharings for name in policies]
     return list(dict.fromkeys((*baselines, *asked)))

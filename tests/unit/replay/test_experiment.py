@@ -397,6 +397,20 @@ def test_the_command_keeps_experts_in_host_memory(trace: Trace, tmp_path: Path) 
     assert reads["often"] != reads["half"]
 
 
+@pytest.mark.parametrize("words", [("--slow", "w0=3@0.1-0.9"), ("--worker-cost", "w0=qwen3-30b-a3b-rtxpro6000")])
+def test_unequal_workers_are_compared_with_queues_weighed_by_speed(
+    words: tuple[str, ...], trace: Trace, tmp_path: Path
+) -> None:
+    write_trace(trace, tmp_path / "t.npz")
+    common = (tmp_path / "t.npz", "--batch", 2, "--requests", 40, "--seeds", 1, "--workers", 2, "--policies", "jsq")
+    assert run_cli(*common, *words, "--json", tmp_path / "r.json") == 0
+    objects = {entry["policy"]: entry for entry in json.loads((tmp_path / "r.json").read_text())}
+    assert set(objects) == {*BASELINES, "jsq-speed"}
+    best = min(entry["tpot_mean_ms"] for entry in objects.values())
+    for entry in objects.values():
+        assert entry["vs_best_baseline_mean"] == pytest.approx(100 * (entry["tpot_mean_ms"] / best - 1))
+
+
 def test_the_command_finds_goodput(trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_trace(trace, tmp_path / "t.npz")
     words = ("--goodput", 2.0, "--requests", 60, "--seeds", 1, "--workers", 2, "--json", tmp_path / "r.json")
