@@ -22,6 +22,8 @@ ENVOY := .envs/envoy
 DYNAMO := .envs/dynamo
 # Most tests wait most of the time. The tests of a file stay together, since they share what they have started.
 AT_ONCE := --numprocesses 4 --dist loadfile
+# The threads of numpy's BLAS would only wait for each other then.
+ONE_THREAD := OPENBLAS_NUM_THREADS=1
 # An installation for development compiles these alone.
 KERNELS := setup.py build_backend/eldr_build.py src/eldr/kernels/_compiled.pyx \
 	$(addprefix src/eldr/kernels/,loops.h json_text.h words.h)
@@ -69,10 +71,10 @@ test: $(DEV)/.installed $(HELM)/.installed $(VLLM)/.test-installed  ## every tes
 	ELDR_VLLM_PYTHON=$(VLLM)/bin/python ELDR_VLLM_OLD_PYTHON=$(wildcard $(VLLM_OLD)/bin/python) \
 	  $(DEV)/bin/python -m pytest tests/e2e
 	ELDR_ENVOY=$${ELDR_ENVOY:-$$(ls $(abspath $(ENVOY)/bin/envoy) 2>/dev/null)} \
-	  $(DEV)/bin/python -m pytest $(AT_ONCE) tests --ignore tests/vllm --ignore tests/e2e
+	  $(ONE_THREAD) $(DEV)/bin/python -m pytest $(AT_ONCE) tests --ignore tests/vllm --ignore tests/e2e
 
 test-fast: $(DEV)/.installed $(HELM)/.installed  ## the tests that need no vLLM
-	$(DEV)/bin/python -m pytest $(AT_ONCE) tests --ignore tests/vllm --ignore tests/e2e
+	$(ONE_THREAD) $(DEV)/bin/python -m pytest $(AT_ONCE) tests --ignore tests/vllm --ignore tests/e2e
 
 test-matrix: $(VLLM_OLD)/.test-installed  ## the connector's tests on vLLM 0.30
 	$(VLLM_OLD)/bin/python -m pytest tests/vllm
@@ -90,7 +92,7 @@ test-dynamo: $(DYNAMO)/.test-installed  ## the component for Dynamo between its 
 	$(DYNAMO)/bin/python -m pytest tests/dynamo
 
 test-compiled: $(COMPILED)/.compiled  ## the router's tests on a compiled router
-	$(COMPILED)/bin/python -m pytest $(AT_ONCE) tests/router
+	$(ONE_THREAD) $(COMPILED)/bin/python -m pytest $(AT_ONCE) tests/router
 
 check: $(DEV)/.installed  ## linters, type checker, and who may import whom
 	$(DEV)/bin/ruff check .
