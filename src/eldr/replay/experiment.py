@@ -16,6 +16,7 @@ from eldr.calibration import Calibration, fit_calibration, with_prompt_zones
 from eldr.policies import POLICY_NAMES, PolicyOptions, make_policy
 from eldr.policies.base import Policy
 from eldr.policies.refit import RefitSchedule
+from eldr.replay.calibrations import check_calibration
 from eldr.replay.changes import FleetChange, Slowdown
 from eldr.replay.engine import Engine
 from eldr.replay.errors import ReplayError
@@ -130,12 +131,7 @@ class Laboratory:
         if self.packed.prompts is None and settings.options.signature == "prompt":
             raise ReplayError("the trace holds no prompts, so there are no words; record it with --keep-prompts")
         if calibration is not None:
-            geometry = calibration.geometry
-            if (geometry.layers, geometry.experts, geometry.top_k) != self.packed_geometry:
-                layers, experts, top_k = self.packed_geometry
-                raise ReplayError(
-                    f"the calibration is for {geometry}, the trace has {layers} layers x {experts} experts, top-{top_k}"
-                )
+            check_calibration(calibration, trace.meta)
 
     def with_options(self, **options: Any) -> Laboratory:
         """Return a laboratory with the same trace, splits and fits, but other policy options (tau, cost_scope, ...)."""

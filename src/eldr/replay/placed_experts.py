@@ -13,6 +13,7 @@ from eldr.calibration import Calibration
 from eldr.expert_ranks.eplb import eplb
 from eldr.expert_ranks.placement import ExpertPlacement, contiguous
 from eldr.expert_ranks.union_aware import union_aware
+from eldr.replay.calibrations import check_calibration
 from eldr.replay.errors import ReplayError
 from eldr.replay.packed import pack_trace
 from eldr.replay.ranks import FLEET_STEPS, REPLICAS, ExpertParallel, sampled_tokens
@@ -105,12 +106,7 @@ def requests_of(
     if labels is not None:
         chosen &= np.isin(trace.label, labels)
     if calibration is not None:
-        meta = trace.meta
-        if calibration.geometry.shape != (meta.layers, meta.experts, meta.top_k):
-            raise ReplayError(
-                f"the calibration is for {calibration.geometry}, the trace has {meta.layers} layers x {meta.experts} "
-                f"experts, top-{meta.top_k}"
-            )
+        check_calibration(calibration, trace.meta)
         if zone is None or not 0 <= zone < calibration.workers:
             raise ReplayError(f"there is no zone {zone}; the calibration has the zones 0 to {calibration.workers - 1}")
         signatures = calibration.signature.transform(trace.prefill_counts)
