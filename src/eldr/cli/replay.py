@@ -224,8 +224,8 @@ def _laboratory(arguments: argparse.Namespace) -> Laboratory:
         recorded_prompts=None if arguments.prompt_tokens == "trace" else read_prompts(Path(arguments.prompt_tokens)),
         shared_prefixes=arguments.shared_prefixes,
         ranks=ranks,
+        host_memory=_host_memory(arguments, options),
     )
-    settings = dataclasses.replace(settings, host_memory=_host_memory(arguments, options))
     calibration = None if arguments.calibration is None else load_calibration(arguments.calibration)
     return Laboratory(trace, settings, calibration)
 
