@@ -22,6 +22,14 @@ def count(text: str) -> int:
     return value
 
 
+def words(text: str) -> tuple[str, ...]:
+    """Parse words between commas, of which there is at least one."""
+    found = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is an empty list")
+    return found
+
+
 def read_key_file(path: Path | None) -> str | None:
     """Return the key in a one-line file. Raises ConfigError."""
     from eldr.router.config.settings import read_key

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eldr.cli.arguments import count, positive
+from eldr.cli.arguments import count, positive, words
 from eldr.cli.json_output import write_json
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--ranks", type=positive, required=True, metavar="R", help="ranks that share the experts of the worker")
     flag("--redundant", type=count, default=0, metavar="N", help="redundant experts in each layer (0)")
     flag("--batch", type=positive, default=7, metavar="B", help="requests that the worker runs at once (7)")
-    flag("--labels", type=_words, metavar="A,B", help="only the requests with these labels")
+    flag("--labels", type=words, metavar="A,B", help="only the requests with these labels")
     flag("--calibration", type=Path, metavar="FILE", help="with --zone: a calibration with zones")
     flag("--zone", type=count, metavar="K", help="only the requests in this zone, from 0")
     flag("--held-out", type=_share, default=0.3, metavar="SHARE",
@@ -117,10 +117,6 @@ def _table(placed: PlacedExperts) -> Table:
             row["placement"], REPLICA[row["replica"]], str(row["redundant"] or "–"), f"{row['busiest']:.2f}", change
         )
     return table
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def _share(text: str) -> float:

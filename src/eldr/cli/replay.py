@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eldr.cli.arguments import count
+from eldr.cli.arguments import count, words
 from eldr.cli.json_output import write_json
 from eldr.policies.options import PolicyOptions
 from eldr.settings import add_flags, given
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `eldr replay`."""
     flag = parser.add_argument
     flag("trace", type=Path, metavar="TRACE.npz", help="file made by `eldr record`")
-    flag("--policies", type=_words, default=("locality-band", "expected-union"), metavar="A,B",
+    flag("--policies", type=words, default=("locality-band", "expected-union"), metavar="A,B",
          help="policies to compare (locality-band,expected-union)")  # fmt: skip
     flag("--workers", type=_whole_numbers, default=(8,), metavar="W[,W...]", help="number of decode workers (8)")
     load = parser.add_mutually_exclusive_group()
@@ -74,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--seeds", type=_whole, default=5, metavar="S", help="paired runs per policy (5)")
     flag("--calibrate-fraction", type=float, default=0.5, metavar="F",
          help="share of the requests to calibrate on, which are not served; 0 for none (0.5)")  # fmt: skip
-    flag("--calibrate-labels", type=_words, metavar="A,B", help="calibrate only on requests with these labels")
-    flag("--serve-labels", type=_words, metavar="C,D", help="serve only requests with these labels")
+    flag("--calibrate-labels", type=words, metavar="A,B", help="calibrate only on requests with these labels")
+    flag("--serve-labels", type=words, metavar="C,D", help="serve only requests with these labels")
     flag("--workload", metavar="NAME", help="serve the kinds and shares of a named workload (`eldr workload list`)")
     flag("--kind", action="append", default=[], metavar="KIND=LABEL[,LABEL...]",
          help="with --workload: the trace's labels that belong to this kind (repeatable)")  # fmt: skip
@@ -356,13 +356,6 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
             progress.update(task, advance=done, total=expected)
 
         yield advance
-
-
-def _words(text: str) -> tuple[str, ...]:
-    words = tuple(word.strip() for word in text.split(",") if word.strip())
-    if not words:
-        raise argparse.ArgumentTypeError(f"{text!r} is an empty list")
-    return words
 
 
 def _changes(text: str) -> tuple[FleetChange, ...]:
