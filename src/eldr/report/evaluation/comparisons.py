@@ -13,6 +13,7 @@ from eldr.report.evaluation.section import (
     Row,
     Rows,
     Section,
+    change_by_workers,
     change_dots,
     number,
     of,
@@ -324,21 +325,8 @@ def _pools(rows: Rows) -> Figure:
     order = [name for name in policy_order({row["policy"] for row in rows}) if name not in BALANCERS]
     for place, axis in enumerate(axes):
         batch, statistic = batches[place // 2], ("p50", "p99")[place % 2]
-        at_batch = of(rows, batch_target=batch)
-        sizes = values(at_batch, "workers")
-        for policy in order:
-            line = sorted(of(at_batch, policy=policy), key=lambda row: int(row["workers"]))
-            key = f"vs_best_baseline_{statistic}"
-            x = [sizes.index(row["workers"]) for row in line]
-            policy_line(axis, policy, x, [row[key] for row in line])
-            if line[0].get(f"{key}_lo") is not None:
-                low, high = [row[f"{key}_lo"] for row in line], [row[f"{key}_hi"] for row in line]
-                axis.fill_between(x, low, high, color=policy_style(policy).colour, alpha=0.12, linewidth=0)
-        axis.axhline(0, color=INK, linewidth=0.8)
-        axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        change_by_workers(axis, of(rows, batch_target=batch), f"vs_best_baseline_{statistic}", order)
         axis.set_title(f"{STATISTICS[statistic]}, batch {batch:g}")
-        axis.set_xlabel("decode workers")
-        axis.grid(visible=True)
     axes[0].set_ylabel("change, %")
     legend_below(figure, axes[0], len(order))
     return figure

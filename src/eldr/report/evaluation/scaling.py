@@ -14,14 +14,14 @@ from eldr.report.evaluation.section import (
     Rows,
     Section,
     change,
+    change_by_workers,
     number,
     of,
-    policy_line,
     shown,
     values,
     words,
 )
-from eldr.report.style import INK, legend_below, make_panels, policy_order, policy_style
+from eldr.report.style import legend_below, make_panels, policy_order
 
 # What is shown below the lowest point and above the highest, in percent.
 MARGIN = 6.0
@@ -96,21 +96,8 @@ def _scaling(rows: Rows) -> Figure:
     order = [name for name in policy_order({row["policy"] for row in rows}) if name != "jsq"]
     for place, axis in enumerate(axes):
         batch, statistic = batches[place // 2], ("mean", "p99")[place % 2]
-        at_batch = of(rows, batch_target=batch)
-        sizes = values(at_batch, "workers")
-        key = f"vs_best_baseline_{statistic}"
-        for policy in order:
-            line = sorted(of(at_batch, policy=policy), key=lambda row: int(row["workers"]))
-            x = [sizes.index(row["workers"]) for row in line]
-            policy_line(axis, policy, x, [row[key] for row in line])
-            if all(row.get(f"{key}_lo") is not None for row in line):
-                low, high = [row[f"{key}_lo"] for row in line], [row[f"{key}_hi"] for row in line]
-                axis.fill_between(x, low, high, color=policy_style(policy).colour, alpha=0.12, linewidth=0)
-        axis.axhline(0, color=INK, linewidth=0.8)
-        axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        change_by_workers(axis, of(rows, batch_target=batch), f"vs_best_baseline_{statistic}", order)
         axis.set_title(f"{statistic}, batch {batch:g}")
-        axis.set_xlabel("decode workers")
-        axis.grid(visible=True)
     axes[0].set_ylabel("TPOT against jsq, %")
     shown_at = [row[f"vs_best_baseline_{statistic}"] for row in rows for statistic in ("mean", "p99")]
     axes[0].set_ylim(min(shown_at) - MARGIN, max(shown_at) + MARGIN)  # few seeds have wide intervals

@@ -136,6 +136,22 @@ def policy_line(axes: Axes, policy: str, x: Sequence[float], y: Sequence[float],
     )
 
 
+def change_by_workers(axes: Axes, rows: Rows, key: str, order: Sequence[str]) -> None:
+    """Draw signed changes against the number of workers, one line for each policy in `order`, with their intervals."""
+    sizes = values(rows, "workers")
+    for policy in order:
+        line = sorted(of(rows, policy=policy), key=lambda row: int(row["workers"]))
+        x = [sizes.index(row["workers"]) for row in line]
+        policy_line(axes, policy, x, [row[key] for row in line])
+        if all(row.get(f"{key}_lo") is not None for row in line):
+            low, high = [row[f"{key}_lo"] for row in line], [row[f"{key}_hi"] for row in line]
+            axes.fill_between(x, low, high, color=policy_style(policy).colour, alpha=0.12, linewidth=0)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    axes.set_xlabel("decode workers")
+    axes.grid(visible=True)
+
+
 def change_dots(axes: Axes, names: Sequence[str], rows: Sequence[Row], key: str, colours: Sequence[str]) -> None:
     """Draw signed changes as dots with their 95 % intervals, one per line, with names at the left and zero marked."""
     for line, (row, colour) in enumerate(zip(rows, colours, strict=True)):
