@@ -103,14 +103,20 @@ def nearest_overlap(profiles: Profiles, top_k: int) -> float:
     The overlap is that of the other half, so that what looks alike by chance does not count.
     """
     n = len(profiles.first)
-    first = profiles.first.reshape(n, -1) - profiles.first.reshape(n, -1).mean(axis=0)
-    first /= np.maximum(np.linalg.norm(first, axis=1, keepdims=True), 1e-9)
-    alike = first @ first.T
+    alike = _likeness(profiles.first)
     np.fill_diagonal(alike, -np.inf)
     nearest = np.argsort(-alike, axis=1)[:, :NEAREST]
     second = profiles.second.reshape(n, -1)
     products = np.take_along_axis(second @ second.T, nearest, axis=1)
     return float(products.mean() / (profiles.first.shape[1] * top_k))
+
+
+def _likeness(shares: Floats) -> Floats:
+    """Cosine of how any two requests differ from the mean, float32 [n, n]. shares: float32 [n, L, E]."""
+    flat = shares.reshape(len(shares), -1)
+    flat = flat - flat.mean(axis=0)
+    flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-9)
+    return np.asarray(flat @ flat.T)
 
 
 def lag_overlap(trace: Trace, request: NDArray[np.int64], lag: int) -> float:
@@ -282,10 +288,7 @@ def _axes(profiles: Profiles, top_k: int) -> list[Statistic]:
 def _batches(profiles: Profiles, rng: np.random.Generator) -> list[tuple[str, str, list[NDArray[np.int64]]]]:
     """Batches drawn at random, of one kind, and of the requests most alike in their decode: name, meaning, requests."""
     request, n = profiles.request, len(profiles.request)
-    flat = profiles.whole.reshape(n, -1)
-    flat = flat - flat.mean(axis=0)
-    flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-9)
-    nearest = np.argsort(-(flat @ flat.T), axis=1)
+    nearest = np.argsort(-_likeness(profiles.whole), axis=1)
     kinds = [request[profiles.label == kind] for kind in np.unique(profiles.label).tolist()]
     found = []
     for size in (size for size in BATCHES if size <= n // 2):
